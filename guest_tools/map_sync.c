@@ -1,0 +1,724 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * map_sync - map a file, store to it, and say in one line of JSON what happened.
+ *
+ * One run answers the question "does mmap() grant MAP_SYNC on this file?" together with all
+ * that is needed to believe the answer: whether the file is DAX (statx), what the kernel says
+ * about the mapping (VmFlags in smaps), whether a store arrived in the file, and, with
+ * --control, the same for a mapping without MAP_SYNC that was made just before.
+ *
+ * Exit status, whatever else changes:
+ *   0  the mapping was made and every access to it went well (this is no verdict)
+ *   1  mmap() refused
+ *   2  the command line was wrong, nothing was tried
+ *   3  an access to the mapping raised SIGBUS or SIGSEGV
+ *   4  another step failed: open, truncate, fstat, munmap
+ *   5  the report could not be written
+ * For all but 2 and 5 the report is on stdout. The control never decides the status.
+ *
+ * Strings in the report are ASCII. A byte above 0x7f, which need not be valid UTF-8 in a path,
+ * is written as \udcXX, as Python's "surrogateescape" does it, so nothing is lost.
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/statfs.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Headers older than Linux 4.15 lack the first two, older than 5.8 the last. */
+#ifndef MAP_SHARED_VALIDATE
+#define MAP_SHARED_VALIDATE 0x03
+#endif
+#ifndef MAP_SYNC
+#define MAP_SYNC 0x080000
+#endif
+#ifndef STATX_ATTR_DAX
+#define STATX_ATTR_DAX 0x00200000
+#endif
+#ifndef STATX_BASIC_STATS
+#define STATX_BASIC_STATS 0x000007ffU
+#endif
+#ifndef SYS_statx
+#if defined(__powerpc__)
+#define SYS_statx 383
+#elif defined(__x86_64__)
+#define SYS_statx 332
+#else
+#define SYS_statx 291
+#endif
+#endif
+
+/* Neither in LEGACY_MAP_MASK (include/linux/mman.h) nor a flag of any architecture. */
+#define UNKNOWN_BIT 0x02000000
+
+enum { EXIT_MAPPED, EXIT_REFUSED, EXIT_USAGE, EXIT_SIGNAL, EXIT_ERROR, EXIT_NO_REPORT };
+
+/* The kernel's struct statx; the C library's appeared only in glibc 2.28. */
+struct statx_buffer {
+	uint32_t mask;
+	uint32_t blksize;
+	uint64_t attributes;
+	uint32_t nlink, uid, gid;
+	uint16_t mode, pad;
+	uint64_t ino, size, blocks, attributes_mask;
+	uint64_t rest[24];
+};
+
+_Static_assert(sizeof(struct statx_buffer) == 256, "struct statx is 256 bytes");
+
+/* What is known of the file before it is mapped. */
+struct file_facts {
+	bool have_stat, have_statx, have_statfs;
+	struct stat stat;
+	struct statx_buffer statx;
+	int statx_errno;
+	struct statfs statfs;
+};
+
+/* One mapping to try. */
+struct request {
+	const char *type;
+	int type_flag;
+	bool sync, unknown_bit;
+	const char *prot_name;
+	int prot;
+	uint64_t offset, length;
+};
+
+/* What the command line asks for. */
+struct command {
+	const char *path;
+	uint64_t pages;
+	bool truncate_it, read_only, have_length, control;
+	struct request request;
+};
+
+enum answer { NOT_ASKED = -1, NO, YES };
+
+/* What became of it. */
+struct outcome {
+	const char *result, *stage;
+	int error, signal;
+	uint64_t fault_offset;
+	char vm_flags[256];
+	bool have_vm_flags;
+	uint64_t seed; /* of the values that are stored */
+	uint64_t pages_accessed, first_access_ns;
+	enum answer in_mapping, in_file;
+	int pread_errno;
+};
+
+static const struct option options[] = {
+	{ "pages", required_argument, NULL, 'p' },
+	{ "no-truncate", no_argument, NULL, 'n' },
+	{ "read-only", no_argument, NULL, 'r' },
+	{ "offset", required_argument, NULL, 'o' },
+	{ "length", required_argument, NULL, 'l' },
+	{ "type", required_argument, NULL, 't' },
+	{ "sync", required_argument, NULL, 's' },
+	{ "unknown-bit", no_argument, NULL, 'u' },
+	{ "prot", required_argument, NULL, 'P' },
+	{ "control", no_argument, NULL, 'c' },
+	{ NULL, 0, NULL, 0 },
+};
+
+static const char usage_text[] =
+	"usage: map_sync [OPTION]... PATH\n"
+	"  --pages=N       empty the file and make it N pages long first (default 1)\n"
+	"  --no-truncate   take the file as it is; it must exist\n"
+	"  --read-only     open it O_RDONLY for the mapping\n"
+	"  --offset=BYTES  where in the file the mapping begins (default 0)\n"
+	"  --length=BYTES  its length (default: to the end of the file, at least a page)\n"
+	"  --type=TYPE     shared, shared_validate (default), private or none\n"
+	"  --sync=on|off   with MAP_SYNC (default) or without\n"
+	"  --unknown-bit   also set a flag that no kernel knows (0x2000000)\n"
+	"  --prot=PROT     rw (default), r, w or none\n"
+	"  --control       first try MAP_SHARED_VALIDATE alone, on the same range\n";
+
+static uint64_t page_size;
+
+static void usage(const char *what, const char *detail)
+{
+	fprintf(stderr, "map_sync: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
+		usage_text);
+	exit(EXIT_USAGE);
+}
+
+static uint64_t parse_number(const char *option, const char *text)
+{
+	unsigned long long value;
+	char *end;
+
+	errno = 0;
+	value = strtoull(text, &end, 0);
+	if (*text < '0' || *text > '9' || *end || errno || value > INT64_MAX)
+		usage(option, text);
+	return value;
+}
+
+static void parse_type(struct request *request, const char *text)
+{
+	static const struct {
+		const char *name;
+		int flag;
+	} types[] = {
+		{ "shared", MAP_SHARED },
+		{ "shared_validate", MAP_SHARED_VALIDATE },
+		{ "private", MAP_PRIVATE },
+		{ "none", 0 },
+	};
+
+	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+		if (!strcmp(text, types[i].name)) {
+			request->type = types[i].name;
+			request->type_flag = types[i].flag;
+			return;
+		}
+	}
+	usage("--type", text);
+}
+
+static void parse_prot(struct request *request, const char *text)
+{
+	static const struct {
+		const char *name;
+		int prot;
+	} prots[] = {
+		{ "rw", PROT_READ | PROT_WRITE },
+		{ "r", PROT_READ },
+		{ "w", PROT_WRITE },
+		{ "none", PROT_NONE },
+	};
+
+	for (size_t i = 0; i < sizeof(prots) / sizeof(prots[0]); i++) {
+		if (!strcmp(text, prots[i].name)) {
+			request->prot_name = prots[i].name;
+			request->prot = prots[i].prot;
+			return;
+		}
+	}
+	usage("--prot", text);
+}
+
+static const char *errno_name(int number)
+{
+#define NAME(e) { e, #e }
+	static const struct {
+		int number;
+		const char *name;
+	} names[] = {
+		NAME(EPERM), NAME(ENOENT), NAME(EINTR), NAME(EIO), NAME(ENXIO), NAME(EBADF),
+		NAME(EAGAIN), NAME(ENOMEM), NAME(EACCES), NAME(EFAULT), NAME(EBUSY), NAME(EEXIST),
+		NAME(EXDEV), NAME(ENODEV), NAME(ENOTDIR), NAME(EISDIR), NAME(EINVAL), NAME(ENFILE),
+		NAME(EMFILE), NAME(ENOTTY), NAME(ETXTBSY), NAME(EFBIG), NAME(ENOSPC), NAME(ESPIPE),
+		NAME(EROFS), NAME(EMLINK), NAME(EPIPE), NAME(ERANGE), NAME(ENAMETOOLONG),
+		NAME(ENOSYS), NAME(ELOOP), NAME(EOVERFLOW), NAME(EOPNOTSUPP), NAME(ETIMEDOUT),
+		NAME(ESTALE), NAME(EUCLEAN), NAME(EREMOTEIO), NAME(EDQUOT), NAME(EHWPOISON),
+		NAME(EPROTO), NAME(EBADMSG), NAME(ENODATA), NAME(ENOTSUP), NAME(ENOKEY),
+	};
+#undef NAME
+
+	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
+		if (names[i].number == number)
+			return names[i].name;
+	}
+	return "unknown";
+}
+
+/* --- accesses that may raise a signal ------------------------------------------------------ */
+
+static sigjmp_buf escape;
+static volatile uintptr_t guard_start, guard_end;
+static volatile sig_atomic_t caught_signal;
+static volatile uintptr_t caught_address;
+
+static void on_signal(int signal_number, siginfo_t *info, void *context)
+{
+	uintptr_t address = (uintptr_t)info->si_addr;
+
+	(void)context;
+	if (address < guard_start || address >= guard_end) {
+		/* Not the mapping: a fault of this program, which may die of it. */
+		signal(signal_number, SIG_DFL);
+		return;
+	}
+	caught_signal = signal_number;
+	caught_address = address;
+	siglongjmp(escape, 1);
+}
+
+static void catch_signals(void)
+{
+	struct sigaction action = { .sa_sigaction = on_signal, .sa_flags = SA_SIGINFO };
+
+	sigemptyset(&action.sa_mask);
+	sigaction(SIGBUS, &action, NULL);
+	sigaction(SIGSEGV, &action, NULL);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* The value for the page at `offset`; another one in each run and for each seed. */
+static uint64_t page_value(uint64_t seed, uint64_t offset)
+{
+	uint64_t x = seed + offset * 0x9e3779b97f4a7c15ULL;
+
+	x = (x ^ (x >> 31)) * 0xbf58476d1ce4e5b9ULL;
+	x = (x ^ (x >> 29)) * 0x94d049bb133111ebULL;
+	return x ^ (x >> 32);
+}
+
+/* Touch each page; what is known when a signal comes is in `out`, which is not in registers. */
+static void access_pages(volatile char *map, const struct request *request, struct outcome *out)
+{
+	for (uint64_t at = 0; at < request->length; at += page_size) {
+		volatile uint64_t *word = (volatile uint64_t *)(map + at);
+		uint64_t begin = now_ns();
+
+		if (request->prot & PROT_WRITE)
+			*word = page_value(out->seed, at);
+		else
+			(void)*word;
+		if (!at)
+			out->first_access_ns = now_ns() - begin;
+		out->pages_accessed++;
+	}
+	if (!(request->prot & PROT_WRITE))
+		return;
+	out->in_mapping = YES;
+	for (uint64_t at = 0; at < request->length; at += page_size) {
+		if (*(volatile uint64_t *)(map + at) != page_value(out->seed, at))
+			out->in_mapping = NO;
+	}
+}
+
+static void access_guarded(char *map, const struct request *request, struct outcome *out)
+{
+	uint64_t span = (request->length + page_size - 1) / page_size * page_size;
+
+	guard_start = (uintptr_t)map;
+	guard_end = guard_start + span;
+	if (!sigsetjmp(escape, 1)) {
+		access_pages(map, request, out);
+	} else {
+		out->result = caught_signal == SIGBUS ? "sigbus" : "sigsegv";
+		out->stage = request->prot & PROT_WRITE ? "store" : "load";
+		out->signal = caught_signal;
+		out->fault_offset = caught_address - (uintptr_t)map;
+		out->in_mapping = NOT_ASKED;
+	}
+	guard_start = 0;
+	guard_end = 0;
+}
+
+/* Look for the stored values behind the mapping's back. */
+static void read_file_back(int fd, const struct request *request, struct outcome *out)
+{
+	out->in_file = YES;
+	for (uint64_t at = 0; at < request->length; at += page_size) {
+		uint64_t value = 0;
+		ssize_t count = pread(fd, &value, sizeof(value), (off_t)(request->offset + at));
+
+		if (count < 0) {
+			/* A device DAX file, for one, cannot be read. */
+			out->pread_errno = errno;
+			out->in_file = NOT_ASKED;
+			return;
+		}
+		if (count != sizeof(value) || value != page_value(out->seed, at))
+			out->in_file = NO;
+	}
+}
+
+/* --- one mapping ---------------------------------------------------------------------------- */
+
+static void read_vm_flags(const void *map, struct outcome *out)
+{
+	uintptr_t wanted = (uintptr_t)map;
+	bool inside = false;
+	FILE *smaps = fopen("/proc/self/smaps", "re");
+	char *line = NULL;
+	size_t size = 0;
+
+	if (!smaps)
+		return;
+	while (getline(&line, &size, smaps) > 0) {
+		uintptr_t start, end;
+
+		if (sscanf(line, "%" SCNxPTR "-%" SCNxPTR " ", &start, &end) == 2) {
+			inside = start <= wanted && wanted < end;
+		} else if (inside && !strncmp(line, "VmFlags:", 8)) {
+			snprintf(out->vm_flags, sizeof(out->vm_flags), "%s", line + 8);
+			out->have_vm_flags = true;
+			break;
+		}
+	}
+	free(line);
+	fclose(smaps);
+}
+
+static int request_flags(const struct request *request)
+{
+	return request->type_flag | (request->sync ? MAP_SYNC : 0) |
+	       (request->unknown_bit ? UNKNOWN_BIT : 0);
+}
+
+static void failed(struct outcome *out, const char *result, const char *stage)
+{
+	out->error = errno;
+	out->result = result;
+	out->stage = stage;
+}
+
+static void start_outcome(struct outcome *out)
+{
+	static unsigned int count;
+
+	*out = (struct outcome){ .result = "mapped", .stage = "done" };
+	out->seed = now_ns() ^ (uint64_t)getpid() << 40 ^ (uint64_t)++count << 56;
+	out->in_mapping = NOT_ASKED;
+	out->in_file = NOT_ASKED;
+}
+
+static void try_mapping(int fd, const struct request *request, struct outcome *out)
+{
+	char *map;
+
+	map = mmap(NULL, request->length, request->prot, request_flags(request), fd,
+		   (off_t)request->offset);
+	if (map == MAP_FAILED) {
+		failed(out, "refused", "mmap");
+		return;
+	}
+	read_vm_flags(map, out);
+	if (request->prot != PROT_NONE) {
+		access_guarded(map, request, out);
+		if (!out->signal && request->prot & PROT_WRITE)
+			read_file_back(fd, request, out);
+	}
+	if (munmap(map, request->length) && !out->signal)
+		failed(out, "error", "munmap");
+}
+
+/* --- the file -------------------------------------------------------------------------------- */
+
+/* Returns the descriptor to map, or -1 with the failure in `out`. */
+static int open_file(const struct command *command, struct outcome *out)
+{
+	/* O_NONBLOCK: a FIFO is to be reported, not waited for. */
+	const int always = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
+	int fd;
+
+	if (command->truncate_it) {
+		off_t size = (off_t)(command->pages * page_size);
+
+		fd = open(command->path, O_RDWR | O_CREAT | always, 0644);
+		if (fd < 0) {
+			failed(out, "error", "open");
+			return -1;
+		}
+		/* To zero first: what an earlier run left is no evidence for this one. */
+		if (ftruncate(fd, 0) || ftruncate(fd, size)) {
+			failed(out, "error", "truncate");
+			close(fd);
+			return -1;
+		}
+		if (!command->read_only)
+			return fd;
+		close(fd);
+	}
+	fd = open(command->path, (command->read_only ? O_RDONLY : O_RDWR) | always);
+	if (fd < 0)
+		failed(out, "error", "open");
+	return fd;
+}
+
+static bool look_at_file(int fd, struct file_facts *file, struct outcome *out)
+{
+	if (fstat(fd, &file->stat)) {
+		failed(out, "error", "fstat");
+		return false;
+	}
+	file->have_stat = true;
+	file->have_statx = !syscall(SYS_statx, fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS,
+				    &file->statx);
+	file->statx_errno = file->have_statx ? 0 : errno;
+	file->have_statfs = !fstatfs(fd, &file->statfs);
+	return true;
+}
+
+/* --- the report ------------------------------------------------------------------------------ */
+
+static void print_string(const char *text)
+{
+	putchar('"');
+	for (const unsigned char *c = (const unsigned char *)text; *c; c++) {
+		if (*c == '"' || *c == '\\')
+			printf("\\%c", *c);
+		else if (*c >= 0x80)
+			printf("\\udc%02x", *c);
+		else if (*c < 0x20 || *c == 0x7f)
+			printf("\\u%04x", *c);
+		else
+			putchar(*c);
+	}
+	putchar('"');
+}
+
+static void print_answer(const char *key, enum answer answer)
+{
+	printf(",\"%s\":%s", key, answer == NOT_ASKED ? "null" : answer ? "true" : "false");
+}
+
+static void print_errno(const char *key, int number)
+{
+	if (number)
+		printf(",\"%s\":%d,\"%s_name\":\"%s\"", key, number, key, errno_name(number));
+	else
+		printf(",\"%s\":null,\"%s_name\":null", key, key);
+}
+
+static const char *file_type(mode_t mode)
+{
+	if (S_ISREG(mode))
+		return "regular";
+	if (S_ISBLK(mode))
+		return "block";
+	if (S_ISCHR(mode))
+		return "character";
+	return S_ISDIR(mode) ? "directory" : "other";
+}
+
+static void print_file(const struct file_facts *file)
+{
+	if (!file->have_stat) {
+		printf("null");
+		return;
+	}
+	printf("{\"type\":\"%s\",\"size\":%" PRIu64, file_type(file->stat.st_mode),
+	       (uint64_t)file->stat.st_size);
+	if (file->have_statx)
+		printf(",\"statx\":{\"attributes\":%" PRIu64 ",\"attributes_mask\":%" PRIu64
+		       ",\"dax\":%s}", file->statx.attributes, file->statx.attributes_mask,
+		       !(file->statx.attributes_mask & STATX_ATTR_DAX) ? "null" :
+		       file->statx.attributes & STATX_ATTR_DAX ? "true" : "false");
+	else
+		printf(",\"statx\":null");
+	print_errno("statx_errno", file->statx_errno);
+	if (file->have_statfs)
+		printf(",\"fs_type\":%" PRIu64 ",\"fs_block_size\":%" PRIu64,
+		       (uint64_t)file->statfs.f_type & 0xffffffff,
+		       (uint64_t)file->statfs.f_bsize);
+	else
+		printf(",\"fs_type\":null,\"fs_block_size\":null");
+	printf("}");
+}
+
+static void print_vm_flags(const struct outcome *out)
+{
+	const char *separator = "";
+	const char *c = out->vm_flags;
+
+	if (!out->have_vm_flags) {
+		printf(",\"vm_flags\":null");
+		return;
+	}
+	printf(",\"vm_flags\":[");
+	while (*(c += strspn(c, " \t\n"))) {
+		size_t length = strcspn(c, " \t\n");
+
+		printf("%s\"%.*s\"", separator, (int)length, c);
+		separator = ",";
+		c += length;
+	}
+	printf("]");
+}
+
+static void print_flag_names(const struct request *request)
+{
+	const char *separator = "";
+
+	printf(",\"flag_names\":[");
+	if (request->type_flag) {
+		printf("\"%s\"", request->type_flag == MAP_SHARED ? "MAP_SHARED" :
+		       request->type_flag == MAP_PRIVATE ? "MAP_PRIVATE" : "MAP_SHARED_VALIDATE");
+		separator = ",";
+	}
+	if (request->sync) {
+		printf("%s\"MAP_SYNC\"", separator);
+		separator = ",";
+	}
+	if (request->unknown_bit)
+		printf("%s\"UNKNOWN_BIT\"", separator);
+	printf("]");
+}
+
+static void print_mapping(const struct request *request, const struct outcome *out)
+{
+	printf("{\"type\":\"%s\",\"sync\":%s,\"unknown_bit\":%s,\"flags\":%d", request->type,
+	       request->sync ? "true" : "false", request->unknown_bit ? "true" : "false",
+	       request_flags(request));
+	print_flag_names(request);
+	printf(",\"prot\":\"%s\",\"offset\":%" PRIu64 ",\"length\":%" PRIu64, request->prot_name,
+	       request->offset, request->length);
+	printf(",\"result\":\"%s\",\"stage\":\"%s\"", out->result, out->stage);
+	print_errno("errno", out->error);
+	if (out->signal)
+		printf(",\"fault_offset\":%" PRIu64, out->fault_offset);
+	else
+		printf(",\"fault_offset\":null");
+	print_vm_flags(out);
+	printf(",\"pages_accessed\":%" PRIu64, out->pages_accessed);
+	if (out->pages_accessed)
+		printf(",\"first_access_ns\":%" PRIu64, out->first_access_ns);
+	else
+		printf(",\"first_access_ns\":null");
+	print_answer("store_in_mapping", out->in_mapping);
+	print_answer("store_in_file", out->in_file);
+	print_errno("pread_errno", out->pread_errno);
+	printf("}");
+}
+
+static int exit_status(const struct outcome *out)
+{
+	if (out->signal)
+		return EXIT_SIGNAL;
+	if (!strcmp(out->result, "refused"))
+		return EXIT_REFUSED;
+	return strcmp(out->result, "mapped") ? EXIT_ERROR : EXIT_MAPPED;
+}
+
+static void parse_command(int argc, char **argv, struct command *command)
+{
+	struct request *request = &command->request;
+	int option;
+
+	*command = (struct command){ .pages = 1, .truncate_it = true, .request.sync = true };
+	parse_type(request, "shared_validate");
+	parse_prot(request, "rw");
+	opterr = 0;
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (option) {
+		case 'p':
+			command->pages = parse_number("--pages", optarg);
+			if (command->pages > INT64_MAX / page_size)
+				usage("--pages is more than a file can have", optarg);
+			break;
+		case 'n':
+			command->truncate_it = false;
+			break;
+		case 'r':
+			command->read_only = true;
+			break;
+		case 'o':
+			request->offset = parse_number("--offset", optarg);
+			break;
+		case 'l':
+			request->length = parse_number("--length", optarg);
+			command->have_length = true;
+			break;
+		case 't':
+			parse_type(request, optarg);
+			break;
+		case 's':
+			if (strcmp(optarg, "on") && strcmp(optarg, "off"))
+				usage("--sync", optarg);
+			request->sync = !strcmp(optarg, "on");
+			break;
+		case 'u':
+			request->unknown_bit = true;
+			break;
+		case 'P':
+			parse_prot(request, optarg);
+			break;
+		case 'c':
+			command->control = true;
+			break;
+		default:
+			usage("cannot make sense of", argv[optind - 1]);
+		}
+	}
+	if (optind != argc - 1)
+		usage("exactly one PATH is wanted", NULL);
+	command->path = argv[optind];
+}
+
+int main(int argc, char **argv)
+{
+	struct outcome out, control_out;
+	struct file_facts file = { 0 };
+	struct request control;
+	struct command command;
+	bool control_tried = false;
+	int fd;
+
+	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+	parse_command(argc, argv, &command);
+	catch_signals();
+	start_outcome(&control_out);
+	start_outcome(&out);
+	fd = open_file(&command, &out);
+	if (fd >= 0 && look_at_file(fd, &file, &out)) {
+		struct request *request = &command.request;
+		uint64_t size = (uint64_t)file.stat.st_size;
+
+		if (!command.have_length) {
+			uint64_t rest = size > request->offset ? size - request->offset : 1;
+
+			request->length = (rest + page_size - 1) / page_size * page_size;
+		}
+		if (command.control) {
+			control = *request;
+			parse_type(&control, "shared_validate");
+			control.sync = false;
+			control.unknown_bit = false;
+			try_mapping(fd, &control, &control_out);
+			control_tried = true;
+		}
+		try_mapping(fd, request, &out);
+	}
+	if (!strcmp(out.result, "refused"))
+		/* As the reference checker says it, whatever the C library's wording. */
+		fprintf(stderr, "Failed to mmap with %s\n", out.error == EOPNOTSUPP ?
+			"Operation not supported" : strerror(out.error));
+
+	printf("{\"probe\":\"map_sync\",\"version\":1,\"path\":");
+	print_string(command.path);
+	printf(",\"page_size\":%" PRIu64 ",\"opened\":\"%s\",\"file\":", page_size,
+	       command.read_only ? "r" : "rw");
+	print_file(&file);
+	printf(",\"control\":");
+	if (control_tried)
+		print_mapping(&control, &control_out);
+	else
+		printf("null");
+	printf(",\"mapping\":");
+	print_mapping(&command.request, &out);
+	printf("}\n");
+	if (fflush(stdout) || ferror(stdout)) {
+		fprintf(stderr, "map_sync: cannot write the report: %d %s\n", errno,
+			errno_name(errno));
+		return EXIT_NO_REPORT;
+	}
+	return exit_status(&out);
+}

@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A store of things that were built or fetched: whole or not there, found by what they are of."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paprscm.errors import Error, HostError
+from paprscm.log import logger
+
+MANIFEST = "manifest.json"
+_HINT_ELSEWHERE = "set cache_dir to a folder that you can write to"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One finished thing in the cache.
+
+    Attributes:
+        path: its folder; read-only by agreement.
+        kind: what it is ("kernel", "userland", …).
+        fields: what it was made of; the key is their digest.
+        size_bytes: what its files take on the disk.
+        created: seconds since the epoch.
+        used: when it was last asked for, seconds since the epoch.
+    """
+
+    path: Path
+    kind: str
+    fields: dict[str, str]
+    size_bytes: int
+    created: float
+    used: float
+
+    @property
+    def key(self) -> str:
+        """The short digest that names the entry's folder."""
+        return self.path.name
+
+
+class Cache:
+    """Content-keyed folders below one root.
+
+    An entry is built in a temporary folder beside its place and published by rename, so a reader
+    never sees half of one. A manifest holds size, time and digest of each file: an entry that was
+    cut, changed or lost a file is noticed when it is asked for, and built again.
+
+    Args:
+        root: the cache's folder; made, readable by its owner only, when the first entry is built.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def ensure(
+        self,
+        kind: str,
+        fields: Mapping[str, str],
+        build: Callable[[Path], None],
+        *,
+        needs_bytes: int = 0,
+    ) -> Entry:
+        """The entry of `kind` made of `fields`, built now if it is not there or is damaged.
+
+        Args:
+            kind: what it is; a folder name.
+            fields: everything that the content depends on.
+            build: fills the empty folder that it is given.
+            needs_bytes: free space to insist on before building.
+
+        Raises:
+            HostError: no space, no permission.
+            Error: whatever `build` raises; nothing is left behind then.
+        """
+        place = self._place(kind, fields)
+        if entry := self._usable(place, kind):
+            return entry
+        with self.lock(f"{kind}-{place.name}", what=f"builds the {kind}"):
+            # Somebody else may have built it while we waited.
+            if entry := self._usable(place, kind):
+                return entry
+            self._make(place, fields, build, needs_bytes)
+        entry = self._usable(place, kind)
+        if entry is None:
+            raise HostError(f"the {kind} was built but cannot be read back from {place}")
+        return entry
+
+    def find(self, kind: str, fields: Mapping[str, str]) -> Entry | None:
+        """The entry, if it is there and whole; nothing is built."""
+        return self._usable(self._place(kind, fields), kind)
+
+    def entries(self) -> list[Entry]:
+        """All entries, the one used last first."""
+        manifests = self.root.glob(f"*/*/{MANIFEST}")
+        found = (self._read(m.parent, m.parent.parent.name) for m in manifests)
+        return sorted((e for e in found if e), key=lambda e: e.used, reverse=True)
+
+    def prune(self, *, unused_for_s: float) -> list[Entry]:
+        """Remove and return the entries that nobody asked for in the last `unused_for_s` seconds.
+
+        What is being built at this moment is left alone, and so is what an unfinished build left
+        behind: the next build of the same entry removes that.
+        """
+        gone = []
+        for entry in self.entries():
+            if time.time() - entry.used < unused_for_s:
+                continue
+            with self.lock(f"{entry.kind}-{entry.key}", what="prunes", wait=False) as taken:
+                if taken:
+                    self._discard(entry.path)
+                    gone.append(entry)
+        return gone
+
+    @contextmanager
+    def lock(self, name: str, *, what: str, wait: bool = True) -> Iterator[bool]:
+        """Hold the lock `name` among all processes on this machine.
+
+        The kernel drops it when its holder dies, so it is never stale.
+
+        Args:
+            name: a file name.
+            what: what the holder does, for those who wait ("builds the kernel").
+            wait: False: give up at once when another holds it, and yield False.
+        """
+        folder = self.root / "locks"
+        with self._write_errors():
+            _make_private(self.root)
+            _make_private(folder)
+            handle = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+                logger.info("another run %s; waiting for it", holder or what)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"(pid {os.getpid()}) {what}\n".encode(), 0)
+            yield True
+        finally:
+            os.close(handle)
+
+    def _place(self, kind: str, fields: Mapping[str, str]) -> Path:
+        text = json.dumps(dict(fields), sort_keys=True)
+        return self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _make(
+        self,
+        place: Path,
+        fields: Mapping[str, str],
+        build: Callable[[Path], None],
+        needs_bytes: int,
+    ) -> None:
+        with self._write_errors():
+            _make_private(place.parent)
+            for stale in place.parent.glob(f".{place.name}-*"):
+                _remove_tree(stale)
+            free = shutil.disk_usage(place.parent).free
+            if free < needs_bytes:
+                raise HostError(
+                    f"{place.parent} has {free / 1e9:.1f} GB free, "
+                    f"the {place.parent.name} needs {needs_bytes / 1e9:.1f} GB",
+                    hint="free some, `paprscm cache prune`, or set cache_dir",
+                )
+            work = place.parent / f".{place.name}-{os.getpid()}"
+            work.mkdir(mode=0o700)
+        try:
+            with self._write_errors():
+                build(work)
+                _seal(work, fields)
+                if place.exists():
+                    self._discard(place)
+                work.rename(place)
+        finally:
+            _remove_tree(work)
+
+    def _usable(self, place: Path, kind: str) -> Entry | None:
+        entry = self._read(place, kind)
+        if entry is None:
+            if place.exists():
+                logger.warning("cache entry %s/%s has no manifest: building anew", kind, place.name)
+            return None
+        damage = _damage(place)
+        if damage:
+            logger.info("cache entry %s/%s: %s: building anew", kind, place.name, damage)
+            return None
+        with contextlib.suppress(OSError):  # A read-only cache is fine to use.
+            os.utime(place)
+        return entry
+
+    def _read(self, place: Path, kind: str) -> Entry | None:
+        try:
+            manifest = json.loads((place / MANIFEST).read_bytes())
+            return Entry(
+                path=place,
+                kind=kind,
+                fields=manifest["fields"],
+                size_bytes=sum(item.get("blocks", 0) * 512 for item in manifest["files"].values()),
+                created=manifest["created"],
+                used=place.stat().st_mtime,
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def _discard(self, place: Path) -> None:
+        # By rename first: who opens it now finds all of it or nothing.
+        aside = place.parent / f".{place.name}-{os.getpid()}-gone"
+        place.rename(aside)
+        _remove_tree(aside)
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Error:
+            raise
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise HostError(
+                    f"no space left in the cache {self.root}",
+                    hint="free some, `paprscm cache prune`, or set cache_dir",
+                ) from error
+            if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise HostError(
+                    f"the cache {self.root} cannot be written: {error.strerror}",
+                    hint=_HINT_ELSEWHERE,
+                ) from error
+            if error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+                raise HostError(
+                    f"the cache {self.root} cannot be made: {error.filename}: {error.strerror}",
+                    hint=_HINT_ELSEWHERE,
+                ) from error
+            raise
+
+
+def _make_private(folder: Path) -> None:
+    # Entries hold ssh keys.
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _remove_tree(path: Path) -> None:
+    def writable(function: Any, name: str, _info: Any) -> None:
+        # Package trees hold folders without write permission.
+        Path(name).parent.chmod(0o700)
+        with contextlib.suppress(OSError):
+            Path(name).chmod(0o700)
+        function(name)
+
+    if path.exists():
+        shutil.rmtree(path, onerror=writable)
+
+
+def _seal(folder: Path, fields: Mapping[str, str]) -> None:
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        info = path.lstat()
+        if stat.S_ISREG(info.st_mode):
+            files[str(path.relative_to(folder))] = {
+                "size": info.st_size,
+                "blocks": info.st_blocks,
+                "mtime_ns": info.st_mtime_ns,
+                "sha256": _digest(path),
+            }
+    manifest = {"fields": dict(fields), "created": time.time(), "files": files}
+    target = folder / MANIFEST
+    target.write_text(json.dumps(manifest, indent=1))
+    # An entry whose manifest survives a power cut must not point at files that did not.
+    os.sync()
+
+
+def _damage(place: Path) -> str | None:
+    """What is wrong with an entry; digests are taken only where size or time has changed."""
+    files = json.loads((place / MANIFEST).read_bytes())["files"]
+    for name, want in files.items():
+        path = place / name
+        try:
+            info = path.lstat()
+        except OSError:
+            return f"{name} is missing"
+        if info.st_size != want["size"]:
+            return f"{name} has {info.st_size} bytes instead of {want['size']}"
+        if info.st_mtime_ns != want["mtime_ns"] and _digest(path) != want["sha256"]:
+            return f"{name} was changed"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The `paprscm` command; each verb is a stage that can be used alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from paprscm import bench, host, log, settings, shell
+from paprscm.cache import Cache, Entry
+from paprscm.environment import Environment, prepare
+from paprscm.errors import ConfigError, Error
+from paprscm.guest import Guest
+from paprscm.kbuild import build_tree
+from paprscm.machine import Machine, qemu_argv, script
+from paprscm.options import parse_nvdimm
+from paprscm.settings import Settings
+
+DAY_S = 86400.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit status. An error is one sentence, a hint and status 2."""
+    arguments = _parser().parse_args(argv)
+    log.to_terminal(verbose=arguments.verbose)
+    try:
+        given = {name: getattr(arguments, name, None) for name in settings.names()}
+        verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
+        return verb(arguments, settings.load(given))
+    except Error as error:
+        print(f"paprscm: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="paprscm", description="Judge persistent memory of pseries guests."
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    common = _settings_parser()
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def add(name: str, verb: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(verb=verb)
+        return added
+
+    add("doctor", _doctor, "What this machine offers, what is missing, and how to get it.")
+    add("image", _image, "Build or fetch QEMU, kernel and userland, and print where they are.")
+    run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
+    run.add_argument("tests", nargs="*", default=None, help="files or test names; default: tests/")
+    one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
+    one.add_argument("--nvdimm", action="append", default=[], metavar="KEY=VALUE,…")
+    one.add_argument("--serial", action="store_true", help="the serial console; Ctrl-] leaves")
+    one.add_argument("-c", "--command", help="run this one instead; its status is ours")
+    one.add_argument("--append", action="append", default=[], help="words for the kernel")
+    one.add_argument("--dry-run", action="store_true", help="print QEMU's command line as a script")
+
+    kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
+    kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
+    build = kernels.add_parser("build", help="Build a vmlinux.", parents=[common])
+    build.add_argument("--source", type=Path, help="a kernel tree; default: Debian's source")
+    build.set_defaults(verb=_kernel_build)
+
+    cache = verbs.add_parser("cache", help="What was built and fetched.")
+    caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
+    caches.add_parser("ls", help="List it.", parents=[common]).set_defaults(verb=_cache_ls)
+    prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
+    prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
+    prune.set_defaults(verb=_cache_prune)
+
+    benches = verbs.add_parser("bench", help="Measure.").add_subparsers(
+        title="verbs", required=True, metavar="VERB"
+    )
+    start = benches.add_parser("start", help="Cold starts of a guest.", parents=[common])
+    start.add_argument("-n", type=int, default=10, help="how many (10)")
+    start.add_argument("--json", action="store_true", help="print the series as one line of JSON")
+    start.add_argument(
+        "--series", type=Path, default=Path("results/bench-start.jsonl"), help="append it there"
+    )
+    start.set_defaults(verb=_bench_start)
+    return parser
+
+
+def _settings_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("settings (also in avocado.cfg)")
+    for name in settings.names():
+        group.add_argument(
+            "--" + name.replace("_", "-"), dest=name, metavar="…", help=settings.meaning(name)
+        )
+    return common
+
+
+def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
+    findings = host.doctor(chosen)
+    host.show(findings)
+    return 1 if host.broken(findings) else 0
+
+
+def _image(_arguments: argparse.Namespace, chosen: Settings) -> int:
+    environment = prepare(chosen)
+    shown = Table.grid(padding=(0, 2))
+    for name, value in environment.describe().items():
+        shown.add_row(name, value)
+    Console().print(shown)
+    return 0
+
+
+def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen  # Checked by being loaded; the tests read them again, from what follows.
+    words = [str(Path(sys.executable).with_name("avocado")), "run"]
+    words += arguments.tests or ["tests/"]
+    for name in settings.names():
+        value = getattr(arguments, name)
+        if value is not None:
+            words += ["-p", f"{name}={value}"]
+    os.execv(words[0], words)  # noqa: S606
+
+
+def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if not (arguments.dry_run or arguments.command):
+        shell.require_terminal()
+    machine = _machine(arguments)
+    environment = prepare(chosen)
+    machine = environment.furnish(machine)
+    for nvdimm in machine.nvdimms:
+        environment.require(nvdimm)
+    if arguments.dry_run:
+        print(_script(environment, machine), end="")
+        return 0
+    mirror = sys.stdout if arguments.serial else None
+    with (
+        tempfile.TemporaryDirectory(prefix="paprscm-shell-") as folder,
+        Guest(
+            environment.equipment,
+            machine,
+            folder=Path(folder),
+            # A person sees for himself what the kernel prints.
+            allowed=[""],
+            mirror=mirror,
+        ) as guest,
+    ):
+        if arguments.command:
+            result = guest.run(arguments.command, timeout_s=86400)
+            sys.stdout.write(result.stdout)
+            sys.stderr.write(result.stderr)
+            return result.status
+        if arguments.serial:
+            shell.serial(guest)
+            return 0
+        return shell.ssh(guest)
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    nvdimms = [parse_nvdimm(text, slot=slot) for slot, text in enumerate(arguments.nvdimm)]
+    words = [*arguments.append, *(["paprscm.console=shell"] if arguments.serial else [])]
+    return Machine(nvdimms=tuple(nvdimms), cmdline=tuple(words))
+
+
+def _script(environment: Environment, machine: Machine) -> str:
+    equipment = environment.equipment
+    folder = environment.settings.scratch_dir / "paprscm-by-hand"
+    files = {n.slot: n.file or folder / f"nvdimm{n.slot}" for n in machine.nvdimms}
+    argv = qemu_argv(equipment.qemu, machine, equipment.payload, files, None)
+    return script(argv, {files[n.slot]: n.file_bytes for n in machine.nvdimms})
+
+
+def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if arguments.source is None:
+        environment = prepare(chosen)
+        print(environment.kernel.path)
+        return 0
+    built = build_tree(Cache(chosen.cache_dir), arguments.source)
+    print(built.vmlinux)
+    return 0
+
+
+def _cache_ls(_arguments: argparse.Namespace, chosen: Settings) -> int:
+    shown = Table(box=None)
+    for name in ("kind", "key", "MB", "days", "made of"):
+        shown.add_column(name, justify="right" if name in ("MB", "days") else "left")
+    for entry in Cache(chosen.cache_dir).entries():
+        days = f"{(time.time() - entry.used) / DAY_S:.1f}"
+        made_of = ", ".join(f"{k}={v[:40]}" for k, v in sorted(entry.fields.items()))
+        shown.add_row(entry.kind, entry.key, f"{entry.size_bytes / 1e6:.0f}", days, made_of)
+    Console().print(shown)
+    return 0
+
+
+def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if arguments.days < 0:
+        raise ConfigError("--days cannot be negative")
+    gone: list[Entry] = Cache(chosen.cache_dir).prune(unused_for_s=arguments.days * DAY_S)
+    freed = sum(entry.size_bytes for entry in gone) / 1e6
+    print(f"{len(gone)} entries removed, {freed:.0f} MB")
+    return 0
+
+
+def _bench_start(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if arguments.n < 1:
+        raise ConfigError("-n must be at least 1")
+    series = bench.cold_starts(prepare(chosen), arguments.n)
+    bench.keep(series, arguments.series)
+    if arguments.json:
+        print(series.as_json())
+    else:
+        Console().print(bench.table(series))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

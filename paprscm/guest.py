@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A running pseries guest: booted on entering, asked and steered meanwhile, gone on leaving."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn, Self, TextIO
+
+import paramiko
+
+from paprscm import log
+from paprscm.console import Console
+from paprscm.errors import ContractError, Error, GuestLostError, HostError
+from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv, script
+from paprscm.process import Process, describe_status
+from paprscm.qmp import Qmp
+from paprscm.settings import Settings
+from paprscm.ssh import CommandResult, Ssh, TimedOutError
+
+_MARKS = {
+    "banner": re.compile(r"^(?:\[.*\])? ?Linux version "),
+    "init": re.compile(r"^paprscm: init"),
+    "ready": re.compile(r"^paprscm: ready"),
+    "failed": re.compile(r"^paprscm: failed: "),
+}
+
+# What a kernel without the drivers of our machine ends with.
+_NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root device")
+_NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in or in modules=?"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Equipment:
+    """What every guest of a run is made of.
+
+    Attributes:
+        settings: time limits and folders.
+        qemu: how the QEMU is started.
+        payload: kernel, modules and root disk.
+        client_key: our ssh key (a file).
+        host_key: the guest's public key.
+    """
+
+    settings: Settings
+    qemu: tuple[str, ...]
+    payload: Payload
+    client_key: Path
+    host_key: str
+
+
+@dataclass
+class BootTimes:
+    """When a boot reached its marks, in seconds after QEMU's exec; None: not reached."""
+
+    banner: float | None = None
+    init: float | None = None
+    ready: float | None = None
+    ssh: float | None = None
+
+
+class Guest:
+    """One guest; use it as a context manager.
+
+    Args:
+        equipment: what it is made of.
+        machine: what it looks like.
+        folder: where console.log, qemu.log and qemu.sh go; they stay.
+        allowed: kernel messages that the test expects (regular expressions); any other Oops, BUG,
+            WARNING, lockup or driver error fails whatever runs in the guest at that moment.
+        mirror: where to write what the guest's console prints, besides console.log.
+    """
+
+    def __init__(
+        self,
+        equipment: Equipment,
+        machine: Machine,
+        *,
+        folder: Path,
+        allowed: Iterable[str] = (),
+        mirror: TextIO | None = None,
+    ) -> None:
+        self._mirror = mirror
+        self.machine = machine
+        self.folder = folder
+        self.times = BootTimes()
+        self._equipment = equipment
+        self._settings = equipment.settings
+        self._allowed = [re.compile(pattern) for pattern in allowed]
+        self._nvdimms = {nvdimm.slot: nvdimm for nvdimm in machine.nvdimms}
+        self._files: dict[int, Path] = {}
+        self._event = threading.Event()
+        self._lost_why = ""
+        self._ssh: Ssh | None = None
+        self._resources = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        try:
+            with log.step(f"boot a guest ({_in_words(self.machine)})"):
+                self._start()
+                self._boot()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self.check()
+        finally:
+            self.close()
+
+    def run(
+        self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
+    ) -> CommandResult:
+        """Run a command by the guest's /bin/sh, whatever its exit status.
+
+        Args:
+            command: shell, one line or several.
+            timeout_s: its own limit; the setting command_limit_s when None.
+            stdin: what it reads.
+
+        Raises:
+            GuestLostError: it did not end within its limit, or the guest went away.
+            ContractError: the kernel printed what no healthy kernel prints.
+        """
+        self.check()
+        limit_s = self._settings.command_limit_s if timeout_s is None else timeout_s
+        assert self._ssh is not None  # noqa: S101
+        try:
+            result = self._ssh.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
+        except TimedOutError as error:
+            self._lose(f"a command did not end within {limit_s:g} s")
+            raise TimedOutError(
+                f"{error.message}\n  the console ends with:\n{self.console.tail()}"
+            ) from None
+        _log_command(result)
+        self.check()
+        return result
+
+    def succeed(self, command: str, *, timeout_s: float | None = None, stdin: bytes = b"") -> str:
+        """Run a command that must end with status 0; its output without the last line end.
+
+        Raises:
+            ContractError: it failed.
+        """
+        result = self.run(command, timeout_s=timeout_s, stdin=stdin)
+        if result.status:
+            raise ContractError(f"{_outcome(result)}, expected 0")
+        return result.stdout.removesuffix("\n")
+
+    def fail(
+        self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
+    ) -> CommandResult:
+        """Run a command that must not end with status 0.
+
+        Raises:
+            ContractError: it succeeded.
+        """
+        result = self.run(command, timeout_s=timeout_s, stdin=stdin)
+        if not result.status:
+            raise ContractError(f"{_outcome(result)}, expected it to fail")
+        return result
+
+    def wait_until(self, command: str, *, timeout_s: float = 10.0) -> str:
+        """Repeat a command, in the guest and in one round trip, until it succeeds; its output.
+
+        Raises:
+            ContractError: it still fails after `timeout_s`.
+        """
+        # The guest's own clock: 20 ms between two tries cost nothing there.
+        loop = (
+            "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
+            'while :; do out=$(sh -c "$2" 2>&1) && { printf "%s\\n" "$out"; exit 0; }; '
+            "[ $(cut -d. -f1 /proc/uptime) -ge $end ] && "
+            '{ printf "%s\\n" "$out"; exit 99; }; sleep 0.02; done'
+        )
+        line = shlex.join(["sh", "-c", loop, "wait_until", str(int(timeout_s) + 1), command])
+        result = self.run(line, timeout_s=timeout_s * 2 + 10)
+        if result.status:
+            raise ContractError(
+                f"`{command}` still fails after {timeout_s:g} s; its output:\n"
+                f"{_quoted(result.stdout)}"
+            )
+        return result.stdout.removesuffix("\n")
+
+    def put(self, data: bytes | Path, target: str, *, mode: int = 0o644) -> None:
+        """Write a file in the guest, byte for byte.
+
+        Args:
+            data: the content, or a file of ours.
+            target: the path in the guest; its folder must exist.
+            mode: its permissions.
+        """
+        content = data.read_bytes() if isinstance(data, Path) else data
+        path = shlex.quote(target)
+        self.succeed(f"cat > {path} && chmod {mode:o} {path}", stdin=content)
+
+    def get(self, path: str) -> bytes:
+        """Read a file of the guest, byte for byte."""
+        result = self.run(f"cat -- {shlex.quote(path)}")
+        if result.status:
+            raise ContractError(f"{_outcome(result)}, expected 0")
+        return result.stdout_bytes
+
+    def plug(self, nvdimm: Nvdimm) -> None:
+        """Plug a DIMM into the running guest; the guest notices a moment later.
+
+        Raises:
+            RefusedError: QEMU does not take it; then everything is as it was before.
+        """
+        file = self._make_file(nvdimm)
+        self.qmp.execute("object-add", **nvdimm.backend(file))
+        try:
+            self.qmp.execute("device_add", **nvdimm.frontend())
+        except BaseException:
+            with contextlib.suppress(Error):
+                self.qmp.execute("object-del", id=f"mem{nvdimm.slot}")
+            raise
+        self._nvdimms[nvdimm.slot] = nvdimm
+
+    def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
+        """An interactive shell of the guest, on a pseudo terminal of that size."""
+        assert self._ssh is not None  # noqa: S101
+        return self._ssh.shell(term, columns, rows)
+
+    def nvdimm(self, slot: int) -> Nvdimm:
+        """The DIMM in `slot`, as it was asked for."""
+        return self._nvdimms[slot]
+
+    def file(self, slot: int) -> Path:
+        """The backing file of the DIMM in `slot`."""
+        return self._files[slot]
+
+    @contextlib.contextmanager
+    def expect_messages(self, *patterns: str) -> Iterator[None]:
+        """Announce kernel messages: within, they are no reason to fail."""
+        added = [re.compile(pattern) for pattern in patterns]
+        self.console.allowed.extend(added)
+        try:
+            yield
+        finally:
+            for pattern in added:
+                self.console.allowed.remove(pattern)
+
+    def check(self) -> None:
+        """Raise if the guest is lost or its kernel printed what no healthy kernel prints.
+
+        Raises:
+            ContractError: an Oops, a warning, … that nobody announced.
+            GuestLostError: a panic, a hang, or QEMU is gone.
+        """
+        if not self._event.is_set():
+            return
+        # A call trace comes in many lines.
+        self.console.settle()
+        if trouble := self.console.trouble:
+            kind = GuestLostError if trouble.fatal else ContractError
+            no_root = any(_NO_ROOT.search(line) for line in self.console.lines)
+            raise kind(
+                f"the guest's kernel reports: {trouble.text}\n  its console:\n"
+                f"{self.console.tail(30)}",
+                hint=_NO_ROOT_HINT if no_root else None,
+            )
+        reason = self._lost_why
+        if not reason:
+            status = self.process.wait(2.0)
+            how = "closed its console" if status is None else f"ended, {describe_status(status)}"
+            reason = f"QEMU {how}; it said:\n{self._qemu_says()}"
+        raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
+
+    def kill(self) -> None:
+        """End QEMU with SIGKILL, as a power cut would; the backing files stay."""
+        self._lose("the guest was killed")
+        self.process.kill()
+
+    def close(self) -> None:
+        """End QEMU and remove all that was made for it; the logs in `folder` stay."""
+        self._resources.close()
+
+    def _start(self) -> None:
+        """Start QEMU, with its console and monitor on sockets that it inherits."""
+        settings, stack = self._settings, self._resources
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch = Path(tempfile.mkdtemp(prefix="paprscm-", dir=settings.scratch_dir))
+        except OSError as error:
+            raise HostError(
+                f"no folder for backing files in {settings.scratch_dir}: {error.strerror}",
+                hint="set scratch_dir",
+            ) from error
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        self._scratch = scratch
+        files = {nvdimm.slot: self._make_file(nvdimm) for nvdimm in self.machine.nvdimms}
+
+        console, console_theirs = socket.socketpair()
+        qmp, qmp_theirs = socket.socketpair()
+        # Left in the other order: QEMU goes first, so that the console's reader finds the end.
+        self.console = Console(
+            console, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
+        )
+        stack.callback(self.console.close)
+        with console_theirs, qmp_theirs:
+            wiring = Wiring(
+                console_fd=console_theirs.fileno(),
+                qmp_fd=qmp_theirs.fileno(),
+                console_log=self.folder / "console.log",
+            )
+            parts = self._equipment.qemu, self.machine, self._equipment.payload, files
+            self._write_script(qemu_argv(*parts, None))
+            with (self.folder / "qemu.log").open("wb") as output:
+                self._exec_s = time.monotonic()
+                self.process = Process(
+                    qemu_argv(*parts, wiring),
+                    stdout=output.fileno(),
+                    stderr=subprocess.STDOUT,
+                    pass_fds=(wiring.console_fd, wiring.qmp_fd),
+                    scratch=scratch,
+                )
+        stack.callback(self.process.kill)
+        try:
+            self.qmp = Qmp(qmp)
+        except GuestLostError as error:
+            status = self.process.wait(2.0)
+            how = "does not answer" if status is None else describe_status(status)
+            raise HostError(
+                f"QEMU did not start as it should ({how}); it said:\n{self._qemu_says()}",
+                hint=f"its command line: {self.folder / 'qemu.sh'}",
+            ) from error
+        stack.callback(self.qmp.close)
+
+    def _boot(self) -> None:
+        """Wait for the guest's marks, then for its ssh server."""
+        deadline = self._exec_s + self._settings.boot_limit_s
+        port = self._ssh_port()
+        wanted = dict(_MARKS)
+        while "ready" in wanted:
+            found = self.console.wait_for(
+                wanted,
+                timeout_s=deadline - time.monotonic(),
+                silence_s=self._settings.silence_limit_s,
+            )
+            if found is None:
+                self.check()
+                self._give_up(deadline)
+            mark, line, when = found
+            if mark == "failed":
+                raise GuestLostError(f"the guest cannot boot: {line}\n{self.console.tail()}")
+            setattr(self.times, mark, when - self._exec_s)
+            del wanted[mark]
+        self._ssh = Ssh(
+            port=port,
+            client_key=self._equipment.client_key,
+            host_key=self._equipment.host_key,
+            timeout_s=max(5.0, deadline - time.monotonic()),
+            alive=self.check,
+        )
+        self._resources.callback(self._ssh.close)
+        self.times.ssh = time.monotonic() - self._exec_s
+
+    def _give_up(self, deadline: float) -> NoReturn:
+        limit = self._settings
+        if time.monotonic() >= deadline:
+            why = f"the guest is not up after {limit.boot_limit_s:g} s (setting boot_limit_s)"
+        else:
+            why = (
+                f"the guest printed nothing for {limit.silence_limit_s:g} s while booting "
+                "(setting silence_limit_s)"
+            )
+            state = self.qmp.execute("query-status")["status"]
+            if state != "running":
+                why = f"{why}; QEMU has it {state} and said:\n{self._qemu_says()}"
+        self._lose(why)
+        self.check()
+        raise AssertionError("unreachable")
+
+    def _ssh_port(self) -> int:
+        """The port that QEMU chose; asking for one beforehand would be a race."""
+        answer = self.qmp.hmp("info usernet")
+        found = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", answer)
+        if found is None:
+            raise HostError(f"QEMU forwards no port to the guest: {answer.strip()}")
+        return int(found[1])
+
+    def _make_file(self, nvdimm: Nvdimm) -> Path:
+        file = nvdimm.file
+        if file is None:
+            file = self._scratch / f"nvdimm{nvdimm.slot}"
+            with file.open("xb") as handle:
+                handle.truncate(nvdimm.file_bytes)
+        self._files[nvdimm.slot] = file
+        return file
+
+    def _write_script(self, argv: list[str]) -> None:
+        sizes = {self._files[slot]: nvdimm.file_bytes for slot, nvdimm in self._nvdimms.items()}
+        target = self.folder / "qemu.sh"
+        target.write_text(script(argv, sizes))
+        target.chmod(0o755)
+
+    def _qemu_says(self) -> str:
+        return _quoted((self.folder / "qemu.log").read_text(errors="replace"))
+
+    def _on_event(self) -> None:
+        """Something happened on the console: wake whoever waits for a command's end."""
+        self._event.set()
+        if self._ssh is not None:
+            self._ssh.close()
+
+    def _lose(self, why: str) -> None:
+        self._lost_why = self._lost_why or why
+        self._event.set()
+
+
+def _in_words(machine: Machine) -> str:
+    dimms = [
+        f"slot {nvdimm.slot}: {nvdimm.device}"
+        + (" pmem=on" if nvdimm.pmem else " pmem=off")
+        + (" pmem-override=on" if nvdimm.pmem_override else "")
+        for nvdimm in machine.nvdimms
+    ]
+    return ", ".join(dimms) or "no DIMM"
+
+
+def _log_command(result: CommandResult) -> None:
+    log.logger.info(
+        "guest: status %d, %.2f s: %s", result.status, result.duration_s, result.command
+    )
+    for name, text in (("stdout", result.stdout), ("stderr", result.stderr)):
+        if text:
+            log.logger.info("guest: %s:\n%s", name, _quoted(text, last=200))
+
+
+def _outcome(result: CommandResult) -> str:
+    return (
+        f"`{result.command}` ended with status {result.status}\n  stdout:\n"
+        f"{_quoted(result.stdout)}\n  stderr:\n{_quoted(result.stderr)}"
+    )
+
+
+def _quoted(text: str, *, last: int = 20) -> str:
+    # What a guest prints may hold escape sequences; a terminal must not obey them.
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "\n".join(f"    {line}" for line in clean.splitlines()[-last:]) or "    (nothing)"

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Instructions for persistent memory that a TCG may lack: ask which, and rewrite them in a copy.
+
+No QEMU up to 11.1 executes `dcbfps` and `dcbstps` under TCG (GEN_HANDLER(dcbf) in
+target/ppc/translate.c rejects L > 3), so every kernel since 5.9 takes a program interrupt at its
+first write to pmem ("powerpc/pmem: Add flush routines using new pmem store and sync instruction").
+TCG has no caches to flush, so a plain `dcbf` there means the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gzip
+import io
+import lzma
+import re
+import shutil
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+from elftools.common.exceptions import ELFError
+from elftools.elf.constants import SH_FLAGS
+from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
+from elftools.elf.sections import Section, SymbolTableSection
+
+from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.process import run
+
+_TOOLS = "powerpc64le-linux-gnu-"
+_TOOLS_HINT = "apt install binutils-powerpc64le-linux-gnu"
+# Linux, include/linux/module_signature.h.
+_SIGNATURE_MARK = b"~Module signature appended~\n"
+_SIGNATURE_INFO = struct.Struct(">BBBBB3xI")
+_SYMBOL = {"<": struct.Struct("<IBBHQQ"), ">": struct.Struct(">IBBHQQ")}
+_STT_FUNC = 2
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One form of an instruction, and what does the same where no cache is modelled.
+
+    Attributes:
+        name: its mnemonic in Power ISA 3.1.
+        word, mask: an instruction word w is of this form when w & mask == word.
+        becomes: the fixed bits of its replacement; the register fields stay.
+    """
+
+    name: str
+    word: int
+    mask: int
+    becomes: int
+
+
+# dcbf has its L field (3 bits) above RA and RB; sync has no operands besides L.
+_DCBF, _DCBF_MASK = 0x7C0000AC, 0xFFE007FF
+_HWSYNC, _LWSYNC, _SYNC_MASK = 0x7C0004AC, 0x7C2004AC, 0xFFFFFFFF
+
+INSTRUCTIONS = (
+    Instruction("dcbfps", 0x7C8000AC, _DCBF_MASK, _DCBF),
+    Instruction("dcbstps", 0x7CC000AC, _DCBF_MASK, _DCBF),
+    Instruction("phwsync", 0x7C8004AC, _SYNC_MASK, _HWSYNC),
+    Instruction("plwsync", 0x7CA004AC, _SYNC_MASK, _LWSYNC),
+)
+
+# What a trustworthy probe must answer: dcbf is as old as the architecture, 0 is illegal for good.
+_CONTROLS = {"dcbf": (_DCBF, True), "illegal": (0, False)}
+
+
+@dataclass(frozen=True)
+class FixReport:
+    """What the fix-up did to one file.
+
+    Attributes:
+        target: the copy.
+        how: where it looked: "functions" (extents of the symbol table), "sections" (executable
+            ones), "segments" (executable PT_LOAD), or "nothing" (the QEMU lacks nothing).
+        functions: sites by function; by section or segment where there are no functions.
+        instructions: sites by mnemonic.
+        signature_dropped: a module's appended signature no longer fitted and was cut off.
+    """
+
+    target: Path
+    how: str
+    functions: Mapping[str, int]
+    instructions: Mapping[str, int]
+    signature_dropped: bool = False
+
+    @property
+    def sites(self) -> int:
+        """How many instruction words were changed."""
+        return sum(self.functions.values())
+
+    def __str__(self) -> str:
+        if self.how == "nothing":
+            return f"{self.target.name}: no fix-up needed"
+        kinds = ", ".join(f"{n} {name}" for name, n in sorted(self.instructions.items()))
+        places = f" in {len(self.functions)} {self.how}" if self.functions else ""
+        return f"{self.target.name}: {self.sites} sites rewritten{places}" + (
+            f" ({kinds})" if kinds else ""
+        )
+
+
+def missing(executes: Mapping[str, bool]) -> tuple[Instruction, ...]:
+    """The instructions that a QEMU with the probe results `executes` cannot execute."""
+    return tuple(i for i in INSTRUCTIONS if executes.get(i.name) is False)
+
+
+def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixReport:
+    """Copy a vmlinux or a module with what the QEMU cannot execute rewritten.
+
+    Words are changed only inside functions where the symbol table names some, else in executable
+    sections, else in executable segments. A word under a relocation is not final and is left alone.
+    A compressed module (.gz, .xz, .zst) comes out uncompressed.
+
+    Args:
+        source: the ELF file; never changed.
+        target: where the copy goes.
+        executes: what `probe` said; what is not named there is taken as executable.
+
+    Raises:
+        ConfigError: `source` cannot be read or is no 64-bit ELF file.
+    """
+    lacking = missing(executes)
+    data = bytearray(read_object(source))
+    body, signature = _split_signature(data)
+    if not lacking:
+        target.write_bytes(data)
+        shutil.copymode(source, target)
+        return FixReport(target, "nothing", {}, {})
+    try:
+        elf = ELFFile(io.BytesIO(data[:body]))
+    except ELFError as error:
+        raise ConfigError(f"{source} is not an ELF file: {error}") from error
+    if elf.elfclass != 64:
+        raise ConfigError(f"{source} is a {elf.elfclass}-bit ELF file, not a 64-bit one")
+    order = "<" if elf.little_endian else ">"
+    how, ranges = _code_ranges(elf, data, order)
+    functions: Counter[str] = Counter()
+    instructions: Counter[str] = Counter()
+    for instruction in lacking:
+        for name, offset in _sites(data, ranges, instruction, order):
+            (word,) = struct.unpack_from(order + "I", data, offset)
+            fixed = word & ~instruction.mask & 0xFFFFFFFF | instruction.becomes
+            struct.pack_into(order + "I", data, offset, fixed)
+            functions[name] += 1
+            instructions[instruction.name] += 1
+    dropped = bool(instructions) and signature
+    target.write_bytes(data[:body] if dropped else data)
+    shutil.copymode(source, target)
+    return FixReport(target, how, dict(functions), dict(instructions), dropped)
+
+
+def read_object(path: Path) -> bytes:
+    """The content of an ELF file, or of a module compressed as kernels do it.
+
+    Raises:
+        ConfigError: it cannot be read, or the compressed data is damaged.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            return gzip.decompress(data)
+        if data.startswith(b"\xfd7zXZ\x00"):
+            return lzma.decompress(data)
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            # Kernel builds stream, so the frame need not tell the size of its content.
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ConfigError(f"{path} is compressed and damaged: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return data
+
+
+@dataclass(frozen=True)
+class _Range:
+    """File offsets [start, end) of code, with sorted `starts` of the named extents within."""
+
+    start: int
+    end: int
+    extents: Sequence[tuple[int, int, str]]
+    unfinished: frozenset[int]
+
+
+def _split_signature(data: bytearray) -> tuple[int, bool]:
+    """The length of the ELF file proper, and whether a module signature follows it."""
+    tail = len(data) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO.size
+    if tail < 0 or not data.endswith(_SIGNATURE_MARK):
+        return len(data), False
+    length = _SIGNATURE_INFO.unpack_from(data, tail)[-1]
+    return (tail - length, True) if length <= tail else (len(data), False)
+
+
+def _code_ranges(elf: ELFFile, data: bytearray, order: str) -> tuple[str, list[_Range]]:
+    sections = list(elf.iter_sections())
+    code = {
+        index: section
+        for index, section in enumerate(sections)
+        if section["sh_type"] == "SHT_PROGBITS" and section["sh_flags"] & SH_FLAGS.SHF_EXECINSTR
+    }
+    if not code:
+        found = [
+            _whole(f"segment {index}", segment["p_offset"], segment["p_filesz"])
+            for index, segment in enumerate(elf.iter_segments("PT_LOAD"))
+            if segment["p_flags"] & 1
+        ]
+        return "segments", found
+    extents = _functions(sections, code, data, order, relocatable=elf["e_type"] == "ET_REL")
+    unfinished = _relocated(sections, code)
+    if not any(extents.values()):
+        return "sections", [
+            _whole(s.name, s["sh_offset"], s["sh_size"], unfinished[i]) for i, s in code.items()
+        ]
+    return "functions", [
+        _Range(s["sh_offset"], s["sh_offset"] + s["sh_size"], extents[i], unfinished[i])
+        for i, s in code.items()
+    ]
+
+
+def _whole(name: str, start: int, size: int, unfinished: frozenset[int] = frozenset()) -> _Range:
+    return _Range(start, start + size, [(start, start + size, name)], unfinished)
+
+
+def _functions(
+    sections: Sequence[Section],
+    code: Mapping[int, Section],
+    data: bytearray,
+    order: str,
+    *,
+    relocatable: bool,
+) -> dict[int, list[tuple[int, int, str]]]:
+    """The functions of each code section as sorted (start, end, name), in file offsets."""
+    found: dict[int, dict[int, tuple[int, str]]] = {index: {} for index in code}
+    for table in sections:
+        if not isinstance(table, SymbolTableSection) or table["sh_type"] != "SHT_SYMTAB":
+            continue
+        names = sections[table["sh_link"]]
+        # A vmlinux has 100,000 symbols: unpacked at once, not one object each.
+        raw = memoryview(data)[table["sh_offset"] : table["sh_offset"] + table["sh_size"]]
+        for name, info, _other, index, value, size in _SYMBOL[order].iter_unpack(raw):
+            if info & 0xF == _STT_FUNC and index in code:
+                section = code[index]
+                base = 0 if relocatable else section["sh_addr"]
+                offset = value - base + section["sh_offset"]
+                text = _text(data, names["sh_offset"] + name)
+                found[index][offset] = max((size, text), found[index].get(offset, (0, text)))
+    return {index: _closed(places, code[index]) for index, places in found.items()}
+
+
+def _closed(places: Mapping[int, tuple[int, str]], section: Section) -> list[tuple[int, int, str]]:
+    """Extents; a function without size (assembler's _GLOBAL) reaches to the next one."""
+    starts = sorted(places)
+    ends = [*starts[1:], section["sh_offset"] + section["sh_size"]]
+    return [
+        (start, start + places[start][0] if places[start][0] else end, places[start][1])
+        for start, end in zip(starts, ends, strict=True)
+    ]
+
+
+def _text(data: bytearray, offset: int) -> str:
+    return data[offset : data.index(0, offset)].decode(errors="replace")
+
+
+def _relocated(
+    sections: Iterable[Section], code: Mapping[int, Section]
+) -> dict[int, frozenset[int]]:
+    """File offsets of the words that a relocation will still change, by code section."""
+    found: dict[int, set[int]] = {index: set() for index in code}
+    for table in sections:
+        if isinstance(table, RelocationSection) and table["sh_info"] in code:
+            base = code[table["sh_info"]]["sh_offset"]
+            words = found[table["sh_info"]]
+            words.update((base + r["r_offset"]) & ~3 for r in table.iter_relocations())
+    return {index: frozenset(words) for index, words in found.items()}
+
+
+def _sites(
+    data: bytearray, ranges: Iterable[_Range], instruction: Instruction, order: str
+) -> Iterator[tuple[str, int]]:
+    """(name of the extent, file offset) of each word of this form."""
+    pattern = _pattern(instruction, order)
+    for code in ranges:
+        starts = [start for start, _end, _name in code.extents]
+        for match in pattern.finditer(data, code.start, code.end):
+            offset = match.start()
+            if (offset - code.start) % 4 or offset + 4 > code.end or offset in code.unfinished:
+                continue
+            place = bisect.bisect_right(starts, offset) - 1
+            if place >= 0 and offset < code.extents[place][1]:
+                yield code.extents[place][2], offset
+
+
+def _pattern(instruction: Instruction, order: str) -> re.Pattern[bytes]:
+    """Matches the form's bytes at any offset; a lookahead, so that no match hides another."""
+    classes = []
+    for shift in (0, 8, 16, 24) if order == "<" else (24, 16, 8, 0):
+        word, mask = instruction.word >> shift & 0xFF, instruction.mask >> shift & 0xFF
+        allowed = (value for value in range(256) if value & mask == word)
+        classes.append(b"[" + b"".join(b"\\x%02x" % value for value in allowed) + b"]")
+    return re.compile(b"(?=" + b"".join(classes) + b")", re.DOTALL)
+
+
+def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) -> dict[str, bool]:
+    """Which of `INSTRUCTIONS` this QEMU executes under TCG, by a bare-metal program of 0.1 s.
+
+    Args:
+        qemu: the command line that starts qemu-system-ppc64, without options of a machine.
+        cpu: the -cpu model that the guests will have; TCG's decoder depends on it.
+        timeout_s: how long the program may take.
+
+    Raises:
+        CapabilityError: the QEMU does not run the program (no x-vof machine option, say).
+        HostError: the cross binutils are missing, or the answer cannot be trusted.
+    """
+    with tempfile.TemporaryDirectory(prefix="paprscm-isa-") as folder:
+        program = _assemble(Path(folder))
+        argv = [
+            *qemu,
+            *("-nodefaults", "-display", "none", "-monitor", "none", "-serial", "none"),
+            *("-accel", "tcg", "-cpu", cpu, "-m", "256M", "-no-reboot"),
+            "-machine",
+            "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+            *("-chardev", "stdio,id=out,signal=off"),
+            *("-device", "spapr-vty,chardev=out,reg=0x30000000"),
+            *("-kernel", str(program)),
+        ]
+        try:
+            output = run(argv, timeout_s=timeout_s).text
+        except HostError as error:
+            raise CapabilityError(
+                f"{qemu[-1]} gave no answer to the instruction probe: {error.message}"
+            ) from error
+    line = re.search(r"isa-probe: ((?:\w+=[01] )+)end", output)
+    if line is None:
+        raise CapabilityError(
+            f"{qemu[-1]} ended without an answer to the instruction probe; it said: "
+            + (output.strip() or "nothing")
+        )
+    answers = {name: value == "1" for name, value in (x.split("=") for x in line[1].split())}
+    for name, (_word, expected) in _CONTROLS.items():
+        if answers.pop(name, None) is not expected:
+            raise HostError(f"the instruction probe on {qemu[-1]} is not to be trusted: {line[0]}")
+    return answers
+
+
+def _assemble(folder: Path) -> Path:
+    """Assemble and link guest_tools/isa_probe.S with the table of instructions."""
+    source = Path(__file__).resolve().parent.parent / "guest_tools" / "isa_probe.S"
+    words = {name: word for name, (word, _expected) in _CONTROLS.items() if word}
+    # RA=0, RB=r28 where the form has registers.
+    words |= {i.name: i.word for i in INSTRUCTIONS}
+    lines = [
+        f"\tprobe {name}, {word | (28 << 11 if word & 0x7FF == _DCBF & 0x7FF else 0):#010x}\n"
+        for name, word in [*words.items(), ("illegal", 0)]
+    ]
+    (folder / "isa_probe_table.inc").write_text("".join(lines))
+    objects, program = folder / "isa_probe.o", folder / "isa_probe"
+    for tool in ("as", "ld"):
+        if shutil.which(_TOOLS + tool) is None:
+            raise HostError(f"{_TOOLS}{tool} is not installed", hint=_TOOLS_HINT)
+    assemble: list[str | Path] = [
+        _TOOLS + "as",
+        "-mbig",
+        "-a64",
+        "-mpower8",
+        f"-I{folder}",
+        "-o",
+        objects,
+        source,
+    ]
+    run(assemble, timeout_s=60)
+    run([_TOOLS + "ld", "-EB", "-m", "elf64ppc", "-Ttext", "0", "-o", program, objects])
+    return program

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One guest kernel: what a vmlinux says about itself, and whether it can be used here at all."""
+
+from __future__ import annotations
+
+import mmap
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, cast
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.sections import SymbolTableSection
+
+from paprscm.errors import CapabilityError, ConfigError
+
+BUILT_IN = "built in"
+MODULE = "module"
+ABSENT = "absent"
+UNKNOWN = "unknown"
+
+_WANT_VMLINUX = "give the vmlinux from the top of a ppc64le build tree"
+# Linux, kernel/configs.c.
+_CONFIG_START, _CONFIG_END = b"IKCFG_ST", b"IKCFG_ED"
+_BANNER = re.compile(rb"Linux version ([0-9][^\s\0]*) ")
+_SYMBOL = struct.Struct("<IBBHQQ")
+_PT_LOAD = "PT_LOAD"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What is known of one vmlinux.
+
+    Attributes:
+        path: the ELF file.
+        release: as `uname -r` will say ("6.12.107-paprscm").
+        page_size: bytes, or None where neither configuration nor symbols tell.
+        config: its options without "CONFIG_" ("y", "m", "250", '"text"'); None without IKCONFIG.
+        papr_scm: BUILT_IN, MODULE, ABSENT or UNKNOWN (neither built in nor a configuration there).
+        has_symbols: whether the symbol table is there, as the ISA fix-up prefers it.
+        size_bytes: of the file.
+        load_bytes: memory that it takes when it is loaded.
+    """
+
+    path: Path
+    release: str
+    page_size: int | None
+    config: Mapping[str, str] | None
+    papr_scm: str
+    has_symbols: bool
+    size_bytes: int
+    load_bytes: int
+
+    def option(self, name: str) -> str | None:
+        """The value of CONFIG_`name`, "n" where it is off; None without a configuration."""
+        return None if self.config is None else self.config.get(name, "n")
+
+    def require_option(self, name: str) -> None:
+        """Insist on CONFIG_`name` being built in or a module; unknown is taken as there.
+
+        Raises:
+            CapabilityError: the kernel was built without it.
+        """
+        if self.option(name) == "n":
+            raise CapabilityError(
+                f"the kernel {self.release} was built without CONFIG_{name}",
+                hint="build it with `paprscm kernel build`, which merges images/kernel.config",
+            )
+
+
+def inspect(path: Path) -> Kernel:
+    """Read what a vmlinux says about itself, in some 0.1 s.
+
+    Args:
+        path: a ppc64le vmlinux, with or without debug information.
+
+    Raises:
+        ConfigError: the file is something else; the message says what, the hint what to give.
+    """
+    with _mapped(path) as data:
+        if data[:4] != b"\x7fELF":
+            raise _not_elf(path, data)
+        try:
+            elf = ELFFile(cast("IO[bytes]", data))
+            _check_kind(path, elf)
+            spans = [
+                (s["p_offset"], s["p_offset"] + s["p_filesz"]) for s in elf.iter_segments(_PT_LOAD)
+            ]
+            ends = [s["p_vaddr"] + s["p_memsz"] for s in elf.iter_segments(_PT_LOAD)]
+            begins = [s["p_vaddr"] for s in elf.iter_segments(_PT_LOAD)]
+            table = elf.get_section_by_name(".symtab")
+            symbols = table if isinstance(table, SymbolTableSection) else None
+        except (ELFError, struct.error, ValueError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is a damaged ELF file: {error}", hint=_WANT_VMLINUX) from (
+                error
+            )
+        if any(end > len(data) for _start, end in spans):
+            raise ConfigError(
+                f"{path} is cut short: it has {len(data)} bytes, its headers speak of "
+                f"{max(end for _start, end in spans)}",
+                hint="copy or build it again",
+            )
+        banner = _search(_BANNER, data, spans)
+        if banner is None:
+            raise ConfigError(f"{path} is a ppc64le ELF file, but no kernel", hint=_WANT_VMLINUX)
+        config = _embedded_config(data, spans)
+        return Kernel(
+            path=path,
+            release=banner[1].decode(errors="replace"),
+            page_size=_page_size(config, symbols, data),
+            config=config,
+            papr_scm=_papr_scm(config, data, spans),
+            has_symbols=symbols is not None,
+            size_bytes=len(data),
+            load_bytes=max(ends) - min(begins),
+        )
+
+
+def check(kernel: Kernel, *, has_modules: bool) -> None:
+    """Insist that `kernel` can drive the devices under test.
+
+    Args:
+        kernel: as `inspect` found it.
+        has_modules: a folder of its modules was given too.
+
+    Raises:
+        ConfigError: papr_scm is not in it, or is a module and no modules were given.
+    """
+    if kernel.papr_scm == ABSENT or (kernel.papr_scm == UNKNOWN and not has_modules):
+        raise ConfigError(
+            f"the kernel {kernel.release} ({kernel.path}) has no papr_scm",
+            hint="it needs CONFIG_PAPR_SCM; `paprscm kernel build --source DIR` sets it",
+        )
+    if kernel.papr_scm == MODULE and not has_modules:
+        raise ConfigError(
+            f"papr_scm is a module of the kernel {kernel.release} ({kernel.path}), "
+            "and no modules were given",
+            hint="set modules= to the INSTALL_MOD_PATH of its `make modules_install`",
+        )
+
+
+def parse_config(text: str) -> dict[str, str]:
+    """The options of a .config, without "CONFIG_"; those that are off are left out."""
+    found = re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE)
+    return {name: value.strip() for name, value in found if value.strip() != "n"}
+
+
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap.mmap]:
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size == 0:
+                raise ConfigError(f"the kernel {path} is empty", hint=_WANT_VMLINUX)
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise ConfigError(f"the kernel {path} does not exist", hint=_WANT_VMLINUX) from error
+    except IsADirectoryError as error:
+        raise ConfigError(
+            f"the kernel {path} is a folder",
+            hint=f"for a source tree: `paprscm kernel build --source {path}`",
+        ) from error
+    except OSError as error:
+        raise ConfigError(f"the kernel {path} cannot be read: {error.strerror}") from error
+    with mapping:
+        yield mapping
+
+
+def _not_elf(path: Path, data: mmap.mmap) -> ConfigError:
+    """Name what people give instead of a vmlinux."""
+    # Documentation/arch/x86/boot.rst and Documentation/arch/arm64/booting.rst.
+    if data[0x202:0x206] == b"HdrS":
+        return ConfigError(f"{path} is an x86 bzImage, the guests are ppc64le", hint=_WANT_VMLINUX)
+    if data[0x38:0x3C] == b"ARM\x64":
+        return ConfigError(f"{path} is an arm64 Image, the guests are ppc64le", hint=_WANT_VMLINUX)
+    for magic, name, tool in (
+        (b"\x1f\x8b", "gzip", "gunzip"),
+        (b"\xfd7zXZ", "xz", "unxz"),
+        (b"\x28\xb5\x2f\xfd", "zstd", "unzstd"),
+    ):
+        if data[: len(magic)] == magic:
+            return ConfigError(
+                f"{path} is compressed with {name}, not an ELF file",
+                hint=f"unpack it ({tool}) and give the vmlinux that was in it",
+            )
+    return ConfigError(f"{path} is not an ELF file", hint=_WANT_VMLINUX)
+
+
+def _check_kind(path: Path, elf: ELFFile) -> None:
+    machine = elf["e_machine"]
+    names = (section.name for section in elf.iter_sections())
+    # arch/powerpc/boot/wrapper puts the (compressed) kernel into a section ".kernel:vmlinux.strip".
+    if any(name.startswith(".kernel:") for name in names):
+        raise ConfigError(f"{path} is a zImage: a boot wrapper around a kernel", hint=_WANT_VMLINUX)
+    if machine == "EM_PPC":
+        raise ConfigError(
+            f"{path} is for 32-bit PowerPC (a boot wrapper or another kernel), not ppc64le",
+            hint=_WANT_VMLINUX,
+        )
+    if machine != "EM_PPC64":
+        raise ConfigError(
+            f"{path} is for {_machine(machine)}, the guests are ppc64le", hint=_WANT_VMLINUX
+        )
+    if not elf.little_endian:
+        raise ConfigError(
+            f"{path} is big-endian (ppc64), the guests are little-endian (ppc64le)",
+            hint="build with CONFIG_CPU_LITTLE_ENDIAN=y",
+        )
+    if elf["e_type"] == "ET_REL":
+        raise ConfigError(
+            f"{path} is an object file or a module, not a linked kernel", hint=_WANT_VMLINUX
+        )
+
+
+def _machine(name: str | int) -> str:
+    known = {"EM_X86_64": "x86-64", "EM_386": "x86", "EM_AARCH64": "arm64", "EM_S390": "s390x"}
+    return known.get(str(name), str(name).removeprefix("EM_"))
+
+
+def _search(
+    pattern: re.Pattern[bytes], data: mmap.mmap, spans: list[tuple[int, int]]
+) -> re.Match[bytes] | None:
+    return next((m for start, end in spans if (m := pattern.search(data, start, end))), None)
+
+
+def _embedded_config(data: mmap.mmap, spans: list[tuple[int, int]]) -> dict[str, str] | None:
+    found = _search(re.compile(re.escape(_CONFIG_START + b"\x1f\x8b")), data, spans)
+    if found is None:
+        return None
+    start = found.start() + len(_CONFIG_START)
+    end = data.find(_CONFIG_END, start)
+    try:
+        text = zlib.decompressobj(wbits=31).decompress(data[start:end])
+    except zlib.error:
+        return None
+    return parse_config(text.decode(errors="replace"))
+
+
+def _page_size(
+    config: Mapping[str, str] | None, symbols: SymbolTableSection | None, data: mmap.mmap
+) -> int | None:
+    if config is not None:
+        return next((1024 * k for k in (4, 16, 64, 256) if f"PPC_{k}K_PAGES" in config), None)
+    if symbols is None:
+        return None
+    # One page of zeroes: arch/powerpc/mm/mem.c, unsigned long empty_zero_page[].
+    names = symbols.stringtable
+    begin = int(names["sh_offset"])
+    # Linkers let a name share the end of a longer one, here of "__kstrtab_empty_zero_page".
+    found = re.compile(rb"empty_zero_page\0").finditer(data, begin, begin + names["sh_size"])
+    places = {match.start() - begin for match in found}
+    raw = data[symbols["sh_offset"] : symbols["sh_offset"] + symbols["sh_size"]]
+    for name, _info, _other, _section, _value, size in _SYMBOL.iter_unpack(raw):
+        if name in places and size:
+            return int(size)
+    return None
+
+
+def _papr_scm(
+    config: Mapping[str, str] | None, data: mmap.mmap, spans: list[tuple[int, int]]
+) -> str:
+    if config is not None:
+        return {"y": BUILT_IN, "m": MODULE}.get(config.get("PAPR_SCM", "n"), ABSENT)
+    # The driver's name, in papr_scm.c. "ibm,pmemory" proves nothing: iommu.c has it too.
+    name = re.compile(rb"\0papr_scm\0")
+    return BUILT_IN if _search(name, data, spans) else UNKNOWN

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the kernel says on its console when something is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# printk's time stamp (PRINTK_TIME) and caller (PRINTK_CALLER); both are options of the kernel.
+_STAMP = re.compile(r"^(?:\[\s*\d+\.\d{6}\])?(?:\[\s*[TC]\d+\])? ?")
+
+# Kind, pattern from the start of the message, and whether the guest is lost with it.
+# Sources: kernel/panic.c, arch/powerpc/kernel/traps.c, kernel/hung_task.c, kernel/watchdog.c,
+# kernel/rcu/tree_stall.h, kernel/locking/lockdep.c, lib/bug.c, mm/kasan/report.c.
+_PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
+    (kind, re.compile(pattern), fatal)
+    for kind, pattern, fatal in (
+        ("panic", r"Kernel panic - not syncing", True),
+        ("panic", r"OS terminated: ", True),
+        ("oops", r"Oops: ", False),
+        ("oops", r"Unable to handle kernel ", False),
+        ("oops", r"BUG: Unable to handle kernel ", False),
+        ("soft lockup", r"watchdog: BUG: soft lockup", False),
+        ("hard lockup", r"watchdog: .*(?:hard LOCKUP|Hard LOCKUP)", False),
+        ("hung task", r"INFO: task .* blocked for more than ", False),
+        ("rcu stall", r"(?:rcu: )?INFO: .*(?:self-detected stall|detected stalls)", False),
+        ("bug", r"(?:kernel )?BUG[: ]", False),
+        ("warning", r"WARNING: ", False),
+        ("sanitizer", r"(?:UBSAN|KASAN|KCSAN|KFENCE): ", False),
+        ("leak", r"kmemleak: ", False),
+        (
+            "driver",
+            r"(?:papr_scm|nd_pmem|nd_region|nd_bus|nd_btt|nd_pfn|nd_dax|nvdimm|dax_pmem|device_dax)"
+            r"\b.*(?:[Ee]rr(?:or)?\b|[Ff]ail|didn't|[Uu]nable|[Mm]issing|[Ii]nvalid)",
+            False,
+        ),
+    )
+)
+
+# Every QEMU boot logs these two for every DIMM: QEMU has no H_SCM_PERFORMANCE_STATS, answers
+# H_FUNCTION (-2), and papr_scm says so (papr_scm.c, papr_scm_probe and papr_scm_pmu_register).
+_ALWAYS_LOGGED = (
+    re.compile(
+        r"papr_scm ibm,persistent-memory:ibm,pmemory@[0-9a-f]{8}: "
+        r"Failed to query performance stats, Err:-2$"
+    ),
+    re.compile(
+        r"papr_scm ibm,persistent-memory:ibm,pmemory@[0-9a-f]{8}: "
+        r"nvdimm pmu didn't register rc=-2$"
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """One kernel message that no healthy guest prints.
+
+    Attributes:
+        kind: "panic", "oops", "warning", …
+        text: the message without its time stamp.
+        fatal: the guest is gone with it.
+    """
+
+    kind: str
+    text: str
+    fatal: bool
+
+
+def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | None:
+    """What is wrong according to one line of the console, or None.
+
+    Args:
+        line: without its line end.
+        allowed: patterns of messages that the test has announced; searched in the message.
+    """
+    message = _STAMP.sub("", line.rstrip(), count=1)
+    for kind, pattern, fatal in _PATTERNS:
+        if pattern.match(message):
+            if any(always.match(message) for always in _ALWAYS_LOGGED):
+                return None
+            if any(wanted.search(message) for wanted in allowed):
+                return None
+            return Trouble(kind, message, fatal)
+    return None

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What a person sees while waiting: nested, timed steps, and bars for what can be counted."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+# Avocado's runner forwards the loggers below "avocado." into a test's own log.
+logger = logging.getLogger("avocado.paprscm")
+
+_depth: ContextVar[int] = ContextVar("depth", default=0)
+
+
+def to_terminal(*, verbose: bool = False) -> None:
+    """Send the steps to stderr, for commands that run outside Avocado."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+    logger.propagate = False
+
+
+@contextmanager
+def step(text: str) -> Iterator[None]:
+    """Log that `text` begins and, if it took long enough to matter, how long it took."""
+    indent = "  " * _depth.get()
+    logger.info("%s%s", indent, text)
+    token = _depth.set(_depth.get() + 1)
+    started = time.monotonic()
+    try:
+        yield
+    except BaseException:
+        logger.info("%s%s: failed after %.1f s", indent, text, time.monotonic() - started)
+        raise
+    else:
+        logger.info("%s%s: %.1f s", indent, text, time.monotonic() - started)
+    finally:
+        _depth.reset(token)
+
+
+class Bar:
+    """One countable piece of work, as a bar on a terminal and as ten lines in a log.
+
+    Args:
+        title: what is being done.
+        total: how many units there are, or None while that is unknown.
+        unit: "bytes", or the plural of what is counted.
+    """
+
+    def __init__(self, title: str, total: int | None, unit: str) -> None:
+        self._title = title
+        self._total = total
+        self._unit = unit
+        self._logged = -1
+        self._done = 0
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        if sys.stderr.isatty():
+            count: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+            columns = (TextColumn("{task.description:<24}"), BarColumn(), count)
+            self._progress = Progress(
+                *columns, TimeElapsedColumn(), console=Console(stderr=True), transient=False
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(title, total=total)
+
+    def update(self, done: int, total: int | None = None) -> None:
+        """Say that `done` units of `total` (where it is known by now) are finished."""
+        self._done = done
+        if total is not None:
+            self._total = total
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, total=self._total)
+        elif self._total:
+            tenth = min(10, 10 * done // self._total)
+            if tenth > self._logged:
+                self._logged = tenth
+                logger.info("%s%s: %s", "  " * _depth.get(), self._title, self._amount())
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _amount(self) -> str:
+        if self._unit == "bytes":
+            return f"{self._done / 1e6:.0f} of {(self._total or 0) / 1e6:.0f} MB"
+        return f"{self._done} of {self._total} {self._unit}"
+
+
+@contextmanager
+def progress(title: str, total: int | None = None, unit: str = "files") -> Iterator[Bar]:
+    """Show how far a countable piece of work is; `with progress(...) as bar: bar.update(n)`."""
+    bar = Bar(title, total, unit)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Start programs that cannot outlive the run, whatever kills it (see keeper.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from paprscm.errors import HostError
+
+_KEEPER = Path(__file__).with_name("keeper.py")
+_KILL_LIMIT_S = 10.0
+
+
+def describe_status(status: int) -> str:
+    """An exit status as words: "exit status 1", "killed by SIGSEGV"."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
+class Process:
+    """One running program, in a process group of its own, tied to the life of this run.
+
+    Args:
+        argv: the command line.
+        cwd: where it runs.
+        env: its whole environment; ours when None.
+        stdin, stdout, stderr: as for subprocess.Popen; a file descriptor or a subprocess constant.
+        pass_fds: descriptors that it inherits under the same numbers.
+        scratch: a folder that is removed if we die before we could do so ourselves.
+
+    Raises:
+        HostError: the program cannot be started.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        pass_fds: Sequence[int] = (),
+        scratch: Path | None = None,
+    ) -> None:
+        self.argv = [str(word) for word in argv]
+        self.status: int | None = None
+        """The exit status, negative for a signal; None while it runs."""
+        self._waiting = threading.Lock()
+        lifeline_r, self._lifeline = os.pipe()
+        self._report, report_w = os.pipe()
+        spec = {
+            "argv": self.argv,
+            "cwd": str(cwd) if cwd else None,
+            "pass_fds": list(pass_fds),
+            "lifeline": lifeline_r,
+            "report": report_w,
+            "parent": os.getpid(),
+            "scratch": str(scratch) if scratch else None,
+        }
+        try:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_KEEPER), json.dumps(spec)],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=dict(env) if env is not None else None,
+                pass_fds=[*pass_fds, lifeline_r, report_w],
+            )
+        finally:
+            os.close(lifeline_r)
+            os.close(report_w)
+        self._lines = b""
+        first = self._next_report(None) or {}
+        if "pid" not in first:
+            self._close()
+            reason = first.get("error", "its keeper was killed")
+            raise HostError(f"cannot start {self.argv[0]}: {reason}")
+        self.pid: int = first["pid"]
+        """The program's own process id."""
+
+    @property
+    def stdout(self) -> int:
+        """The read end of the program's standard output, if it was given subprocess.PIPE."""
+        if self._keeper.stdout is None:
+            raise ValueError("stdout is not a pipe")
+        return self._keeper.stdout.fileno()
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when the program has ended."""
+        return self._report
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait for the end; the exit status, or None if it still runs after `timeout_s`."""
+        with self._waiting:
+            if self.status is None:
+                report = self._next_report(timeout_s)
+                if report is None:
+                    return None
+                # No report at all: the keeper itself was killed, and the kernel killed the program.
+                self.status = report.get("status", -signal.SIGKILL)
+                self._close()
+            return self.status
+
+    def kill(self) -> int:
+        """Kill the program and all it started; return only when they are gone.
+
+        Raises:
+            HostError: something did not die within 10 s (a process in uninterruptible sleep).
+        """
+        if self.status is None:
+            with contextlib.suppress(OSError):
+                os.close(self._lifeline)
+            self._lifeline = -1
+            if self.wait(_KILL_LIMIT_S) is None:
+                raise HostError(f"process {self.pid} ({self.argv[0]}) does not die")
+        assert self.status is not None  # noqa: S101
+        return self.status
+
+    def _next_report(self, timeout_s: float | None) -> dict[str, Any] | None:
+        """The keeper's next line; None when none came in time, {} when the keeper is gone."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while b"\n" not in self._lines:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            poll = select.poll()
+            poll.register(self._report, select.POLLIN)
+            if not poll.poll(None if left is None else left * 1000):
+                return None
+            chunk = os.read(self._report, 4096)
+            if not chunk:
+                return {}
+            self._lines += chunk
+        line, _, self._lines = self._lines.partition(b"\n")
+        report: dict[str, Any] = json.loads(line)
+        return report
+
+    def _close(self) -> None:
+        for handle in (self._lifeline, self._report):
+            if handle >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(handle)
+        self._keeper.wait()
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a tool left: its lines of output (both streams) and how long it took, s."""
+
+    lines: tuple[str, ...]
+    duration_s: float
+
+    @property
+    def text(self) -> str:
+        """The output in one piece."""
+        return "\n".join(self.lines)
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    log_file: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    idle_s: float | None = None,
+    on_idle: Callable[[], None] | None = None,
+    keep_lines: int = 2000,
+) -> Completed:
+    """Run a tool to its end; it dies with us, together with everything that it started.
+
+    Args:
+        argv: the command line.
+        cwd: where it runs.
+        env: its whole environment; ours when None.
+        timeout_s: kill it after so long.
+        log_file: also append its output there.
+        on_line: called with each line of its output, stdout and stderr together.
+        idle_s, on_idle: call `on_idle` at least every `idle_s` seconds while it runs.
+        keep_lines: how many of the last lines to keep.
+
+    Raises:
+        HostError: it cannot be started, failed or took too long; with the output's last lines.
+    """
+    started = time.monotonic()
+    lines: deque[str] = deque(maxlen=keep_lines)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(log_file.open("ab")) if log_file else None
+        process = Process(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        stack.callback(process.kill)
+        rest = b""
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        while True:
+            waits = [w for w in (idle_s,) if w is not None]
+            if timeout_s is not None:
+                waits.append(max(0.0, started + timeout_s - time.monotonic()))
+            ready = poll.poll(min(waits) * 1000 if waits else None)
+            if on_idle is not None:
+                on_idle()
+            if timeout_s is not None and time.monotonic() - started >= timeout_s:
+                process.kill()
+                raise _failure(argv, f"took more than {timeout_s:g} s", lines, log_file)
+            if not ready:
+                continue
+            chunk = os.read(process.stdout, 65536)
+            if log is not None:
+                log.write(chunk)
+            rest += chunk
+            *complete, rest = rest.split(b"\n") if chunk else ([rest, b""] if rest else [b""])
+            for raw in complete:
+                line = raw.decode(errors="replace").rstrip("\r")
+                lines.append(line)
+                if on_line is not None:
+                    on_line(line)
+            if not chunk:
+                break
+        status = process.wait()
+    if status:
+        raise _failure(argv, describe_status(status), lines, log_file)
+    return Completed(tuple(lines), time.monotonic() - started)
+
+
+def _failure(
+    argv: Sequence[str | Path], how: str, lines: Sequence[str], log_file: Path | None
+) -> HostError:
+    command = shlex.join(str(word) for word in argv)
+    last = "\n".join(f"    {line}" for line in list(lines)[-15:]) or "    (no output)"
+    hint = f"all of it: {log_file}" if log_file else None
+    return HostError(f"{command}: {how}; its last lines:\n{last}", hint=hint)

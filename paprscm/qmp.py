@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU's monitor: qemu.qmp behind a facade that waits."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import socket
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from qemu.qmp import ExecuteError, QMPClient, QMPError
+
+from paprscm.errors import ContractError, GuestLostError
+
+T = TypeVar("T")
+
+
+class RefusedError(ContractError):
+    """QEMU answered a command with an error.
+
+    Attributes:
+        text: QEMU's own words.
+    """
+
+    def __init__(self, command: str, text: str) -> None:
+        super().__init__(f"QEMU refuses {command}: {text}")
+        self.text = text
+
+
+class Qmp:
+    """A synchronous client with an event loop in a thread of its own.
+
+    Args:
+        sock: our end of the monitor's socket; the client owns it from now on.
+        timeout_s: how long QEMU may take to answer.
+
+    Raises:
+        GuestLostError: QEMU does not greet us in time.
+    """
+
+    def __init__(self, sock: socket.socket, *, timeout_s: float = 30.0) -> None:
+        # It logs every disconnect of a killed QEMU as a warning; we know.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+        self._timeout_s = timeout_s
+        self._client = QMPClient("paprscm")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
+        self._thread.start()
+        try:
+            self._wait(self._client.connect(sock), "its greeting")
+        except GuestLostError:
+            self.close()
+            raise
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Run one command; underscores in argument names stand for dashes.
+
+        Raises:
+            RefusedError: QEMU answered with an error.
+            GuestLostError: QEMU is gone or does not answer.
+        """
+        words = {name.replace("_", "-"): value for name, value in arguments.items()}
+        try:
+            return self._wait(self._client.execute(command, words), command)
+        except ExecuteError as error:
+            raise RefusedError(command, str(error)) from error
+
+    def hmp(self, line: str) -> str:
+        """Run one line of the human monitor and return what it prints."""
+        return str(self.execute("human-monitor-command", command_line=line))
+
+    def close(self) -> None:
+        """Hang up; QEMU may be gone already."""
+        try:
+            asyncio.run_coroutine_threadsafe(self._client.disconnect(), self._loop).result(5)
+        except (QMPError, OSError, EOFError, TimeoutError, concurrent.futures.CancelledError):
+            pass
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(5)
+            self._loop.close()
+
+    def _wait(self, work: Coroutine[Any, Any, T], what: str) -> T:
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(self._timeout_s)
+        except ExecuteError:
+            raise
+        except TimeoutError as error:
+            future.cancel()
+            raise GuestLostError(
+                f"QEMU's monitor does not answer {what} within {self._timeout_s:g} s"
+            ) from error
+        except (QMPError, OSError, EOFError, concurrent.futures.CancelledError) as error:
+            raise GuestLostError(f"QEMU's monitor is gone (at {what})") from error

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every setting of the suite: its name, its default, its meaning, and where it is read from.
+
+The order is: default, the `[paprscm]` section of `avocado.cfg`, `-p name=value` of Avocado or an
+option of the `paprscm` command.
+"""
+
+from __future__ import annotations
+
+import configparser
+import dataclasses
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paprscm.errors import ConfigError
+
+SECTION = "paprscm"
+
+
+def _default_cache_dir() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "paprscm"
+
+
+def _setting(default: Any, meaning: str) -> Any:
+    metadata = {"meaning": meaning}
+    if callable(default):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the user may choose; the same names everywhere."""
+
+    qemu: str = _setting(
+        "auto", "QEMU binary: a path, 'auto' (the host's) or 'debian:SUITE' (fetched, no root)"
+    )
+    accel: str = _setting("auto", "'auto' (KVM only where a ppc64 host has it), 'tcg' or 'kvm'")
+    cpu: str = _setting("auto", "-cpu model; 'auto' is POWER9 under TCG, 'host' under KVM")
+    firmware: str = _setting("vof", "'vof' (boots in 2 s) or 'slof'")
+    smp: int = _setting(2, "vCPUs of a guest")
+    memory_mib: int = _setting(1024, "guest memory without its DIMMs, MiB")
+    kernel: str = _setting("default", "'default' (built from Debian's source) or a vmlinux")
+    modules: Path | None = _setting(None, "folder as modules_install leaves it, for that kernel")
+    kernel_source: str = _setting("linux-source-6.12", "Debian package of the default kernel")
+    suite: str = _setting("trixie", "Debian suite of the userland and the kernel source")
+    mirror: str = _setting("auto", "Debian mirror; 'auto' is the one that the host's apt uses")
+    cache_dir: Path = _setting(_default_cache_dir, "where everything built or fetched is kept")
+    scratch_dir: Path = _setting(
+        lambda: Path(os.environ.get("TMPDIR") or "/var/tmp"),  # noqa: S108
+        "where the backing files of DIMMs are made (sparse)",
+    )
+    silence_limit_s: float = _setting(
+        30.0, "a booting guest that prints nothing for so long is hung, s"
+    )
+    boot_limit_s: float = _setting(180.0, "a guest that is not up after so long is hung, s")
+    command_limit_s: float = _setting(60.0, "default time limit of a command in the guest, s")
+
+    def __post_init__(self) -> None:
+        _one_of("accel", self.accel, ("auto", "tcg", "kvm"))
+        _one_of("firmware", self.firmware, ("vof", "slof"))
+        for name, low, high in (("smp", 1, 64), ("memory_mib", 512, 1 << 20)):
+            if not low <= getattr(self, name) <= high:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} is out of range", hint=f"{low} to {high}"
+                )
+        for name in ("silence_limit_s", "boot_limit_s", "command_limit_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} must be more than 0")
+
+
+def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}={value} is not known", hint="one of " + ", ".join(allowed))
+
+
+def names() -> tuple[str, ...]:
+    """The names of all settings, in the order in which they are declared."""
+    return tuple(f.name for f in dataclasses.fields(Settings))
+
+
+def meaning(name: str) -> str:
+    """What the setting `name` is for, in one line."""
+    for f in dataclasses.fields(Settings):
+        if f.name == name:
+            return str(f.metadata["meaning"])
+    raise KeyError(name)
+
+
+def load(
+    overrides: Mapping[str, str | None] | None = None, *, config: Path = Path("avocado.cfg")
+) -> Settings:
+    """Read the settings.
+
+    Args:
+        overrides: values given on a command line; None means "not given".
+        config: the ini file with a `[paprscm]` section; it need not exist.
+
+    Raises:
+        ConfigError: a name is not known, or a value does not fit.
+    """
+    values = _from_file(config)
+    for name, value in (overrides or {}).items():
+        if value is not None:
+            _known(name, "the command line")
+            values[name] = value
+    return Settings(**{name: _convert(name, value) for name, value in values.items()})
+
+
+def _from_file(config: Path) -> dict[str, str]:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read(config, encoding="utf-8")
+    except (OSError, configparser.Error, UnicodeDecodeError) as error:
+        raise ConfigError(f"{config} cannot be read: {error}") from error
+    if not parser.has_section(SECTION):
+        return {}
+    values = dict(parser.items(SECTION))
+    for name in values:
+        _known(name, f"{config} [{SECTION}]")
+    return values
+
+
+def _known(name: str, where: str) -> None:
+    if name not in names():
+        close = difflib.get_close_matches(name, names(), n=1)
+        hint = f"did you mean {close[0]}?" if close else "one of " + ", ".join(names())
+        raise ConfigError(f"there is no setting '{name}' ({where})", hint=hint)
+
+
+def _convert(name: str, text: str) -> Any:
+    kind = {f.name: str(f.type) for f in dataclasses.fields(Settings)}[name]
+    try:
+        if kind == "int":
+            return int(text)
+        if kind == "float":
+            return float(text)
+    except ValueError as error:
+        raise ConfigError(f"{name}={text} is not a number") from error
+    if kind.startswith("Path"):
+        return Path(text).expanduser() if text else None
+    return text

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`PaprScmTest`: what a test of this suite is, as Avocado sees it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import traceback
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from avocado import Test
+
+from paprscm import settings
+from paprscm.environment import Environment, prepare
+from paprscm.errors import CapabilityError, ContractError
+from paprscm.guest import Guest
+from paprscm.machine import Machine, Nvdimm
+
+
+class PaprScmTest(Test):
+    """Base of all tests: boots guests, ends them with the test, and keeps what they left.
+
+    A broken contract (ContractError, AssertionError) is a FAIL, a missing capability a CANCEL,
+    every other exception an ERROR.
+    """
+
+    # A test takes seconds. The limit is there for what nothing else notices: Avocado's runner
+    # waits for ever for a test process that was killed.
+    timeout = 300
+
+    def setUp(self) -> None:  # noqa: N802
+        """Read the settings and make sure that all that guests need is there."""
+        self._leave = contextlib.ExitStack()
+        self._guests = 0
+        self._metrics: dict[str, Any] = {}
+        with self._verdict():
+            given = {name: self.params.get(name) for name in settings.names()}
+            self.settings = settings.load({n: None if v is None else str(v) for n, v in given.items()})
+            self.environment: Environment = prepare(self.settings)
+        self.measure("environment", self.environment.describe())
+
+    def tearDown(self) -> None:  # noqa: N802
+        """End the guests, whatever became of the test."""
+        self._leave.close()
+        self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
+
+    def boot(self, machine: Machine | None = None, *, allowed: Iterable[str] = ()) -> Guest:
+        """A running guest; it ends with the test.
+
+        Args:
+            machine: what is wanted; memory, CPU, firmware and accelerator come from the settings.
+            allowed: kernel messages that the test expects (regular expressions).
+        """
+        wanted = self.environment.furnish(machine or Machine())
+        self.require(wanted.nvdimms)
+        self._guests += 1
+        name = "guest" if self._guests == 1 else f"guest{self._guests}"
+        folder = Path(self.outputdir) / name
+        with self._verdict():
+            guest = Guest(self.environment.equipment, wanted, folder=folder, allowed=allowed)
+            self._leave.enter_context(guest)
+        self.measure(f"{name}.boot_s", dataclasses.asdict(guest.times))
+        return guest
+
+    def require(self, nvdimms: Iterable[Nvdimm]) -> None:
+        """CANCEL the test unless the QEMU under test has what these DIMMs need."""
+        with self._verdict():
+            for nvdimm in nvdimms:
+                self.environment.require(nvdimm)
+
+    def measure(self, name: str, value: Any) -> None:
+        """Keep a figure or a fact in the test's whiteboard, as JSON."""
+        self._metrics[name] = value
+
+    @contextlib.contextmanager
+    def _verdict(self) -> Iterator[None]:
+        try:
+            yield
+        except CapabilityError as error:
+            self.cancel(str(error))

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Linters and types are tests like any other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+    ],
+    ids=" ".join,
+)
+def test_linter(command: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_source_file_names_its_licence() -> None:
+    kinds = {".py", ".c", ".h", ".S"}
+    folders = ("paprscm", "tests", "selftests", "guest_tools", "host_tools")
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*")]
+    without = [
+        file.relative_to(ROOT)
+        for file in files
+        if file.suffix in kinds
+        and "SPDX-License-Identifier: GPL-2.0-or-later" not in file.read_text()
+    ]
+    assert without == []
+
+
+def test_no_module_grows_past_two_subjects() -> None:
+    long = {
+        file.name: lines
+        for file in (ROOT / "paprscm").rglob("*.py")
+        if (lines := len(file.read_text().splitlines())) > 450
+    }
+    assert long == {}

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line is a pure function of the machine, and nonsense is refused in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from paprscm.errors import ConfigError
+from paprscm.machine import MIB, Machine, Nvdimm, Payload, Wiring, qemu_argv, script
+
+PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
+WIRING = Wiring(console_fd=5, qmp_fd=6, console_log=Path("/o/console.log"))
+
+
+def argv(machine: Machine, wiring: Wiring | None = WIRING, **files: str) -> list[str]:
+    """The command line, with /s/N behind the DIMM in slot N."""
+    named = {n.slot: Path(files.get(f"slot{n.slot}", f"/s/{n.slot}")) for n in machine.nvdimms}
+    return qemu_argv(("qemu",), machine, PAYLOAD, named, wiring)
+
+
+def after(words: list[str], option: str) -> list[str]:
+    """The values of every `option`."""
+    return [value for word, value in itertools.pairwise(words) if word == option]
+
+
+GOLDEN = """\
+qemu
+-machine pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off
+-accel tcg
+-cpu POWER9
+-smp 2
+-m 1024M,slots=8,maxmem=6144M
+-nodefaults
+-display none
+-no-reboot
+-kernel /k/vmlinux
+-append 'console=hvc0 root=/dev/vda ro init=/init \
+ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1'
+-blockdev driver=raw,node-name=root,read-only=on,file.driver=file,file.filename=/d/disk
+-device virtio-blk-pci,drive=root,romfile=
+-netdev user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22
+-device virtio-net-pci,netdev=net,romfile=
+-device virtio-rng-pci
+-chardev socket,id=console,fd=5,logfile=/o/console.log
+-serial chardev:console
+-chardev socket,id=qmp,fd=6
+-mon chardev=qmp,mode=control
+-object memory-backend-file,id=mem0,mem-path=/s/0,size=537001984,share=on,pmem=on
+-device spapr-nvdimm,id=nv0,memdev=mem0,slot=0,label-size=131072,\
+uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c
+-object memory-backend-file,id=mem3,mem-path=/s/3,size=537001984,share=on
+-device spapr-nvdimm,id=nv3,memdev=mem3,slot=3,label-size=131072,\
+uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1d
+"""
+
+
+def test_golden_command_line() -> None:
+    machine = Machine(
+        nvdimms=(
+            Nvdimm(pmem=True, uuid="26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c"),
+            Nvdimm(slot=3, uuid="26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1d"),
+        )
+    )
+    assert argv(machine) == shlex.split(GOLDEN)
+
+
+def test_slof_and_kvm_take_no_tcg_words() -> None:
+    words = argv(Machine(firmware="slof", accel="kvm", cpu="host"))
+    assert after(words, "-machine") == ["pseries"]
+    assert after(words, "-accel") == ["kvm"]
+
+
+def test_override_unarmed_and_private_are_passed_on() -> None:
+    nvdimm = Nvdimm(pmem=True, pmem_override=True, unarmed=True, share=False)
+    words = argv(Machine(nvdimms=(nvdimm,)))
+    assert "pmem-override=on,unarmed=on" in after(words, "-device")[-1]
+    assert ",share=off,pmem=on" in after(words, "-object")[-1]
+
+
+def test_pmem_off_names_no_pmem_property() -> None:
+    # A QEMU without libpmem knows neither.
+    words = " ".join(argv(Machine(nvdimms=(Nvdimm(),))))
+    assert "pmem=" not in words
+    assert "pmem-override" not in words
+
+
+def test_commas_in_paths_survive() -> None:
+    words = argv(Machine(nvdimms=(Nvdimm(),)), slot0="/s/a,b")
+    assert "mem-path=/s/a,,b," in after(words, "-object")[-1]
+
+
+def test_uuids_differ_by_slot_and_are_the_same_every_time() -> None:
+    assert Nvdimm(slot=1).guid == Nvdimm(slot=1).guid != Nvdimm(slot=2).guid
+
+
+def test_hotplug_says_the_same_as_the_command_line() -> None:
+    nvdimm = Nvdimm(slot=2, pmem=True)
+    words = after(argv(Machine(nvdimms=(nvdimm,))), "-device")[-1].split(",")[1:]
+    said = dict(word.split("=", 1) for word in words)
+    assert said == {k: str(v) for k, v in nvdimm.frontend().items() if k != "driver"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size_bytes": 300 * MIB}, "256M or 512M; a file of 268566528 or 537001984 bytes"),
+        ({"size_bytes": 0}, "no multiple of 256 MiB"),
+        ({"label_bytes": 65536}, "at least 131072"),
+        ({"slot": 32}, "slot 32 is out of range"),
+        ({"uuid": "xyz"}, "'xyz' is no uuid"),
+        ({"device": "pc-dimm"}, "one of spapr-nvdimm, nvdimm"),
+        ({"file": Path("/nonexistent")}, "backing file /nonexistent: No such file"),
+    ],
+)
+def test_bad_dimms_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Nvdimm(**arguments)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_file_of_the_wrong_size_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    file = tmp_path / "backing"
+    file.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"has 1 bytes.*truncate -s 537001984"):
+        Nvdimm(file=file)
+
+
+def test_two_dimms_in_one_slot_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two DIMMs want slot 1"):
+        Machine(nvdimms=(Nvdimm(slot=1), Nvdimm(slot=1)))
+
+
+def test_script_runs_as_shell_and_makes_missing_files(tmp_path: Path) -> None:
+    backing = tmp_path / "a dir" / "backing"
+    text = script(["echo", "-append", "two words"], {backing: 4096})
+    done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "-append two words\n"
+    assert backing.stat().st_size == 4096

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""MAP_SYNC is granted on a synchronous backend and refused where the guest must flush by hcall.
+
+Linux decides it in drivers/nvdimm/pmem.c (pmem_attach_disk: set_dax_synchronous), from what
+papr_scm read in the device tree (ibm,hcall-flush-required), which QEMU wrote from the backend's
+pmem= and the device's pmem-override= (hw/ppc/spapr_nvdimm.c, spapr_dt_nvdimm).
+"""
+
+from paprscm.machine import Machine, Nvdimm
+from paprscm.pmem import FsType, dax_mount
+from paprscm.probes import Verdict, expect, map_sync
+from paprscm.testcase import PaprScmTest
+
+
+class OneDimm(PaprScmTest):
+    """
+    One DIMM, there at boot.
+
+    :avocado: tags=map_sync
+    """
+
+    def judge(self, nvdimm: Nvdimm, fstype: FsType, verdict: Verdict) -> None:
+        """Boot with one DIMM, put a DAX file system on it, and compare the probe's verdict."""
+        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        dax_mount(guest, nvdimm.slot, fstype, "/mnt")
+        report = map_sync(guest, "/mnt/file")
+        self.measure("probe", report.line)
+        expect(report, verdict)
+
+    def test_pmem_on_xfs(self) -> None:
+        """On XFS over pmem=on, MAP_SYNC succeeds and is in the mapping's VmFlags."""
+        self.judge(Nvdimm(pmem=True), "xfs", Verdict.ACCEPTED)
+
+    def test_pmem_on_ext4(self) -> None:
+        """On ext4 over pmem=on, MAP_SYNC succeeds and is in the mapping's VmFlags."""
+        self.judge(Nvdimm(pmem=True), "ext4", Verdict.ACCEPTED)
+
+    def test_pmem_off_xfs(self) -> None:
+        """On XFS over pmem=off, MAP_SYNC fails with EOPNOTSUPP on a file that is DAX."""
+        self.judge(Nvdimm(), "xfs", Verdict.REFUSED)
+
+    def test_pmem_off_ext4(self) -> None:
+        """On ext4 over pmem=off, MAP_SYNC fails with EOPNOTSUPP on a file that is DAX."""
+        self.judge(Nvdimm(), "ext4", Verdict.REFUSED)
+
+    def test_pmem_override_xfs(self) -> None:
+        """On XFS over pmem=on with pmem-override=on, MAP_SYNC fails with EOPNOTSUPP."""
+        self.judge(Nvdimm(pmem=True, pmem_override=True), "xfs", Verdict.REFUSED)
+
+    def test_pmem_override_ext4(self) -> None:
+        """On ext4 over pmem=on with pmem-override=on, MAP_SYNC fails with EOPNOTSUPP."""
+        self.judge(Nvdimm(pmem=True, pmem_override=True), "ext4", Verdict.REFUSED)
+
+    def test_plain_nvdimm_xfs(self) -> None:
+        """On XFS over a plain nvdimm, MAP_SYNC succeeds though the file behind it is ordinary.
+
+        The device of before spapr-nvdimm (QEMU 7.0) never asks for H_SCM_FLUSH: a hole that is
+        known, and kept for guests that were made with it.
+        """
+        self.judge(Nvdimm(device="nvdimm"), "xfs", Verdict.ACCEPTED)
+
+    def test_plain_nvdimm_ext4(self) -> None:
+        """On ext4 over a plain nvdimm, MAP_SYNC succeeds though the file behind it is ordinary."""
+        self.judge(Nvdimm(device="nvdimm"), "ext4", Verdict.ACCEPTED)
+
+
+class TwoDimms(PaprScmTest):
+    """
+    A synchronous and an asynchronous DIMM in one guest, told apart by their DRC.
+
+    :avocado: tags=map_sync
+    """
+
+    def judge(self, fstype: FsType, *, on_slot: int, off_slot: int) -> None:
+        """/mnt1 is on the DIMM with pmem=on, /mnt2 on the one with pmem=off, in any slot order."""
+        dimms = (Nvdimm(slot=on_slot, pmem=True), Nvdimm(slot=off_slot))
+        guest = self.boot(Machine(nvdimms=dimms))
+        for mountpoint, slot, verdict in (
+            ("/mnt1", on_slot, Verdict.ACCEPTED),
+            ("/mnt2", off_slot, Verdict.REFUSED),
+        ):
+            dax_mount(guest, slot, fstype, mountpoint)
+            report = map_sync(guest, f"{mountpoint}/file")
+            self.measure(f"probe {mountpoint}", report.line)
+            expect(report, verdict)
+
+    def test_pmem_on_first_xfs(self) -> None:
+        """With pmem=on in slot 0 and pmem=off in slot 1, XFS grants MAP_SYNC on the first only."""
+        self.judge("xfs", on_slot=0, off_slot=1)
+
+    def test_pmem_on_first_ext4(self) -> None:
+        """With pmem=on in slot 0 and pmem=off in slot 1, ext4 grants MAP_SYNC on the first only."""
+        self.judge("ext4", on_slot=0, off_slot=1)
+
+    def test_pmem_off_first_xfs(self) -> None:
+        """With pmem=off in slot 0 and pmem=on in slot 1, XFS grants MAP_SYNC on the second only."""
+        self.judge("xfs", on_slot=1, off_slot=0)
+
+    def test_pmem_off_first_ext4(self) -> None:
+        """With pmem=off in slot 0 and pmem=on in slot 1, ext4 grants MAP_SYNC on the second only."""
+        self.judge("ext4", on_slot=1, off_slot=0)
+
+
+class Hotplug(PaprScmTest):
+    """
+    DIMMs that are plugged into a running guest which booted without any.
+
+    :avocado: tags=map_sync,hotplug
+    """
+
+    def judge(self, fstype: FsType) -> None:
+        """The verdicts are those of DIMMs that were there at boot."""
+        cases = (
+            (Nvdimm(slot=5, pmem=True), Verdict.ACCEPTED),
+            (Nvdimm(slot=2), Verdict.REFUSED),
+            (Nvdimm(slot=3, pmem=True, pmem_override=True), Verdict.REFUSED),
+            (Nvdimm(slot=0, device="nvdimm"), Verdict.ACCEPTED),
+        )
+        self.require(nvdimm for nvdimm, _verdict in cases)
+        guest = self.boot()
+        for nvdimm, _verdict in cases:
+            guest.plug(nvdimm)
+        for nvdimm, verdict in cases:
+            mountpoint = f"/mnt/{nvdimm.slot}"
+            dax_mount(guest, nvdimm.slot, fstype, mountpoint)
+            report = map_sync(guest, f"{mountpoint}/file")
+            self.measure(f"probe slot {nvdimm.slot}", report.line)
+            expect(report, verdict)
+
+    def test_xfs(self) -> None:
+        """On XFS, a DIMM plugged by device_add gets the verdict that it would get at boot."""
+        self.judge("xfs")
+
+    def test_ext4(self) -> None:
+        """On ext4, a DIMM plugged by device_add gets the verdict that it would get at boot."""
+        self.judge("ext4")
+
+
+class NotDax(PaprScmTest):
+    """
+    Files that are not DAX: MAP_SYNC fails there too, with the same errno and for another reason.
+
+    :avocado: tags=map_sync
+    """
+
+    def test_xfs_with_small_blocks(self) -> None:
+        """XFS with blocks smaller than a page turns DAX off in silence: judged not DAX.
+
+        fs/xfs/xfs_super.c, xfs_setup_dax_always: it mounts with dax=always and a warning. On a
+        kernel with 4 KiB pages, blocks of 1 KiB do the same.
+        """
+        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        page_size = int(guest.succeed("getconf PAGESIZE"))
+        small = 4096 if page_size > 4096 else 1024
+        dax_mount(guest, 0, "xfs", "/mnt", block_size=small)
+        report = map_sync(guest, "/mnt/file")
+        self.measure("probe", report.line)
+        expect(report, Verdict.NOT_DAX)
+
+    def test_tmpfs(self) -> None:
+        """tmpfs is no DAX file system: judged not DAX, though MAP_SHARED_VALIDATE works there."""
+        guest = self.boot()
+        guest.succeed("mkdir /mnt/t && mount -t tmpfs tmpfs /mnt/t")
+        report = map_sync(guest, "/mnt/t/file")
+        self.measure("probe", report.line)
+        expect(report, Verdict.NOT_DAX)
