@@ -5,9 +5,10 @@
 
 # Options for `avocado run`, such as ARGS="-p qemu=debian:trixie".
 ARGS ?=
+TESTS ?= tests/
 
 suite: setup
-	@.venv/bin/avocado run $(ARGS) tests/
+	@PAPRSCM_RUN=$$PPID .venv/bin/avocado run $(ARGS) $(TESTS)
 
 # Quick parts first: a mistake in a name should not wait for a guest.
 test: setup

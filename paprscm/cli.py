@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import bench, host, log, settings, shell
+from paprscm import bench, log, settings, shell
 from paprscm.cache import Cache, Entry
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error
@@ -59,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     add("doctor", _doctor, "What this machine offers, what is missing, and how to get it.")
-    add("image", _image, "Build or fetch QEMU, kernel and userland, and print where they are.")
+    image = add("image", _image, "Build or fetch QEMU, kernel and userland; print what they are.")
+    image.add_argument("--quiet", action="store_true", help="print only what takes time, or fails")
     run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
     run.add_argument("tests", nargs="*", default=None, help="files or test names; default: tests/")
     one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
@@ -106,13 +107,16 @@ def _settings_parser() -> argparse.ArgumentParser:
 
 
 def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
+    from paprscm import host
     findings = host.doctor(chosen)
     host.show(findings)
     return 1 if host.broken(findings) else 0
 
 
-def _image(_arguments: argparse.Namespace, chosen: Settings) -> int:
+def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
     environment = prepare(chosen)
+    if arguments.quiet:
+        return 0
     shown = Table.grid(padding=(0, 2))
     for name, value in environment.describe().items():
         shown.add_row(name, value)

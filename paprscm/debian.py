@@ -145,6 +145,7 @@ class _Watch:
         self._total = 0
         self._unpacked = 0
         self._sizes: dict[str, int] = {}
+        self._previous = ""
         self.phase = "index"
         self.complaints: list[str] = []
         self.versions: dict[str, str] = {}
@@ -169,8 +170,12 @@ class _Watch:
         elif re.match(r"I: (\d+ )*cleaning", text):
             self._report_unpacked()
             self.phase = "clean"
-        elif re.match(r"(E:|Err:|W: (GPG|Failed)|  [A-Z0-9]|.*(No space|space left))", text):
+        elif re.match(r"E:|Err:|W: (GPG|Failed)|.*No space left", text):
+            self.complaints.append(text)
+        elif self._previous.startswith("Err:") and text.startswith("  "):
+            # apt's reason, below the file's address.
             self.complaints.append(text.strip())
+        self._previous = text
 
     def count_download(self) -> None:
         """Look how many bytes have arrived."""

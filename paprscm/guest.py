@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import shlex
 import shutil
@@ -22,7 +23,7 @@ import paramiko
 
 from paprscm import log
 from paprscm.console import Console
-from paprscm.errors import ContractError, Error, GuestLostError, HostError
+from paprscm.errors import ContractError, GuestLostError, HostError
 from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv, script
 from paprscm.process import Process, describe_status
 from paprscm.qmp import Qmp
@@ -101,6 +102,7 @@ class Guest:
         self._nvdimms = {nvdimm.slot: nvdimm for nvdimm in machine.nvdimms}
         self._files: dict[int, Path] = {}
         self._event = threading.Event()
+        self._told = False
         self._lost_why = ""
         self._ssh: Ssh | None = None
         self._resources = contextlib.ExitStack()
@@ -122,7 +124,8 @@ class Guest:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if error is None:
+            # What was told, and caught by a test that provoked it, is not told again.
+            if error is None and not self._told:
                 self.check()
         finally:
             self.close()
@@ -148,9 +151,15 @@ class Guest:
             result = self._ssh.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
         except TimedOutError as error:
             self._lose(f"a command did not end within {limit_s:g} s")
+            self._told = True
             raise TimedOutError(
                 f"{error.message}\n  the console ends with:\n{self.console.tail()}"
             ) from None
+        except GuestLostError:
+            # The connection may end a moment before the console tells why.
+            self._event.wait(2.0)
+            self.check()
+            raise
         _log_command(result)
         self.check()
         return result
@@ -227,14 +236,15 @@ class Guest:
             RefusedError: QEMU does not take it; then everything is as it was before.
         """
         file = self._make_file(nvdimm)
-        self.qmp.execute("object-add", **nvdimm.backend(file))
-        try:
+        with contextlib.ExitStack() as undo:
+            if nvdimm.file is None:
+                undo.callback(file.unlink)
+            self.qmp.execute("object-add", **nvdimm.backend(file))
+            undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
             self.qmp.execute("device_add", **nvdimm.frontend())
-        except BaseException:
-            with contextlib.suppress(Error):
-                self.qmp.execute("object-del", id=f"mem{nvdimm.slot}")
-            raise
+            undo.pop_all()
         self._nvdimms[nvdimm.slot] = nvdimm
+        self._files[nvdimm.slot] = file
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
         """An interactive shell of the guest, on a pseudo terminal of that size."""
@@ -269,6 +279,7 @@ class Guest:
         """
         if not self._event.is_set():
             return
+        self._told = True
         # A call trace comes in many lines.
         self.console.settle()
         if trouble := self.console.trouble:
@@ -289,6 +300,7 @@ class Guest:
     def kill(self) -> None:
         """End QEMU with SIGKILL, as a power cut would; the backing files stay."""
         self._lose("the guest was killed")
+        self._told = True
         self.process.kill()
 
     def close(self) -> None:
@@ -309,6 +321,7 @@ class Guest:
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         self._scratch = scratch
         files = {nvdimm.slot: self._make_file(nvdimm) for nvdimm in self.machine.nvdimms}
+        self._files.update(files)
 
         console, console_theirs = socket.socketpair()
         qmp, qmp_theirs = socket.socketpair()
@@ -400,13 +413,15 @@ class Guest:
         return int(found[1])
 
     def _make_file(self, nvdimm: Nvdimm) -> Path:
-        file = nvdimm.file
-        if file is None:
-            file = self._scratch / f"nvdimm{nvdimm.slot}"
-            with file.open("xb") as handle:
-                handle.truncate(nvdimm.file_bytes)
-        self._files[nvdimm.slot] = file
-        return file
+        """The DIMM's backing file: the user's own, or a sparse one of ours."""
+        if nvdimm.file is not None:
+            return nvdimm.file
+        handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self._scratch)
+        try:
+            os.truncate(handle, nvdimm.file_bytes)
+        finally:
+            os.close(handle)
+        return Path(name)
 
     def _write_script(self, argv: list[str]) -> None:
         sizes = {self._files[slot]: nvdimm.file_bytes for slot, nvdimm in self._nvdimms.items()}
@@ -439,12 +454,15 @@ def _in_words(machine: Machine) -> str:
 
 
 def _log_command(result: CommandResult) -> None:
-    log.logger.info(
+    log.logger.debug(
         "guest: status %d, %.2f s: %s", result.status, result.duration_s, result.command
     )
-    for name, text in (("stdout", result.stdout), ("stderr", result.stderr)):
-        if text:
-            log.logger.info("guest: %s:\n%s", name, _quoted(text, last=200))
+    if b"\0" in result.stdout_bytes:
+        log.logger.debug("guest: stdout: %d bytes", len(result.stdout_bytes))
+    elif result.stdout:
+        log.logger.debug("guest: stdout:\n%s", _quoted(result.stdout, last=200))
+    if result.stderr:
+        log.logger.debug("guest: stderr:\n%s", _quoted(result.stderr, last=200))
 
 
 def _outcome(result: CommandResult) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import gzip
 import io
+import itertools
 import lzma
 import re
 import shutil
@@ -255,11 +256,10 @@ def _functions(
 
 def _closed(places: Mapping[int, tuple[int, str]], section: Section) -> list[tuple[int, int, str]]:
     """Extents; a function without size (assembler's _GLOBAL) reaches to the next one."""
-    starts = sorted(places)
-    ends = [*starts[1:], section["sh_offset"] + section["sh_size"]]
+    borders = [*sorted(places), section["sh_offset"] + section["sh_size"]]
     return [
-        (start, start + places[start][0] if places[start][0] else end, places[start][1])
-        for start, end in zip(starts, ends, strict=True)
+        (start, start + places[start][0] if places[start][0] else following, places[start][1])
+        for start, following in itertools.pairwise(borders)
     ]
 
 

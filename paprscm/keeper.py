@@ -4,9 +4,11 @@
 A test process can be killed with SIGKILL, and so can `avocado`, `make` or this keeper. Whoever
 dies, the program must die too:
 
-* The keeper watches its parent and every ancestor in the parent's process group (that is what one
-  `make suite` or `avocado run` is) through pidfds, and a pipe whose other end its parent holds.
-  When one of them ends, it kills the program's whole process group and removes the scratch folder.
+* The keeper watches, through pidfds, its parent, every ancestor in the parent's process group (that
+  is what one `make suite` or `avocado run` is), and those that process.py names as the run's: one
+  that died before we came is no ancestor any more. It also watches a pipe whose other end its
+  parent holds. When one of them ends, it kills the program's whole process group and removes the
+  scratch folder.
 * The program asks the kernel to be killed when the keeper dies (prctl(2), PR_SET_PDEATHSIG). Of
   the threads of the parent that setting would notice the wrong one: the signal comes when the
   *thread* that forked ends, and Avocado runs setUp and tearDown in different threads. The keeper
@@ -48,12 +50,12 @@ def ancestors(group: int) -> list[int]:
 
 
 def open_pidfds(pids: list[int]) -> list[int]:
-    """A pidfd of each process that still lives; they poll readable when it ends."""
-    handles = []
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            handles.append(os.pidfd_open(pid))
-    return handles
+    """A pidfd of each process, which polls readable when it ends.
+
+    Raises:
+        ProcessLookupError: one of them has ended already.
+    """
+    return [os.pidfd_open(pid) for pid in pids]
 
 
 def kill_all(program: subprocess.Popen[bytes]) -> int:
@@ -83,7 +85,11 @@ def main() -> None:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     me = os.getpid()
 
-    watched = open_pidfds(ancestors(os.getpgrp()))
+    try:
+        watched = open_pidfds([*ancestors(os.getpgrp()), *spec["run"]])
+    except ProcessLookupError:
+        os.write(report, b'{"error": "the run that wants it was killed"}\n')
+        return
     if os.getppid() != parent:
         return
 

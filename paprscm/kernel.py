@@ -29,7 +29,6 @@ _WANT_VMLINUX = "give the vmlinux from the top of a ppc64le build tree"
 _CONFIG_START, _CONFIG_END = b"IKCFG_ST", b"IKCFG_ED"
 _BANNER = re.compile(rb"Linux version ([0-9][^\s\0]*) ")
 _SYMBOL = struct.Struct("<IBBHQQ")
-_PT_LOAD = "PT_LOAD"
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,10 @@ def inspect(path: Path) -> Kernel:
         try:
             elf = ELFFile(cast("IO[bytes]", data))
             _check_kind(path, elf)
-            spans = [
-                (s["p_offset"], s["p_offset"] + s["p_filesz"]) for s in elf.iter_segments(_PT_LOAD)
-            ]
-            ends = [s["p_vaddr"] + s["p_memsz"] for s in elf.iter_segments(_PT_LOAD)]
-            begins = [s["p_vaddr"] for s in elf.iter_segments(_PT_LOAD)]
+            loads = list(elf.iter_segments("PT_LOAD"))
+            spans = [(s["p_offset"], s["p_offset"] + s["p_filesz"]) for s in loads if s["p_filesz"]]
+            begins = [s["p_vaddr"] for s in loads]
+            ends = [s["p_vaddr"] + s["p_memsz"] for s in loads]
             table = elf.get_section_by_name(".symtab")
             symbols = table if isinstance(table, SymbolTableSection) else None
         except (ELFError, struct.error, ValueError, UnicodeDecodeError) as error:
@@ -117,7 +115,7 @@ def inspect(path: Path) -> Kernel:
             papr_scm=_papr_scm(config, data, spans),
             has_symbols=symbols is not None,
             size_bytes=len(data),
-            load_bytes=max(ends) - min(begins),
+            load_bytes=max(ends, default=0) - min(begins, default=0),
         )
 
 

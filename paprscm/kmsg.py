@@ -38,8 +38,10 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
     )
 )
 
-# Every QEMU boot logs these two for every DIMM: QEMU has no H_SCM_PERFORMANCE_STATS, answers
+# What every boot logs. The first two, for every DIMM: QEMU has no H_SCM_PERFORMANCE_STATS, answers
 # H_FUNCTION (-2), and papr_scm says so (papr_scm.c, papr_scm_probe and papr_scm_pmu_register).
+# The third, where VOF takes the place of SLOF: nobody formats QEMU's empty NVRAM
+# (arch/powerpc/kernel/nvram_64.c, nvram_scan_partitions).
 _ALWAYS_LOGGED = (
     re.compile(
         r"papr_scm ibm,persistent-memory:ibm,pmemory@[0-9a-f]{8}: "
@@ -49,6 +51,7 @@ _ALWAYS_LOGGED = (
         r"papr_scm ibm,persistent-memory:ibm,pmemory@[0-9a-f]{8}: "
         r"nvdimm pmu didn't register rc=-2$"
     ),
+    re.compile(r"WARNING: nvram corruption detected: 0-length partition$"),
 )
 
 

@@ -72,7 +72,8 @@ class Bar:
         self._done = 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        if sys.stderr.isatty():
+        # Avocado puts an object in the place of a test's stderr that is no file.
+        if getattr(sys.stderr, "isatty", bool)():
             count: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
             columns = (TextColumn("{task.description:<24}"), BarColumn(), count)
             self._progress = Progress(

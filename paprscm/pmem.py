@@ -189,7 +189,8 @@ def _run(
     timeout_s: float = 0.0,
 ) -> Dump:
     """Run steps of the script in the guest; what they printed, if they succeeded."""
-    given = {"wait_s": str(math.ceil(timeout_s)), **(values or {})}
+    # One more, for the second that has already begun.
+    given = {"wait_s": str(math.ceil(timeout_s) + 1 if timeout_s else 0), **(values or {})}
     if slot is not None:
         given["drc"] = f"{drc_index(slot):x}"
     # The script comes on stdin, so that the log of commands stays readable.

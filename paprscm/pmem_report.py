@@ -155,6 +155,7 @@ class Dump:
         self.texts: dict[str, str] = {}
         self.blobs: dict[str, bytes] = {}
         self.found: list[tuple[str, str, str]] = []
+        self.sizes: dict[str, int] = {}
         self.step = ""
         self.complete = False
         blob: str | None = None
@@ -173,6 +174,8 @@ class Dump:
                 self.blobs[blob := key] = b""
             elif word == "found" and len(parts := rest.split(" ")) == 3:
                 self.found.append((parts[0], parts[1], parts[2]))
+            elif word == "prop" and key.isdecimal() and value and value not in self.sizes:
+                self.sizes[value] = int(key)
             elif word == "step" and key and not value:
                 self.step = key
             elif line == "done":
@@ -191,6 +194,14 @@ class Dump:
         if not re.fullmatch(r"[0-9]+|0x[0-9a-f]+", text):
             raise ContractError(f"{key} is no number: {text!r}")
         return int(text, 0)
+
+    def properties(self) -> dict[str, bytes]:
+        rest, found = self.blobs.get("props", b""), {}
+        if len(rest) != sum(self.sizes.values()):
+            raise HostError(f"{len(rest)} bytes of properties whose sizes are {self.sizes}")
+        for name, size in self.sizes.items():
+            found[name], rest = rest[:size], rest[size:]
+        return found
 
     def words(self, key: str) -> frozenset[str] | None:
         return frozenset(self.texts[key].split()) if key in self.texts else None
@@ -243,7 +254,7 @@ def _mode(dump: Dump) -> int | None:
 
 def _node(dump: Dump) -> Node:
     path = dump.text("node")
-    raw = {k.removeprefix("prop:"): v for k, v in dump.blobs.items() if k.startswith("prop:")}
+    raw = dump.properties()
 
     def refuse(name: str, wanted: str) -> ContractError:
         return ContractError(f"{path}: {name} is {raw[name].hex(' ') or 'empty'}, not {wanted}")

@@ -6,6 +6,7 @@ Run as `env drc=… wait_s=… … sh -s STEP…`, it prints lines that `pmem` p
     found REGION NODE DEVICE     one for each region that there is; NODE may be "-"
     text KEY VALUE               the first line of a file, or a fact
     blob KEY                     followed by the content in hex, as `od -An -v -tx1` writes it
+    prop SIZE NAME               the blob "props" holds so many bytes of this property, in order
     step STEP                    this step begins
     done                         all steps succeeded
 
@@ -25,49 +26,44 @@ fact() { printf 'text %s %s\n' "$1" "$2"; }
 
 # The first line of a sysfs file, without starting a process: those are slow under TCG.
 text() {
-	[ -e "$2" ] || return 0
 	line=
+	[ -e "$2" ] || return 0
 	IFS= read -r line < "$2" || :
 	fact "$1" "$line"
 }
 
-blob() {
-	printf 'blob %s\n' "$1"
-	od -An -v -tx1 "$2"
+# Sets at to where a folder really is. By cd, because processes are slow under TCG.
+at() {
+	cd -P "$1" 2>/dev/null && at=$PWD
 }
 
-real() { (cd -P "$1" && pwd -P); }
-
-uptime_s() {
+now() {
 	read -r up rest < /proc/uptime
-	echo "${up%%.*}"
+	now=${up%%.*}
 }
 
 # Sets region, device and node to those of $drc; fails if there are none.
 look() {
 	found= region= trouble=
 	for dir in @SYSFS@/bus/nd/devices/region*; do
-		[ -e "$dir" ] || continue
-		here=$(real "$dir") || continue
-		of=
-		[ ! -e "$dir/of_node" ] || of=$(real "$dir/of_node") || continue
+		at "$dir" || continue
+		here=$at at=
+		if ! at "$dir/of_node"; then
+			# A kernel that gives the region no such link has named its bus after the node.
+			provider=
+			IFS= read -r provider < "$here/../provider" || :
+			at "@SYSFS@/firmware/devicetree/base/${provider%%:*}/${provider#*:}" || at=
+		fi
 		found="$found
-found ${dir##*/} ${of:--} $here"
-		case "$of" in
-		*/@NODE@@$drc) ;;
-		'')
-			# Without the link, the platform device's name tells.
-			case "$here" in
-			*/@PARENT@:@NODE@@$drc/*) of=$(real "$here/../../of_node") || continue ;;
-			*) continue ;;
-			esac
-			;;
+found ${dir##*/} ${at:--} $here"
+		case $at in
+		*/@PARENT@/@NODE@@$drc) ;;
 		*) continue ;;
 		esac
 		if [ -n "$region" ]; then
 			trouble="both $region and ${dir##*/} are of drc $drc"
 		fi
-		region=${dir##*/} device=$here node=$of
+		region=${dir##*/} device=$here node=$at
 	done
 	if [ -n "$region" ] && [ ! -e "$device/driver" ]; then
 		trouble="$region has no driver"
@@ -76,9 +72,11 @@ found ${dir##*/} ${of:--} $here"
 }
 
 step_find() {
-	end=$(($(uptime_s) + wait_s))
+	now
+	end=$((now + wait_s))
 	until look; do
-		if [ "$(uptime_s)" -ge "$end" ]; then
+		now
+		if [ "$now" -ge "$end" ]; then
 			[ -z "$found" ] || printf '%s\n' "${found#?}"
 			[ -z "$trouble" ] || fact trouble "$trouble"
 			exit 3
@@ -94,16 +92,20 @@ step_find() {
 	for key in deep_flush persistence_domain size read_only align nstype mapping0; do
 		text $key "$device/$key"
 	done
-	[ ! -e "$device/deep_flush" ] || fact deep_flush_mode "$(stat -c %a "$device/deep_flush")"
-	line=
-	[ ! -e "$device/mapping0" ] || IFS= read -r line < "$device/mapping0"
+	# What text read last is mapping0, "nmem0,0,536870912,0", or nothing.
 	dimm=@SYSFS@/bus/nd/devices/${line%%,*}
 	for key in flags papr/flags papr/dirty_shutdown; do
 		text $key "$dimm/$key"
 	done
-	for file in "$node"/*; do
-		[ ! -f "$file" ] || blob "prop:${file##*/}" "$file"
+	[ ! -e "$device/deep_flush" ] || fact deep_flush_mode "$(stat -c %a "$device/deep_flush")"
+	at "$node"
+	set --
+	for file in *; do
+		[ ! -f "$file" ] || set -- "$@" "$file"
 	done
+	stat -c 'prop %s %n' -- "$@"
+	printf 'blob props\n'
+	cat -- "$@" | od -An -v -tx1
 }
 
 step_namespace() {
@@ -112,12 +114,12 @@ step_namespace() {
 	printf '%s' "$made" | od -An -v -tx1
 	name=$(printf '%s\n' "$made" | sed -n 's/.*"blockdev":"\([^"]*\)".*/\1/p')
 	[ -n "$name" ] || { echo 'ndctl names no blockdev' >&2; exit 1; }
-	owner=$(real "@SYSFS@/block/$name/device")
-	fact disk_device "$owner"
+	at "@SYSFS@/block/$name/device"
+	fact disk_device "$at"
 	# Never make a file system on what is not this region's.
-	case $owner in
+	case $at in
 	"$device"/*) ;;
-	*) echo "$name is $owner, which is not below $device" >&2; exit 1 ;;
+	*) echo "$name is $at, which is not below $device" >&2; exit 1 ;;
 	esac
 	for key in fua dax write_cache; do
 		text queue/$key "@SYSFS@/block/$name/queue/$key"
@@ -144,7 +146,8 @@ step_filesystem() {
 step_mount() {
 	mkdir -p "$mountpoint"
 	mount -t "$fstype" -o "$options" "$disk" "$mountpoint"
-	mountpoint=$(real "$mountpoint")
+	at "$mountpoint"
+	mountpoint=$at
 	seen=
 	while read -r source target type opts rest; do
 		[ "$target" != "$mountpoint" ] || seen="$source $type $opts"

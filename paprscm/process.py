@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import select
 import shlex
@@ -23,6 +24,27 @@ from paprscm.errors import HostError
 
 _KEEPER = Path(__file__).with_name("keeper.py")
 _KILL_LIMIT_S = 10.0
+
+# Process ids, with spaces between; the Makefile begins it with that of make.
+_RUN = "PAPRSCM_RUN"
+
+
+def join_run() -> None:
+    """Make this process one of those without which the run must not go on.
+
+    The processes that it starts from now on know it through their environment.
+    """
+    os.environ[_RUN] = f"{os.environ.get(_RUN, '')} {os.getpid()}".strip()
+
+
+def _run_pids() -> list[int]:
+    """Processes that must live for as long as anything that we start."""
+    pids = [int(word) for word in os.environ.get(_RUN, "").split() if word.isdecimal()]
+    # Avocado runs a test in a child of its runner that multiprocessing forked.
+    runner = multiprocessing.parent_process()
+    if runner is not None and runner.pid is not None:
+        pids.append(runner.pid)
+    return pids
 
 
 def describe_status(status: int) -> str:
@@ -75,6 +97,7 @@ class Process:
             "lifeline": lifeline_r,
             "report": report_w,
             "parent": os.getpid(),
+            "run": _run_pids(),
             "scratch": str(scratch) if scratch else None,
         }
         try:

@@ -127,13 +127,16 @@ def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -
 
 
 def accel(
-    setting: str,
-    qemu: Qemu,
-    *,
-    host: str | None = None,
-    device: Path = Path("/dev/kvm"),
+    setting: str, qemu: Qemu, *, host: str | None = None, device: Path = Path("/dev/kvm")
 ) -> str:
-    """The accelerator to use, "tcg" or "kvm".
+    """The accelerator to use, "tcg" or "kvm"; see `accel_and_reason`."""
+    return accel_and_reason(setting, qemu, host=host, device=device)[0]
+
+
+def accel_and_reason(
+    setting: str, qemu: Qemu, *, host: str | None = None, device: Path = Path("/dev/kvm")
+) -> tuple[str, str | None]:
+    """The accelerator to use, "tcg" or "kvm", and why it is not KVM where that was possible.
 
     Args:
         setting: 'auto', 'tcg' or 'kvm'.
@@ -144,13 +147,13 @@ def accel(
         CapabilityError: KVM was asked for and cannot be had.
     """
     if setting == "tcg":
-        return "tcg"
+        return "tcg", "accel=tcg is set"
     reason = _why_no_kvm(qemu, host or platform.machine(), device)
     if reason is None:
-        return "kvm"
+        return "kvm", None
     if setting == "kvm":
         raise CapabilityError(f"accel=kvm: {reason}", hint="accel=auto takes TCG here")
-    return "tcg"
+    return "tcg", reason
 
 
 def _why_no_kvm(qemu: Qemu, host: str, device: Path) -> str | None:
@@ -171,6 +174,16 @@ def _why_no_kvm(qemu: Qemu, host: str, device: Path) -> str | None:
     finally:
         os.close(handle)
     return None if api == KVM_API_VERSION else f"{device} has API version {api}, not 12"
+
+
+def is_fetched(cache: Cache, setting: str) -> bool:
+    """Whether the cache already holds the QEMU of a setting 'debian:SUITE'."""
+    arch = _DEBIAN_ARCH.get(platform.machine(), "")
+    return cache.find("qemu", _fetched_fields(setting.removeprefix("debian:"), arch)) is not None
+
+
+def _fetched_fields(suite: str, arch: str) -> dict[str, str]:
+    return {"suite": suite, "arch": arch, "format": _FETCHED_FORMAT}
 
 
 def _locate(cache: Cache, setting: str, mirror: str) -> tuple[tuple[str, ...], Path]:
@@ -223,7 +236,7 @@ def _fetched(cache: Cache, suite: str, mirror: str) -> tuple[tuple[str, ...], Pa
             argv_prefix, path = _prefix_in(folder / "root")
             ask(argv_prefix, path)
 
-    fields = {"suite": suite, "arch": arch, "format": _FETCHED_FORMAT}
+    fields = _fetched_fields(suite, arch)
     entry = cache.ensure("qemu", fields, build, needs_bytes=_NEEDS_BYTES)
     return _prefix_in(entry.path / "root")
 

@@ -116,7 +116,10 @@ class _Conversation:
 
     def __enter__(self) -> _Conversation:
         try:
-            self.version: JSON = self._read()["QMP"]["version"]
+            greeting = self._read().get("QMP")
+            if not isinstance(greeting, dict) or "version" not in greeting:
+                raise self._no_qemu()
+            self.version: JSON = greeting["version"]
             self.ask("qmp_capabilities")
         except BaseException:
             self.__exit__()
@@ -166,8 +169,11 @@ class _Conversation:
         except ValueError:
             message = None
         if not isinstance(message, dict):
-            raise ConfigError(f"{self._path} is not a QEMU", hint=f"name the binary, {BINARY}")
+            raise self._no_qemu()
         return message
+
+    def _no_qemu(self) -> ConfigError:
+        return ConfigError(f"{self._path} is not a QEMU", hint=f"name the binary, {BINARY}")
 
     def _ended(self) -> Error:
         """What to say about a QEMU that ended instead of answering."""

@@ -59,8 +59,8 @@ def ssh(guest: Guest) -> int:
     try:
         with _raw(), contextlib.closing(channel):
             while True:
-                ready = select.select([0, channel], [], [])[0]
-                if channel in ready:
+                ready = select.select([0, channel.fileno()], [], [])[0]
+                if channel.fileno() in ready:
                     data = channel.recv(32768)
                     if not data:
                         return channel.recv_exit_status()

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from avocado import Test
 
 from paprscm import settings
 from paprscm.environment import Environment, prepare
-from paprscm.errors import CapabilityError, ContractError
+from paprscm.errors import CapabilityError
 from paprscm.guest import Guest
 from paprscm.machine import Machine, Nvdimm
 
@@ -31,18 +30,20 @@ class PaprScmTest(Test):
     # waits for ever for a test process that was killed.
     timeout = 300
 
-    def setUp(self) -> None:  # noqa: N802
+    def setUp(self) -> None:
         """Read the settings and make sure that all that guests need is there."""
         self._leave = contextlib.ExitStack()
         self._guests = 0
         self._metrics: dict[str, Any] = {}
         with self._verdict():
             given = {name: self.params.get(name) for name in settings.names()}
-            self.settings = settings.load({n: None if v is None else str(v) for n, v in given.items()})
+            # A varianter's values need not be strings.
+            words = {name: str(value) for name, value in given.items() if value is not None}
+            self.settings = settings.load(words)
             self.environment: Environment = prepare(self.settings)
         self.measure("environment", self.environment.describe())
 
-    def tearDown(self) -> None:  # noqa: N802
+    def tearDown(self) -> None:
         """End the guests, whatever became of the test."""
         self._leave.close()
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)

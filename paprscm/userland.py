@@ -38,12 +38,14 @@ _MOUNT_POINTS = ("mnt1", "mnt2", "mnt3", "mnt4", "proc", "sys", "dev", "mnt", "r
 # Maintainer scripts would have made these through update-alternatives.
 _ALTERNATIVES = {"cc": "gcc", "c99": "gcc", "awk": "mawk"}
 _APPLETS = (
-    *("clear", "free", "gunzip", "gzip", "halt", "hexdump", "ifconfig", "ip", "less", "lspci"),
+    *("clear", "free", "gunzip", "gzip", "halt", "hexdump", "hostname", "ifconfig", "ip", "less", "lspci"),
     *("nc", "ping", "poweroff", "reboot", "reset", "resize", "route", "tar", "time", "top"),
     *("unxz", "usleep", "uptime", "vi", "watch", "which", "xxd", "xzcat", "zcat"),
 )
 _ETC = {
-    "passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",
+    "passwd": (
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n"
+    ),
     "group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
     # No password opens it: dropbear takes keys only, the console asks nobody.
     "shadow": "root:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\n",

@@ -157,6 +157,15 @@ def test_stores_reach_the_asked_place(probe: Probe, tmp_path: Path) -> None:
     assert changed == [1, 2]
 
 
+def test_the_file_is_made_anew(probe: Probe, tmp_path: Path) -> None:
+    """What an earlier run allocated would spare this one the faults that count."""
+    (tmp_path / "file").write_bytes(b"\xaa" * 3 * PAGE)
+    probe("--pages=2", "--sync=off", tmp_path / "file")
+    content = (tmp_path / "file").read_bytes()
+    assert len(content) == 2 * PAGE
+    assert not any(content[8:PAGE])
+
+
 def test_private_store_does_not_reach_the_file(probe: Probe, tmp_path: Path) -> None:
     report = probe("--type=private", "--sync=off", tmp_path / "file")
     assert (report.mapping.store_in_mapping, report.mapping.store_in_file) == (True, False)

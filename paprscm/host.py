@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What this machine offers to the suite, what is missing, and the line that installs it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from paprscm import debian, process, qemu
+from paprscm.cache import Cache
+from paprscm.errors import ConfigError, Error
+from paprscm.qemu_facts import BINARY
+from paprscm.settings import Settings
+
+HOST_PACKAGES = Path(__file__).resolve().parents[1] / "images" / "host-packages"
+CROSS_COMPILER = "powerpc64le-linux-gnu-gcc"
+
+# An empty cache holds kernel source, kernel objects, and the userland with its packages at once.
+_CACHE_NEEDS_BYTES = 6_000_000_000
+# Two DIMMs of 512 MiB in each of a few guests that run side by side.
+_SCRATCH_NEEDS_BYTES = 4_000_000_000
+_NOT_DISKS = ("tmpfs", "ramfs", "devtmpfs", "overlay")
+_SHORT_MEMORY_MIB = 512
+"""What a host needs besides one guest."""
+
+Grade = Literal["ok", "missing", "note"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        grade: "ok", "missing" (something needed is not there or cannot be used), or "note"
+            (it works, but not all of it, or not well).
+        subject: what was looked at, in a word or two.
+        text: what was found, for a person.
+        packages: Debian packages that would bring what is missing.
+    """
+
+    grade: Grade
+    subject: str
+    text: str
+    packages: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class HostPackage:
+    """One line of images/host-packages.
+
+    Attributes:
+        name: the Debian package.
+        proof: a command, an absolute path, or "module:" and a Python module.
+        reason: what it is needed for.
+    """
+
+    name: str
+    proof: str
+    reason: str
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the proof is found."""
+        if self.proof.startswith("module:"):
+            return importlib.util.find_spec(self.proof.removeprefix("module:")) is not None
+        if self.proof.startswith("/"):
+            return Path(self.proof).exists()
+        # Some tools are in /sbin, which a user's PATH need not have.
+        path = os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin"
+        return shutil.which(self.proof, path=path) is not None
+
+
+def parse_host_packages(text: str) -> list[HostPackage]:
+    """The lines of a list such as images/host-packages.
+
+    Raises:
+        ConfigError: a line has no proof.
+    """
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        entry, _, reason = line.partition("#")
+        words = entry.split()
+        if not words:
+            continue
+        if len(words) != 2:
+            raise ConfigError(f"host packages, line {number}: '{line}' is not: package proof")
+        found.append(HostPackage(words[0], words[1], reason.strip()))
+    return found
+
+
+def doctor(settings: Settings) -> list[Finding]:
+    """Look at all that the suite needs of this machine; nothing is fetched or built."""
+    cache = Cache(settings.cache_dir)
+    findings = _packages(parse_host_packages(HOST_PACKAGES.read_text()))
+    findings += _python_packages()
+    findings += _qemu(cache, settings)
+    findings += _cross_compiler()
+    findings.append(_processor_and_memory(settings))
+    findings.append(_folder("cache", settings.cache_dir, _CACHE_NEEDS_BYTES))
+    findings.append(_folder("scratch", settings.scratch_dir, _SCRATCH_NEEDS_BYTES, durable=True))
+    findings.append(_mirror(settings))
+    return findings
+
+
+def broken(findings: Sequence[Finding]) -> bool:
+    """Whether something needed is missing."""
+    return any(finding.grade == "missing" for finding in findings)
+
+
+def install_line(findings: Sequence[Finding]) -> str | None:
+    """The command that installs every missing package, or None."""
+    packages = dict.fromkeys(name for finding in findings for name in finding.packages)
+    return "apt install " + " ".join(packages) if packages else None
+
+
+def show(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Print the findings for a person.
+
+    Args:
+        console: where to; standard output when None.
+    """
+    console = console or Console()
+    styles = {"ok": "green", "missing": "bold red", "note": "yellow"}
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column()
+    for finding in findings:
+        style = styles[finding.grade]
+        table.add_row(f"[{style}]{finding.grade}[/]", finding.subject, _plain(finding.text))
+    console.print(table)
+    if line := install_line(findings):
+        # Never wrapped: it is there to be copied.
+        console.print(f"\n{line}", soft_wrap=True, highlight=False, markup=False)
+
+
+def _plain(text: str) -> str:
+    # Rich would take [...] for its markup.
+    return text.replace("[", r"\[")
+
+
+def _packages(wanted: Sequence[HostPackage]) -> list[Finding]:
+    absent = [package for package in wanted if not package.is_there]
+    if not absent:
+        return [Finding("ok", "host packages", f"all {len(wanted)} of them")]
+    return [
+        Finding("missing", "package", f"{package.name}: {package.reason}", (package.name,))
+        for package in absent
+    ]
+
+
+def _python_packages() -> list[Finding]:
+    try:
+        wanted = importlib.metadata.requires("paprscm") or []
+    except importlib.metadata.PackageNotFoundError:
+        return [Finding("missing", "python", "the project is not installed; run tools/setup")]
+    # Extras are for who works on the project itself.
+    names = [re.split(r"[\s<>=!~;\[(]", line)[0] for line in wanted if "extra ==" not in line]
+    absent = [name for name in names if not _is_installed(name)]
+    if absent:
+        return [
+            Finding("missing", "python", f"not installed: {', '.join(absent)}; run tools/setup")
+        ]
+    return [Finding("ok", "python", f"{platform.python_version()}, all {len(names)} packages")]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
+    if settings.qemu.startswith("debian:") and not qemu.is_fetched(cache, settings.qemu):
+        return [Finding("note", "QEMU", f"{settings.qemu} will be fetched by the first run")]
+    if settings.qemu == "auto" and shutil.which(BINARY) is None:
+        # Named among the host packages already.
+        return []
+    try:
+        binary = qemu.resolve(cache, settings.qemu, mirror=settings.mirror)
+    except Error as error:
+        return [Finding("missing", "QEMU", str(error))]
+    lacking = [
+        text
+        for present, text in (
+            (binary.has_pmem, "no libpmem, so tests of pmem=on are cancelled"),
+            (binary.has_pmem_override, "no pmem-override, so its tests are cancelled"),
+            (binary.has_vof or settings.firmware == "slof", "no x-vof, so set firmware=slof"),
+        )
+        if not present
+    ]
+    what = "; ".join(lacking) if lacking else "spapr-nvdimm, pmem, pmem-override, x-vof"
+    grade: Grade = "note" if lacking else "ok"
+    findings = [Finding(grade, "QEMU", f"{binary.version_text}: {what}")]
+    try:
+        accel, why = qemu.accel_and_reason(settings.accel, binary)
+    except Error as error:
+        return [*findings, Finding("missing", "accelerator", str(error))]
+    text = f"{accel.upper()}: {why}" if why else accel.upper()
+    return [*findings, Finding("ok", "accelerator", text)]
+
+
+def _cross_compiler() -> list[Finding]:
+    if shutil.which(CROSS_COMPILER) is None:
+        # Named among the host packages already.
+        return []
+    try:
+        version = process.run([CROSS_COMPILER, "-dumpfullversion"], timeout_s=20).text
+    except Error as error:
+        return [Finding("missing", "cross gcc", str(error))]
+    return [Finding("ok", "cross gcc", f"{version} ({CROSS_COMPILER})")]
+
+
+def _processor_and_memory(settings: Settings) -> Finding:
+    processors = len(os.sched_getaffinity(0))
+    available = _available_memory_mib()
+    text = f"{processors} CPUs, {available / 1024:.1f} GiB memory available"
+    need = settings.memory_mib + _SHORT_MEMORY_MIB
+    if available < need:
+        return Finding(
+            "note", "machine", f"{text}; a guest of {settings.memory_mib} MiB may not fit"
+        )
+    if processors < 2:
+        return Finding("note", "machine", f"{text}; expect everything to take twice as long")
+    return Finding("ok", "machine", text)
+
+
+def _available_memory_mib() -> int:
+    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(match[1]) // 1024 if match else 0
+
+
+def _folder(subject: str, folder: Path, needs_bytes: int, *, durable: bool = False) -> Finding:
+    # It is made when it is needed: until then its nearest ancestor counts.
+    folder = folder.absolute()
+    place = folder
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        return Finding(
+            "missing", subject, f"{folder}: not writable; set {subject}_dir to a folder that is"
+        )
+    kind = filesystem_type(place)
+    free = shutil.disk_usage(place).free
+    text = f"{folder} ({kind}), {free / 1e9:.1f} GB free"
+    if durable and kind in _NOT_DISKS:
+        return Finding(
+            "note", subject, f"{text}; fdatasync means nothing there: set {subject}_dir to a disk"
+        )
+    if free < needs_bytes:
+        return Finding("note", subject, f"{text}; {needs_bytes / 1e9:.0f} GB may be needed")
+    return Finding("ok", subject, text)
+
+
+def filesystem_type(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the file system that holds `path`, as the kernel names it ("ext4").
+
+    Args:
+        path: something that exists.
+        mountinfo: see proc(5).
+    """
+    path = path.resolve()
+    best, kind = -1, "unknown"
+    for line in mountinfo.read_text().splitlines():
+        before, _, after = line.partition(" - ")
+        # Spaces in the mount point are written as \040.
+        point = Path(re.sub(r"\\(\d{3})", lambda m: chr(int(m[1], 8)), before.split()[4]))
+        # Of two mounts on one point the later hides the earlier.
+        if path.is_relative_to(point) and len(point.parts) >= best:
+            best, kind = len(point.parts), after.split()[0]
+    return kind
+
+
+def _mirror(settings: Settings) -> Finding:
+    try:
+        return Finding("ok", "mirror", debian.resolve_mirror(settings.mirror))
+    except Error as error:
+        # Nothing is fetched any more once the cache is full.
+        return Finding("note", "mirror", str(error))

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Build guest kernels: the default one from Debian's source, and one from an own source tree."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from paprscm import debian, process
+from paprscm.cache import Cache
+from paprscm.errors import ConfigError, Error, HostError
+from paprscm.kconfig import Fragment, explain, merge, unmet
+from paprscm.kernel import parse_config
+from paprscm.log import Bar, logger, progress, step
+from paprscm.settings import Settings
+
+TOOLCHAIN = "powerpc64le-linux-gnu-"
+_TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
+_BUILD_TOOLS_HINT = "apt install make gcc bison flex bc libelf-dev"
+
+# One line of make's output for each of these is one object of the progress bar.
+_OBJECT = re.compile(r"^  (?:CC|AS)\s")
+_WRONG = re.compile(
+    r": (?:fatal )?error: |undefined reference|internal compiler error|Kconfig\S*:\d+: "
+    r"|\*\*\* (?!Waiting)"
+)
+# Without these of a fragment there is nothing to test.
+_VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
+# What an unpacked source, its objects and the vmlinux take.
+_BUILD_BYTES = 1_200_000_000
+_SOURCE_BYTES = 400_000_000
+
+# Every architecture but powerpc.
+_OTHER_ARCHITECTURES = ("[a-o]*", "parisc", "[q-z]*")
+# The Kconfig files and Makefiles of both stay: every configuration reads them all.
+_CODE_NOT_BUILT = (
+    *("drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband", "drivers/media"),
+    *("drivers/net/ethernet", "drivers/net/wireless", "drivers/staging", "sound"),
+)
+_TEXT_SUFFIXES = ("rst", "txt", "yaml", "svg", "json", "dot", "py")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel that was built.
+
+    Attributes:
+        vmlinux: without debug information, with its symbol table.
+        config: the .config that it was built with.
+        log: what make said.
+        modules: a folder as modules_install leaves it; None where nothing is a module.
+        source: version of Debian's source package, or the source folder.
+    """
+
+    vmlinux: Path
+    config: Path
+    log: Path
+    modules: Path | None
+    source: str
+
+
+def default_fragment() -> Path:
+    """The fragment that the default kernel is made of."""
+    return Path(__file__).resolve().parent.parent / "images" / "kernel.config"
+
+
+def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = ()) -> Built:
+    """The default kernel, built now if it is not in the cache; asks the network for nothing else.
+
+    Args:
+        cache: where source and kernel are kept, as two entries.
+        settings: kernel_source, suite and mirror say where the source comes from.
+        extra: further fragments; a later one overrides.
+
+    Raises:
+        HostError: a tool is missing, or the source does not build.
+        ConfigError: an option of the fragments did not survive; the message names it and why.
+    """
+    fragment = Fragment.read([default_fragment(), *extra])
+    source = _source(cache, settings)
+    version = (source / "version").read_text().strip()
+    fields = {"source": version, "fragment": fragment.digest, "compiler": _compiler()}
+    log_file = cache.root / "logs" / "kernel-build.log"
+
+    def build(entry: Path) -> None:
+        tree, objects = entry / "tree", entry / "objects"
+        with step(f"building the default kernel ({version})"):
+            _fresh_log(log_file)
+            _unpack(source / "linux.tar.xz", tree)
+            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm")
+            (entry / "fragment").write_text(fragment.text(own_tree=False))
+            make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
+            produced = parse_config((objects / ".config").read_text())
+            _check(fragment.options, produced, tree, vital=list(fragment.options))
+            make.compile(produced, total=fragment.objects)
+            _collect(make, entry, produced)
+            (entry / "source-version").write_text(version + "\n")
+            shutil.copyfile(log_file, entry / "build.log")
+            shutil.rmtree(tree)
+            shutil.rmtree(objects)
+
+    entry = cache.ensure("kernel", fields, build, needs_bytes=_BUILD_BYTES)
+    return _built(entry.path, entry.path / "build.log", version)
+
+
+def build_tree(cache: Cache, source: Path, *, config: Path | None = None) -> Built:
+    """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
+
+    The part of images/kernel.config that every kernel needs is merged over `config`; an option that
+    is a module there stays one. Without `config` it is the default kernel's configuration.
+
+    Args:
+        cache: its root holds the O= folders, in kbuild/.
+        source: top of a Linux source tree without an in-tree build in it.
+        config: the user's .config.
+
+    Raises:
+        ConfigError: this is no kernel tree, it is not clean, it has no papr_scm, or it does not
+            compile (with the compiler's first errors).
+        HostError: a tool is missing.
+    """
+    source = source.expanduser().resolve()
+    _check_tree(source)
+    fragment = Fragment.read([default_fragment()])
+    name = hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    folder = cache.root / "kbuild" / name
+    with cache.lock(f"kbuild-{name}", what=f"builds the kernel in {source}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "source").write_text(f"{source}\n")
+        objects, log_file = folder / "objects", folder / "build.log"
+        with step(f"building the kernel of {source}"), _marked(objects):
+            _fresh_log(log_file)
+            make = _Make(source, objects, log_file)
+            if config is None:
+                (folder / "fragment").write_text(fragment.text(own_tree=False))
+                make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
+            else:
+                text = merge(_read_config(config), fragment.every)
+                (objects / ".config").write_text(text)
+                make.run("olddefconfig")
+            produced = parse_config((objects / ".config").read_text())
+            wanted = fragment.options if config is None else fragment.every
+            _check(wanted, produced, source, vital=_VITAL)
+            count = folder / "objects-count"
+            known = count.read_text() if count.is_file() else ""
+            total = int(known or fragment.objects) if config is None else int(known or 0)
+            first = not (objects / "vmlinux").exists()
+            compiled = make.compile(produced, total=total if first else 0, blame=ConfigError)
+            if first:
+                count.write_text(str(compiled))
+            _collect(make, folder, produced)
+    return _built(folder, log_file, str(source))
+
+
+class _Make:
+    """One O= folder and the make that fills it."""
+
+    def __init__(self, source: Path, objects: Path, log_file: Path, *variables: str) -> None:
+        objects.mkdir(parents=True, exist_ok=True)
+        self.source = source
+        self.objects = objects
+        self._log_file = log_file
+        jobs = len(os.sched_getaffinity(0)) + 1
+        self._argv = [
+            *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
+            *(f"CROSS_COMPILE={TOOLCHAIN}", *variables),
+        ]
+        # We may run below `make suite`, whose job server is not ours, and in any language.
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("MAKE", "MFLAGS", "KBUILD", "KCONFIG", "LC_"))
+            and name not in ("ARCH", "CROSS_COMPILE", "O", "V")
+        }
+        self._env = {
+            **kept,
+            "LC_ALL": "C",
+            "KBUILD_BUILD_USER": "paprscm",
+            "KBUILD_BUILD_HOST": "paprscm",
+        }
+
+    def run(self, *targets: str, bar: Bar | None = None, total: int = 0) -> int:
+        """Make the targets; how many objects were compiled.
+
+        Raises:
+            HostError: it failed; the first errors are in the message, the log's path in the hint.
+        """
+        done = 0
+        wrong: list[str] = []
+
+        def line(text: str) -> None:
+            nonlocal done
+            if _OBJECT.match(text):
+                done += 1
+                if bar is not None:
+                    # The total is a record of an earlier build, or of another version.
+                    bar.update(done, max(total, done) if total else None)
+            elif _WRONG.search(text):
+                wrong.append(text.strip())
+
+        try:
+            process.run(
+                [*self._argv, *targets], env=self._env, log_file=self._log_file, on_line=line
+            )
+        except HostError as error:
+            if not wrong:
+                raise
+            # With several jobs the last line is rarely the cause; the compiler's errors are.
+            cause = [text for text in wrong if "***" not in text] or wrong
+            lines = "".join(f"\n    {text}" for text in cause[:8])
+            raise HostError(
+                f"`make {' '.join(targets)}` in {self.source} failed:{lines}",
+                hint=f"the whole log: {self._log_file}",
+            ) from error
+        return done
+
+    def compile(
+        self, produced: dict[str, str], *, total: int, blame: type[Error] = HostError
+    ) -> int:
+        """Make vmlinux, and modules where there are any; how many objects were compiled."""
+        targets = ["vmlinux", "modules"] if "m" in produced.values() else ["vmlinux"]
+        try:
+            with progress("kernel objects", total or None, "objects") as bar:
+                return self.run(*targets, bar=bar, total=total)
+        except HostError as error:
+            raise blame(error.message, hint=error.hint) from error
+
+
+def _source(cache: Cache, settings: Settings) -> Path:
+    """The cache entry with the source package's archive and version."""
+    package = settings.kernel_source
+    fields = {"package": package, "suite": settings.suite, "mirror": settings.mirror}
+
+    def fetch(entry: Path) -> None:
+        root = entry / "root"
+        with step(f"fetching {package} from {settings.suite}"):
+            debian.extract(
+                [package],
+                suite=settings.suite,
+                mirror=debian.resolve_mirror(settings.mirror),
+                # The package is for all architectures; this one is certainly in the suite.
+                arch="amd64",
+                target=root,
+                title=package,
+            )
+            archives = sorted((root / "usr/src").glob("linux-source-*.tar.xz"))
+            if len(archives) != 1:
+                raise ConfigError(
+                    f"the package {package} of {settings.suite} holds no Linux source",
+                    hint="set kernel_source to a package such as linux-source-6.12",
+                )
+            (entry / "version").write_text(_package_version(root, package) + "\n")
+            archives[0].rename(entry / "linux.tar.xz")
+            shutil.rmtree(root)
+
+    return cache.ensure("kernel-source", fields, fetch, needs_bytes=_SOURCE_BYTES).path
+
+
+def _package_version(root: Path, package: str) -> str:
+    changelog = root / "usr/share/doc" / package / "changelog.Debian.gz"
+    try:
+        with gzip.open(changelog, "rt", encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+    except (OSError, EOFError) as error:
+        raise HostError(f"the package {package} has no readable changelog: {error}") from error
+    found = re.match(r"\S+ \(([^)]+)\)", first)
+    if found is None:
+        raise HostError(f"the changelog of {package} does not begin with a version: {first!r}")
+    return found[1]
+
+
+def _compiler() -> str:
+    """The cross compiler's name and version, as one line."""
+    if shutil.which(TOOLCHAIN + "gcc") is None:
+        raise HostError(f"{TOOLCHAIN}gcc is not installed", hint=_TOOLCHAIN_HINT)
+    for tool in ("make", "gcc", "bison", "flex", "bc"):
+        if shutil.which(tool) is None:
+            raise HostError(f"{tool} is not installed", hint=_BUILD_TOOLS_HINT)
+    return process.run([TOOLCHAIN + "gcc", "--version"]).lines[0]
+
+
+def _unpack(archive: Path, tree: Path) -> None:
+    """Unpack the source without what a powerpc kernel never reads: half of its files."""
+    code = [f"arch/{name}" for name in _OTHER_ARCHITECTURES] + list(_CODE_NOT_BUILT)
+    excluded = [f"*/{folder}/*.{suffix}" for folder in code for suffix in ("[chS]", "dts", "dtsi")]
+    excluded += [f"*/Documentation/*.{suffix}" for suffix in _TEXT_SUFFIXES]
+    excluded += ["*/tools/testing", "*/tools/perf", "*/rust/*.rs"]
+    tree.mkdir()
+    with step("unpacking the kernel source"):
+        process.run(
+            [
+                *("tar", "-xJf", archive, "-C", tree, "--strip-components=1", "--wildcards"),
+                *("--no-anchored", "--no-same-owner"),
+                *(f"--exclude={pattern}" for pattern in excluded),
+            ]
+        )
+
+
+def _check(
+    wanted: dict[str, str], produced: dict[str, str], tree: Path, *, vital: Sequence[str]
+) -> None:
+    """Name the options that did not survive; fatal where one of the vital ones is among them."""
+    lost = unmet(wanted, produced)
+    if not lost:
+        return
+    reasons = explain(lost, produced, tree)
+    text = "; ".join(f"CONFIG_{name} ({reasons[name]})" for name in lost)
+    if any(name in vital for name in lost):
+        raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
+    logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+
+
+def _check_tree(source: Path) -> None:
+    if not (source / "Kbuild").is_file() or not (source / "arch/powerpc/Kconfig").is_file():
+        raise ConfigError(
+            f"{source} is not the top of a Linux source tree",
+            hint="it must hold Kbuild and arch/powerpc/Kconfig",
+        )
+    # Linux, Makefile: outputmakefile.
+    dirt = (".config", "include/config", "arch/powerpc/include/generated")
+    found = [name for name in dirt if (source / name).exists()]
+    if found:
+        raise ConfigError(
+            f"{source} was built or configured in place ({', '.join(found)} is there); "
+            "kbuild refuses a separate output folder then",
+            hint=f"cp {source}/.config FILE; make -C {source} ARCH=powerpc mrproper; then give "
+            "FILE as the configuration",
+        )
+    _compiler()
+
+
+def _read_config(path: Path) -> str:
+    try:
+        text = path.expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the kernel configuration {path} cannot be read: {error}") from error
+    if "CONFIG_" not in text:
+        raise ConfigError(f"{path} is not a kernel configuration: it sets no CONFIG_ option")
+    return text
+
+
+@contextmanager
+def _marked(objects: Path) -> Iterator[None]:
+    """Forget what a build that was killed had half written.
+
+    make deletes its half-written targets when it is interrupted or fails, but not when it is
+    killed; such an object would be newer than its source, and be taken. kbuild (scripts/
+    Kbuild.include, if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
+    """
+    objects.mkdir(parents=True, exist_ok=True)
+    marker = objects / ".building"
+    if marker.exists():
+        since = marker.stat().st_mtime_ns
+        for path in objects.rglob("*.[ao]"):
+            written = path.lstat().st_mtime_ns
+            command = path.with_name(f".{path.name}.cmd")
+            whole = command.exists() and command.stat().st_mtime_ns >= written
+            if written >= since and (not whole or path.with_name(f".{path.name}.d").exists()):
+                path.unlink()
+        (objects / "vmlinux").unlink(missing_ok=True)
+    marker.write_text("")
+    try:
+        yield
+    except Error:
+        marker.unlink()
+        raise
+    marker.unlink()
+
+
+def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
+    """Put vmlinux, config and modules beside the O= folder, each by rename."""
+    built = folder / ".vmlinux.new"
+    process.run([TOOLCHAIN + "strip", "--strip-debug", "-o", built, make.objects / "vmlinux"])
+    built.replace(folder / "vmlinux")
+    shutil.copyfile(make.objects / ".config", folder / "config")
+    fresh, modules = folder / ".modules.new", folder / "modules"
+    for stale in (fresh, modules):
+        shutil.rmtree(stale, ignore_errors=True)
+    if "m" in produced.values():
+        make.run("modules_install", f"INSTALL_MOD_PATH={fresh}", "INSTALL_MOD_STRIP=1")
+        # Links back into the build's folders, which may move or go.
+        for link in fresh.glob("lib/modules/*/*"):
+            if link.is_symlink():
+                link.unlink()
+        fresh.rename(modules)
+
+
+def _built(folder: Path, log_file: Path, source: str) -> Built:
+    modules = folder / "modules"
+    return Built(
+        vmlinux=folder / "vmlinux",
+        config=folder / "config",
+        log=log_file,
+        modules=modules if modules.is_dir() else None,
+        source=source,
+    )
+
+
+def _fresh_log(log_file: Path) -> None:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log_file.write_bytes(b"")

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What tests with a real guest share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from paprscm import settings
+from paprscm.environment import Environment, prepare
+from paprscm.guest import Guest
+from paprscm.machine import Machine
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def environment() -> Environment:
+    """QEMU, kernel and userland as ./avocado.cfg has them, made where they are missing."""
+    return prepare(settings.load(config=ROOT / "avocado.cfg"))
+
+
+@pytest.fixture
+def boot(environment: Environment, tmp_path: Path) -> Iterator[Callable[..., Guest]]:
+    """Boots a guest that ends with the test; `limits` are settings, the rest is as for Guest."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    with ExitStack() as stack:
+
+        def boot_one(
+            machine: Machine | None = None,
+            *,
+            limits: dict[str, float] | None = None,
+            **options: object,
+        ) -> Guest:
+            chosen = dataclasses.replace(
+                environment.settings, scratch_dir=scratch, **(limits or {})
+            )
+            equipment = dataclasses.replace(environment.equipment, settings=chosen)
+            wanted = environment.furnish(machine or Machine())
+            guest = Guest(equipment, wanted, folder=tmp_path / "guest", **options)  # type: ignore[arg-type]
+            return stack.enter_context(guest)
+
+        yield boot_one
+    assert list(scratch.iterdir()) == [], "a guest left its backing files behind"

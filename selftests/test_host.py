@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The doctor sees what is missing and names the line that brings it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from paprscm import host
+from paprscm.errors import ConfigError
+from paprscm.host import Finding
+from paprscm.settings import Settings
+
+
+@pytest.fixture
+def chosen(tmp_path: Path) -> Settings:
+    return Settings(cache_dir=tmp_path / "cache", scratch_dir=tmp_path, mirror="http://m.example/d")
+
+
+def by_subject(findings: list[Finding]) -> dict[str, Finding]:
+    return {finding.subject: finding for finding in findings}
+
+
+def test_package_list_names_package_proof_and_reason() -> None:
+    text = "# all\n\nmake  make  # builds\nkeys  /usr/share/keys.gpg  # trust\n"
+    found = host.parse_host_packages(text)
+    assert [(p.name, p.proof, p.reason) for p in found] == [
+        ("make", "make", "builds"),
+        ("keys", "/usr/share/keys.gpg", "trust"),
+    ]
+    with pytest.raises(ConfigError, match="line 2: 'gcc # no proof'"):
+        host.parse_host_packages("make make\ngcc # no proof\n")
+
+
+@pytest.mark.parametrize(
+    ("proof", "expected"),
+    [
+        ("sh", True),
+        ("no-such-command", False),
+        ("/etc/passwd", True),
+        ("/no/such/file", False),
+        ("module:json", True),
+        ("module:no_such_module", False),
+    ],
+)
+def test_proofs(proof: str, expected: bool) -> None:
+    assert host.HostPackage("p", proof, "").is_there is expected
+
+
+def test_every_line_of_the_list_has_a_reason() -> None:
+    packages = host.parse_host_packages(host.HOST_PACKAGES.read_text())
+    assert [p.name for p in packages if not p.reason] == []
+    assert len({p.name for p in packages}) == len(packages) >= 10
+
+
+def test_machine_without_tools(
+    chosen: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    findings = host.doctor(chosen)
+    assert host.broken(findings)
+    line = host.install_line(findings)
+    assert line is not None
+    assert line.startswith("apt install ")
+    assert {"qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "mmdebstrap"} <= set(line.split())
+
+
+def test_this_machine(chosen: Settings) -> None:
+    findings = by_subject(host.doctor(chosen))
+    assert findings["host packages"].grade == "ok"
+    assert findings["python"].grade == "ok"
+    assert "spapr-nvdimm" in findings["QEMU"].text
+    assert findings["mirror"].text == "http://m.example/d"
+    assert not host.broken(list(findings.values()))
+    # It looks, and makes nothing but the record of what the QEMU answered.
+    assert {path.name for path in chosen.cache_dir.iterdir()} <= {"qemu-facts", "locks"}
+
+
+def test_qemu_that_would_be_fetched_is_not(chosen: Settings) -> None:
+    findings = by_subject(host.doctor(dataclasses.replace(chosen, qemu="debian:trixie")))
+    assert findings["QEMU"].grade == "note"
+    assert "will be fetched" in findings["QEMU"].text
+
+
+def test_wrong_qemu_is_told(chosen: Settings) -> None:
+    findings = by_subject(host.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
+    assert findings["QEMU"].grade == "missing"
+    assert "is not a QEMU" in findings["QEMU"].text
+
+
+def test_kvm_that_cannot_be_had_is_told(chosen: Settings) -> None:
+    findings = by_subject(host.doctor(dataclasses.replace(chosen, accel="kvm")))
+    assert findings["accelerator"].grade == "missing"
+
+
+def test_unusable_folders_are_told(chosen: Settings, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    wrong = dataclasses.replace(chosen, cache_dir=file / "cache", scratch_dir=file)
+    findings = by_subject(host.doctor(wrong))
+    assert findings["cache"].grade == "missing"
+    assert "set cache_dir" in findings["cache"].text
+    assert findings["scratch"].grade == "missing"
+
+
+MOUNTINFO = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+23 22 0:21 / /fast rw shared:2 - tmpfs tmpfs rw
+24 22 0:22 / /a\\040b rw - xfs /dev/vdb rw
+25 24 0:23 / /a\\040b rw - btrfs /dev/vdc rw
+"""
+
+
+def test_file_system_of_a_path(tmp_path: Path) -> None:
+    table = tmp_path / "mountinfo"
+    table.write_text(MOUNTINFO)
+    assert host.filesystem_type(Path("/nonexistent/x"), table) == "ext4"
+    assert host.filesystem_type(Path("/fast/x/y"), table) == "tmpfs"
+    assert host.filesystem_type(Path("/faster"), table) == "ext4"
+    # The later of two mounts on one point hides the earlier.
+    assert host.filesystem_type(Path("/a b/c"), table) == "btrfs"
+
+
+def test_scratch_in_memory_is_noted(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "filesystem_type", lambda _: "tmpfs")
+    findings = by_subject(host.doctor(chosen))
+    assert findings["scratch"].grade == "note"
+    assert "fdatasync" in findings["scratch"].text
+    assert findings["cache"].grade == "ok", "what is kept there need not survive a power cut"
+
+
+def test_shown_within_80_columns() -> None:
+    findings = [
+        Finding(
+            "ok", "QEMU", "7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3): spapr-nvdimm, pmem, x-vof"
+        ),
+        Finding("missing", "package", "bison: [really]", ("bison",)),
+        Finding("missing", "package", "flex: kernel build", ("flex", "bison")),
+    ]
+    out = io.StringIO()
+    host.show(findings, Console(file=out, width=80))
+    *lines, last = out.getvalue().splitlines()
+    assert max(len(line) for line in lines) <= 80
+    assert "bison: [really]" in out.getvalue()
+    assert last == "apt install bison flex"

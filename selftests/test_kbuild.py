@@ -1,0 +1,380 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Kernel builds: what is asked of kbuild, what comes back, and what is said when it fails.
+
+The trees here are stand-ins: a Makefile that prints and writes what kbuild would, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import os
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from paprscm import debian, kbuild, kconfig
+from paprscm.cache import Cache
+from paprscm.errors import ConfigError, HostError
+from paprscm.kconfig import Fragment
+from paprscm.kernel import parse_config
+from paprscm.settings import Settings
+
+# kbuild in small. FAIL, when it exists, breaks the compilation; DROP names an option that does not
+# survive. A real object has to come out, because the product strips it with the real tool.
+MAKEFILE = """\
+CC := powerpc64le-linux-gnu-gcc
+V := $(O)/.config
+
+allnoconfig:
+\t@test "$(ARCH) $(CROSS_COMPILE)" = "powerpc powerpc64le-linux-gnu-"
+\t@test "$$KBUILD_BUILD_USER" = paprscm
+\t@test -z "$$KBUILD_OUTPUT$$KCONFIG_CONFIG"
+\t@echo allnoconfig >> $(O)/calls
+\t@grep -v "$$(cat DROP 2>/dev/null || echo NOTHING)" $(KCONFIG_ALLCONFIG) > $(V)
+
+olddefconfig:
+\t@echo olddefconfig >> $(O)/calls
+
+vmlinux modules: FORCE
+\t@echo $@ >> $(O)/calls
+\t@if [ -e FAIL ]; then echo "mm/fail.c:7:3: error: 'x' undeclared" >&2; exit 1; fi
+\t@if [ $@ = vmlinux ]; then \\
+\t\tfor i in 1 2 3; do echo "  CC      mm/$$i.o"; done; \\
+\t\techo 'int main(void) { return 0; }' | $(CC) -g -x c - -nostdlib -e main -o $(O)/vmlinux; fi
+
+modules_install: FORCE
+\t@mkdir -p $(INSTALL_MOD_PATH)/lib/modules/6.0/kernel
+\t@touch $(INSTALL_MOD_PATH)/lib/modules/6.0/kernel/xfs.ko
+\t@ln -s /nowhere $(INSTALL_MOD_PATH)/lib/modules/6.0/build
+
+FORCE:
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A stand-in for a kernel source tree."""
+    top = tmp_path / "linux"
+    (top / "arch/powerpc").mkdir(parents=True)
+    (top / "arch/powerpc/Kconfig").write_text(
+        'config PAPR_SCM\n\tdepends on PPC_PSERIES && MEMORY_HOTPLUG\n\ttristate "papr"\n'
+        "\thelp\n\t  depends on NOTHING here\n"
+    )
+    (top / "Kbuild").touch()
+    (top / "Makefile").write_text(MAKEFILE)
+    return top
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    """An empty cache."""
+    return Cache(tmp_path / "cache")
+
+
+def test_builds_in_its_own_folder(
+    tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a surrounding `make suite` or a kernel developer's shell has set must not reach kbuild.
+    monkeypatch.setenv("MAKEFLAGS", "-n")
+    monkeypatch.setenv("KBUILD_OUTPUT", "/elsewhere")
+    monkeypatch.setenv("KCONFIG_CONFIG", "/elsewhere/.config")
+    before = sorted(tree.rglob("*"))
+    built = kbuild.build_tree(cache, tree)
+    assert built.vmlinux.is_relative_to(cache.root)
+    assert parse_config(built.config.read_text())["PAPR_SCM"] == "y"
+    assert built.modules is None
+    assert built.source == str(tree)
+    assert "  CC      mm/3.o" in built.log.read_text()
+    assert sorted(tree.rglob("*")) == before
+    data = built.vmlinux.read_bytes()
+    assert b".debug_info" not in data
+    assert b".symtab" in data
+
+
+def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(
+    tree: Path, cache: Cache, tmp_path: Path
+) -> None:
+    own = tmp_path / "config"
+    own.write_text("CONFIG_PAPR_SCM=m\nCONFIG_HZ_100=y\n# CONFIG_FS_DAX is not set\n")
+    built = kbuild.build_tree(cache, tree, config=own)
+    produced = parse_config(built.config.read_text())
+    assert produced["PAPR_SCM"] == "m"
+    assert produced["FS_DAX"] == "y"
+    assert produced["HZ_100"] == "y"
+    assert "HZ_250" not in produced
+    assert built.modules is not None
+    assert (built.modules / "lib/modules/6.0/kernel/xfs.ko").is_file()
+    assert not (built.modules / "lib/modules/6.0/build").is_symlink()
+    calls = (built.vmlinux.parent / "objects/calls").read_text().split()
+    assert calls == ["olddefconfig", "vmlinux", "modules"]
+
+
+def test_second_build_uses_the_same_folder(tree: Path, cache: Cache) -> None:
+    first = kbuild.build_tree(cache, tree)
+    (first.vmlinux.parent / "objects/kept").touch()
+    second = kbuild.build_tree(cache, tree)
+    assert first.vmlinux == second.vmlinux
+    assert (first.vmlinux.parent / "objects/kept").exists()
+
+
+def test_compiler_error_is_in_the_message(tree: Path, cache: Cache) -> None:
+    (tree / "FAIL").touch()
+    with pytest.raises(ConfigError, match=r"mm/fail\.c:7:3: error: 'x' undeclared") as caught:
+        kbuild.build_tree(cache, tree)
+    assert "***" not in caught.value.message
+    log_file = Path(str(caught.value.hint).rpartition(" ")[2])
+    assert "undeclared" in log_file.read_text()
+    (tree / "FAIL").unlink()
+    kbuild.build_tree(cache, tree)
+
+
+def test_vital_option_that_is_lost_is_named_with_the_reason(tree: Path, cache: Cache) -> None:
+    (tree / "DROP").write_text("CONFIG_PAPR_SCM=\\|CONFIG_MEMORY_HOTPLUG=")
+    with pytest.raises(ConfigError, match=r"CONFIG_PAPR_SCM \(depends on MEMORY_HOTPLUG, not set"):
+        kbuild.build_tree(cache, tree)
+
+
+def test_other_option_that_is_lost_is_only_warned_of(
+    tree: Path, cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tree / "DROP").write_text("CONFIG_HCALL_STATS=")
+    kbuild.build_tree(cache, tree)
+    assert "CONFIG_HCALL_STATS (this kernel has no such option)" in caplog.text
+
+
+@pytest.mark.parametrize("dirt", [".config", "include/config", "arch/powerpc/include/generated"])
+def test_tree_that_was_built_in_place(tree: Path, cache: Cache, dirt: str) -> None:
+    (tree / dirt).parent.mkdir(parents=True, exist_ok=True)
+    (tree / dirt).touch()
+    with pytest.raises(ConfigError, match="was built or configured in place") as caught:
+        kbuild.build_tree(cache, tree)
+    assert "mrproper" in str(caught.value.hint)
+
+
+def test_no_tree(cache: Cache, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is not the top of a Linux source tree"):
+        kbuild.build_tree(cache, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("hello\n", "is not a kernel configuration")],
+)
+def test_bad_own_config(
+    tree: Path, cache: Cache, tmp_path: Path, content: str | None, message: str
+) -> None:
+    own = tmp_path / "config"
+    if content is not None:
+        own.write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        kbuild.build_tree(cache, tree, config=own)
+
+
+def test_missing_compiler_is_named(
+    tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(HostError, match="powerpc64le-linux-gnu-gcc is not installed") as caught:
+        kbuild.build_tree(cache, tree)
+    assert "apt install gcc-powerpc64le-linux-gnu" in str(caught.value.hint)
+
+
+def test_half_written_objects_of_a_killed_build_go(tree: Path, cache: Cache) -> None:
+    objects = kbuild.build_tree(cache, tree).vmlinux.parent / "objects"
+    past = time.time() - 100
+
+    def compiled(name: str, *, at: float, command: bool, dependencies: bool = False) -> Path:
+        path = objects / f"{name}.o"
+        path.touch()
+        if command:
+            (objects / f".{name}.o.cmd").touch()
+            os.utime(objects / f".{name}.o.cmd", (at, at))
+        if dependencies:
+            (objects / f".{name}.o.d").touch()
+        os.utime(path, (at, at))
+        return path
+
+    old = compiled("old", at=past - 50, command=False)
+    whole = compiled("whole", at=past + 10, command=True)
+    half = compiled("half", at=past + 10, command=False)
+    again = compiled("again", at=past + 10, command=True, dependencies=True)
+    (objects / ".building").touch()
+    os.utime(objects / ".building", (past, past))
+    kbuild.build_tree(cache, tree)
+    assert (old.exists(), whole.exists(), half.exists(), again.exists()) == (
+        True,
+        True,
+        False,
+        False,
+    )
+    assert not (objects / ".building").exists()
+
+
+def make_package(tree: Path, target: Path) -> None:
+    """What Debian's source package unpacks to."""
+    (tree / "arch/x86/kernel").mkdir(parents=True)
+    (tree / "arch/x86/kernel/setup.c").touch()
+    (tree / "arch/x86/Kconfig").touch()
+    (tree / "drivers/gpu/drm").mkdir(parents=True)
+    (tree / "drivers/gpu/drm/drm.c").touch()
+    (tree / "drivers/gpu/drm/Makefile").touch()
+    (target / "usr/src").mkdir(parents=True)
+    with (
+        lzma.open(target / "usr/src/linux-source-6.0.tar.xz", "wb", preset=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        archive.add(tree, "linux-source-6.0")
+    documents = target / "usr/share/doc/linux-source-6.0"
+    documents.mkdir(parents=True)
+    text = b"linux (6.0.1-2) unstable; urgency=medium\n"
+    (documents / "changelog.Debian.gz").write_bytes(gzip.compress(text))
+
+
+@pytest.fixture
+def fetched(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the download; the list grows by one package each time."""
+    names: list[str] = []
+
+    def extract(packages: list[str], *, target: Path, **_rest: object) -> None:
+        names.extend(packages)
+        make_package(tree, target)
+
+    monkeypatch.setattr(debian, "extract", extract)
+    monkeypatch.setattr(debian, "resolve_mirror", lambda setting: setting)
+    return names
+
+
+def settings() -> Settings:
+    """Settings with a source package of the fixture's name."""
+    return Settings(kernel_source="linux-source-6.0", mirror="file:/none")
+
+
+def test_default_kernel_is_fetched_and_built_once(cache: Cache, fetched: list[str]) -> None:
+    first = kbuild.build_default(cache, settings())
+    second = kbuild.build_default(cache, settings())
+    assert first == second
+    assert fetched == ["linux-source-6.0"]
+    assert first.source == "6.0.1-2"
+    names = sorted(path.name for path in first.vmlinux.parent.iterdir())
+    assert names == [
+        *("build.log", "config", "fragment", "manifest.json", "source-version", "vmlinux"),
+    ]
+    assert "CC      mm/1.o" in first.log.read_text()
+    assert parse_config(first.config.read_text())["PPC_64K_PAGES"] == "y"
+
+
+def test_another_fragment_is_another_kernel_of_the_same_source(
+    cache: Cache, fetched: list[str], tmp_path: Path
+) -> None:
+    first = kbuild.build_default(cache, settings())
+    extra = tmp_path / "extra.config"
+    extra.write_text("CONFIG_XFS_FS=m\n# CONFIG_NUMA is not set\n")
+    second = kbuild.build_default(cache, settings(), extra=[extra])
+    assert first.vmlinux != second.vmlinux
+    assert len(fetched) == 1
+    assert parse_config(second.config.read_text())["XFS_FS"] == "m"
+    assert second.modules is not None
+
+
+def test_default_kernel_insists_on_every_option(
+    cache: Cache, fetched: list[str], tree: Path
+) -> None:
+    (tree / "DROP").write_text("CONFIG_HCALL_STATS=")
+    with pytest.raises(ConfigError, match=r"lost options that are needed: CONFIG_HCALL_STATS"):
+        kbuild.build_default(cache, settings())
+    assert fetched
+    assert cache.entries()[0].kind == "kernel-source"
+    assert not list((cache.root / "kernel").glob("*"))
+
+
+def test_failed_default_build_keeps_its_log(cache: Cache, fetched: list[str], tree: Path) -> None:
+    (tree / "FAIL").touch()
+    with pytest.raises(HostError, match="'x' undeclared") as caught:
+        kbuild.build_default(cache, settings())
+    assert "undeclared" in Path(str(caught.value.hint).rpartition(" ")[2]).read_text()
+    assert fetched
+
+
+def test_unpacking_leaves_out_what_powerpc_does_not_read(
+    cache: Cache, fetched: list[str], tmp_path: Path
+) -> None:
+    kbuild.build_default(cache, settings())
+    archive = next((cache.root / "kernel-source").glob("*/linux.tar.xz"))
+    kbuild._unpack(archive, tmp_path / "unpacked")
+    found = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
+    assert {"Makefile", "arch/powerpc/Kconfig", "arch/x86/Kconfig", "drivers/gpu/drm/Makefile"} < (
+        found
+    )
+    assert not {"arch/x86/kernel/setup.c", "drivers/gpu/drm/drm.c"} & found
+    assert fetched
+
+
+def test_fragment_in_the_project_is_sound() -> None:
+    fragment = Fragment.read([kbuild.default_fragment()])
+    assert fragment.objects > 500
+    assert {"PAPR_SCM", "BLK_DEV_PMEM", "LIBNVDIMM", "FS_DAX"} <= set(fragment.every)
+    assert "PPC_64K_PAGES" in fragment.options
+    assert "PPC_64K_PAGES" not in fragment.every
+
+
+def test_each_option_in_the_project_has_a_reason() -> None:
+    for path in sorted(kbuild.default_fragment().parent.glob("*.config")):
+        reason = False
+        for line in path.read_text().splitlines():
+            assert reason or not line.startswith("CONFIG_"), f"{path.name}: {line}"
+            # A comment speaks for the options that follow, up to an empty line.
+            reason = bool(line) and (reason or (line.startswith("# ") and "SPDX" not in line))
+
+
+def test_fragment_lines(tmp_path: Path) -> None:
+    path = tmp_path / "fragment"
+    path.write_text(
+        "# why\n#@ objects 12\n#@ default kernel\nCONFIG_A=y\n# CONFIG_B is not set\n"
+        '#@ every kernel\nCONFIG_C="text"\n'
+    )
+    fragment = Fragment.read([path])
+    assert fragment.options == {"A": "y", "B": "n", "C": '"text"'}
+    assert fragment.every == {"C": '"text"'}
+    assert fragment.objects == 12
+    assert fragment.text(own_tree=True) == 'CONFIG_C="text"\n'
+    assert "# CONFIG_B is not set\n" in fragment.text(own_tree=False)
+    other = tmp_path / "other"
+    other.write_text("CONFIG_A=m\n# CONFIG_B is not set\n")
+    assert Fragment.read([path, other]).options["A"] == "m"
+    assert Fragment.read([path, other]).digest != fragment.digest
+
+
+@pytest.mark.parametrize("line", ["CONFIG_A", "config A=y", "#@ nonsense", "#@ objects many"])
+def test_bad_fragment_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "fragment"
+    path.write_text(f"# first\n{line}\n")
+    with pytest.raises(ConfigError, match=r"fragment:2: "):
+        Fragment.read([path])
+
+
+def test_merge() -> None:
+    base = "# head\nCONFIG_A=m\nCONFIG_B=y\n# CONFIG_C is not set\nCONFIG_AB=y\n"
+    merged = kconfig.merge(base, {"A": "y", "B": "n", "C": "y", "D": "4"})
+    assert parse_config(merged) == {"A": "m", "AB": "y", "C": "y", "D": "4"}
+    assert "# CONFIG_B is not set\n" in merged
+    assert merged.count("CONFIG_C") == 1
+
+
+def test_unmet() -> None:
+    wanted = {"A": "y", "B": "y", "C": "m", "D": "n", "E": "n"}
+    assert kconfig.unmet(wanted, {"A": "m", "C": "y", "D": "y"}) == ["B", "C", "D"]
+
+
+def test_explain(tmp_path: Path) -> None:
+    (tmp_path / "Kconfig").write_text(
+        'config A\n\tbool "a"\n\tdepends on B && !C && D=y\n\thelp\n\t  depends on X\n\n'
+        'config E\n\tbool\n\nconfig F\n\tbool\n\tprompt "f"\n'
+    )
+    reasons = kconfig.explain(["A", "E", "F", "G"], {"D": "y"}, tmp_path)
+    assert reasons["A"] == "depends on B, not set"
+    assert reasons["E"] == "it cannot be set directly, others select it"
+    assert reasons["F"] == "it came out as n"
+    assert reasons["G"] == "this kernel has no such option"

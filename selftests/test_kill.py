@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""kill -9 on any process of a run, at any moment: 2 s later there is no QEMU of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import stat
+import subprocess
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paprscm.environment import Environment
+
+pytestmark = pytest.mark.guest
+
+ROOT = Path(__file__).resolve().parent.parent
+MARK = "PAPRSCM_SELFTEST_MARK"
+# From `make` to a guest in the middle of its test, with everything cached.
+LONGEST_S = 9.0
+KILLS = 20
+
+
+def marked(mark: str) -> dict[int, str]:
+    """The living processes with our mark in their environment: pid and what they are."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
+                continue
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue
+        if words != [""]:
+            found[int(folder.name)] = what(words)
+    return found
+
+
+def what(words: list[str]) -> str:
+    """The role of a process of the run, from its command line."""
+    line = " ".join(words)
+    for part, role in (
+        ("keeper.py", "keeper"),
+        ("qemu-system", "qemu"),
+        ("avocado-instrumented", "runner or test"),
+        ("paprscm.cli", "paprscm image"),
+        ("/avocado", "avocado"),
+        ("make", "make"),
+    ):
+        if part in line:
+            return role
+    return Path(words[0]).name
+
+
+def sockets(folder: Path) -> list[Path]:
+    """The sockets below a folder."""
+    return [path for path in folder.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
+
+
+def within(limit_s: float, holds: Callable[[], bool]) -> bool:
+    """Whether something becomes true in time."""
+    deadline = time.monotonic() + limit_s
+    while not holds():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def test_nothing_is_left_two_seconds_after_any_kill(
+    environment: Environment, tmp_path: Path
+) -> None:
+    """20 runs, each with one random process killed at a random moment."""
+    del environment  # Made beforehand, so that the runs find everything cached.
+    seed = int.from_bytes(os.urandom(4))
+    chance = random.Random(seed)  # noqa: S311 - chance, not secrets.
+    killed: Counter[str] = Counter()
+    for number in range(KILLS):
+        moment_s = chance.uniform(0, LONGEST_S)
+        where = f"kill {number} at {moment_s:.2f} s, seed {seed}"
+        scratch = tmp_path / str(number)
+        scratch.mkdir()
+        there, victim = kill_one(scratch, moment_s, chance, where)
+        if victim:
+            killed[there[victim] + (" (a guest ran)" if "qemu" in there.values() else "")] += 1
+    print(f"seed {seed}: {dict(killed)}")  # noqa: T201
+    with_guest = sum(count for role, count in killed.items() if "guest" in role)
+    assert with_guest >= KILLS // 4, f"too few kills hit a running guest: {killed}, seed {seed}"
+
+
+def kill_one(
+    scratch: Path, moment_s: float, chance: random.Random, where: str
+) -> tuple[dict[int, str], int]:
+    """One run, one kill, and all that must hold then; who was there, and who was killed."""
+    mark = scratch.name + uuid.uuid4().hex
+
+    def with_qemu() -> bool:
+        return "qemu" in marked(mark).values()
+
+    run = subprocess.Popen(
+        [
+            *("make", "--no-print-directory", "suite"),
+            f"ARGS=-p scratch_dir={scratch} --job-results-dir {scratch}-results",
+            "TESTS=tests/test_map_sync.py:TwoDimms.test_pmem_on_first_xfs",
+        ],
+        cwd=ROOT,
+        env={**os.environ, MARK: mark},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        process_group=0,
+    )
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            run.wait(moment_s)
+        there = marked(mark)
+        if not there:
+            assert run.returncode == 0, f"{where}: the run failed before it was killed"
+            return {}, 0
+        victim = chance.choice(sorted(there))
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        where = f"{where}: {there[victim]} of {sorted(there.values())}"
+        time.sleep(2.0)
+        assert "qemu" not in (left := marked(mark)).values(), f"{where}; 2 s later: {left}"
+        assert sockets(scratch) == [], where
+        # And none comes later, from what did not notice that it goes on alone.
+        assert not within(1.0, with_qemu), where
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(run.pid, signal.SIGKILL)
+        run.wait()
+        # The end of `make` is noticed by the keepers, who then clean up.
+        clean = within(2.0, lambda: not with_qemu())
+        emptied = within(2.0, lambda: list(scratch.iterdir()) == [])
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(run.pid, signal.SIGKILL)
+    assert clean, f"{where}: {marked(mark)}"
+    assert emptied, f"{where}: {list(scratch.iterdir())}"
+    return there, victim

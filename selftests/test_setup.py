@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""tools/setup makes a machine ready from nothing, and does nothing where nothing is to be done."""
+
+from __future__ import annotations
+
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# What Debian's essential packages bring, and setup may rely on.
+ESSENTIAL = ("cat", "dirname", "env", "flock", "mkdir", "mv", "rm", "sh", "sha256sum", "sleep")
+
+PYTHON = """\
+echo "python $*" >> "$LOG"
+case "$1 $2" in
+"-c "*) [ "${TOO_OLD:-}" = "" ] ;;
+"-V ") echo "Python ${VERSION:-3.11.9}" ;;
+"-m venv")
+	rm -rf .venv
+	mkdir -p .venv/bin
+	cat "$0" > .venv/bin/python
+	chmod +x .venv/bin/python ;;
+"-m pip")
+	sleep "${PIP_TAKES:-0}"
+	exit "${PIP_STATUS:-0}" ;;
+esac
+"""
+
+APT = """\
+echo "apt-get $*, $DEBIAN_FRONTEND" >> "$LOG"
+case " $* " in
+*" install "*)
+	printf '#!/bin/sh\\n' > "$TOOLS/thing"
+	chmod +x "$TOOLS/thing" ;;
+esac
+"""
+
+
+class Machine:
+    """A checkout, and a PATH that holds what the machine has."""
+
+    def __init__(self, folder: Path) -> None:
+        self.checkout = folder / "checkout"
+        (self.checkout / "tools").mkdir(parents=True)
+        (self.checkout / "images").mkdir()
+        shutil.copy(ROOT / "tools/setup", self.checkout / "tools/setup")
+        (self.checkout / "pyproject.toml").write_text("[project]\n")
+        self.packages("")
+        self.tools = folder / "bin"
+        self.tools.mkdir()
+        self.log = folder / "log"
+        for name in (*ESSENTIAL, "chmod"):
+            found = shutil.which(name)
+            assert found, name
+            (self.tools / name).symlink_to(found)
+        self.tool("python3", PYTHON)
+        self.user(0)
+
+    def packages(self, lines: str) -> None:
+        head = "# a comment\n\npython3-venv  module:ensurepip  # why\n"
+        (self.checkout / "images/host-packages").write_text(head + lines)
+
+    def tool(self, name: str, script: str) -> None:
+        path = self.tools / name
+        path.write_text("#!/bin/sh\n" + script)
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+    def user(self, uid: int) -> None:
+        self.tool("id", f"echo {uid}\n")
+
+    def start(self, **env: str) -> subprocess.Popen[str]:
+        environment = {
+            "PATH": str(self.tools),
+            "LOG": str(self.log),
+            "TOOLS": str(self.tools),
+            "PYTHON": "python3",
+            **env,
+        }
+        argv = [self.checkout / "tools/setup"]
+        return subprocess.Popen(
+            argv, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def run(self, status: int = 0, **env: str) -> str:
+        """Run setup, which must end with `status`; what it said."""
+        self.log.write_text("")
+        process = self.start(**env)
+        out, said = process.communicate(timeout=30)
+        assert process.returncode == status, said
+        assert out == "", "it speaks on stderr only"
+        return said
+
+    def called(self, word: str) -> list[str]:
+        """What was called in the last run, as far as it holds `word`."""
+        return [line for line in self.log.read_text().splitlines() if word in line]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_second_run_does_and_says_nothing(machine: Machine) -> None:
+    assert "making .venv" in machine.run()
+    assert machine.called("venv --clear .venv")
+    assert machine.called("pip install")
+    assert machine.run() == ""
+    assert not machine.called("-m")
+
+
+def test_missing_packages_are_named_and_installed(machine: Machine) -> None:
+    machine.packages("the-thing thing # why\nthere sh # why\nfile /nonexistent/file # why\n")
+    machine.tool("apt-get", APT)
+    said = machine.run(1)
+    assert "setup: missing packages: the-thing file\n" in said
+    # One of the two is there now, the other never comes.
+    assert "still not there after their installation: file" in said
+    update, install = machine.called("apt-get")
+    assert " update, noninteractive" in update
+    assert " -y --no-install-recommends install the-thing file, noninteractive" in install
+    machine.packages("the-thing thing # why\n")
+    machine.run()
+    assert not machine.called("apt-get")
+
+
+def test_user_without_sudo_gets_the_line(machine: Machine) -> None:
+    machine.packages("the-thing thing # why\n")
+    machine.tool("apt-get", APT)
+    machine.user(1000)
+    said = machine.run(1)
+    assert "run as root: apt-get install -y --no-install-recommends the-thing\n" in said
+    assert not machine.called("apt-get")
+
+
+def test_user_with_sudo_uses_it(machine: Machine) -> None:
+    machine.packages("the-thing thing # why\n")
+    machine.tool("apt-get", APT)
+    machine.tool("sudo", 'echo "sudo $*" >> "$LOG"; exec "$@"\n')
+    machine.user(1000)
+    machine.run()
+    assert len(machine.called("sudo env DEBIAN_FRONTEND=noninteractive apt-get")) == 2
+
+
+def test_system_without_apt(machine: Machine) -> None:
+    machine.packages("the-thing thing # why\n")
+    said = machine.run(1)
+    assert "missing packages: the-thing" in said
+    assert "no apt-get" in said
+
+
+def test_no_fitting_python_asks_for_the_package(machine: Machine) -> None:
+    machine.tool("apt-get", APT)
+    said = machine.run(1, TOO_OLD="yes", PYTHON="python3")
+    assert "missing packages: python3-venv" in said
+
+
+@pytest.mark.parametrize("way", ["pip fails", "killed"])
+def test_interrupted_installation_is_done_again(machine: Machine, way: str) -> None:
+    if way == "pip fails":
+        assert "failed" in machine.run(1, PIP_STATUS="1")
+    else:
+        process = machine.start(PIP_TAKES="1")
+        assert process.stderr
+        while "installing" not in process.stderr.readline():
+            pass
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        assert process.stdout
+        process.stdout.close()
+    machine.run()
+    assert machine.called("venv --clear .venv")
+    assert machine.called("pip install")
+    assert machine.run() == ""
+
+
+def test_changed_dependencies_are_installed_into_the_same_environment(machine: Machine) -> None:
+    machine.run()
+    (machine.checkout / "pyproject.toml").write_text("[project]\n# more\n")
+    machine.run()
+    assert machine.called("pip install")
+    assert not machine.called("venv --clear")
+
+
+def test_other_python_makes_a_new_environment(machine: Machine) -> None:
+    machine.run()
+    machine.run(VERSION="3.12.1")
+    assert machine.called("venv --clear")
+
+
+def test_moved_checkout_makes_a_new_environment(machine: Machine, tmp_path: Path) -> None:
+    machine.run()
+    machine.checkout = machine.checkout.rename(tmp_path / "elsewhere")
+    machine.run()
+    assert machine.called("venv --clear")
+
+
+def test_two_at_once(machine: Machine) -> None:
+    first = machine.start(PIP_TAKES="1")
+    assert first.stderr
+    assert "making" in first.stderr.readline()
+    second = machine.start()
+    said = second.communicate(timeout=30)[1]
+    first.communicate(timeout=30)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert "another run is at it; waiting" in said
+    assert len(machine.called("pip install")) == 1
+
+
+def test_list_of_this_project_is_read(machine: Machine) -> None:
+    shutil.copy(ROOT / "images/host-packages", machine.checkout / "images/host-packages")
+    said = machine.run(1)
+    assert "qemu-system-ppc gcc-powerpc64le-linux-gnu" in said
+    assert "python3-venv" not in said
