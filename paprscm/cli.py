@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import bench, log, settings, shell
+from paprscm import bench, host, log, settings, shell
 from paprscm.cache import Cache, Entry
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error
@@ -29,7 +29,10 @@ DAY_S = 86400.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; its exit status. An error is one sentence, a hint and status 2."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    # What follows "--" is Avocado's, whatever it looks like.
+    cut = words.index("--") if "--" in words else len(words)
+    arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
     try:
         given = {name: getattr(arguments, name, None) for name in settings.names()}
@@ -107,7 +110,6 @@ def _settings_parser() -> argparse.ArgumentParser:
 
 
 def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
-    from paprscm import host
     findings = host.doctor(chosen)
     host.show(findings)
     return 1 if host.broken(findings) else 0
@@ -127,7 +129,7 @@ def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
 def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen  # Checked by being loaded; the tests read them again, from what follows.
     words = [str(Path(sys.executable).with_name("avocado")), "run"]
-    words += arguments.tests or ["tests/"]
+    words += [*arguments.rest, *(arguments.tests or ["tests/"])]
     for name in settings.names():
         value = getattr(arguments, name)
         if value is not None:

@@ -19,8 +19,7 @@ from paprscm.errors import ConfigError, Error, HostError
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 """The archive's public keys, as package debian-archive-keyring installs them."""
 
-# Debian has had /lib and /bin as links into /usr since 12, whatever the paths in its packages say.
-_MERGED_USR = Path("/usr/share/mmdebstrap/hooks/merged-usr/setup00.sh")
+_MERGED = ("bin", "sbin", "lib", "lib64")
 _MIRROR_HINT = "set mirror= to the URI of a Debian mirror, such as the one in /etc/apt/sources.list"
 _UNITS = {"B": 1, "kB": 10**3, "MB": 10**6, "GB": 10**9}
 # How this host reaches the network is its apt's business; mmdebstrap starts from an empty apt.conf.
@@ -90,7 +89,6 @@ def extract(
             "--debug",
             f"--architectures={arch}",
             f"--include={','.join(packages)}",
-            *([f"--setup-hook={_MERGED_USR}"] if _MERGED_USR.is_file() else []),
             *(f"--aptopt={option}" for option in _network_options()),
             suite,
             str(target),
@@ -103,6 +101,7 @@ def extract(
             )
         except HostError as error:
             raise _explain(watch, error, suite=suite, mirror=mirror, arch=arch) from error
+    _merge_usr(target)
     return watch.versions
 
 
@@ -132,6 +131,36 @@ def _network_options() -> list[str]:
         for line in dump.splitlines()
         if line.startswith(_NETWORK_OPTIONS) and not line.endswith(' "";')
     ]
+
+
+def _merge_usr(root: Path) -> None:
+    """Make /bin, /lib, … links into /usr, as on every Debian since 12.
+
+    Up to Debian 12 packages still hold files in /lib and /bin, and count on these links.
+    """
+    for name in _MERGED:
+        place = root / name
+        if place.is_symlink():
+            continue
+        if place.is_dir():
+            _move_into(place, root / "usr" / name)
+            place.rmdir()
+        if (root / "usr" / name).is_dir():
+            place.symlink_to(f"usr/{name}")
+
+
+def _move_into(source: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    for path in source.iterdir():
+        place = target / path.name
+        if path.is_dir() and not path.is_symlink():
+            _move_into(path, place)
+            path.rmdir()
+        elif path.is_symlink() and os.path.lexists(place):
+            # A link from the one place to the other, for programs that look there.
+            path.unlink()
+        else:
+            path.rename(place)
 
 
 class _Watch:

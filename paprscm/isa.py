@@ -128,20 +128,23 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
         ConfigError: `source` cannot be read or is no 64-bit ELF file.
     """
     lacking = missing(executes)
-    data = bytearray(read_object(source))
-    body, signature = _split_signature(data)
+    content = read_object(source)
     if not lacking:
-        target.write_bytes(data)
+        target.write_bytes(content)
         shutil.copymode(source, target)
         return FixReport(target, "nothing", {}, {})
     try:
-        elf = ELFFile(io.BytesIO(data[:body]))
+        elf = ELFFile(io.BytesIO(content))
     except ELFError as error:
         raise ConfigError(f"{source} is not an ELF file: {error}") from error
     if elf.elfclass != 64:
         raise ConfigError(f"{source} is a {elf.elfclass}-bit ELF file, not a 64-bit one")
     order = "<" if elf.little_endian else ">"
-    how, ranges = _code_ranges(elf, data, order)
+    data = bytearray(content)
+    try:
+        how, ranges = _code_ranges(elf, data, order)
+    except (ELFError, struct.error, ValueError, IndexError) as error:
+        raise ConfigError(f"{source} is a damaged ELF file: {error}") from error
     functions: Counter[str] = Counter()
     instructions: Counter[str] = Counter()
     for instruction in lacking:
@@ -151,8 +154,11 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
             struct.pack_into(order + "I", data, offset, fixed)
             functions[name] += 1
             instructions[instruction.name] += 1
-    dropped = bool(instructions) and signature
-    target.write_bytes(data[:body] if dropped else data)
+    length = _signed_length(data)
+    dropped = bool(instructions) and length < len(data)
+    if dropped:
+        del data[length:]
+    target.write_bytes(data)
     shutil.copymode(source, target)
     return FixReport(target, how, dict(functions), dict(instructions), dropped)
 
@@ -189,13 +195,13 @@ class _Range:
     unfinished: frozenset[int]
 
 
-def _split_signature(data: bytearray) -> tuple[int, bool]:
-    """The length of the ELF file proper, and whether a module signature follows it."""
+def _signed_length(data: bytearray) -> int:
+    """The length of the ELF file proper, without a module signature that follows it."""
     tail = len(data) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO.size
     if tail < 0 or not data.endswith(_SIGNATURE_MARK):
-        return len(data), False
-    length = _SIGNATURE_INFO.unpack_from(data, tail)[-1]
-    return (tail - length, True) if length <= tail else (len(data), False)
+        return len(data)
+    length = int(_SIGNATURE_INFO.unpack_from(data, tail)[-1])
+    return tail - length if length <= tail else len(data)
 
 
 def _code_ranges(elf: ELFFile, data: bytearray, order: str) -> tuple[str, list[_Range]]:

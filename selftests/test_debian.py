@@ -57,7 +57,7 @@ class Archive:
         self._gpg("--quick-generate-key", "archive", "ed25519", "sign", "never")
         self.keyring.write_bytes(self._gpg("--export"))
         library = self._package("libfirst", "2:1.0-1", "", b"library" * 100_000)
-        tool = self._package("second", "3.5", "Depends: libfirst\n", b"tool")
+        tool = self._package("second", "3.5", "Depends: libfirst\n", b"tool", old="lib/x.so")
         self.tool_package = root / "pool/second_3.5_ppc64el.deb"
         index = root / f"dists/{SUITE}/main/binary-{ARCH}/Packages"
         index.parent.mkdir(parents=True)
@@ -89,8 +89,13 @@ class Archive:
         argv = ["gpg", "--homedir", self._gnupg, "--batch", "--passphrase", "", *words]
         return subprocess.run(argv, input=stdin, capture_output=True, check=True).stdout
 
-    def _package(self, name: str, version: str, relations: str, content: bytes) -> str:
+    def _package(
+        self, name: str, version: str, relations: str, content: bytes, *, old: str | None = None
+    ) -> str:
         tree = self.root / "tree" / name
+        if old:
+            (tree / old).parent.mkdir(parents=True)
+            (tree / old).write_bytes(content)
         (tree / "DEBIAN").mkdir(parents=True)
         (tree / f"usr/share/{name}").mkdir(parents=True)
         (tree / f"usr/share/{name}/content").write_bytes(content)
@@ -141,6 +146,8 @@ def test_packages_and_what_they_need_are_unpacked(
     assert versions == {"libfirst": "2:1.0-1", "second": "3.5"}
     assert (target / "usr/share/libfirst/content").read_bytes() == b"library" * 100_000
     assert (target / "usr/share/second/content").read_bytes() == b"tool"
+    assert (target / "usr/lib/x.so").read_bytes() == b"tool"
+    assert (target / "lib").readlink() == Path("usr/lib")
     assert [path.name for path in target.parent.iterdir()] == ["root"], "temporary files stay"
     progress = [record.getMessage() for record in caplog.records]
     assert "test: download: 1 of 1 MB" in progress
@@ -196,6 +203,22 @@ def test_archive_signed_by_a_stranger(
     with pytest.raises(HostError, match="has no key that signed") as caught:
         extract(tmp_path / "root", ["second"], archive.mirror)
     assert "debian-archive-keyring" in str(caught.value.hint)
+
+
+def test_folders_are_merged_into_usr(tmp_path: Path) -> None:
+    for name in ("lib/a/real.so", "usr/lib/a/other.so", "sbin/tool", "usr/bin/sh"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "usr/lib/a/real.so").symlink_to("/lib/a/real.so")
+    (tmp_path / "lib/a/other.so").symlink_to("/usr/lib/a/other.so")
+    (tmp_path / "bin").symlink_to("usr/bin")
+    debian._merge_usr(tmp_path)
+    for name in ("lib/a/real.so", "lib/a/other.so", "sbin/tool", "bin/sh"):
+        file = tmp_path / "usr" / name
+        assert not file.is_symlink()
+        assert file.read_text() in (name, f"usr/{name}")
+        assert (tmp_path / name).samefile(file)
+    assert not (tmp_path / "lib64").exists()
 
 
 def fake_tool(folder: Path, name: str, script: str) -> None:

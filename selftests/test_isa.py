@@ -242,6 +242,14 @@ def test_not_elf(tmp_path: Path, content: bytes) -> None:
         isa.fix_file(tmp_path / "file", tmp_path / "fixed", LACKS_ALL)
 
 
+def test_cut_short(assemble: Assemble, tmp_path: Path) -> None:
+    data = assemble(CODE).read_bytes()
+    for length in (70, len(data) // 2, len(data) - 100):
+        (tmp_path / "file").write_bytes(data[:length])
+        with pytest.raises(ConfigError, match=r"damaged ELF file|not an ELF file"):
+            isa.fix_file(tmp_path / "file", tmp_path / "fixed", LACKS_ALL)
+
+
 def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         isa.fix_file(tmp_path / "file", tmp_path / "fixed", LACKS_ALL)

@@ -106,7 +106,7 @@ def machine(tmp_path: Path) -> Machine:
 
 def test_second_run_does_and_says_nothing(machine: Machine) -> None:
     assert "making .venv" in machine.run()
-    assert machine.called("venv --clear .venv")
+    assert machine.called("venv --clear")
     assert machine.called("pip install")
     assert machine.run() == ""
     assert not machine.called("-m")
@@ -158,6 +158,15 @@ def test_no_fitting_python_asks_for_the_package(machine: Machine) -> None:
     assert "missing packages: python3-venv" in said
 
 
+def test_environment_made_by_hand_is_kept(machine: Machine) -> None:
+    machine.run()
+    (machine.checkout / ".venv/setup-stamp").unlink()
+    machine.run()
+    assert machine.called("pip install")
+    assert not machine.called("venv --clear")
+    assert machine.run() == ""
+
+
 @pytest.mark.parametrize("way", ["pip fails", "killed"])
 def test_interrupted_installation_is_done_again(machine: Machine, way: str) -> None:
     if way == "pip fails":
@@ -173,7 +182,7 @@ def test_interrupted_installation_is_done_again(machine: Machine, way: str) -> N
         assert process.stdout
         process.stdout.close()
     machine.run()
-    assert machine.called("venv --clear .venv")
+    assert machine.called("venv --clear")
     assert machine.called("pip install")
     assert machine.run() == ""
 
