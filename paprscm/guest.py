@@ -17,25 +17,21 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import NoReturn, Self, TextIO
+from typing import Self, TextIO
 
 import paramiko
 
 from paprscm import log
+from paprscm.boot import BootTimes, StuckError, wait_until_ready
 from paprscm.console import Console
 from paprscm.errors import ContractError, GuestLostError, HostError
+from paprscm.kmsg import Trouble
 from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv, script
 from paprscm.process import Process, describe_status
 from paprscm.qmp import Qmp
 from paprscm.settings import Settings
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
-
-_MARKS = {
-    "banner": re.compile(r"^(?:\[.*\])? ?Linux version "),
-    "init": re.compile(r"^paprscm: init"),
-    "ready": re.compile(r"^paprscm: ready"),
-    "failed": re.compile(r"^paprscm: failed: "),
-}
+from paprscm.wording import in_words, log_command, outcome, quoted
 
 # What a kernel without the drivers of our machine ends with.
 _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root device")
@@ -59,16 +55,6 @@ class Equipment:
     payload: Payload
     client_key: Path
     host_key: str
-
-
-@dataclass
-class BootTimes:
-    """When a boot reached its marks, in seconds after QEMU's exec; None: not reached."""
-
-    banner: float | None = None
-    init: float | None = None
-    ready: float | None = None
-    ssh: float | None = None
 
 
 class Guest:
@@ -109,7 +95,7 @@ class Guest:
 
     def __enter__(self) -> Self:
         try:
-            with log.step(f"boot a guest ({_in_words(self.machine)})"):
+            with log.step(f"boot a guest ({in_words(self.machine)})"):
                 self._start()
                 self._boot()
         except BaseException:
@@ -123,12 +109,16 @@ class Guest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        # What was told, and caught by a test that provoked it, is not told again.
+        tell = error is None and not self._told
         try:
-            # What was told, and caught by a test that provoked it, is not told again.
-            if error is None and not self._told:
+            if tell:
                 self.check()
         finally:
             self.close()
+        # The console is read to its end only now; the last lines may hold the worst.
+        if tell and (trouble := self.console.trouble):
+            raise self._report(trouble)
 
     def run(
         self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
@@ -160,7 +150,7 @@ class Guest:
             self._event.wait(2.0)
             self.check()
             raise
-        _log_command(result)
+        log_command(result)
         self.check()
         return result
 
@@ -172,7 +162,7 @@ class Guest:
         """
         result = self.run(command, timeout_s=timeout_s, stdin=stdin)
         if result.status:
-            raise ContractError(f"{_outcome(result)}, expected 0")
+            raise ContractError(f"{outcome(result)}, expected 0")
         return result.stdout.removesuffix("\n")
 
     def fail(
@@ -185,7 +175,7 @@ class Guest:
         """
         result = self.run(command, timeout_s=timeout_s, stdin=stdin)
         if not result.status:
-            raise ContractError(f"{_outcome(result)}, expected it to fail")
+            raise ContractError(f"{outcome(result)}, expected it to fail")
         return result
 
     def wait_until(self, command: str, *, timeout_s: float = 10.0) -> str:
@@ -206,7 +196,7 @@ class Guest:
         if result.status:
             raise ContractError(
                 f"`{command}` still fails after {timeout_s:g} s; its output:\n"
-                f"{_quoted(result.stdout)}"
+                f"{quoted(result.stdout)}"
             )
         return result.stdout.removesuffix("\n")
 
@@ -226,7 +216,7 @@ class Guest:
         """Read a file of the guest, byte for byte."""
         result = self.run(f"cat -- {shlex.quote(path)}")
         if result.status:
-            raise ContractError(f"{_outcome(result)}, expected 0")
+            raise ContractError(f"{outcome(result)}, expected 0")
         return result.stdout_bytes
 
     def plug(self, nvdimm: Nvdimm) -> None:
@@ -283,19 +273,21 @@ class Guest:
         # A call trace comes in many lines.
         self.console.settle()
         if trouble := self.console.trouble:
-            kind = GuestLostError if trouble.fatal else ContractError
-            no_root = any(_NO_ROOT.search(line) for line in self.console.lines)
-            raise kind(
-                f"the guest's kernel reports: {trouble.text}\n  its console:\n"
-                f"{self.console.tail(30)}",
-                hint=_NO_ROOT_HINT if no_root else None,
-            )
+            raise self._report(trouble)
         reason = self._lost_why
         if not reason:
             status = self.process.wait(2.0)
             how = "closed its console" if status is None else f"ended, {describe_status(status)}"
             reason = f"QEMU {how}; it said:\n{self._qemu_says()}"
         raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
+
+    def _report(self, trouble: Trouble) -> ContractError:
+        kind = GuestLostError if trouble.fatal else ContractError
+        no_root = any(_NO_ROOT.search(line) for line in self.console.lines)
+        return kind(
+            f"the guest's kernel reports: {trouble.text}\n  its console:\n{self.console.tail(30)}",
+            hint=_NO_ROOT_HINT if no_root else None,
+        )
 
     def kill(self) -> None:
         """End QEMU with SIGKILL, as a power cut would; the backing files stay."""
@@ -361,48 +353,27 @@ class Guest:
 
     def _boot(self) -> None:
         """Wait for the guest's marks, then for its ssh server."""
-        deadline = self._exec_s + self._settings.boot_limit_s
         port = self._ssh_port()
-        wanted = dict(_MARKS)
-        while "ready" in wanted:
-            found = self.console.wait_for(
-                wanted,
-                timeout_s=deadline - time.monotonic(),
-                silence_s=self._settings.silence_limit_s,
-            )
-            if found is None:
+        try:
+            if not wait_until_ready(
+                self.console, self.times, exec_s=self._exec_s, settings=self._settings
+            ):
+                self._event.wait()
                 self.check()
-                self._give_up(deadline)
-            mark, line, when = found
-            if mark == "failed":
-                raise GuestLostError(f"the guest cannot boot: {line}\n{self.console.tail()}")
-            setattr(self.times, mark, when - self._exec_s)
-            del wanted[mark]
+        except StuckError as error:
+            state = self.qmp.execute("query-status")["status"]
+            paused = f"; QEMU has it {state} and said:\n{self._qemu_says()}"
+            self._lose(error.message + (paused if state != "running" else ""))
+            self.check()
         self._ssh = Ssh(
             port=port,
             client_key=self._equipment.client_key,
             host_key=self._equipment.host_key,
-            timeout_s=max(5.0, deadline - time.monotonic()),
+            timeout_s=self._settings.silence_limit_s,
             alive=self.check,
         )
         self._resources.callback(self._ssh.close)
         self.times.ssh = time.monotonic() - self._exec_s
-
-    def _give_up(self, deadline: float) -> NoReturn:
-        limit = self._settings
-        if time.monotonic() >= deadline:
-            why = f"the guest is not up after {limit.boot_limit_s:g} s (setting boot_limit_s)"
-        else:
-            why = (
-                f"the guest printed nothing for {limit.silence_limit_s:g} s while booting "
-                "(setting silence_limit_s)"
-            )
-            state = self.qmp.execute("query-status")["status"]
-            if state != "running":
-                why = f"{why}; QEMU has it {state} and said:\n{self._qemu_says()}"
-        self._lose(why)
-        self.check()
-        raise AssertionError("unreachable")
 
     def _ssh_port(self) -> int:
         """The port that QEMU chose; asking for one beforehand would be a race."""
@@ -430,7 +401,7 @@ class Guest:
         target.chmod(0o755)
 
     def _qemu_says(self) -> str:
-        return _quoted((self.folder / "qemu.log").read_text(errors="replace"))
+        return quoted((self.folder / "qemu.log").read_text(errors="replace"))
 
     def _on_event(self) -> None:
         """Something happened on the console: wake whoever waits for a command's end."""
@@ -441,38 +412,3 @@ class Guest:
     def _lose(self, why: str) -> None:
         self._lost_why = self._lost_why or why
         self._event.set()
-
-
-def _in_words(machine: Machine) -> str:
-    dimms = [
-        f"slot {nvdimm.slot}: {nvdimm.device}"
-        + (" pmem=on" if nvdimm.pmem else " pmem=off")
-        + (" pmem-override=on" if nvdimm.pmem_override else "")
-        for nvdimm in machine.nvdimms
-    ]
-    return ", ".join(dimms) or "no DIMM"
-
-
-def _log_command(result: CommandResult) -> None:
-    log.logger.debug(
-        "guest: status %d, %.2f s: %s", result.status, result.duration_s, result.command
-    )
-    if b"\0" in result.stdout_bytes:
-        log.logger.debug("guest: stdout: %d bytes", len(result.stdout_bytes))
-    elif result.stdout:
-        log.logger.debug("guest: stdout:\n%s", _quoted(result.stdout, last=200))
-    if result.stderr:
-        log.logger.debug("guest: stderr:\n%s", _quoted(result.stderr, last=200))
-
-
-def _outcome(result: CommandResult) -> str:
-    return (
-        f"`{result.command}` ended with status {result.status}\n  stdout:\n"
-        f"{_quoted(result.stdout)}\n  stderr:\n{_quoted(result.stderr)}"
-    )
-
-
-def _quoted(text: str, *, last: int = 20) -> str:
-    # What a guest prints may hold escape sequences; a terminal must not obey them.
-    clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
-    return "\n".join(f"    {line}" for line in clean.splitlines()[-last:]) or "    (nothing)"

@@ -23,7 +23,7 @@ from paprscm.settings import Settings
 
 TOOLCHAIN = "powerpc64le-linux-gnu-"
 _TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
-_BUILD_TOOLS_HINT = "apt install make gcc bison flex bc libelf-dev"
+_BUILD_TOOLS_HINT = "apt install make gcc libc6-dev bison flex bc"
 
 # One line of make's output for each of these is one object of the progress bar.
 _OBJECT = re.compile(r"^  (?:CC|AS)\s")

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from avocado import Test
 
 from paprscm import settings
 from paprscm.environment import Environment, prepare
-from paprscm.errors import CapabilityError
+from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest import Guest
 from paprscm.machine import Machine, Nvdimm
+
+
+def _with_guests(method: Callable[[PaprScmTest], None]) -> Callable[[PaprScmTest], None]:
+    @functools.wraps(method)
+    def wrapped(self: PaprScmTest) -> None:
+        with self.verdict(), self.leave:
+            method(self)
+
+    return wrapped
 
 
 class PaprScmTest(Test):
@@ -30,12 +40,23 @@ class PaprScmTest(Test):
     # waits for ever for a test process that was killed.
     timeout = 300
 
+    def __init_subclass__(cls) -> None:
+        """Wrap each test, so that its guests end, and are judged, as a part of it.
+
+        What tearDown raises is an ERROR for Avocado, and hides what the test itself had found.
+        """
+        super().__init_subclass__()
+        for name, method in list(vars(cls).items()):
+            if name.startswith("test") and callable(method):
+                setattr(cls, name, _with_guests(method))
+
     def setUp(self) -> None:
         """Read the settings and make sure that all that guests need is there."""
-        self._leave = contextlib.ExitStack()
+        self.leave = contextlib.ExitStack()
+        """Ends the guests when the test has ended."""
         self._guests = 0
         self._metrics: dict[str, Any] = {}
-        with self._verdict():
+        with self.verdict():
             given = {name: self.params.get(name) for name in settings.names()}
             # A varianter's values need not be strings.
             words = {name: str(value) for name, value in given.items() if value is not None}
@@ -44,8 +65,9 @@ class PaprScmTest(Test):
         self.measure("environment", self.environment.describe())
 
     def tearDown(self) -> None:
-        """End the guests, whatever became of the test."""
-        self._leave.close()
+        """End what a timed-out test, which goes on beside this, has left running."""
+        with contextlib.suppress(ContractError):
+            self.leave.close()
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
 
     def boot(self, machine: Machine | None = None, *, allowed: Iterable[str] = ()) -> Guest:
@@ -60,15 +82,15 @@ class PaprScmTest(Test):
         self._guests += 1
         name = "guest" if self._guests == 1 else f"guest{self._guests}"
         folder = Path(self.outputdir) / name
-        with self._verdict():
+        with self.verdict():
             guest = Guest(self.environment.equipment, wanted, folder=folder, allowed=allowed)
-            self._leave.enter_context(guest)
+            self.leave.enter_context(guest)
         self.measure(f"{name}.boot_s", dataclasses.asdict(guest.times))
         return guest
 
     def require(self, nvdimms: Iterable[Nvdimm]) -> None:
         """CANCEL the test unless the QEMU under test has what these DIMMs need."""
-        with self._verdict():
+        with self.verdict():
             for nvdimm in nvdimms:
                 self.environment.require(nvdimm)
 
@@ -77,7 +99,8 @@ class PaprScmTest(Test):
         self._metrics[name] = value
 
     @contextlib.contextmanager
-    def _verdict(self) -> Iterator[None]:
+    def verdict(self) -> Iterator[None]:
+        """Within, what the QEMU, kernel or host cannot do makes the test CANCEL."""
         try:
             yield
         except CapabilityError as error:

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A boot as its console tells it: the marks on the way up, and how to know that it got stuck."""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+
+from paprscm.console import Console
+from paprscm.errors import GuestLostError
+from paprscm.settings import Settings
+
+_MARKS = {
+    "banner": re.compile(r"^(?:\[.*\])? ?Linux version "),
+    "init": re.compile(r"^paprscm: init"),
+    "ready": re.compile(r"^paprscm: ready"),
+    "failed": re.compile(r"^paprscm: failed: "),
+}
+
+
+@dataclass
+class BootTimes:
+    """When a boot reached its marks, in seconds after QEMU's exec; None: not reached."""
+
+    banner: float | None = None
+    init: float | None = None
+    ready: float | None = None
+    ssh: float | None = None
+
+
+class StuckError(GuestLostError):
+    """The guest does not come up, and its console does not say why."""
+
+
+def wait_until_ready(
+    console: Console, times: BootTimes, *, exec_s: float, settings: Settings
+) -> bool:
+    """Wait until the guest's ssh server listens.
+
+    Args:
+        console: the guest's.
+        times: where to note when each mark was reached.
+        exec_s: when QEMU was started (time.monotonic()).
+        settings: boot_limit_s and silence_limit_s.
+
+    Returns:
+        False if the console ended or told of trouble, which is for the caller to explain.
+
+    Raises:
+        GuestLostError: /init says that it cannot do its work.
+        StuckError: a limit was reached; the message names it.
+    """
+    deadline = exec_s + settings.boot_limit_s
+    wanted = dict(_MARKS)
+    while "ready" in wanted:
+        found = console.wait_for(
+            wanted,
+            timeout_s=deadline - time.monotonic(),
+            silence_s=settings.silence_limit_s,
+        )
+        if found is None:
+            if console.closed or console.trouble:
+                return False
+            if time.monotonic() >= deadline:
+                limit = f"is not up after {settings.boot_limit_s:g} s (setting boot_limit_s)"
+            else:
+                limit = (
+                    f"printed nothing for {settings.silence_limit_s:g} s while booting "
+                    "(setting silence_limit_s)"
+                )
+            raise StuckError(f"the guest {limit}")
+        mark, line, when = found
+        if mark == "failed":
+            raise GuestLostError(f"the guest cannot boot: {line}\n{console.tail()}")
+        setattr(times, mark, when - exec_s)
+        del wanted[mark]
+    return True

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""How machines, commands and their output read in a message or a log."""
+
+from __future__ import annotations
+
+from paprscm import log
+from paprscm.machine import Machine
+from paprscm.ssh import CommandResult
+
+
+def in_words(machine: Machine) -> str:
+    """A machine's DIMMs, for a line of the log."""
+    dimms = [
+        f"slot {nvdimm.slot}: {nvdimm.device}"
+        + (" pmem=on" if nvdimm.pmem else " pmem=off")
+        + (" pmem-override=on" if nvdimm.pmem_override else "")
+        for nvdimm in machine.nvdimms
+    ]
+    return ", ".join(dimms) or "no DIMM"
+
+
+def log_command(result: CommandResult) -> None:
+    """Keep a command, its status and duration, and its output in the test's log."""
+    log.logger.debug(
+        "guest: status %d, %.2f s: %s", result.status, result.duration_s, result.command
+    )
+    if b"\0" in result.stdout_bytes:
+        log.logger.debug("guest: stdout: %d bytes", len(result.stdout_bytes))
+    elif result.stdout:
+        log.logger.debug("guest: stdout:\n%s", quoted(result.stdout, last=200))
+    if result.stderr:
+        log.logger.debug("guest: stderr:\n%s", quoted(result.stderr, last=200))
+
+
+def outcome(result: CommandResult) -> str:
+    """A command, its status and its output, for an error."""
+    return (
+        f"`{result.command}` ended with status {result.status}\n  stdout:\n"
+        f"{quoted(result.stdout)}\n  stderr:\n{quoted(result.stderr)}"
+    )
+
+
+def quoted(text: str, *, last: int = 20) -> str:
+    """The last lines of an output, indented, without what a terminal would obey."""
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "\n".join(f"    {line}" for line in clean.splitlines()[-last:]) or "    (nothing)"
