@@ -19,7 +19,7 @@ from paprscm.cache import Cache, Entry
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error
 from paprscm.guest import Guest
-from paprscm.kbuild import build_tree
+from paprscm.kbuild import build_default, build_tree
 from paprscm.machine import Machine, qemu_argv, script
 from paprscm.options import parse_nvdimm
 from paprscm.settings import Settings
@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
     build = kernels.add_parser("build", help="Build a vmlinux.", parents=[common])
     build.add_argument("--source", type=Path, help="a kernel tree; default: Debian's source")
+    build.add_argument("--config", type=Path, help="that tree's .config; default: the suite's own")
     build.set_defaults(verb=_kernel_build)
 
     cache = verbs.add_parser("cache", help="What was built and fetched.")
@@ -186,12 +187,16 @@ def _script(environment: Environment, machine: Machine) -> str:
 
 
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
+    cache = Cache(chosen.cache_dir)
     if arguments.source is None:
-        environment = prepare(chosen)
-        print(environment.kernel.path)
-        return 0
-    built = build_tree(Cache(chosen.cache_dir), arguments.source)
+        if arguments.config is not None:
+            raise ConfigError("--config without --source", hint="give the tree that it belongs to")
+        built = build_default(cache, chosen)
+    else:
+        built = build_tree(cache, arguments.source, config=arguments.config)
     print(built.vmlinux)
+    if built.modules is not None:
+        log.logger.info("its modules: --modules %s", built.modules)
     return 0
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -90,6 +91,7 @@ class Guest:
         self._event = threading.Event()
         self._told = False
         self._lost_why = ""
+        self._marks = itertools.count(1)
         self._ssh: Ssh | None = None
         self._resources = contextlib.ExitStack()
 
@@ -256,6 +258,12 @@ class Guest:
         self.console.allowed.extend(added)
         try:
             yield
+            # What the kernel has printed by now must have been read before it counts again.
+            mark = f"paprscm: mark {next(self._marks)}"
+            self.run(f"echo '<1>{mark}' > /dev/kmsg")
+            self.console.wait_for(
+                {"mark": re.compile(re.escape(mark) + "$")}, timeout_s=10, silence_s=10
+            )
         finally:
             for pattern in added:
                 self.console.allowed.remove(pattern)

@@ -200,7 +200,9 @@ class Payload:
         return " ".join(
             (
                 "console=hvc0 root=/dev/vda ro init=/init",
-                "ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off",
+                # A kernel whose virtio_net is a module would wait 12 s for eth0 before it loads any
+                # (net/ipv4/ipconfig.c, CONF_CARRIER_TIMEOUT); then /init configures it.
+                *(() if self.initrd else ("ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off",)),
                 # A panic ends QEMU at once (-no-reboot): an event instead of a timeout.
                 "panic=-1",
                 *machine.cmdline,

@@ -38,7 +38,19 @@ _MOUNT_POINTS = ("mnt1", "mnt2", "mnt3", "mnt4", "proc", "sys", "dev", "mnt", "r
 # Maintainer scripts would have made these through update-alternatives.
 _ALTERNATIVES = {"cc": "gcc", "c99": "gcc", "awk": "mawk"}
 _APPLETS = (
-    *("clear", "free", "gunzip", "gzip", "halt", "hexdump", "hostname", "ifconfig", "ip", "less", "lspci"),
+    *(
+        "clear",
+        "free",
+        "gunzip",
+        "gzip",
+        "halt",
+        "hexdump",
+        "hostname",
+        "ifconfig",
+        "ip",
+        "less",
+        "lspci",
+    ),
     *("nc", "ping", "poweroff", "reboot", "reset", "resize", "route", "tar", "time", "top"),
     *("unxz", "usleep", "uptime", "vi", "watch", "which", "xxd", "xzcat", "zcat"),
 )
@@ -218,7 +230,6 @@ def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     for name, content in _ETC.items():
         (root / "etc" / name).write_text(content)
-    (root / "etc/shadow").chmod(0o600)
     (root / "etc/fstab").write_text("".join(line + "\n" for line in _FSTAB))
     (root / "etc/mtab").unlink(missing_ok=True)
     (root / "etc/mtab").symlink_to("/proc/self/mounts")
@@ -227,6 +238,9 @@ def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
     for name in _APPLETS:
         if not any((root / folder / name).exists() for folder in ("usr/bin", "usr/sbin")):
             _link(root / "usr/bin" / name, "busybox")
+    _open_to_all(root)
+    (root / "etc/shadow").chmod(0o600)
+    (root / "root").chmod(0o700)
     init = root / "init"
     shutil.copyfile(IMAGES / "init", init)
     init.chmod(0o755)
@@ -237,6 +251,20 @@ def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
     _make_folder(root / "etc/skel.root/.ssh", 0o700)
     authorized = f"{client_public} paprscm\n".encode()
     _write_private(root / "etc/skel.root/.ssh/authorized_keys", authorized)
+
+
+def _open_to_all(root: Path) -> None:
+    """Let every user of the guest read what root may read.
+
+    Unpacked by a user whose umask is 077, all of it would be for root alone. There are no secrets
+    in packages.
+    """
+    for path in (root, *root.rglob("*")):
+        mode = path.lstat().st_mode
+        if not stat.S_ISLNK(mode):
+            wanted = stat.S_IMODE(mode) | (mode & 0o500) >> 3 | (mode & 0o500) >> 6
+            if wanted != stat.S_IMODE(mode):
+                path.chmod(wanted)
 
 
 def _make_disk(root: Path, disk: Path) -> None:

@@ -143,5 +143,6 @@ def kill_one(
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
     assert clean, f"{where}: {marked(mark)}"
-    assert emptied, f"{where}: {list(scratch.iterdir())}"
+    # Without a QEMU there may have been no keeper yet to remove the folder.
+    assert emptied or "qemu" not in there.values(), f"{where}: {list(scratch.iterdir())}"
     return there, victim

@@ -75,6 +75,13 @@ def test_slof_and_kvm_take_no_tcg_words() -> None:
     assert after(words, "-accel") == ["kvm"]
 
 
+def test_with_modules_the_network_is_left_to_init() -> None:
+    payload = Payload(kernel=Path("/k"), disk=Path("/d"), initrd=Path("/i"))
+    words = qemu_argv(("qemu",), Machine(), payload, {}, WIRING)
+    assert after(words, "-initrd") == ["/i"]
+    assert "ip=" not in after(words, "-append")[0]
+
+
 def test_override_unarmed_and_private_are_passed_on() -> None:
     nvdimm = Nvdimm(pmem=True, pmem_override=True, unarmed=True, share=False)
     words = argv(Machine(nvdimms=(nvdimm,)))

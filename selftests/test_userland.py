@@ -9,7 +9,7 @@ import shutil
 import stat
 import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,14 @@ def extracted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
     monkeypatch.setattr(debian, "extract", extract)
     monkeypatch.setattr(debian, "resolve_mirror", lambda _: "http://m.example/debian")
     return calls
+
+
+@pytest.fixture
+def own_umask() -> Iterator[None]:
+    """The test may change the umask."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 def ensure(cache: Cache, boot_test: Callable[[Userland], None] | None = None) -> Userland:
@@ -106,7 +114,11 @@ def test_host_key_as_dropbear_keeps_it() -> None:
 
 
 @needs_tools
-def test_disk_and_keys(cache: Cache, extracted: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_disk_and_keys(
+    cache: Cache, extracted: list[Any], tmp_path: Path, own_umask: None, umask: int
+) -> None:
+    os.umask(umask)
     seen = []
 
     def boot_test(unpublished: Userland) -> None:
@@ -129,7 +141,13 @@ def test_disk_and_keys(cache: Cache, extracted: list[Any], tmp_path: Path) -> No
         ("/etc/dropbear/host_key", "0600"),
         ("/etc/skel.root", "0700"),
         ("/etc/skel.root/.ssh/authorized_keys", "0600"),
+        ("/etc/shadow", "0600"),
+        ("/root", "0700"),
         ("/mnt1", "0755"),
+        ("/usr/bin", "0755"),
+        ("/usr/bin/busybox", "0755"),
+        ("/etc/passwd", "0644"),
+        ("/", "0755"),
     ):
         info = debugfs(made.disk, f"stat {path}")
         assert f"Mode:  {mode}" in info, path
