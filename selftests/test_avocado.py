@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Avocado sees the suite as it is meant: configuration, tags, and whose fault is which status."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paprscm.environment import Environment
+
+ROOT = Path(__file__).resolve().parent.parent
+AVOCADO = str(Path(sys.executable).with_name("avocado"))
+
+VERDICTS = '''
+from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.testcase import PaprScmTest
+
+
+class Verdict(PaprScmTest):
+    def test_pass(self):
+        self.measure("answer", 42)
+
+    def test_fail(self):
+        raise ContractError("the kernel lied", hint="look")
+
+    def test_error(self):
+        raise HostError("no disk")
+
+    def test_cancel(self):
+        raise CapabilityError("no libpmem")
+
+
+class Guests(PaprScmTest):
+    def test_command(self):
+        self.boot().succeed("echo said; exit 7")
+
+    def test_last_words(self):
+        """A message in the last moment, when nobody asks the guest anything any more."""
+        guest = self.boot()
+        guest.run("echo '<1>WARNING: CPU: 0 PID: 1 at last.c:1 f' > /dev/kmsg")
+
+    def test_ends_with_the_test(self):
+        self.measure("pid", self.boot().process.pid)
+'''
+
+
+def avocado(*words: str, cwd: Path = ROOT) -> str:
+    """What Avocado prints; its exit status is not looked at."""
+    done = subprocess.run(
+        [AVOCADO, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
+    )
+    return done.stdout + done.stderr
+
+
+def test_the_configuration_is_in_force_without_a_flag() -> None:
+    said = avocado("config")
+    assert "./results" in said
+    assert any(
+        line.split() == ["runner.task.interval.from_soft_to_hard_termination", "60"]
+        for line in said.splitlines()
+    )
+
+
+def test_tests_are_found_by_tag() -> None:
+    listed = avocado("list", "-t", "map_sync", "tests/").splitlines()
+    found = [line for line in listed if "tests/test_map_sync.py:OneDimm.test_pmem_on_xfs" in line]
+    assert len(found) == 1
+    assert "No module" not in "\n".join(listed)
+
+
+def test_a_job_without_guests_fails_at_once_with_the_reason() -> None:
+    said = avocado("run", "-p", "kernel=/nonexistent/vmlinux", "tests/")
+    assert "the kernel /nonexistent/vmlinux does not exist" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "from avocado import Test\nclass A(Test):\n    def test(self):\n        pass\n"
+    )
+    said = avocado("run", "-p", "kernel=/nonexistent", "test_other.py", cwd=tmp_path)
+    assert "PASS 1" in said
+
+
+@pytest.mark.guest
+def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_path: Path) -> None:
+    del environment  # Made before the job's time runs.
+    module = tmp_path / "verdicts.py"
+    module.write_text(VERDICTS)
+    results = tmp_path / "results"
+    avocado("run", "--job-results-dir", str(results), str(module))
+    (job,) = results.glob("job-*/results.json")
+    tests = {test["id"].rpartition(".")[2]: test for test in json.loads(job.read_text())["tests"]}
+    assert {name: test["status"] for name, test in tests.items()} == {
+        "test_pass": "PASS",
+        "test_fail": "FAIL",
+        "test_error": "ERROR",
+        "test_cancel": "CANCEL",
+        "test_command": "FAIL",
+        "test_last_words": "FAIL",
+        "test_ends_with_the_test": "PASS",
+    }
+    assert "the kernel lied (look)" in tests["test_fail"]["fail_reason"]
+    assert "status 7" in tests["test_command"]["fail_reason"]
+    assert "said" in tests["test_command"]["fail_reason"]
+    assert "last.c:1" in tests["test_last_words"]["fail_reason"]
+    figures = json.loads(tests["test_pass"]["whiteboard"])
+    assert figures["answer"] == 42
+    assert figures["environment"]["page_size"] == "65536"
+    pid = json.loads(tests["test_ends_with_the_test"]["whiteboard"])["pid"]
+    assert not Path(f"/proc/{pid}").exists()
+    folder = Path(tests["test_command"]["logdir"])
+    logs = {path.name for path in (folder / "guest").iterdir()}
+    assert {"console.log", "qemu.log", "qemu.sh"} <= logs
+    assert "echo said; exit 7" in (folder / "debug.log").read_text()
