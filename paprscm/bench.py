@@ -57,7 +57,7 @@ def cold_starts(environment: Environment, count: int, *, warm_up: int = 1) -> Se
     seconds: dict[str, list[float]] = {mark: [] for mark in _MARKS}
     began = time.time()
     machine = environment.furnish(Machine())
-    with log.progress("cold starts", count, "starts") as bar:
+    with log.quiet(), log.progress("cold starts", count, "starts") as bar:
         for number in range(-warm_up, count):
             times = _start_once(environment, machine)
             if number < 0:

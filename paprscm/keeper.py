@@ -28,6 +28,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# What the parent writes to the lifeline when it wants the program's end.
+END = b"k"
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -123,7 +126,10 @@ def main() -> None:
         poll.register(handle, select.POLLIN)
     ready = {handle for handle, _events in poll.poll()}
     status = kill_all(program)
-    if ready & set(watched) and spec["scratch"]:
+    # A parent that wants the end says so before it hangs up. One that was killed only hangs up, and
+    # its pidfd may tell of it a moment later than the pipe does.
+    wanted = lifeline in ready and os.read(lifeline, 1) == END
+    if ended not in ready and not wanted and spec["scratch"]:
         # Nobody else is left to do it.
         shutil.rmtree(spec["scratch"], ignore_errors=True)
     with contextlib.suppress(BrokenPipeError):

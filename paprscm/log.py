@@ -55,6 +55,17 @@ def step(text: str) -> Iterator[None]:
         _depth.reset(token)
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Within, only warnings are logged: for many equal steps that a bar shows better."""
+    before = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class Bar:
     """One countable piece of work, as a bar on a terminal and as ten lines in a log.
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paprscm import keeper
 from paprscm.errors import HostError
 
-_KEEPER = Path(__file__).with_name("keeper.py")
+_KEEPER = Path(keeper.__file__)
 _KILL_LIMIT_S = 10.0
 
 # Process ids, with spaces between; the Makefile begins it with that of make.
@@ -152,8 +153,7 @@ class Process:
         """
         if self.status is None:
             with contextlib.suppress(OSError):
-                os.close(self._lifeline)
-            self._lifeline = -1
+                os.write(self._lifeline, keeper.END)
             if self.wait(_KILL_LIMIT_S) is None:
                 raise HostError(f"process {self.pid} ({self.argv[0]}) does not die")
         assert self.status is not None  # noqa: S101

@@ -115,6 +115,6 @@ def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_pat
     pid = json.loads(tests["test_ends_with_the_test"]["whiteboard"])["pid"]
     assert not Path(f"/proc/{pid}").exists()
     folder = Path(tests["test_command"]["logdir"])
-    logs = {path.name for path in (folder / "guest").iterdir()}
+    logs = {path.name for path in (folder / "data" / "guest").iterdir()}
     assert {"console.log", "qemu.log", "qemu.sh"} <= logs
     assert "echo said; exit 7" in (folder / "debug.log").read_text()
