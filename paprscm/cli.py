@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import tempfile
 import time
@@ -206,10 +207,15 @@ def _cache_ls(_arguments: argparse.Namespace, chosen: Settings) -> int:
         shown.add_column(name, justify="right" if name in ("MB", "days") else "left")
     for entry in Cache(chosen.cache_dir).entries():
         days = f"{(time.time() - entry.used) / DAY_S:.1f}"
-        made_of = ", ".join(f"{k}={v[:40]}" for k, v in sorted(entry.fields.items()))
+        made_of = ", ".join(f"{k}={_short(v)}" for k, v in sorted(entry.fields.items()))
         shown.add_row(entry.kind, entry.key, f"{entry.size_bytes / 1e6:.0f}", days, made_of)
     Console().print(shown)
     return 0
+
+
+def _short(value: str) -> str:
+    """A field's value for a table; of a digest its beginning says enough."""
+    return value[:12] if re.fullmatch("[0-9a-f]{16,}", value) else value[:40]
 
 
 def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:

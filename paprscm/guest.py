@@ -97,7 +97,8 @@ class Guest:
 
     def __enter__(self) -> Self:
         try:
-            with log.step(f"boot a guest ({in_words(self.machine)})"):
+            dimms = ", ".join(map(in_words, self.machine.nvdimms)) or "no DIMM"
+            with log.step(f"boot a guest ({dimms})"):
                 self._start()
                 self._boot()
         except BaseException:

@@ -296,7 +296,9 @@ def _unpack(archive: Path, tree: Path) -> None:
     with step("unpacking the kernel source"):
         process.run(
             [
-                *("tar", "-xJf", archive, "-C", tree, "--strip-components=1", "--wildcards"),
+                # Debian compresses in blocks: xz can take several at a time.
+                *("tar", "--use-compress-program=xz -T0", "-xf", archive, "-C", tree),
+                *("--strip-components=1", "--wildcards"),
                 *("--no-anchored", "--no-same-owner"),
                 *(f"--exclude={pattern}" for pattern in excluded),
             ]

@@ -111,7 +111,8 @@ def resolve(cache: Cache, setting: str, *, mirror: str) -> Qemu:
     if not qemu.has("spapr-nvdimm"):
         raise CapabilityError(
             f"{path} (version {qemu.version_text}) has no spapr-nvdimm device",
-            hint="use a QEMU of 5.0 or later that is built with CONFIG_NVDIMM",
+            # QEMU commit 8601b4f11d47 (in v7.0).
+            hint="it came with QEMU 7.0; qemu=debian:trixie fetches one that has it",
         )
     return qemu
 
@@ -256,7 +257,7 @@ def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
     libraries = [*root.glob("usr/lib/*/lib*.so*"), *root.glob("usr/lib/*/*/lib*.so*")]
     folders = sorted({library.parent for library in libraries})
     prefix = (
-        str(root / loaders[0].lstrip("/")),
+        str(_inside(root, root / loaders[0].lstrip("/"))),
         "--library-path",
         ":".join(str(folder) for folder in folders),
         str(path),
@@ -264,6 +265,16 @@ def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
         str(root / "usr/share/qemu"),
     )
     return prefix, path
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """The file that a link leads to when `root` is the root folder, as it was packed to be."""
+    for _ in range(8):
+        if not path.is_symlink():
+            break
+        target = path.readlink()
+        path = root / str(target).lstrip("/") if target.is_absolute() else path.parent / target
+    return path
 
 
 def _binary_key(path: Path) -> str:

@@ -144,7 +144,8 @@ class Ssh:
         """An interactive shell on a pseudo terminal of the guest."""
         channel = self._transport.open_session()
         channel.get_pty(term, columns, rows)
-        channel.invoke_shell()
+        # Not invoke_shell(): root has dash, which starts sooner but is nothing for a person.
+        channel.exec_command("exec bash -l")
         return channel
 
     def close(self) -> None:

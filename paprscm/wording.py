@@ -1,22 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How machines, commands and their output read in a message or a log."""
+"""How DIMMs, commands and their output read in a message or a log."""
 
 from __future__ import annotations
 
 from paprscm import log
-from paprscm.machine import Machine
+from paprscm.machine import Nvdimm
 from paprscm.ssh import CommandResult
 
 
-def in_words(machine: Machine) -> str:
-    """A machine's DIMMs, for a line of the log."""
-    dimms = [
+def in_words(nvdimm: Nvdimm) -> str:
+    """What a DIMM is: "slot 0: spapr-nvdimm pmem=on"."""
+    return (
         f"slot {nvdimm.slot}: {nvdimm.device}"
         + (" pmem=on" if nvdimm.pmem else " pmem=off")
         + (" pmem-override=on" if nvdimm.pmem_override else "")
-        for nvdimm in machine.nvdimms
-    ]
-    return ", ".join(dimms) or "no DIMM"
+    )
 
 
 def log_command(result: CommandResult) -> None:

@@ -9,6 +9,7 @@ from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.papr import NODE, PARENT_NODE, SCM_BLOCK_SIZE
 from paprscm.pmem import BlockDevice, Region, create_fsdax, wait_for_region
 from paprscm.testcase import PaprScmTest
+from paprscm.wording import in_words
 
 # Sizes and label sizes differ, so that one DIMM cannot be taken for another.
 KINDS = (
@@ -63,7 +64,7 @@ class DeviceTree(PaprScmTest):
             if found != wanted
         ]
         if wrong:
-            self.fail(f"slot {nvdimm.slot} ({nvdimm}):\n  " + "\n  ".join(wrong))
+            self.fail(f"{in_words(nvdimm)}:\n  " + "\n  ".join(wrong))
 
     def test_at_boot(self) -> None:
         """Each kind of DIMM that is there at boot has the nodes and files that it must have."""
