@@ -111,8 +111,10 @@ def test_a_cache_that_cannot_be_written_says_so(where: str) -> None:
         Cache(Path(where)).ensure("thing", FIELDS, never)
 
 
+# A shell without job control starts what it puts into the background with SIGINT ignored.
 BUILDER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from paprscm.cache import Cache
 from paprscm import log
