@@ -114,7 +114,13 @@ class Process:
             os.close(lifeline_r)
             os.close(report_w)
         self._lines = b""
-        first = self._next_report(None) or {}
+        try:
+            first = self._next_report(None) or {}
+        except BaseException:
+            # ^C, most likely; the program may have been started already.
+            self._hang_up()
+            self._keeper.wait()
+            raise
         if "pid" not in first:
             self._close()
             reason = first.get("error", "its keeper was killed")
@@ -152,12 +158,16 @@ class Process:
             HostError: something did not die within 10 s (a process in uninterruptible sleep).
         """
         if self.status is None:
-            with contextlib.suppress(OSError):
-                os.write(self._lifeline, keeper.END)
+            self._hang_up()
             if self.wait(_KILL_LIMIT_S) is None:
                 raise HostError(f"process {self.pid} ({self.argv[0]}) does not die")
         assert self.status is not None  # noqa: S101
         return self.status
+
+    def _hang_up(self) -> None:
+        """Tell the keeper that the program is wanted no more."""
+        with contextlib.suppress(OSError):
+            os.write(self._lifeline, keeper.END)
 
     def _next_report(self, timeout_s: float | None) -> dict[str, Any] | None:
         """The keeper's next line; None when none came in time, {} when the keeper is gone."""

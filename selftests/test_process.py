@@ -110,6 +110,25 @@ def test_kill_takes_grandchildren_with_it() -> None:
     assert wait_gone([int(pid) for pid in pids], 0) == []
 
 
+def test_an_interrupt_while_it_starts_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """^C between the keeper's start and its report; the build folder was still written to then."""
+    note = tmp_path / "pid"
+
+    def interrupted(_self: Process, _timeout_s: float | None) -> None:
+        deadline = time.monotonic() + 10
+        while not (note.exists() and note.read_text().endswith("\n")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Process, "_next_report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Process(["sh", "-c", f"echo $$ > {note}; exec sleep 1000"])
+    assert wait_gone([int(note.read_text())], 0) == []
+
+
 def test_exit_status_is_passed_on() -> None:
     assert Process(["sh", "-c", "exit 7"]).wait() == 7
     assert Process(["sh", "-c", "kill -SEGV $$"]).wait() == -signal.SIGSEGV
