@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -16,11 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from paprscm import bench, host, log, settings, shell
-from paprscm.cache import Cache, Entry
+from paprscm.cache import Cache
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error
 from paprscm.guest import Guest
-from paprscm.kbuild import build_default, build_tree
+from paprscm.kbuild import build_default, build_tree, prune_trees
 from paprscm.machine import Machine, qemu_argv, script
 from paprscm.options import parse_nvdimm
 from paprscm.settings import Settings
@@ -221,9 +222,12 @@ def _short(value: str) -> str:
 def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     if arguments.days < 0:
         raise ConfigError("--days cannot be negative")
-    gone: list[Entry] = Cache(chosen.cache_dir).prune(unused_for_s=arguments.days * DAY_S)
-    freed = sum(entry.size_bytes for entry in gone) / 1e6
-    print(f"{len(gone)} entries removed, {freed:.0f} MB")
+    cache, unused_for_s = Cache(chosen.cache_dir), arguments.days * DAY_S
+    free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
+    entries = cache.prune(unused_for_s=unused_for_s)
+    trees = prune_trees(cache, unused_for_s=unused_for_s)
+    freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
+    print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
     return 0
 
 

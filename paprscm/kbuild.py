@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -157,6 +158,21 @@ def build_tree(cache: Cache, source: Path, *, config: Path | None = None) -> Bui
                 count.write_text(str(compiled))
             _collect(make, folder, produced)
     return _built(folder, log_file, str(source))
+
+
+def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
+    """Remove and return the O= folders of own trees that nobody built in for so many seconds."""
+    gone = []
+    for folder in (cache.root / "kbuild").glob("*"):
+        log_file = folder / "build.log"
+        used = (log_file if log_file.exists() else folder).stat().st_mtime
+        if time.time() - used < unused_for_s:
+            continue
+        with cache.lock(f"kbuild-{folder.name}", what="prunes", wait=False) as taken:
+            if taken:
+                shutil.rmtree(folder)
+                gone.append(folder)
+    return gone
 
 
 class _Make:

@@ -69,10 +69,16 @@ def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     Cache(tmp_path).ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type, return-value]
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
     assert "thing" in capsys.readouterr().out
+    objects = tmp_path / "kbuild" / "0123456789abcdef"
+    objects.mkdir(parents=True)
+    (objects / "build.log").write_text("x")
     assert main(["cache", "prune", "--days", "1", "--cache-dir", str(tmp_path)]) == 0
-    assert "0 entries removed" in capsys.readouterr().out
+    assert "0 entries and 0 kernel build folders removed" in capsys.readouterr().out
     assert main(["cache", "prune", "--days", "0", "--cache-dir", str(tmp_path)]) == 0
-    assert "1 entries removed" in capsys.readouterr().out
+    assert "1 entries and 1 kernel build folders removed" in capsys.readouterr().out
+    assert not objects.exists()
+    assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
+    assert "thing" not in capsys.readouterr().out
 
 
 def test_what_follows_two_dashes_is_avocados(

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,3 +50,29 @@ def test_no_module_grows_past_two_subjects() -> None:
         if (lines := len(file.read_text().splitlines())) > 450
     }
     assert long == {}
+
+
+def imported(file: Path) -> set[str]:
+    """The modules of ours that a file imports, by name; what is only for types does not count."""
+    found = set()
+    tree = ast.parse(file.read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module == "paprscm":
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("paprscm."):
+            found.add((node.module or "").split(".")[1])
+    return found
+
+
+def test_modules_import_only_from_below() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    order = re.findall(r"\w+", text.rpartition("looks):")[2])
+    modules = {file.stem: file for file in (ROOT / "paprscm").glob("*.py") if file.stem[0] != "_"}
+    assert set(order) == {*modules, "plugins"}, "the list in CONTRIBUTING.md is not complete"
+    wrong = {
+        f"{name} imports {other}"
+        for place, name in enumerate(order)
+        for other in (imported(modules[name]) if name in modules else ())
+        if order.index(other) >= place
+    }
+    assert wrong == set()
