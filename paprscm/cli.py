@@ -45,6 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
         return 2
+    except OSError as error:
+        # A disk, a permission, a terminal that went away: the user's to mend, as a rule.
+        log.logger.debug("", exc_info=True)
+        print(f"paprscm: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
+        print("  hint: paprscm -v shows where it happened", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
         return 130

@@ -71,8 +71,8 @@ class Console:
 
         Returns:
             The mark's name, the line, and when it came (time.monotonic()); None when time is up,
-            the guest was silent too long, its console was closed or something went wrong with it:
-            `trouble`, `closed` and `silent_for_s` say which.
+            the guest was silent too long, its console was closed (`closed`) or its kernel is in
+            `trouble`.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -104,11 +104,6 @@ class Console:
     def closed(self) -> bool:
         """QEMU has closed its end."""
         return self._closed
-
-    @property
-    def silent_for_s(self) -> float:
-        """How long nothing was printed, s."""
-        return time.monotonic() - self._last_s
 
     @property
     def lines(self) -> list[str]:

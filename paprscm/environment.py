@@ -168,7 +168,7 @@ def _kernel(cache: Cache, settings: Settings) -> Kernel:
 
 def _executes(cache: Cache, binary: Qemu, cpu: str) -> Mapping[str, bool]:
     """What the TCG of this very binary can execute; asked of it once."""
-    name = f"instructions-{cpu}-{hashlib.sha256(repr(isa.INSTRUCTIONS).encode()).hexdigest()[:12]}"
+    name = f"instructions-{cpu}-{isa.probe_digest()}"
     answer = qemu.remember(cache, binary, name, lambda: isa.probe(binary.argv_prefix, cpu=cpu))
     return {str(name): bool(able) for name, able in answer.items()}
 

@@ -86,7 +86,6 @@ class Guest:
         self._equipment = equipment
         self._settings = equipment.settings
         self._allowed = [re.compile(pattern) for pattern in allowed]
-        self._nvdimms = {nvdimm.slot: nvdimm for nvdimm in machine.nvdimms}
         self._files: dict[int, Path] = {}
         self._event = threading.Event()
         self._told = False
@@ -236,17 +235,12 @@ class Guest:
             undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
             self.qmp.execute("device_add", **nvdimm.frontend())
             undo.pop_all()
-        self._nvdimms[nvdimm.slot] = nvdimm
         self._files[nvdimm.slot] = file
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
         """An interactive shell of the guest, on a pseudo terminal of that size."""
         assert self._ssh is not None  # noqa: S101
         return self._ssh.shell(term, columns, rows)
-
-    def nvdimm(self, slot: int) -> Nvdimm:
-        """The DIMM in `slot`, as it was asked for."""
-        return self._nvdimms[slot]
 
     def file(self, slot: int) -> Path:
         """The backing file of the DIMM in `slot`."""
@@ -404,7 +398,7 @@ class Guest:
         return Path(name)
 
     def _write_script(self, argv: list[str]) -> None:
-        sizes = {self._files[slot]: nvdimm.file_bytes for slot, nvdimm in self._nvdimms.items()}
+        sizes = {self._files[n.slot]: n.file_bytes for n in self.machine.nvdimms}
         target = self.folder / "qemu.sh"
         target.write_text(script(argv, sizes))
         target.chmod(0o755)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import gzip
+import hashlib
 import io
 import itertools
 import lzma
@@ -355,9 +356,19 @@ def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) 
     return answers
 
 
+def probe_digest() -> str:
+    """A short digest of what the probe asks and how; its answers are good for no other."""
+    asked = repr((INSTRUCTIONS, _CONTROLS)).encode()
+    return hashlib.sha256(_probe_source().read_bytes() + asked).hexdigest()[:12]
+
+
+def _probe_source() -> Path:
+    return Path(__file__).resolve().parent.parent / "guest_tools" / "isa_probe.S"
+
+
 def _assemble(folder: Path) -> Path:
     """Assemble and link guest_tools/isa_probe.S with the table of instructions."""
-    source = Path(__file__).resolve().parent.parent / "guest_tools" / "isa_probe.S"
+    source = _probe_source()
     words = {name: word for name, (word, _expected) in _CONTROLS.items() if word}
     # RA=0, RB=r28 where the form has registers.
     words |= {i.name: i.word for i in INSTRUCTIONS}

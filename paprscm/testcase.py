@@ -82,17 +82,15 @@ class PaprScmTest(Test):
         self._guests += 1
         name = "guest" if self._guests == 1 else f"guest{self._guests}"
         folder = Path(self.outputdir) / name
-        with self.verdict():
-            guest = Guest(self.environment.equipment, wanted, folder=folder, allowed=allowed)
-            self.leave.enter_context(guest)
+        guest = Guest(self.environment.equipment, wanted, folder=folder, allowed=allowed)
+        self.leave.enter_context(guest)
         self.measure(f"{name}.boot_s", dataclasses.asdict(guest.times))
         return guest
 
     def require(self, nvdimms: Iterable[Nvdimm]) -> None:
         """CANCEL the test unless the QEMU under test has what these DIMMs need."""
-        with self.verdict():
-            for nvdimm in nvdimms:
-                self.environment.require(nvdimm)
+        for nvdimm in nvdimms:
+            self.environment.require(nvdimm)
 
     def measure(self, name: str, value: Any) -> None:
         """Keep a figure or a fact in the test's whiteboard, as JSON."""

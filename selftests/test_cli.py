@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import subprocess
@@ -45,6 +46,7 @@ def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
         (["kernel", "build", "--source", "/tmp"], "is not the top of a Linux source tree"),  # noqa: S108
         (["bench", "start", "-n", "0"], "-n must be at least 1"),
         (["cache", "prune", "--days", "-1"], "--days cannot be negative"),
+        (["kernel", "build", "--config", "/x"], "--config without --source"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -79,6 +81,17 @@ def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert not objects.exists()
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
     assert "thing" not in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
+
+    monkeypatch.setattr("paprscm.cli.prune_trees", full)
+    said = refused(capsys, "cache", "prune", "--cache-dir", str(tmp_path))
+    assert said.startswith("paprscm: /some/file: No space left on device\n")
 
 
 def test_what_follows_two_dashes_is_avocados(
