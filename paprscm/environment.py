@@ -13,10 +13,10 @@ from pathlib import Path
 
 from paprscm import isa, kbuild, kernel, log, modules, qemu, userland
 from paprscm.cache import Cache
-from paprscm.errors import CapabilityError, ConfigError
+from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
-from paprscm.machine import Machine, Nvdimm, Payload
+from paprscm.machine import Machine, Payload
 from paprscm.qemu import Qemu
 from paprscm.settings import Settings
 from paprscm.userland import Userland
@@ -65,20 +65,6 @@ class Environment:
             firmware=chosen.firmware,
             accel=self.accel,
         )
-
-    def require(self, nvdimm: Nvdimm) -> None:
-        """Raise unless the QEMU has what the DIMM needs.
-
-        Raises:
-            CapabilityError: it has not; with the way to one that has.
-        """
-        hint = "qemu=debian:trixie fetches one that has it"
-        if nvdimm.pmem and not self.qemu.has_pmem:
-            raise CapabilityError(
-                f"{self.qemu.path} is built without libpmem: it has no pmem=on", hint=hint
-            )
-        if nvdimm.pmem_override and not self.qemu.has_pmem_override:
-            raise CapabilityError(f"{self.qemu.path} has no pmem-override", hint=hint)
 
     def describe(self) -> dict[str, str]:
         """The dimensions of a result, by name."""

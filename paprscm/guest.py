@@ -5,16 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import re
 import shlex
-import shutil
 import socket
-import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -27,11 +23,11 @@ from paprscm.boot import BootTimes, StuckError, wait_until_ready
 from paprscm.console import Console
 from paprscm.errors import ContractError, GuestLostError, HostError
 from paprscm.kmsg import Trouble
-from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv, script
-from paprscm.process import Process, describe_status
-from paprscm.qmp import Qmp
+from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv
+from paprscm.process import describe_status
 from paprscm.settings import Settings
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
+from paprscm.vm import Vm
 from paprscm.wording import in_words, log_command, outcome, quoted
 
 # What a kernel without the drivers of our machine ends with.
@@ -86,7 +82,6 @@ class Guest:
         self._equipment = equipment
         self._settings = equipment.settings
         self._allowed = [re.compile(pattern) for pattern in allowed]
-        self._files: dict[int, Path] = {}
         self._event = threading.Event()
         self._told = False
         self._lost_why = ""
@@ -227,15 +222,7 @@ class Guest:
         Raises:
             RefusedError: QEMU does not take it; then everything is as it was before.
         """
-        file = self._make_file(nvdimm)
-        with contextlib.ExitStack() as undo:
-            if nvdimm.file is None:
-                undo.callback(file.unlink)
-            self.qmp.execute("object-add", **nvdimm.backend(file))
-            undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
-            self.qmp.execute("device_add", **nvdimm.frontend())
-            undo.pop_all()
-        self._files[nvdimm.slot] = file
+        self.vm.plug(nvdimm)
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
         """An interactive shell of the guest, on a pseudo terminal of that size."""
@@ -244,7 +231,7 @@ class Guest:
 
     def file(self, slot: int) -> Path:
         """The backing file of the DIMM in `slot`."""
-        return self._files[slot]
+        return self.vm.file(slot)
 
     @contextlib.contextmanager
     def expect_messages(self, *patterns: str) -> Iterator[None]:
@@ -281,7 +268,7 @@ class Guest:
         if not reason:
             status = self.process.wait(2.0)
             how = "closed its console" if status is None else f"ended, {describe_status(status)}"
-            reason = f"QEMU {how}; it said:\n{self._qemu_says()}"
+            reason = f"QEMU {how}; it said:\n{self.vm.says()}"
         raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
 
     def _report(self, trouble: Trouble) -> ContractError:
@@ -303,69 +290,50 @@ class Guest:
         self._resources.close()
 
     def _start(self) -> None:
-        """Start QEMU, with its console and monitor on sockets that it inherits."""
-        settings, stack = self._settings, self._resources
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            scratch = Path(tempfile.mkdtemp(prefix="paprscm-", dir=settings.scratch_dir))
-        except OSError as error:
-            raise HostError(
-                f"no folder for backing files in {settings.scratch_dir}: {error.strerror}",
-                hint="set scratch_dir",
-            ) from error
-        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
-        self._scratch = scratch
-        files = {nvdimm.slot: self._make_file(nvdimm) for nvdimm in self.machine.nvdimms}
-        self._files.update(files)
-
-        console, console_theirs = socket.socketpair()
-        qmp, qmp_theirs = socket.socketpair()
+        """Start QEMU, with its console on a socket that it inherits."""
+        ours, theirs = socket.socketpair()
+        stack = self._resources
         # Left in the other order: QEMU goes first, so that the console's reader finds the end.
         self.console = Console(
-            console, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
+            ours, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
         )
         stack.callback(self.console.close)
-        with console_theirs, qmp_theirs:
-            wiring = Wiring(
-                console_fd=console_theirs.fileno(),
-                qmp_fd=qmp_theirs.fileno(),
-                console_log=self.folder / "console.log",
-            )
-            parts = self._equipment.qemu, self.machine, self._equipment.payload, files
-            self._write_script(qemu_argv(*parts, None))
-            with (self.folder / "qemu.log").open("wb") as output:
-                self._exec_s = time.monotonic()
-                self.process = Process(
-                    qemu_argv(*parts, wiring),
-                    stdout=output.fileno(),
-                    stderr=subprocess.STDOUT,
-                    pass_fds=(wiring.console_fd, wiring.qmp_fd),
-                    scratch=scratch,
+
+        def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
+            wiring = None
+            if qmp_fd is not None:
+                wiring = Wiring(
+                    console_fd=theirs.fileno(),
+                    qmp_fd=qmp_fd,
+                    console_log=self.folder / "console.log",
                 )
-        stack.callback(self.process.kill)
-        try:
-            self.qmp = Qmp(qmp)
-        except GuestLostError as error:
-            status = self.process.wait(2.0)
-            how = "does not answer" if status is None else describe_status(status)
-            raise HostError(
-                f"QEMU did not start as it should ({how}); it said:\n{self._qemu_says()}",
-                hint=f"its command line: {self.folder / 'qemu.sh'}",
-            ) from error
-        stack.callback(self.qmp.close)
+            equipment = self._equipment
+            return qemu_argv(equipment.qemu, self.machine, equipment.payload, files, wiring)
+
+        with theirs:
+            self.vm = stack.enter_context(
+                Vm(
+                    command,
+                    self.machine.nvdimms,
+                    folder=self.folder,
+                    scratch_dir=self._settings.scratch_dir,
+                    pass_fds=(theirs.fileno(),),
+                )
+            )
+        self.process, self.qmp = self.vm.process, self.vm.qmp
 
     def _boot(self) -> None:
         """Wait for the guest's marks, then for its ssh server."""
         port = self._ssh_port()
         try:
             if not wait_until_ready(
-                self.console, self.times, exec_s=self._exec_s, settings=self._settings
+                self.console, self.times, exec_s=self.vm.exec_s, settings=self._settings
             ):
                 self._event.wait()
                 self.check()
         except StuckError as error:
             state = self.qmp.execute("query-status")["status"]
-            paused = f"; QEMU has it {state} and said:\n{self._qemu_says()}"
+            paused = f"; QEMU has it {state} and said:\n{self.vm.says()}"
             self._lose(error.message + (paused if state != "running" else ""))
             self.check()
         self._ssh = Ssh(
@@ -376,7 +344,7 @@ class Guest:
             alive=self.check,
         )
         self._resources.callback(self._ssh.close)
-        self.times.ssh = time.monotonic() - self._exec_s
+        self.times.ssh = time.monotonic() - self.vm.exec_s
 
     def _ssh_port(self) -> int:
         """The port that QEMU chose; asking for one beforehand would be a race."""
@@ -385,26 +353,6 @@ class Guest:
         if found is None:
             raise HostError(f"QEMU forwards no port to the guest: {answer.strip()}")
         return int(found[1])
-
-    def _make_file(self, nvdimm: Nvdimm) -> Path:
-        """The DIMM's backing file: the user's own, or a sparse one of ours."""
-        if nvdimm.file is not None:
-            return nvdimm.file
-        handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self._scratch)
-        try:
-            os.truncate(handle, nvdimm.file_bytes)
-        finally:
-            os.close(handle)
-        return Path(name)
-
-    def _write_script(self, argv: list[str]) -> None:
-        sizes = {self._files[n.slot]: n.file_bytes for n in self.machine.nvdimms}
-        target = self.folder / "qemu.sh"
-        target.write_text(script(argv, sizes))
-        target.chmod(0o755)
-
-    def _qemu_says(self) -> str:
-        return quoted((self.folder / "qemu.log").read_text(errors="replace"))
 
     def _on_event(self) -> None:
         """Something happened on the console: wake whoever waits for a command's end."""

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm.errors import ConfigError
+from paprscm.errors import CapabilityError, ConfigError
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
+from paprscm.qemu import Qemu
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -21,7 +22,7 @@ _HOTPLUG_ROOM = 4 * GIB
 _UUIDS = uuids.UUID("6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9d4")
 
 # Default mitigations that TCG does not model; without this QEMU prints four warnings at each start.
-_TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
+TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 type_names = ("spapr-nvdimm", "nvdimm")
 
@@ -42,6 +43,7 @@ class Nvdimm:
         uuid: None: made from the slot, the same at every start.
         share: the backend's share=on; without it nothing that is written reaches the file.
         unarmed: the device says that it cannot persist.
+        read_only: the backend's readonly=on; QEMU takes it only with `unarmed`.
         file: an existing backing file of size_bytes + label_bytes; None: made, and removed again.
     """
 
@@ -54,6 +56,7 @@ class Nvdimm:
     uuid: str | None = None
     share: bool = True
     unarmed: bool = False
+    read_only: bool = False
     file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +127,8 @@ class Nvdimm:
         # A QEMU without libpmem has no such property, not even for "off".
         if self.pmem:
             properties["pmem"] = True
+        if self.read_only:
+            properties["readonly"] = True
         return properties
 
     def frontend(self) -> Properties:
@@ -141,6 +146,19 @@ class Nvdimm:
         if self.unarmed:
             properties["unarmed"] = True
         return properties
+
+
+def require(qemu: Qemu, nvdimm: Nvdimm) -> None:
+    """Raise unless the QEMU has what the DIMM needs.
+
+    Raises:
+        CapabilityError: it has not; with the way to one that has.
+    """
+    hint = "qemu=debian:trixie fetches one that has it"
+    if nvdimm.pmem and not qemu.has_pmem:
+        raise CapabilityError(f"{qemu.path} is built without libpmem: it has no pmem=on", hint=hint)
+    if nvdimm.pmem_override and not qemu.has_pmem_override:
+        raise CapabilityError(f"{qemu.path} has no pmem-override", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,19 +261,8 @@ def qemu_argv(
         files: the backing file of each slot.
         wiring: None: console and monitor on the terminal, for a person who runs it by hand.
     """
-    vof = machine.firmware == "vof"
-    kind = "pseries" + (",x-vof=on" if vof else "")
-    if machine.accel == "tcg":
-        kind += "," + _TCG_CAPS
     argv = [
-        *qemu,
-        *("-machine", kind),
-        *("-accel", machine.accel),
-        *("-cpu", machine.cpu),
-        *("-smp", str(machine.smp)),
-        *("-m", f"{machine.memory_mib}M,slots={machine.slots},maxmem={machine.maxmem_mib}M"),
-        "-nodefaults",
-        *("-display", "none"),
+        *_board(qemu, machine),
         "-no-reboot",
         *("-kernel", str(payload.kernel)),
         *(("-initrd", str(payload.initrd)) if payload.initrd else ()),
@@ -273,9 +280,75 @@ def qemu_argv(
         argv += [
             *("-chardev", f"socket,id=console,fd={wiring.console_fd},logfile={log}"),
             *("-serial", "chardev:console"),
-            *("-chardev", f"socket,id=qmp,fd={wiring.qmp_fd}"),
-            *("-mon", "chardev=qmp,mode=control"),
+            *_monitor(wiring.qmp_fd),
         ]
+    return argv + _dimms(machine, files)
+
+
+def bare_argv(
+    qemu: Sequence[str],
+    machine: Machine,
+    files: Mapping[int, Path],
+    qmp_fd: int | None,
+    *,
+    program: Path | None = None,
+    memory_fd: int | None = None,
+) -> list[str]:
+    """The command line of a machine with nothing but its DIMMs, for tests of the device alone.
+
+    Args:
+        qemu: how the binary is started.
+        machine: what is wanted; its firmware boots nothing but `program`.
+        files: the backing file of each slot.
+        qmp_fd: QEMU's monitor; None: on the terminal, for a person who runs it by hand.
+        program: a freestanding program to run; without one the machine is stopped (-S).
+        memory_fd: the guest's memory is this file, shared with us; None: QEMU's own.
+    """
+    argv = [
+        *_board(qemu, machine, "memory-backend=ram" if memory_fd is not None else ""),
+        *(("-kernel", str(program)) if program else ("-S",)),
+        *(_monitor(qmp_fd) if qmp_fd is not None else ("-monitor", "stdio")),
+    ]
+    if memory_fd is not None:
+        memory: Properties = {
+            "qom-type": "memory-backend-file",
+            "id": "ram",
+            # Opened by QEMU itself, so that a plain file and a memfd will both do.
+            "mem-path": f"/proc/self/fd/{memory_fd}",
+            "size": machine.memory_mib * MIB,
+            "share": True,
+        }
+        argv += ["-object", _words(memory)]
+    return argv + _dimms(machine, files)
+
+
+def _board(qemu: Sequence[str], machine: Machine, option: str = "") -> list[str]:
+    """The machine proper: type, processors, memory."""
+    words = [
+        "pseries",
+        *(["x-vof=on"] if machine.firmware == "vof" else []),
+        *([TCG_CAPS] if machine.accel == "tcg" else []),
+        *([option] if option else []),
+    ]
+    return [
+        *qemu,
+        *("-machine", ",".join(words)),
+        *("-accel", machine.accel),
+        *("-cpu", machine.cpu),
+        *("-smp", str(machine.smp)),
+        *("-m", f"{machine.memory_mib}M,slots={machine.slots},maxmem={machine.maxmem_mib}M"),
+        "-nodefaults",
+        *("-display", "none"),
+    ]
+
+
+def _monitor(qmp_fd: int) -> list[str]:
+    # Not -mon, which QEMU 11.1 calls deprecated at each start.
+    return ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-qmp", "chardev:qmp"]
+
+
+def _dimms(machine: Machine, files: Mapping[int, Path]) -> list[str]:
+    argv: list[str] = []
     for nvdimm in machine.nvdimms:
         argv += ["-object", _words(nvdimm.backend(files[nvdimm.slot]))]
         argv += ["-device", _words(nvdimm.frontend())]

@@ -25,6 +25,7 @@ _KEYS = {
     "uuid": ("uuid", "str"),
     "share": ("share", "bool"),
     "unarmed": ("unarmed", "bool"),
+    "readonly": ("read_only", "bool"),
     "file": ("file", "path"),
 }
 

@@ -10,8 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.errors import ConfigError
-from paprscm.machine import MIB, Machine, Nvdimm, Payload, Wiring, qemu_argv, script
+from paprscm.errors import CapabilityError, ConfigError
+from paprscm.machine import (
+    MIB,
+    Machine,
+    Nvdimm,
+    Payload,
+    Wiring,
+    bare_argv,
+    qemu_argv,
+    require,
+    script,
+)
+from paprscm.qemu import Qemu
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
 WIRING = Wiring(console_fd=5, qmp_fd=6, console_log=Path("/o/console.log"))
@@ -49,7 +60,7 @@ ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1'
 -chardev socket,id=console,fd=5,logfile=/o/console.log
 -serial chardev:console
 -chardev socket,id=qmp,fd=6
--mon chardev=qmp,mode=control
+-qmp chardev:qmp
 -object memory-backend-file,id=mem0,mem-path=/s/0,size=537001984,share=on,pmem=on
 -device spapr-nvdimm,id=nv0,memdev=mem0,slot=0,label-size=131072,\
 uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c
@@ -67,6 +78,46 @@ def test_golden_command_line() -> None:
         )
     )
     assert argv(machine) == shlex.split(GOLDEN)
+
+
+def test_a_bare_machine_has_its_dimms_and_nothing_else() -> None:
+    machine = Machine(nvdimms=(Nvdimm(),), smp=1, memory_mib=256)
+    words = bare_argv(("qemu",), machine, {0: Path("/s/0")}, 6)
+    assert "-S" in words
+    assert after(words, "-qmp") == ["chardev:qmp"]
+    assert not {"-netdev", "-blockdev", "-append"} & set(words)
+    assert [word.partition(",")[0] for word in after(words, "-device")] == ["spapr-nvdimm"]
+
+
+def test_the_memory_of_a_bare_machine_can_be_ours() -> None:
+    words = bare_argv(("qemu",), Machine(memory_mib=256), {}, 6, program=Path("/p"), memory_fd=9)
+    assert "-S" not in words
+    assert after(words, "-machine")[0].endswith(",memory-backend=ram")
+    assert after(words, "-object") == [
+        f"memory-backend-file,id=ram,mem-path=/proc/self/fd/9,size={256 * MIB},share=on"
+    ]
+
+
+def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
+    """No QEMU without libpmem can be had from Debian for this host."""
+    bare = Qemu(
+        argv_prefix=("qemu",),
+        path=Path("/q/qemu"),
+        key="",
+        version=(7, 2, 0),
+        version_text="7.2.0",
+        machine="pseries-7.2",
+        properties={"memory-backend-file": frozenset(), "spapr-nvdimm": frozenset()},
+        has_kvm=False,
+        cpu_models=frozenset(),
+        qmp_commands=frozenset(),
+        migration_capabilities=frozenset(),
+    )
+    require(bare, Nvdimm())
+    with pytest.raises(CapabilityError, match=r"without libpmem.*debian:trixie"):
+        require(bare, Nvdimm(pmem=True))
+    with pytest.raises(CapabilityError, match="no pmem-override"):
+        require(bare, Nvdimm(pmem_override=True))
 
 
 def test_slof_and_kvm_take_no_tcg_words() -> None:

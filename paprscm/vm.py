@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One running QEMU, whatever runs in it: its process, its monitor, the files behind its DIMMs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from paprscm.errors import GuestLostError, HostError
+from paprscm.machine import Nvdimm, script
+from paprscm.process import Process, describe_status
+from paprscm.qmp import Qmp
+from paprscm.shim import Shim, WatchedFile
+from paprscm.wording import quoted
+
+Command = Callable[[Mapping[int, Path], int | None], list[str]]
+"""Gives QEMU's command line for the files behind the DIMMs, by slot, and the monitor's descriptor;
+with None instead, one for a person who runs it by hand."""
+
+
+class Vm:
+    """One QEMU; use it as a context manager.
+
+    Its monitor is on a socket that it inherits, so there is no name in the file system that could
+    be left behind.
+
+    Args:
+        command: computes the command line.
+        nvdimms: the DIMMs that are there from the start.
+        folder: where qemu.log and qemu.sh go; they stay.
+        scratch_dir: where backing files are made; they go with the QEMU.
+        pass_fds: what else it inherits, under the same numbers.
+        shim: goes into this QEMU, to watch and to disturb the syncs of the backing files.
+
+    Attributes:
+        process: the QEMU.
+        qmp: its monitor.
+        scratch: a folder of its own, removed at the end.
+        exec_s: when it was started, by time.monotonic().
+    """
+
+    process: Process
+    qmp: Qmp
+    scratch: Path
+    exec_s: float
+
+    def __init__(
+        self,
+        command: Command,
+        nvdimms: Iterable[Nvdimm],
+        *,
+        folder: Path,
+        scratch_dir: Path,
+        pass_fds: Sequence[int] = (),
+        shim: Shim | None = None,
+    ) -> None:
+        self.folder = folder
+        self._shim = shim
+        self._watched: dict[int, WatchedFile] = {}
+        self._command = command
+        self._nvdimms = tuple(nvdimms)
+        self._scratch_dir = scratch_dir
+        self._pass_fds = tuple(pass_fds)
+        self._files: dict[int, Path] = {}
+        self._resources = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start it.
+
+        Raises:
+            HostError: it does not start as it should, or there is no place for backing files.
+        """
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def plug(self, nvdimm: Nvdimm) -> None:
+        """Plug a DIMM into the running machine; what runs in it notices a moment later.
+
+        Raises:
+            RefusedError: QEMU does not take it; then everything is as it was before.
+        """
+        file = self._make_file(nvdimm)
+        with contextlib.ExitStack() as undo:
+            if nvdimm.file is None:
+                undo.callback(file.unlink)
+            # Before QEMU maps it.
+            watched = self._shim.watch(file) if self._shim else None
+            self.qmp.execute("object-add", **nvdimm.backend(file))
+            undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
+            self.qmp.execute("device_add", **nvdimm.frontend())
+            undo.pop_all()
+        self._own(nvdimm.slot, file, watched)
+
+    def file(self, slot: int) -> Path:
+        """The backing file of the DIMM in `slot`."""
+        return self._files[slot]
+
+    def syncs(self, slot: int) -> WatchedFile:
+        """The syncs of the file behind the DIMM in `slot`; only with a shim."""
+        return self._watched[slot]
+
+    def says(self) -> str:
+        """What QEMU itself has printed so far, indented for a message."""
+        return quoted((self.folder / "qemu.log").read_text(errors="replace"))
+
+    def close(self) -> None:
+        """End QEMU and remove all that was made for it; the logs in `folder` stay."""
+        self._resources.close()
+
+    def _start(self) -> None:
+        stack = self._resources
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            scratch = Path(tempfile.mkdtemp(prefix="paprscm-", dir=self._scratch_dir))
+        except OSError as error:
+            raise HostError(
+                f"no folder for backing files in {self._scratch_dir}: {error.strerror}",
+                hint="set scratch_dir",
+            ) from error
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        self.scratch = scratch
+        shim = self._shim
+        for nvdimm in self._nvdimms:
+            file = self._make_file(nvdimm)
+            self._own(nvdimm.slot, file, shim.watch(file) if shim else None)
+        self._write_script()
+        ours, theirs = socket.socketpair()
+        with theirs, (self.folder / "qemu.log").open("wb") as output:
+            self.exec_s = time.monotonic()
+            self.process = Process(
+                [
+                    *(shim.prefix() if shim else ()),
+                    *self._command(self._files, theirs.fileno()),
+                ],
+                stdout=output.fileno(),
+                stderr=subprocess.STDOUT,
+                pass_fds=(
+                    *self._pass_fds,
+                    theirs.fileno(),
+                    *(shim.pass_fds if shim else ()),
+                ),
+                scratch=scratch,
+            )
+        stack.callback(self.process.kill)
+        try:
+            self.qmp = Qmp(ours)
+        except GuestLostError as error:
+            status = self.process.wait(2.0)
+            how = "does not answer" if status is None else describe_status(status)
+            raise HostError(
+                f"QEMU did not start as it should ({how}); it said:\n{self.says()}",
+                hint=f"its command line: {self.folder / 'qemu.sh'}",
+            ) from error
+        stack.callback(self.qmp.close)
+        if shim:
+            shim.require_loaded()
+
+    def _own(self, slot: int, file: Path, watched: WatchedFile | None) -> None:
+        self._files[slot] = file
+        if watched is not None:
+            self._watched[slot] = watched
+
+    def _make_file(self, nvdimm: Nvdimm) -> Path:
+        """The DIMM's backing file: the user's own, or a sparse one of ours."""
+        if nvdimm.file is not None:
+            return nvdimm.file
+        handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self.scratch)
+        try:
+            os.truncate(handle, nvdimm.file_bytes)
+        finally:
+            os.close(handle)
+        return Path(name)
+
+    def _write_script(self) -> None:
+        sizes = {self._files[n.slot]: n.file_bytes for n in self._nvdimms}
+        target = self.folder / "qemu.sh"
+        target.write_text(script(self._command(self._files, None), sizes))
+        target.chmod(0o755)
