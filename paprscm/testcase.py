@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""`PaprScmTest`: what a test of this suite is, as Avocado sees it."""
+"""What a test of this suite is, as Avocado sees it: `PaprScmTest`, or `QemuTest` without guest."""
 
 from __future__ import annotations
 
@@ -7,30 +7,41 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from avocado import Test
+from avocado.core.exceptions import TestWarn
 
-from paprscm import settings
+from paprscm import qemu, settings
+from paprscm.bare import Bare, program
+from paprscm.cache import Cache
 from paprscm.environment import Environment, prepare
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest import Guest
-from paprscm.machine import Machine, Nvdimm
+from paprscm.known import load as load_known
+from paprscm.machine import Machine, Nvdimm, bare_argv, require
+from paprscm.qemu import Qemu
+from paprscm.shim import Shim, build
+from paprscm.vm import Vm
 
 
-def _with_guests(method: Callable[[PaprScmTest], None]) -> Callable[[PaprScmTest], None]:
+def _with_guests(method: Callable[[QemuTest], None]) -> Callable[[QemuTest], None]:
     @functools.wraps(method)
-    def wrapped(self: PaprScmTest) -> None:
+    def wrapped(self: QemuTest) -> None:
         with self.verdict(), self.leave:
             method(self)
+        if self.shown:
+            # Not log.warning(), which ends as WARN too, but in words that say nothing.
+            raise TestWarn("; ".join(self.shown))
 
     return wrapped
 
 
-class PaprScmTest(Test):
-    """Base of all tests: boots guests, ends them with the test, and keeps what they left.
+class QemuTest(Test):
+    """Base of tests that judge QEMU alone: they need neither kernel nor userland.
 
     A broken contract (ContractError, AssertionError) is a FAIL, a missing capability a CANCEL,
     every other exception an ERROR.
@@ -51,24 +62,140 @@ class PaprScmTest(Test):
                 setattr(cls, name, _with_guests(method))
 
     def setUp(self) -> None:
-        """Read the settings and make sure that all that guests need is there."""
+        """Read the settings and make sure that what the test needs is there."""
         self.leave = contextlib.ExitStack()
-        """Ends the guests when the test has ended."""
-        self._guests = 0
+        """Ends what runs when the test has ended."""
+        self.shown: list[str] = []
+        """Known issues that showed themselves."""
+        self._started = 0
         self._metrics: dict[str, Any] = {}
         with self.verdict():
             given = {name: self.params.get(name) for name in settings.names()}
             # A varianter's values need not be strings.
             words = {name: str(value) for name, value in given.items() if value is not None}
             self.settings = settings.load(words)
-            self.environment: Environment = prepare(self.settings)
-        self.measure("environment", self.environment.describe())
+            self.qemu = self.find_qemu()
+
+    def find_qemu(self) -> Qemu:
+        """The QEMU under test."""
+        cache = Cache(self.settings.cache_dir)
+        found = qemu.resolve(cache, self.settings.qemu, mirror=self.settings.mirror)
+        self.measure("environment", {"qemu": found.version_text, "qemu_path": str(found.path)})
+        return found
 
     def tearDown(self) -> None:
         """End what a timed-out test, which goes on beside this, has left running."""
         with contextlib.suppress(ContractError):
             self.leave.close()
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
+
+    def folder(self, name: str) -> Path:
+        """A place for what a QEMU leaves: data/guest, the next one data/guest2, …"""
+        self._started += 1
+        return Path(self.outputdir) / (name if self._started == 1 else f"{name}{self._started}")
+
+    def vm(self, machine: Machine | None = None) -> Vm:
+        """A machine with its DIMMs that is stopped before its first instruction.
+
+        Args:
+            machine: what is wanted; slots, DIMMs and memory.
+        """
+        wanted = machine or Machine(memory_mib=256)
+        self.require(wanted.nvdimms)
+
+        def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
+            return bare_argv(self.qemu.argv_prefix, wanted, files, qmp_fd)
+
+        return self.leave.enter_context(
+            Vm(
+                command,
+                wanted.nvdimms,
+                folder=self.folder("qemu"),
+                scratch_dir=self.settings.scratch_dir,
+            )
+        )
+
+    def bare(self, machine: Machine, *, shim: Shim | None = None) -> Bare:
+        """A machine that makes hypervisor calls; it ends with the test.
+
+        Args:
+            machine: what is wanted; with 256 MiB of memory or more.
+            shim: goes into its QEMU, to watch and to disturb the syncs of backing files.
+        """
+        self.require(machine.nvdimms)
+        return self.leave.enter_context(
+            Bare(
+                self.qemu,
+                program(Cache(self.settings.cache_dir)),
+                machine,
+                folder=self.folder("qemu"),
+                scratch_dir=self.settings.scratch_dir,
+                shim=shim,
+            )
+        )
+
+    def shim(self) -> Shim:
+        """A flush shim for one QEMU of this test."""
+        return self.leave.enter_context(Shim(build(Cache(self.settings.cache_dir))))
+
+    def require(self, nvdimms: Iterable[Nvdimm]) -> None:
+        """CANCEL the test unless the QEMU under test has what these DIMMs need."""
+        for nvdimm in nvdimms:
+            require(self.qemu, nvdimm)
+
+    def random(self) -> random.Random:
+        """A source of random numbers whose seed is logged, and can be given: -p seed=N."""
+        seed = int(self.params.get("seed", default=random.getrandbits(32)))
+        self.log.info("random numbers are those of -p seed=%d", seed)
+        self.measure("seed", seed)
+        return random.Random(seed)  # noqa: S311
+
+    def measure(self, name: str, value: Any) -> None:
+        """Keep a figure or a fact in the test's whiteboard, as JSON."""
+        self._metrics[name] = value
+
+    def known_issue(self, issue: str, *, shows: bool, found: str) -> None:
+        """Say of a known issue that it shows itself, or that it is gone.
+
+        Args:
+            issue: the name of its file in known_issues/, without the suffix.
+            shows: whether this QEMU has it. Then the test ends as WARN; or as FAIL, if the file
+                does not list this version.
+            found: what was seen, in one sentence.
+        """
+        known = load_known(issue)
+        self.measure(f"known issue {issue}", "shows" if shows else "gone")
+        if not shows:
+            if known.lists(self.qemu.version):
+                self.log.info("known issue %s is gone: %s", issue, found)
+            return
+        if not known.lists(self.qemu.version):
+            raise ContractError(
+                f"{found}: {known.title}",
+                hint=f"known_issues/{issue}.md does not list QEMU {self.qemu.version_text}",
+            )
+        self.log.info("known issue %s: %s", issue, found)
+        self.shown.append(f"known issue {issue}: {found}")
+
+    @contextlib.contextmanager
+    def verdict(self) -> Iterator[None]:
+        """Within, what the QEMU, kernel or host cannot do makes the test CANCEL."""
+        try:
+            yield
+        except CapabilityError as error:
+            self.cancel(str(error))
+
+
+class PaprScmTest(QemuTest):
+    """Base of tests with a guest: boots it, ends it with the test, and keeps what it left."""
+
+    environment: Environment
+
+    def find_qemu(self) -> Qemu:
+        """The QEMU under test, and all that guests need."""
+        self.environment = prepare(self.settings)
+        self.measure("environment", self.environment.describe())
+        return self.environment.qemu
 
     def boot(self, machine: Machine | None = None, *, allowed: Iterable[str] = ()) -> Guest:
         """A running guest; it ends with the test.
@@ -79,27 +206,8 @@ class PaprScmTest(Test):
         """
         wanted = self.environment.furnish(machine or Machine())
         self.require(wanted.nvdimms)
-        self._guests += 1
-        name = "guest" if self._guests == 1 else f"guest{self._guests}"
-        folder = Path(self.outputdir) / name
+        folder = self.folder("guest")
         guest = Guest(self.environment.equipment, wanted, folder=folder, allowed=allowed)
         self.leave.enter_context(guest)
-        self.measure(f"{name}.boot_s", dataclasses.asdict(guest.times))
+        self.measure(f"{folder.name}.boot_s", dataclasses.asdict(guest.times))
         return guest
-
-    def require(self, nvdimms: Iterable[Nvdimm]) -> None:
-        """CANCEL the test unless the QEMU under test has what these DIMMs need."""
-        for nvdimm in nvdimms:
-            self.environment.require(nvdimm)
-
-    def measure(self, name: str, value: Any) -> None:
-        """Keep a figure or a fact in the test's whiteboard, as JSON."""
-        self._metrics[name] = value
-
-    @contextlib.contextmanager
-    def verdict(self) -> Iterator[None]:
-        """Within, what the QEMU, kernel or host cannot do makes the test CANCEL."""
-        try:
-            yield
-        except CapabilityError as error:
-            self.cancel(str(error))

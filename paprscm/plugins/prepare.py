@@ -9,6 +9,7 @@ from pathlib import Path
 
 from avocado.core.exceptions import JobError
 from avocado.core.job import Job
+from avocado.core.nrunner.runnable import Runnable
 from avocado.core.plugin_interfaces import JobPre
 
 from paprscm.process import join_run
@@ -27,22 +28,35 @@ class Prepare(JobPre):
         it looked at on the front of this one's sys.path, so that here `import qemu.qmp` would
         find our qemu.py (known_issues/avocado-safeloader-sys-path).
         """
-        if not _is_ours(job):
+        ours = _ours(job)
+        if not ours:
             return
         join_run()
         given = dict(job.config.get("run.test_parameters") or [])
         options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
-        command = [sys.executable, "-m", "paprscm.cli", "image", "--quiet", *options]
+        only = ["--only-qemu"] if all(map(_needs_no_guest, ours)) else []
+        command = [sys.executable, "-m", "paprscm.cli", "image", "--quiet", *only, *options]
         status = subprocess.run(command, check=False).returncode
         if status:
             raise JobError("there can be no guests; no test was started")
 
 
-def _is_ours(job: Job) -> bool:
-    """Whether the job runs tests of this suite: the plugin is loaded for every job in the venv."""
-    modules = {str(test.uri).partition(":")[0] for suite in job.test_suites for test in suite.tests}
-    return any(
-        Path(module).is_file() and "paprscm.testcase" in Path(module).read_text(errors="replace")
+def _ours(job: Job) -> list[Runnable]:
+    """The job's tests that are of this suite: the plugin is loaded for every job in the venv."""
+    tests = [test for suite in job.test_suites for test in suite.tests]
+    modules = {str(test.uri).partition(":")[0] for test in tests}
+    texts = {
+        module: Path(module).read_text(errors="replace")
         for module in modules
-        if module.endswith(".py")
-    )
+        if module.endswith(".py") and Path(module).is_file()
+    }
+    return [
+        test
+        for test in tests
+        if "paprscm.testcase" in texts.get(str(test.uri).partition(":")[0], "")
+    ]
+
+
+def _needs_no_guest(test: Runnable) -> bool:
+    """Whether it judges QEMU alone: it may then start on a machine without kernel and userland."""
+    return bool({"device", "hcall"} & set(test.tags or ()))

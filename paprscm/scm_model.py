@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the hcalls of storage class memory must answer: a model of the device, call by call.
+
+It is written from "Linux on Power Architecture Reference" (LoPAR), chapter "Storage Class Memory",
+and, where LoPAR leaves the choice to the hypervisor, from what QEMU's hw/ppc/spapr_nvdimm.c is
+meant to do; the docstring of each call says which. QEMU hands the registers r4 to r12 to the call
+and gives back what it left in them, so an output that the call does not set is the argument.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from paprscm.papr import (
+    BIND_ANY_ADDRESS,
+    SCM_BLOCK_SIZE,
+    Hcall,
+    Health,
+    ReturnCode,
+    UnbindScope,
+    drc_index,
+    return_code_name,
+)
+
+REGISTERS: Final = 9
+"""How many arguments and outputs an hcall has: r4 to r12."""
+
+_WORD: Final = 1 << 64
+_METADATA_LENGTHS: Final = (1, 2, 4, 8)
+
+Branch = tuple[Hcall, ReturnCode, str]
+"""One way through one call: its return code, and why."""
+
+BRANCHES: Final[frozenset[Branch]] = frozenset(
+    (call, code, why)
+    for call, ways in {
+        Hcall.H_SCM_READ_METADATA: {
+            (ReturnCode.H_PARAMETER, "no such nvdimm"),
+            (ReturnCode.H_P3, "length"),
+            (ReturnCode.H_P2, "offset wraps"),
+            (ReturnCode.H_P2, "beyond the label area"),
+            *((ReturnCode.H_SUCCESS, f"{length} bytes") for length in _METADATA_LENGTHS),
+        },
+        Hcall.H_SCM_WRITE_METADATA: {
+            (ReturnCode.H_PARAMETER, "no such nvdimm"),
+            (ReturnCode.H_P4, "length"),
+            (ReturnCode.H_P2, "offset wraps"),
+            (ReturnCode.H_P2, "beyond the label area"),
+            (ReturnCode.H_P2, "read-only backend"),
+            *((ReturnCode.H_P2, f"data wider than {n} bytes") for n in _METADATA_LENGTHS[:3]),
+            *((ReturnCode.H_SUCCESS, f"{length} bytes") for length in _METADATA_LENGTHS),
+        },
+        Hcall.H_SCM_BIND_MEM: {
+            (ReturnCode.H_PARAMETER, "no such nvdimm"),
+            (ReturnCode.H_P5, "token"),
+            (ReturnCode.H_OVERLAP, "address chosen by the caller"),
+            (ReturnCode.H_P2, "first block"),
+            (ReturnCode.H_P3, "number of blocks wraps"),
+            (ReturnCode.H_P3, "number of blocks"),
+            (ReturnCode.H_SUCCESS, "bound"),
+        },
+        Hcall.H_SCM_UNBIND_MEM: {
+            (ReturnCode.H_PARAMETER, "no such nvdimm"),
+            (ReturnCode.H_P4, "token"),
+            (ReturnCode.H_P2, "address not aligned"),
+            (ReturnCode.H_P3, "no block"),
+            (ReturnCode.H_P3, "number of blocks wraps"),
+            (ReturnCode.H_P3, "range wraps"),
+            (ReturnCode.H_P3, "outside"),
+            (ReturnCode.H_SUCCESS, "unbound"),
+        },
+        Hcall.H_SCM_UNBIND_ALL: {
+            (ReturnCode.H_P4, "token"),
+            (ReturnCode.H_PARAMETER, "scope"),
+            (ReturnCode.H_P2, "no such nvdimm"),
+            (ReturnCode.H_SUCCESS, "one nvdimm"),
+            (ReturnCode.H_SUCCESS, "all nvdimms"),
+        },
+        Hcall.H_SCM_HEALTH: {
+            (ReturnCode.H_PARAMETER, "no such nvdimm"),
+            (ReturnCode.H_SUCCESS, "armed"),
+            (ReturnCode.H_SUCCESS, "unarmed"),
+        },
+        Hcall.H_SCM_FLUSH: {
+            (ReturnCode.H_PARAMETER, "no such nvdimm"),
+            (ReturnCode.H_PARAMETER, "no spapr-nvdimm"),
+            (ReturnCode.H_UNSUPPORTED, "persistent backend"),
+            (ReturnCode.H_LONG_BUSY_ORDER_10_MSEC, "begun"),
+            (ReturnCode.H_LONG_BUSY_ORDER_10_MSEC, "goes on"),
+            (ReturnCode.H_SUCCESS, "done"),
+            (ReturnCode.H_HARDWARE, "failed"),
+            (ReturnCode.H_P2, "unknown token"),
+        },
+        Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING: {(ReturnCode.H_FUNCTION, "not implemented")},
+        Hcall.H_SCM_QUERY_LOGICAL_MEM_BINDING: {(ReturnCode.H_FUNCTION, "not implemented")},
+        Hcall.H_SCM_PERFORMANCE_STATS: {(ReturnCode.H_FUNCTION, "not implemented")},
+    }.items()
+    for code, why in ways
+)
+"""Every branch that a call of storage class memory has."""
+
+
+@dataclass(frozen=True)
+class Expected:
+    """One answer that the contract allows.
+
+    Attributes:
+        code: what r3 must hold.
+        outputs: what r4 to r12 must hold.
+        branch: which way through the call this is.
+    """
+
+    code: ReturnCode
+    outputs: tuple[int, ...]
+    branch: Branch
+
+
+@dataclass
+class Flush:
+    """A flush that was begun and whose end was not told.
+
+    Attributes:
+        end: how it must end.
+        held: its sync is held back, so that it cannot have ended.
+    """
+
+    end: ReturnCode
+    held: bool
+
+
+@dataclass(kw_only=True)
+class Dimm:
+    """What the model knows of one nvdimm.
+
+    Attributes:
+        slot: its memory slot.
+        address: where it is in the guest's memory; QEMU chooses it.
+        size_bytes: what the guest can use.
+        label: the content of the label area.
+        spapr: it is a spapr-nvdimm, not a plain nvdimm.
+        flushes: it takes H_SCM_FLUSH: the backend is not persistent, or pmem-override is on.
+        unarmed: it says so in H_SCM_HEALTH.
+        read_only: its backend is.
+        failing: the host's syncs fail that begin from now on.
+        held: the host's syncs do not end before `release()`.
+        last_token: that of the last flush; tokens count from 1.
+    """
+
+    slot: int
+    address: int
+    size_bytes: int
+    label: bytearray
+    spapr: bool = True
+    flushes: bool = True
+    unarmed: bool = False
+    read_only: bool = False
+    failing: bool = False
+    held: bool = False
+    last_token: int = 0
+    outstanding: dict[int, Flush] = field(default_factory=dict)
+    """By token."""
+
+    @property
+    def blocks(self) -> int:
+        """Its size in SCM blocks of 256 MiB."""
+        return self.size_bytes // SCM_BLOCK_SIZE
+
+
+class ScmModel:
+    """The nvdimms of one machine, and what became of them by the calls so far.
+
+    Ask `allowed()` before a call is made and tell `observe()` what was answered; where only one
+    answer is allowed, its effect is part of the model from then on.
+
+    Attributes:
+        covered: how often each branch was observed.
+    """
+
+    def __init__(self, dimms: Iterable[Dimm]) -> None:
+        self.dimms = {dimm.slot: dimm for dimm in dimms}
+        self.covered: Counter[Branch] = Counter()
+        self._by_drc = {drc_index(slot): dimm for slot, dimm in self.dimms.items()}
+        self._calls: Mapping[int, Callable[..., Sequence[Expected]]] = {
+            Hcall.H_SCM_READ_METADATA: self._read_metadata,
+            Hcall.H_SCM_WRITE_METADATA: self._write_metadata,
+            Hcall.H_SCM_BIND_MEM: self._bind,
+            Hcall.H_SCM_UNBIND_MEM: self._unbind,
+            Hcall.H_SCM_UNBIND_ALL: self._unbind_all,
+            Hcall.H_SCM_HEALTH: self._health,
+            Hcall.H_SCM_FLUSH: self._flush,
+        }
+
+    def allowed(self, call: Hcall, arguments: Sequence[int]) -> tuple[Expected, ...]:
+        """The answers that the call may have now; more than one only where time decides.
+
+        Args:
+            call: which.
+            arguments: r4 and on, 64-bit; those that are not given are 0.
+        """
+        words = [argument % _WORD for argument in arguments]
+        words += [0] * (REGISTERS - len(words))
+        made = self._calls.get(call)
+        if made is None:
+            return (_answer(call, words, ReturnCode.H_FUNCTION, "not implemented"),)
+        return tuple(made(words))
+
+    def known_wrong(self, call: Hcall, arguments: Sequence[int]) -> tuple[str, Expected] | None:
+        """What a QEMU with a known bug answers instead: the known issue's name, and the answer."""
+        (right, *_others) = self.allowed(call, arguments)
+        if right.branch == (Hcall.H_SCM_READ_METADATA, ReturnCode.H_SUCCESS, "4 bytes"):
+            value, *rest = right.outputs
+            if value >= 1 << 31:
+                extended = value | 0xFFFFFFFF << 32
+                wrong = Expected(right.code, (extended, *rest), right.branch)
+                return "qemu-read-metadata-sign-extends", wrong
+        return None
+
+    def observe(self, expected: Expected, arguments: Sequence[int]) -> None:
+        """The call was answered so: note its effect.
+
+        Args:
+            expected: one of what `allowed()` gave for the call.
+            arguments: those of the call.
+        """
+        self.covered[expected.branch] += 1
+        call, code, why = expected.branch
+        words = [argument % _WORD for argument in arguments]
+        if call is Hcall.H_SCM_WRITE_METADATA and code is ReturnCode.H_SUCCESS:
+            offset, data, length = words[1:4]
+            label = self._by_drc[words[0] & 0xFFFFFFFF].label
+            label[offset : offset + length] = data.to_bytes(length, "big")
+        if call is Hcall.H_SCM_FLUSH and why == "begun":
+            dimm = self._by_drc[words[0] & 0xFFFFFFFF]
+            dimm.last_token += 1
+            dimm.outstanding[dimm.last_token] = Flush(
+                ReturnCode.H_HARDWARE if dimm.failing else ReturnCode.H_SUCCESS,
+                dimm.held,
+            )
+        if call is Hcall.H_SCM_FLUSH and why in ("done", "failed"):
+            del self._by_drc[words[0] & 0xFFFFFFFF].outstanding[words[1]]
+
+    def release(self, slot: int) -> None:
+        """The host's syncs of that DIMM are no longer held back."""
+        dimm = self.dimms[slot]
+        dimm.held = False
+        for flush in dimm.outstanding.values():
+            flush.held = False
+
+    def reset(self) -> None:
+        """The machine was reset: flushes are waited for and forgotten, tokens go on.
+
+        Source: QEMU spapr_nvdimm.c:spapr_nvdimm_finish_flushes.
+        """
+        for dimm in self.dimms.values():
+            dimm.outstanding.clear()
+
+    def _dimm(self, word: int) -> Dimm | None:
+        # QEMU looks at the lower half only. LoPAR has DRC indices of 32 bits.
+        return self._by_drc.get(word & 0xFFFFFFFF)
+
+    def _metadata(
+        self, call: Hcall, words: list[int], length: int, wrong_length: ReturnCode
+    ) -> Expected | Dimm:
+        """The DIMM, or what both directions refuse: DRC, length, range, in this order."""
+        dimm, offset = self._dimm(words[0]), words[1]
+        if dimm is None:
+            return _answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")
+        if length not in _METADATA_LENGTHS:
+            return _answer(call, words, wrong_length, "length")
+        if offset + length >= _WORD:
+            return _answer(call, words, ReturnCode.H_P2, "offset wraps")
+        if offset + length > len(dimm.label):
+            return _answer(call, words, ReturnCode.H_P2, "beyond the label area")
+        return dimm
+
+    def _read_metadata(self, words: list[int]) -> Sequence[Expected]:
+        """(drc, offset, length): r4 is the value of these bytes as a big-endian number."""
+        call, (offset, length) = Hcall.H_SCM_READ_METADATA, words[1:3]
+        found = self._metadata(call, words, length, ReturnCode.H_P3)
+        if isinstance(found, Expected):
+            return [found]
+        value = int.from_bytes(found.label[offset : offset + length], "big")
+        return [_answer(call, words, ReturnCode.H_SUCCESS, f"{length} bytes", r4=value)]
+
+    def _write_metadata(self, words: list[int]) -> Sequence[Expected]:
+        """(drc, offset, data, length): the lowest bytes of data, big-endian."""
+        call, (data, length) = Hcall.H_SCM_WRITE_METADATA, words[2:4]
+        found = self._metadata(call, words, length, ReturnCode.H_P4)
+        if isinstance(found, Expected):
+            return [found]
+        if found.read_only:
+            return [_answer(call, words, ReturnCode.H_P2, "read-only backend")]
+        if data >= 1 << 8 * length:
+            return [_answer(call, words, ReturnCode.H_P2, f"data wider than {length} bytes")]
+        return [_answer(call, words, ReturnCode.H_SUCCESS, f"{length} bytes")]
+
+    def _bind(self, words: list[int]) -> Sequence[Expected]:
+        """(drc, first block, blocks, address, token): r5 is the address, r6 the blocks.
+
+        QEMU's memory is always bound, at an address of its own choice.
+        """
+        call = Hcall.H_SCM_BIND_MEM
+        first, count, address, token = words[1:5]
+        dimm = self._dimm(words[0])
+        if dimm is None:
+            return [_answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")]
+        if token:
+            return [_answer(call, words, ReturnCode.H_P5, "token")]
+        if address != BIND_ANY_ADDRESS:
+            return [_answer(call, words, ReturnCode.H_OVERLAP, "address chosen by the caller")]
+        if first > dimm.blocks:
+            return [_answer(call, words, ReturnCode.H_P2, "first block")]
+        if first + count >= _WORD:
+            return [_answer(call, words, ReturnCode.H_P3, "number of blocks wraps")]
+        if first + count > dimm.blocks:
+            return [_answer(call, words, ReturnCode.H_P3, "number of blocks")]
+        place = dimm.address + first * SCM_BLOCK_SIZE
+        return [_answer(call, words, ReturnCode.H_SUCCESS, "bound", r5=place, r6=count)]
+
+    def _unbind(self, words: list[int]) -> Sequence[Expected]:
+        """(drc, address, blocks, token): r5 is the blocks; nothing is unbound before an unplug."""
+        call = Hcall.H_SCM_UNBIND_MEM
+        address, count, token = words[1:4]
+        dimm = self._dimm(words[0])
+        if dimm is None:
+            return [_answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")]
+        if token:
+            return [_answer(call, words, ReturnCode.H_P4, "token")]
+        if address % SCM_BLOCK_SIZE:
+            return [_answer(call, words, ReturnCode.H_P2, "address not aligned")]
+        if count == 0:
+            return [_answer(call, words, ReturnCode.H_P3, "no block")]
+        size = count * SCM_BLOCK_SIZE
+        if size >= _WORD:
+            return [_answer(call, words, ReturnCode.H_P3, "number of blocks wraps")]
+        if address + size > _WORD:
+            return [_answer(call, words, ReturnCode.H_P3, "range wraps")]
+        if address < dimm.address or address + size > dimm.address + dimm.size_bytes:
+            return [_answer(call, words, ReturnCode.H_P3, "outside")]
+        return [_answer(call, words, ReturnCode.H_SUCCESS, "unbound", r5=count)]
+
+    def _unbind_all(self, words: list[int]) -> Sequence[Expected]:
+        """(scope, drc, token): r5 is the blocks that are counted as unbound.
+
+        A token is answered H_P4 although it is the third argument: QEMU's, pinned.
+        """
+        call, (scope, drc, token) = Hcall.H_SCM_UNBIND_ALL, words[:3]
+        if token:
+            return [_answer(call, words, ReturnCode.H_P4, "token")]
+        if scope == UnbindScope.ALL:
+            blocks = sum(dimm.blocks for dimm in self.dimms.values())
+            return [_answer(call, words, ReturnCode.H_SUCCESS, "all nvdimms", r5=blocks)]
+        if scope != UnbindScope.DRC:
+            return [_answer(call, words, ReturnCode.H_PARAMETER, "scope")]
+        dimm = self._dimm(drc)
+        if dimm is None:
+            return [_answer(call, words, ReturnCode.H_P2, "no such nvdimm")]
+        return [_answer(call, words, ReturnCode.H_SUCCESS, "one nvdimm", r5=dimm.blocks)]
+
+    def _health(self, words: list[int]) -> Sequence[Expected]:
+        """(drc): r4 is the bitmap, r5 which of its bits are valid: in QEMU only UNARMED."""
+        call, dimm = Hcall.H_SCM_HEALTH, self._dimm(words[0])
+        if dimm is None:
+            return [_answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")]
+        bitmap, why = (Health.UNARMED, "unarmed") if dimm.unarmed else (0, "armed")
+        return [
+            _answer(call, words, ReturnCode.H_SUCCESS, why, r4=int(bitmap), r5=int(Health.UNARMED))
+        ]
+
+    def _flush(self, words: list[int]) -> Sequence[Expected]:
+        """(drc, token): 0 begins a flush; its token, in r4, asks for its end, which is told once.
+
+        QEMU commit b5513584a08d (in v7.0). The first answer is always long-busy: the flush is
+        completed by QEMU's main loop, which cannot run while the call does.
+        """
+        call, busy = Hcall.H_SCM_FLUSH, ReturnCode.H_LONG_BUSY_ORDER_10_MSEC
+        dimm, token = self._dimm(words[0]), words[1]
+        if dimm is None:
+            return [_answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")]
+        if not dimm.spapr:
+            return [_answer(call, words, ReturnCode.H_PARAMETER, "no spapr-nvdimm")]
+        if token == 0:
+            if not dimm.flushes:
+                return [_answer(call, words, ReturnCode.H_UNSUPPORTED, "persistent backend")]
+            return [_answer(call, words, busy, "begun", r4=dimm.last_token + 1)]
+        flush = dimm.outstanding.get(token)
+        if flush is None:
+            return [_answer(call, words, ReturnCode.H_P2, "unknown token")]
+        why = "done" if flush.end is ReturnCode.H_SUCCESS else "failed"
+        goes_on = _answer(call, words, busy, "goes on", r4=token)
+        return [goes_on] if flush.held else [goes_on, _answer(call, words, flush.end, why)]
+
+
+def _answer(
+    call: Hcall,
+    words: Sequence[int],
+    code: ReturnCode,
+    why: str,
+    *,
+    r4: int | None = None,
+    r5: int | None = None,
+    r6: int | None = None,
+) -> Expected:
+    """An answer whose other outputs are as the arguments were."""
+    set_by_call = (r4, r5, r6)
+    outputs = tuple(
+        word if number >= len(set_by_call) or set_by_call[number] is None else set_by_call[number]
+        for number, word in enumerate(words)
+    )
+    return Expected(code, outputs, (call, code, why))  # type: ignore[arg-type]
+
+
+def describe(code: int, outputs: Sequence[int], wanted: Iterable[Expected]) -> str:
+    """What was answered and what was allowed, for a message.
+
+    Args:
+        code: r3, signed.
+        outputs: r4 and on.
+        wanted: from ScmModel.allowed().
+    """
+    expected = " or ".join(f"{e.code.name} {_registers(e.outputs)} ({e.branch[2]})" for e in wanted)
+    return f"answered {return_code_name(code)} {_registers(outputs)}, expected {expected}"
+
+
+def _registers(outputs: Sequence[int]) -> str:
+    return " ".join(f"r{number}={word:#x}" for number, word in enumerate(outputs[:3], 4))
