@@ -31,15 +31,23 @@ _MARKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """The times of several starts, s, by mark, with what they were measured on."""
+    """What was measured several times, with what it was measured on.
+
+    Attributes:
+        environment: the dimensions.
+        started: when, seconds since 1970.
+        unit: that of the values.
+        values: by what was measured, in the order of the rounds.
+    """
 
     environment: dict[str, str]
     started: float
-    seconds: dict[str, list[float]]
+    unit: str
+    values: dict[str, list[float]]
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Median, minimum, maximum and quartiles of each mark, s."""
-        return {mark: _spread(values) for mark, values in self.seconds.items()}
+        """Median, minimum, maximum and quartiles of each."""
+        return {mark: _spread(values) for mark, values in self.values.items()}
 
     def as_json(self) -> str:
         """One line: the figures, their summary and their dimensions."""
@@ -65,7 +73,7 @@ def cold_starts(environment: Environment, count: int, *, warm_up: int = 1) -> Se
             for mark, value in times.items():
                 seconds[mark].append(value)
             bar.update(number + 1)
-    return Series(environment.describe(), began, seconds)
+    return Series(environment.describe(), began, "s", seconds)
 
 
 def keep(series: Series, file: Path) -> None:
@@ -77,7 +85,7 @@ def keep(series: Series, file: Path) -> None:
 
 def table(series: Series) -> Table:
     """The series for a terminal."""
-    count = len(next(iter(series.seconds.values())))
+    count = len(next(iter(series.values.values())))
     shown = Table(title=f"{count} cold starts, seconds after QEMU's exec", title_justify="left")
     shown.add_column("reached")
     for name in ("median", "min", "max", "middle half"):

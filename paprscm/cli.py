@@ -16,14 +16,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import bench, host, log, settings, shell
+from paprscm import bench, bench_hcall, hcalls, host, log, settings, shell
 from paprscm.cache import Cache
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error
 from paprscm.guest import Guest
 from paprscm.kbuild import build_default, build_tree, prune_trees
-from paprscm.machine import Machine, qemu_argv, script
+from paprscm.machine import Machine, qemu_argv, require, script
 from paprscm.options import parse_nvdimm
+from paprscm.qemu import resolve
 from paprscm.settings import Settings
 
 DAY_S = 86400.0
@@ -72,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     add("doctor", _doctor, "What this machine offers, what is missing, and how to get it.")
     image = add("image", _image, "Build or fetch QEMU, kernel and userland; print what they are.")
     image.add_argument("--quiet", action="store_true", help="print only what takes time, or fails")
+    image.add_argument("--only-qemu", action="store_true", help="what tests without a guest need")
     run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
     run.add_argument("tests", nargs="*", default=None, help="files or test names; default: tests/")
     one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
@@ -80,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("-c", "--command", help="run this one instead; its status is ours")
     one.add_argument("--append", action="append", default=[], help="words for the kernel")
     one.add_argument("--dry-run", action="store_true", help="print QEMU's command line as a script")
+
+    taken = add("branches", _branches, "Which branches of the hcalls a job's tests have taken.")
+    latest = Path("results/latest")
+    taken.add_argument(
+        "results", nargs="?", type=Path, default=latest, help=f"{latest}, or another"
+    )
 
     kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
     kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -98,13 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     benches = verbs.add_parser("bench", help="Measure.").add_subparsers(
         title="verbs", required=True, metavar="VERB"
     )
-    start = benches.add_parser("start", help="Cold starts of a guest.", parents=[common])
-    start.add_argument("-n", type=int, default=10, help="how many (10)")
-    start.add_argument("--json", action="store_true", help="print the series as one line of JSON")
-    start.add_argument(
-        "--series", type=Path, default=Path("results/bench-start.jsonl"), help="append it there"
-    )
-    start.set_defaults(verb=_bench_start)
+
+    def measure(name: str, verb: Callable[..., int], text: str, what: str, count: int) -> None:
+        added = benches.add_parser(name, help=text, description=text, parents=[common])
+        added.add_argument("-n", type=int, default=count, help=f"how many {what} ({count})")
+        added.add_argument("--json", action="store_true", help="print the series as a line of JSON")
+        series = Path(f"results/bench-{name}.jsonl")
+        added.add_argument("--series", type=Path, default=series, help="append it there")
+        added.set_defaults(verb=verb)
+
+    measure("start", _bench_start, "Cold starts of a guest.", "starts", 10)
+    measure("hcall", _bench_hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
     return parser
 
 
@@ -125,6 +137,11 @@ def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if arguments.only_qemu:
+        found = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+        if not arguments.quiet:
+            print(f"{found.version_text} {found.path}")
+        return 0
     environment = prepare(chosen)
     if arguments.quiet:
         return 0
@@ -153,7 +170,7 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
     environment = prepare(chosen)
     machine = environment.furnish(machine)
     for nvdimm in machine.nvdimms:
-        environment.require(nvdimm)
+        require(environment.qemu, nvdimm)
     if arguments.dry_run:
         print(_script(environment, machine), end="")
         return 0
@@ -192,6 +209,12 @@ def _script(environment: Environment, machine: Machine) -> str:
     files = {n.slot: n.file or folder / f"nvdimm{n.slot}" for n in machine.nvdimms}
     argv = qemu_argv(equipment.qemu, machine, equipment.payload, files, None)
     return script(argv, {files[n.slot]: n.file_bytes for n in machine.nvdimms})
+
+
+def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen
+    Console().print(hcalls.table(hcalls.of_job(arguments.results)))
+    return 0
 
 
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
@@ -238,14 +261,27 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _bench_start(arguments: argparse.Namespace, chosen: Settings) -> int:
+    return _measured(arguments, lambda n: bench.cold_starts(prepare(chosen), n), bench.table)
+
+
+def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
+    qemu = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+    return _measured(arguments, lambda n: bench_hcall.rates(qemu, chosen, n), bench_hcall.table)
+
+
+def _measured(
+    arguments: argparse.Namespace,
+    measure: Callable[[int], bench.Series],
+    table: Callable[[bench.Series], Table],
+) -> int:
     if arguments.n < 1:
         raise ConfigError("-n must be at least 1")
-    series = bench.cold_starts(prepare(chosen), arguments.n)
+    series = measure(arguments.n)
     bench.keep(series, arguments.series)
     if arguments.json:
         print(series.as_json())
     else:
-        Console().print(bench.table(series))
+        Console().print(table(series))
     return 0
 
 
