@@ -20,6 +20,12 @@ from paprscm.errors import ConfigError
 
 SECTION = "paprscm"
 
+TEST_PARAMETERS = {
+    "seed": "of the random numbers of a test; each test says which it took",
+    "sequences": "how many random sequences of hcalls are tried",
+}
+"""What `-p name=value` of Avocado may say besides: it is a test's own, and nobody else's."""
+
 
 def _default_cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from paprscm import settings
+from paprscm.cache import Cache
 from paprscm.environment import Environment, prepare
 from paprscm.guest import Guest
 from paprscm.machine import Machine
+from paprscm.qemu import Qemu, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,6 +24,13 @@ ROOT = Path(__file__).resolve().parent.parent
 def environment() -> Environment:
     """QEMU, kernel and userland as ./avocado.cfg has them, made where they are missing."""
     return prepare(settings.load(config=ROOT / "avocado.cfg"))
+
+
+@pytest.fixture(scope="session")
+def qemu() -> Qemu:
+    """The QEMU alone, as ./avocado.cfg has it."""
+    chosen = settings.load(config=ROOT / "avocado.cfg")
+    return resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
 
 
 @pytest.fixture

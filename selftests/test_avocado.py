@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,12 +49,57 @@ class Guests(PaprScmTest):
 '''
 
 
+KNOWN = '''
+import dataclasses
+
+from paprscm.machine import Machine, Nvdimm
+from paprscm.testcase import QemuTest
+
+ISSUE = "qemu-unbind-mem-aborts"
+
+
+class Known(QemuTest):
+    """
+    :avocado: tags=device
+    """
+
+    def test_listed(self):
+        self.qemu = dataclasses.replace(self.qemu, version=(7, 2, 0))
+        self.known_issue(ISSUE, shows=True, found="it ended")
+
+    def test_not_listed(self):
+        self.qemu = dataclasses.replace(self.qemu, version=(99, 0, 0))
+        self.known_issue(ISSUE, shows=True, found="it ended")
+
+    def test_gone(self):
+        self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_fails_besides(self):
+        self.known_issue(ISSUE, shows=True, found="it ended")
+        self.fail("something else is wrong, too")
+
+    def test_stopped_machine(self):
+        vm = self.vm(Machine(memory_mib=256, nvdimms=(Nvdimm(slot=3),)))
+        self.measure("pid", vm.process.pid)
+        (device,) = vm.qmp.execute("query-memory-devices")
+        assert (device["data"]["slot"], vm.file(3).is_file()) == (3, True)
+'''
+
+
 def avocado(*words: str, cwd: Path = ROOT) -> str:
     """What Avocado prints; its exit status is not looked at."""
     done = subprocess.run(
         [AVOCADO, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
     )
     return done.stdout + done.stderr
+
+
+def run_module(module: Path, *words: str) -> dict[str, dict[str, Any]]:
+    """What became of each test of a file, by its method's name."""
+    results = module.parent / "results"
+    avocado("run", "--job-results-dir", str(results), *words, str(module))
+    (job,) = results.glob("job-*/results.json")
+    return {test["id"].rpartition(".")[2]: test for test in json.loads(job.read_text())["tests"]}
 
 
 def test_the_configuration_is_in_force_without_a_flag() -> None:
@@ -87,15 +133,45 @@ def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> 
     assert "PASS 1" in said
 
 
+def test_a_known_issue_is_a_warning_only_where_it_is_listed(tmp_path: Path) -> None:
+    """And tests of QEMU alone need no kernel, not even one that can be had."""
+    module = tmp_path / "known.py"
+    module.write_text(KNOWN)
+    tests = run_module(module, "-p", "kernel=/nonexistent")
+    assert {name: test["status"] for name, test in tests.items()} == {
+        "test_listed": "WARN",
+        "test_not_listed": "FAIL",
+        "test_gone": "PASS",
+        "test_fails_besides": "FAIL",
+        "test_stopped_machine": "PASS",
+    }
+    assert tests["test_listed"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
+    assert "does not list QEMU" in tests["test_not_listed"]["fail_reason"]
+    assert "something else" in tests["test_fails_besides"]["fail_reason"]
+    pid = json.loads(tests["test_stopped_machine"]["whiteboard"])["pid"]
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_tests_own_parameters_are_no_settings(tmp_path: Path) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    words = "run", "-p", "seed=7", "-p", "sequences=3", f"{tmp_path}/known.py:Known.test_gone"
+    assert "PASS 1" in avocado(*words)
+    assert "no test was started" in avocado("run", "-p", "sead=7", str(tmp_path / "known.py"))
+
+
+def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    (tmp_path / "verdicts.py").write_text(VERDICTS)
+    words = "run", "-p", "kernel=/nonexistent", str(tmp_path / "known.py")
+    assert "no test was started" in avocado(*words, str(tmp_path / "verdicts.py"))
+
+
 @pytest.mark.guest
 def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_path: Path) -> None:
     del environment  # Made before the job's time runs.
     module = tmp_path / "verdicts.py"
     module.write_text(VERDICTS)
-    results = tmp_path / "results"
-    avocado("run", "--job-results-dir", str(results), str(module))
-    (job,) = results.glob("job-*/results.json")
-    tests = {test["id"].rpartition(".")[2]: test for test in json.loads(job.read_text())["tests"]}
+    tests = run_module(module)
     assert {name: test["status"] for name, test in tests.items()} == {
         "test_pass": "PASS",
         "test_fail": "FAIL",

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from paprscm import settings
 from paprscm.bare import FREE, TIMEBASE_HZ, Answer, Bare, Call, program
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.mailbox import MAX_CALLS
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, Health, ReturnCode, drc_index
-from paprscm.qemu import Qemu, resolve
+from paprscm.qemu import Qemu
 
 ROOT = Path(__file__).resolve().parent.parent
 UNKNOWN = Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING
@@ -29,12 +28,6 @@ H_PAGE_INIT, H_ZERO_PAGE = 0x2C, 1 << (63 - 48)
 ENDLESS = Call(UNKNOWN, (1, 2), times=1 << 62)
 
 Start = Callable[..., Bare]
-
-
-@pytest.fixture(scope="module")
-def qemu() -> Qemu:
-    chosen = settings.load(config=ROOT / "avocado.cfg")
-    return resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -53,12 +55,14 @@ def test_every_file_is_in_the_table() -> None:
 
 def test_every_issue_that_a_test_names_can_be_read() -> None:
     """A typing error would be noticed only where the bug shows."""
-    tests = FOLDER.parent / "tests"
-    named = {
-        word.strip("\"'")
-        for file in tests.glob("*.py")
-        for word in file.read_text().replace("(", " ").replace(",", " ").split()
-        if word.startswith(('"qemu-', "'qemu-"))
+    trees = [ast.parse(file.read_text()) for file in (FOLDER.parent / "tests").glob("*.py")]
+    strings = {
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
     }
+    named = {text for text in strings if re.fullmatch(r"qemu-[a-z0-9-]+", text)}
+    assert len(named) > 10
     for name in named:
         load(name)

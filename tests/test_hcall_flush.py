@@ -197,8 +197,8 @@ class Syncs(FlushTest):
         self.assertEqual(self.counts(judge, 0), {"fdatasync": 3})
         self.assertEqual(self.counts(judge, 1), {"fdatasync": 20})
 
-    def test_a_slow_sync_is_polled(self) -> None:
-        """A sync of 50 ms is answered long-busy for at least so long, and then success."""
+    def test_a_slow_sync_is_waited_for(self) -> None:
+        """The end of a flush whose sync takes 50 ms is not told any earlier."""
         judge = self.judge(FIRST)
         judge.bare.vm.syncs(0).delay(0.05)
         for _ in range(5):
@@ -208,7 +208,6 @@ class Syncs(FlushTest):
             )
             self.assertEqual(ended.code, ReturnCode.H_SUCCESS)
             self.assertGreaterEqual((ended.ended - begun.began) / TIMEBASE_HZ, 0.05)
-            self.assertGreater(ended.busy, 0)
 
     def test_a_failed_sync_is_told(self) -> None:
         """When the host's sync fails its flush ends with H_HARDWARE, and no other flush does."""

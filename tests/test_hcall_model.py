@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+from hypothesis.errors import Flaky
 
 from paprscm.bare import Call
 from paprscm.errors import ContractError, Error
@@ -135,6 +137,7 @@ class Model(QemuTest):
         able = tuple(n for n in DIMMS if self.qemu.has_pmem or not n.pmem)
         machine = Machine(nvdimms=able, smp=1, memory_mib=256)
         self.done: list[str] = []
+        self.found, self.shortest = ContractError(""), self.done
         self.judge = self.new_judge(machine)
         total: Counter[str] = Counter()
 
@@ -152,17 +155,22 @@ class Model(QemuTest):
             total["sequences"] += 1
             try:
                 self.run_one([step for part in sequence for step in part])
-            except ContractError:
+            except ContractError as error:
                 total["hcalls"] += self.judge.calls
+                self.found, self.shortest = error, self.done
                 self.recover(machine)
                 raise
 
+        # Hypothesis keeps what it knows of constants there.
+        set_hypothesis_home_dir(self.workdir)
         try:
             run()
-        except ContractError as error:
-            shortest = "\n  ".join(self.done)
+        except (ContractError, Flaky) as error:
+            # What time decides does not go wrong each time: then this is the last way that did.
+            sometimes = " that was found, and not every time" if isinstance(error, Flaky) else ""
+            way = "\n  ".join(self.shortest)
             raise ContractError(
-                f"{error.message}\n  the shortest way there:\n  {shortest}"
+                f"{self.found.message}\n  the shortest way there{sometimes}:\n  {way}"
             ) from None
         finally:
             total["hcalls"] += self.judge.calls

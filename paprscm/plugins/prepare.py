@@ -13,6 +13,7 @@ from avocado.core.nrunner.runnable import Runnable
 from avocado.core.plugin_interfaces import JobPre
 
 from paprscm.process import join_run
+from paprscm.settings import TEST_PARAMETERS
 
 
 class Prepare(JobPre):
@@ -33,7 +34,11 @@ class Prepare(JobPre):
             return
         join_run()
         given = dict(job.config.get("run.test_parameters") or [])
-        options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        options = [
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in given.items()
+            if name not in TEST_PARAMETERS
+        ]
         only = ["--only-qemu"] if all(map(_needs_no_guest, ours)) else []
         command = [sys.executable, "-m", "paprscm.cli", "image", "--quiet", *only, *options]
         status = subprocess.run(command, check=False).returncode
