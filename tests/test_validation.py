@@ -30,7 +30,8 @@ class Validation(QemuTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.places = make_files(Path(self.workdir))
+        # QEMU names a file as the kernel does.
+        self.places = make_files(Path(self.workdir).resolve())
 
     def attempt(self, words: Sequence[str], *, machine: str = "") -> Attempt:
         """Try a command line with placeholders."""
