@@ -7,7 +7,6 @@ the start. All that a test wants to know about the calls is in Python; the progr
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import shutil
@@ -15,8 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
@@ -29,7 +27,7 @@ from paprscm.process import Process, describe_status, run
 from paprscm.qemu import Qemu
 from paprscm.qmp import Qmp
 from paprscm.shim import Shim
-from paprscm.vm import Vm
+from paprscm.vm import Lifetime, Vm
 
 FREE: Final = range(160 * MIB, 256 * MIB)
 """Guest memory that nobody uses, for a test's own data."""
@@ -73,7 +71,7 @@ def program(cache: Cache) -> Path:
     return cache.ensure("hcalls", fields, build).path / "hcalls"
 
 
-class Bare:
+class Bare(Lifetime):
     """A machine that makes hypervisor calls; use it as a context manager. Several may run at once.
 
     Args:
@@ -86,6 +84,7 @@ class Bare:
 
     Raises:
         ConfigError: the program cannot run on such a machine.
+        HostError: on entering, QEMU or the program does not start as it should.
 
     Attributes:
         vm: the QEMU.
@@ -114,6 +113,7 @@ class Bare:
             )
         if MAILBOXES + machine.smp * MAILBOX_SIZE > FREE.start:
             raise ConfigError(f"{machine.smp} vCPUs are too many for a bare machine")
+        super().__init__()
         self.machine = machine
         self.ready_s = self.first_answer_s = 0.0
         self._qemu = qemu
@@ -123,28 +123,6 @@ class Bare:
         self._shim = shim
         self._running: list[int] = []
         self._gates = itertools.count(1)
-        self._resources = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        """Start it, and wait until the program runs on vCPU 0.
-
-        Raises:
-            HostError: QEMU or the program does not start as it should.
-        """
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def qmp(self) -> Qmp:
@@ -283,10 +261,6 @@ class Bare:
         self._wait_for_start(0, before, timeout_s)
         for box in self._boxes:
             box.end()
-
-    def close(self) -> None:
-        """End it; nothing is left of it but the logs."""
-        self._resources.close()
 
     def _start(self) -> None:
         self._memory = Memory(self.machine.memory_mib * MIB)

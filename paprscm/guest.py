@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self, TextIO
+from typing import TextIO
 
 import paramiko
 
@@ -27,7 +27,7 @@ from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv
 from paprscm.process import describe_status
 from paprscm.settings import Settings
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
-from paprscm.vm import Vm
+from paprscm.vm import Lifetime, Vm
 from paprscm.wording import in_words, log_command, outcome, quoted
 
 # What a kernel without the drivers of our machine ends with.
@@ -54,7 +54,7 @@ class Equipment:
     host_key: str
 
 
-class Guest:
+class Guest(Lifetime):
     """One guest; use it as a context manager.
 
     Args:
@@ -75,6 +75,7 @@ class Guest:
         allowed: Iterable[str] = (),
         mirror: TextIO | None = None,
     ) -> None:
+        super().__init__()
         self._mirror = mirror
         self.machine = machine
         self.folder = folder
@@ -87,18 +88,6 @@ class Guest:
         self._lost_why = ""
         self._marks = itertools.count(1)
         self._ssh: Ssh | None = None
-        self._resources = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        try:
-            dimms = ", ".join(map(in_words, self.machine.nvdimms)) or "no DIMM"
-            with log.step(f"boot a guest ({dimms})"):
-                self._start()
-                self._boot()
-        except BaseException:
-            self.close()
-            raise
-        return self
 
     def __exit__(
         self,
@@ -285,11 +274,13 @@ class Guest:
         self._told = True
         self.process.kill()
 
-    def close(self) -> None:
-        """End QEMU and remove all that was made for it; the logs in `folder` stay."""
-        self._resources.close()
-
     def _start(self) -> None:
+        dimms = ", ".join(map(in_words, self.machine.nvdimms)) or "no DIMM"
+        with log.step(f"boot a guest ({dimms})"):
+            self._start_qemu()
+            self._boot()
+
+    def _start_qemu(self) -> None:
         """Start QEMU, with its console on a socket that it inherits."""
         ours, theirs = socket.socketpair()
         stack = self._resources

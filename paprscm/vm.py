@@ -27,7 +27,41 @@ Command = Callable[[Mapping[int, Path], int | None], list[str]]
 with None instead, one for a person who runs it by hand."""
 
 
-class Vm:
+class Lifetime:
+    """What is made on entering and gone on leaving: a context manager that leaves nothing behind.
+
+    A subclass makes everything in `_start()`, and puts what undoes it on `_resources`.
+    """
+
+    def __init__(self) -> None:
+        self._resources = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        """Start it, or leave nothing of it; raises as the class says."""
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End it and remove all that was made for it; its logs stay."""
+        self._resources.close()
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+
+class Vm(Lifetime):
     """One QEMU; use it as a context manager.
 
     Its monitor is on a socket that it inherits, so there is no name in the file system that could
@@ -40,6 +74,9 @@ class Vm:
         scratch_dir: where backing files are made; they go with the QEMU.
         pass_fds: what else it inherits, under the same numbers.
         shim: goes into this QEMU, to watch and to disturb the syncs of the backing files.
+
+    Raises:
+        HostError: it does not start as it should, or there is no place for backing files.
 
     Attributes:
         process: the QEMU.
@@ -63,6 +100,7 @@ class Vm:
         pass_fds: Sequence[int] = (),
         shim: Shim | None = None,
     ) -> None:
+        super().__init__()
         self.folder = folder
         self._shim = shim
         self._watched: dict[int, WatchedFile] = {}
@@ -71,28 +109,6 @@ class Vm:
         self._scratch_dir = scratch_dir
         self._pass_fds = tuple(pass_fds)
         self._files: dict[int, Path] = {}
-        self._resources = contextlib.ExitStack()
-
-    def __enter__(self) -> Self:
-        """Start it.
-
-        Raises:
-            HostError: it does not start as it should, or there is no place for backing files.
-        """
-        try:
-            self._start()
-        except BaseException:
-            self.close()
-            raise
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def plug(self, nvdimm: Nvdimm) -> None:
         """Plug a DIMM into the running machine; what runs in it notices a moment later.
@@ -123,10 +139,6 @@ class Vm:
     def says(self) -> str:
         """What QEMU itself has printed so far, indented for a message."""
         return quoted((self.folder / "qemu.log").read_text(errors="replace"))
-
-    def close(self) -> None:
-        """End QEMU and remove all that was made for it; the logs in `folder` stay."""
-        self._resources.close()
 
     def _start(self) -> None:
         stack = self._resources
