@@ -65,14 +65,23 @@ class Hostile(QemuTest):
         """Begin `count` flushes that take `sync_s` each; then every one is told of once."""
         bare = self.machine()
         syncs = bare.vm.syncs(0)
-        self.measure("idle", self.cost(bare))
+        idle = self.cost(bare)
         syncs.delay(sync_s)
         self.begin(bare, count)
         outstanding = count - syncs.counts().ended
         loaded = self.cost(bare)
+        # Far above what is usual: this is for what has no bound, not for a slow day.
+        limits = {
+            "anonymous_kib": idle["anonymous_kib"] + 64 * 1024,
+            "threads": POOL_THREADS + 32,
+            "monitor_s": 5.0,
+            # Its turn comes when those before it in the queue have ended.
+            "disk_write_s": count * sync_s / POOL_THREADS + 10.0,
+        }
+        self.measure("idle", idle)
         self.measure("loaded", {"outstanding": outstanding, **loaded})
-        if loaded["threads"] > POOL_THREADS + 32:
-            self.fail(f"{count} flushes made QEMU start {loaded['threads']:g} threads")
+        if beyond := [name for name, limit in limits.items() if loaded[name] > limit]:
+            self.fail(f"with {outstanding} flushes outstanding: {loaded}; too much: {beyond}")
         syncs.wait_ended(count, 120)
         self.assertEqual(syncs.counts().ended, count)
         self.assertLessEqual(syncs.counts().most_in_flight, POOL_THREADS)
@@ -85,11 +94,11 @@ class Hostile(QemuTest):
         self.assertEqual({answer.code for answer in again}, {ReturnCode.H_P2})
 
     def test_64_outstanding(self) -> None:
-        """64 flushes outstanding at once cost a thread each, and each is told of once."""
+        """64 flushes at once leave monitor and disks able to answer, and each is told of once."""
         self.never_polled(64, 0.2)
 
     def test_4096_outstanding(self) -> None:
-        """4,096 flushes outstanding cost no more threads than 64, and each is told of once."""
+        """4,096 flushes at once take a bounded part of the host, and each is told of once."""
         self.never_polled(4096, 0.01)
 
     def test_without_end(self) -> None:
