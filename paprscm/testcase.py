@@ -143,6 +143,13 @@ class QemuTest(Test):
         for nvdimm in nvdimms:
             require(self.qemu, nvdimm)
 
+    def possible(self, nvdimms: Iterable[Nvdimm]) -> tuple[Nvdimm, ...]:
+        """Those that this QEMU can have; how many were left out is kept as a measurement."""
+        wanted = tuple(nvdimms)
+        able = tuple(n for n in wanted if self.qemu.has_pmem or not (n.pmem or n.pmem_override))
+        self.measure("DIMMs left out for want of libpmem", len(wanted) - len(able))
+        return able
+
     def random(self) -> random.Random:
         """A source of random numbers whose seed is logged, and can be given: -p seed=N."""
         seed = int(self.params.get("seed", default=random.getrandbits(32)))

@@ -49,13 +49,9 @@ class HcallTest(QemuTest):
     """What the tests of hcalls share."""
 
     def judge(self, *kinds: Nvdimm, slots: int = 8) -> ScmJudge:
-        """A bare machine with these DIMMs, and its judge.
-
-        A QEMU without libpmem gets those that it can have; what is left out is a measurement.
-        """
-        able = [n for n in kinds if self.qemu.has_pmem or not (n.pmem or n.pmem_override)]
-        self.measure("DIMMs left out for want of libpmem", len(kinds) - len(able))
-        bare = self.bare(Machine(nvdimms=tuple(able), smp=1, memory_mib=256, slots=slots))
+        """A bare machine with those of these DIMMs that it can have, and its judge."""
+        able = self.possible(kinds)
+        bare = self.bare(Machine(nvdimms=able, smp=1, memory_mib=256, slots=slots))
         return ScmJudge(bare, able)
 
     def dies_of(self, signal: str, judge: ScmJudge, *requests: Request) -> str:

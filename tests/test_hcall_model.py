@@ -134,8 +134,7 @@ class Model(QemuTest):
     def test_random_sequences(self) -> None:
         """Whatever is called in whatever order, the machine answers as the model does."""
         count = int(self.params.get("sequences", default=500))
-        able = tuple(n for n in DIMMS if self.qemu.has_pmem or not n.pmem)
-        machine = Machine(nvdimms=able, smp=1, memory_mib=256)
+        machine = Machine(nvdimms=self.possible(DIMMS), smp=1, memory_mib=256)
         self.done: list[str] = []
         self.found, self.shortest = ContractError(""), self.done
         self.judge = self.new_judge(machine)
