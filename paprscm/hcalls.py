@@ -65,7 +65,7 @@ class ScmJudge:
         self.known_wrong: dict[str, str] = {}
         self.model = ScmModel(_dimms(bare, nvdimms))
 
-    def make(self, *requests: Request, cpu: int = 0) -> list[Answer]:
+    def make(self, *requests: Request) -> list[Answer]:
         """Make the calls in one go and judge each; their answers.
 
         Raises:
@@ -73,7 +73,7 @@ class ScmJudge:
             GuestLostError: QEMU ended during a call.
         """
         calls = [Call(made.call, made.arguments) for made in requests]
-        answers = self.bare.batch(calls, cpu=cpu)
+        answers = self.bare.batch(calls)
         self.judge(requests, answers)
         return answers
 

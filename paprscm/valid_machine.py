@@ -128,12 +128,6 @@ def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
     return Prediction(frozenset(), tuple(placed))
 
 
-def why_refused(machine: RawMachine, *, has_override: bool = True) -> str | None:
-    """The names of the reasons why QEMU refuses a machine; None when it must take it."""
-    reasons = predict(machine, has_override=has_override).reasons
-    return " or ".join(sorted(reason.name for reason in reasons)) or None
-
-
 def _memory(machine: RawMachine) -> Iterator[Refusal]:
     """machine.c:machine_set_mem."""
     if machine.maxmem_bytes is None:

@@ -48,10 +48,10 @@ def around(value: int, by: int = 9) -> range:
 class HcallTest(QemuTest):
     """What the tests of hcalls share."""
 
-    def judge(self, *kinds: Nvdimm, slots: int = 8) -> ScmJudge:
+    def judge(self, *kinds: Nvdimm) -> ScmJudge:
         """A bare machine with those of these DIMMs that it can have, and its judge."""
         able = self.possible(kinds)
-        bare = self.bare(Machine(nvdimms=able, smp=1, memory_mib=256, slots=slots))
+        bare = self.bare(Machine(nvdimms=able, smp=1, memory_mib=256))
         return ScmJudge(bare, able)
 
     def dies_of(self, signal: str, judge: ScmJudge, *requests: Request) -> str:
