@@ -5,9 +5,9 @@ H_SCM_FLUSH has no limit of flushes that are outstanding, and hands each to the 
 QEMU's main loop, which disks use too (hw/ppc/spapr_nvdimm.c:h_scm_flush; util/thread-pool.c).
 """
 
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from paprscm.bare import Bare, Call
@@ -177,14 +177,16 @@ class Hostile(QemuTest):
     def blocks(
         self, action: Callable[[], object], limit_s: float, free: Callable[[], None]
     ) -> bool:
-        """Whether the action is not over after `limit_s`; then it is freed, and waited for."""
-        worker = threading.Thread(target=action, daemon=True)
-        worker.start()
-        worker.join(limit_s)
-        blocked = worker.is_alive()
-        if blocked:
-            free()
-            worker.join(20)
+        """Whether the action is not over after `limit_s`; then it is freed, and waited for.
+
+        What it raises is raised here: an action that failed did not block, and did not work either.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(action)
+            blocked = bool(wait([done], limit_s).not_done)
+            if blocked:
+                free()
+            done.result(60)
         return blocked
 
 
