@@ -7,6 +7,9 @@
  * about the mapping (VmFlags in smaps), whether a store arrived in the file, and, with
  * --control, the same for a mapping without MAP_SYNC that was made just before.
  *
+ * With --cell it tries one mapping after the other, each of a file that is opened (and emptied)
+ * anew for it, and says in one line of JSON for each what became of it.
+ *
  * Exit status, whatever else changes:
  *   0  the mapping was made and every access to it went well (this is no verdict)
  *   1  mmap() refused
@@ -14,7 +17,8 @@
  *   3  an access to the mapping raised SIGBUS or SIGSEGV
  *   4  another step failed: open, truncate, fstat, munmap
  *   5  the report could not be written
- * For all but 2 and 5 the report is on stdout. The control never decides the status.
+ * For all but 2 and 5 the report is on stdout. The control never decides the status. With --cell
+ * it is 0 when all were tried, whatever came of it, and 4 when another step of one failed.
  *
  * Strings in the report are ASCII. A byte above 0x7f, which need not be valid UTF-8 in a path,
  * is written as \udcXX, as Python's "surrogateescape" does it, so nothing is lost.
@@ -97,14 +101,21 @@ struct request {
 	const char *prot_name;
 	int prot;
 	uint64_t offset, length;
+	bool have_length;
+	bool read_only; /* how the file is opened for it */
+	bool anonymous; /* no file at all */
+	uint64_t address_align; /* of a place chosen by us; 0: the kernel chooses */
+	bool fsync_it;
 };
 
 /* What the command line asks for. */
 struct command {
 	const char *path;
 	uint64_t pages;
-	bool truncate_it, read_only, have_length, control;
+	bool truncate_it, control;
 	struct request request;
+	struct request *cells;
+	size_t cell_count;
 };
 
 enum answer { NOT_ASKED = -1, NO, YES };
@@ -120,6 +131,8 @@ struct outcome {
 	uint64_t pages_accessed, first_access_ns;
 	enum answer in_mapping, in_file;
 	int pread_errno;
+	enum answer synced;
+	int fsync_errno;
 };
 
 static const struct option options[] = {
@@ -133,6 +146,7 @@ static const struct option options[] = {
 	{ "unknown-bit", no_argument, NULL, 'u' },
 	{ "prot", required_argument, NULL, 'P' },
 	{ "control", no_argument, NULL, 'c' },
+	{ "cell", required_argument, NULL, 'C' },
 	{ NULL, 0, NULL, 0 },
 };
 
@@ -147,7 +161,11 @@ static const char usage_text[] =
 	"  --sync=on|off   with MAP_SYNC (default) or without\n"
 	"  --unknown-bit   also set a flag that no kernel knows (0x2000000)\n"
 	"  --prot=PROT     rw (default), r, w or none\n"
-	"  --control       first try MAP_SHARED_VALIDATE alone, on the same range\n";
+	"  --control       first try MAP_SHARED_VALIDATE alone, on the same range\n"
+	"  --cell=WORDS    instead of all this but --pages and --no-truncate, and once or more:\n"
+	"                  a TYPE and what else is wanted of sync, unknown-bit, read-only,\n"
+	"                  anonymous, fsync (afterwards), prot=PROT, offset=BYTES, length=BYTES,\n"
+	"                  address-align=BYTES (with MAP_FIXED), with commas between them\n";
 
 static uint64_t page_size;
 
@@ -212,6 +230,64 @@ static void parse_prot(struct request *request, const char *text)
 		}
 	}
 	usage("--prot", text);
+}
+
+static void parse_cell(struct request *cell, char *words)
+{
+	enum { SYNC, UNKNOWN, READ_ONLY, ANONYMOUS, FSYNC, PROT, OFFSET, LENGTH, ALIGN };
+	static char *const tokens[] = {
+		"sync", "unknown-bit", "read-only", "anonymous", "fsync", "prot", "offset",
+		"length", "address-align", NULL,
+	};
+	char *rest = strchr(words, ',');
+
+	*cell = (struct request){ 0 };
+	parse_prot(cell, "rw");
+	if (rest)
+		*rest++ = '\0';
+	parse_type(cell, words);
+	while (rest && *rest) {
+		const char *word = rest;
+		char *value;
+		int token = getsubopt(&rest, tokens, &value);
+
+		if (token < 0 || (token >= PROT) != (value != NULL))
+			usage("--cell", word);
+		switch (token) {
+		case SYNC:
+			cell->sync = true;
+			break;
+		case UNKNOWN:
+			cell->unknown_bit = true;
+			break;
+		case READ_ONLY:
+			cell->read_only = true;
+			break;
+		case ANONYMOUS:
+			cell->anonymous = true;
+			break;
+		case FSYNC:
+			cell->fsync_it = true;
+			break;
+		case PROT:
+			parse_prot(cell, value);
+			break;
+		case OFFSET:
+			cell->offset = parse_number("--cell, offset", value);
+			break;
+		case LENGTH:
+			cell->length = parse_number("--cell, length", value);
+			cell->have_length = true;
+			break;
+		case ALIGN:
+			cell->address_align = parse_number("--cell, address-align", value);
+			if (!cell->address_align || cell->address_align % page_size)
+				usage("--cell, address-align is not in pages", value);
+			break;
+		}
+	}
+	if (cell->anonymous && (cell->read_only || cell->fsync_it))
+		usage("--cell", "an anonymous mapping has no file");
 }
 
 static const char *errno_name(int number)
@@ -380,7 +456,28 @@ static void read_vm_flags(const void *map, struct outcome *out)
 static int request_flags(const struct request *request)
 {
 	return request->type_flag | (request->sync ? MAP_SYNC : 0) |
-	       (request->unknown_bit ? UNKNOWN_BIT : 0);
+	       (request->unknown_bit ? UNKNOWN_BIT : 0) |
+	       (request->anonymous ? MAP_ANONYMOUS : 0) |
+	       (request->address_align ? MAP_FIXED : 0);
+}
+
+/* A free place for the mapping. What is not needed of it stays reserved to the program's end. */
+static char *reserve(const struct request *request)
+{
+	uint64_t align = request->address_align;
+	char *place = mmap(NULL, request->length + align, PROT_NONE,
+			   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (place == MAP_FAILED)
+		return NULL;
+	return place + (align - (uintptr_t)place % align) % align;
+}
+
+/* The C library's mmap() refuses some offsets itself; here it is the kernel that is asked. */
+static char *kernel_mmap(char *place, int fd, const struct request *request)
+{
+	return (char *)syscall(SYS_mmap, place, request->length, request->prot,
+			       request_flags(request), fd, request->offset);
 }
 
 static void failed(struct outcome *out, const char *result, const char *stage)
@@ -398,14 +495,19 @@ static void start_outcome(struct outcome *out)
 	out->seed = now_ns() ^ (uint64_t)getpid() << 40 ^ (uint64_t)++count << 56;
 	out->in_mapping = NOT_ASKED;
 	out->in_file = NOT_ASKED;
+	out->synced = NOT_ASKED;
 }
 
 static void try_mapping(int fd, const struct request *request, struct outcome *out)
 {
+	char *place = NULL;
 	char *map;
 
-	map = mmap(NULL, request->length, request->prot, request_flags(request), fd,
-		   (off_t)request->offset);
+	if (request->address_align && !(place = reserve(request))) {
+		failed(out, "error", "reserve");
+		return;
+	}
+	map = kernel_mmap(place, fd, request);
 	if (map == MAP_FAILED) {
 		failed(out, "refused", "mmap");
 		return;
@@ -413,7 +515,7 @@ static void try_mapping(int fd, const struct request *request, struct outcome *o
 	read_vm_flags(map, out);
 	if (request->prot != PROT_NONE) {
 		access_guarded(map, request, out);
-		if (!out->signal && request->prot & PROT_WRITE)
+		if (!out->signal && request->prot & PROT_WRITE && !request->anonymous)
 			read_file_back(fd, request, out);
 	}
 	if (munmap(map, request->length) && !out->signal)
@@ -423,7 +525,7 @@ static void try_mapping(int fd, const struct request *request, struct outcome *o
 /* --- the file -------------------------------------------------------------------------------- */
 
 /* Returns the descriptor to map, or -1 with the failure in `out`. */
-static int open_file(const struct command *command, struct outcome *out)
+static int open_file(const struct command *command, bool read_only, struct outcome *out)
 {
 	/* O_NONBLOCK: a FIFO is to be reported, not waited for. */
 	const int always = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
@@ -443,11 +545,11 @@ static int open_file(const struct command *command, struct outcome *out)
 			close(fd);
 			return -1;
 		}
-		if (!command->read_only)
+		if (!read_only)
 			return fd;
 		close(fd);
 	}
-	fd = open(command->path, (command->read_only ? O_RDONLY : O_RDWR) | always);
+	fd = open(command->path, (read_only ? O_RDONLY : O_RDWR) | always);
 	if (fd < 0)
 		failed(out, "error", "open");
 	return fd;
@@ -465,6 +567,15 @@ static bool look_at_file(int fd, struct file_facts *file, struct outcome *out)
 	file->statx_errno = file->have_statx ? 0 : errno;
 	file->have_statfs = !fstatfs(fd, &file->statfs);
 	return true;
+}
+
+static void set_length(struct request *request, const struct file_facts *file)
+{
+	uint64_t size = (uint64_t)file->stat.st_size;
+	uint64_t rest = size > request->offset ? size - request->offset : 1;
+
+	if (!request->have_length)
+		request->length = (rest + page_size - 1) / page_size * page_size;
 }
 
 /* --- the report ------------------------------------------------------------------------------ */
@@ -568,8 +679,16 @@ static void print_flag_names(const struct request *request)
 		printf("%s\"MAP_SYNC\"", separator);
 		separator = ",";
 	}
-	if (request->unknown_bit)
+	if (request->unknown_bit) {
 		printf("%s\"UNKNOWN_BIT\"", separator);
+		separator = ",";
+	}
+	if (request->anonymous) {
+		printf("%s\"MAP_ANONYMOUS\"", separator);
+		separator = ",";
+	}
+	if (request->address_align)
+		printf("%s\"MAP_FIXED\"", separator);
 	printf("]");
 }
 
@@ -599,6 +718,17 @@ static void print_mapping(const struct request *request, const struct outcome *o
 	printf("}");
 }
 
+/* What all reports begin with. */
+static void print_start(const char *probe, const struct command *command,
+			const struct request *request, const struct file_facts *file)
+{
+	printf("{\"probe\":\"%s\",\"version\":1,\"path\":", probe);
+	print_string(command->path);
+	printf(",\"page_size\":%" PRIu64 ",\"opened\":\"%s\",\"file\":", page_size,
+	       request->anonymous ? "none" : request->read_only ? "r" : "rw");
+	print_file(file);
+}
+
 static int exit_status(const struct outcome *out)
 {
 	if (out->signal)
@@ -611,13 +741,19 @@ static int exit_status(const struct outcome *out)
 static void parse_command(int argc, char **argv, struct command *command)
 {
 	struct request *request = &command->request;
+	bool one_mapping = false;
 	int option;
 
 	*command = (struct command){ .pages = 1, .truncate_it = true, .request.sync = true };
+	command->cells = calloc((size_t)argc, sizeof(*command->cells));
+	if (!command->cells)
+		usage("no memory", NULL);
 	parse_type(request, "shared_validate");
 	parse_prot(request, "rw");
 	opterr = 0;
 	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		if (!strchr("pnC?", option))
+			one_mapping = true;
 		switch (option) {
 		case 'p':
 			command->pages = parse_number("--pages", optarg);
@@ -628,14 +764,14 @@ static void parse_command(int argc, char **argv, struct command *command)
 			command->truncate_it = false;
 			break;
 		case 'r':
-			command->read_only = true;
+			request->read_only = true;
 			break;
 		case 'o':
 			request->offset = parse_number("--offset", optarg);
 			break;
 		case 'l':
 			request->length = parse_number("--length", optarg);
-			command->have_length = true;
+			request->have_length = true;
 			break;
 		case 't':
 			parse_type(request, optarg);
@@ -654,40 +790,36 @@ static void parse_command(int argc, char **argv, struct command *command)
 		case 'c':
 			command->control = true;
 			break;
+		case 'C':
+			parse_cell(&command->cells[command->cell_count++], optarg);
+			break;
 		default:
 			usage("cannot make sense of", argv[optind - 1]);
 		}
 	}
 	if (optind != argc - 1)
 		usage("exactly one PATH is wanted", NULL);
+	if (command->cell_count && one_mapping)
+		usage("--cell does not go with options of a single mapping", NULL);
 	command->path = argv[optind];
 }
 
-int main(int argc, char **argv)
+/* The single mapping, after its control; the exit status. */
+static int try_one(struct command *command)
 {
+	struct request *request = &command->request;
 	struct outcome out, control_out;
 	struct file_facts file = { 0 };
 	struct request control;
-	struct command command;
 	bool control_tried = false;
 	int fd;
 
-	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
-	parse_command(argc, argv, &command);
-	catch_signals();
 	start_outcome(&control_out);
 	start_outcome(&out);
-	fd = open_file(&command, &out);
+	fd = open_file(command, request->read_only, &out);
 	if (fd >= 0 && look_at_file(fd, &file, &out)) {
-		struct request *request = &command.request;
-		uint64_t size = (uint64_t)file.stat.st_size;
-
-		if (!command.have_length) {
-			uint64_t rest = size > request->offset ? size - request->offset : 1;
-
-			request->length = (rest + page_size - 1) / page_size * page_size;
-		}
-		if (command.control) {
+		set_length(request, &file);
+		if (command->control) {
 			control = *request;
 			parse_type(&control, "shared_validate");
 			control.sync = false;
@@ -702,23 +834,70 @@ int main(int argc, char **argv)
 		fprintf(stderr, "Failed to mmap with %s\n", out.error == EOPNOTSUPP ?
 			"Operation not supported" : strerror(out.error));
 
-	printf("{\"probe\":\"map_sync\",\"version\":1,\"path\":");
-	print_string(command.path);
-	printf(",\"page_size\":%" PRIu64 ",\"opened\":\"%s\",\"file\":", page_size,
-	       command.read_only ? "r" : "rw");
-	print_file(&file);
+	print_start("map_sync", command, request, &file);
 	printf(",\"control\":");
 	if (control_tried)
 		print_mapping(&control, &control_out);
 	else
 		printf("null");
 	printf(",\"mapping\":");
-	print_mapping(&command.request, &out);
+	print_mapping(request, &out);
 	printf("}\n");
+	return exit_status(&out);
+}
+
+/* One of several mappings; whether it was tried. */
+static bool try_cell(const struct command *command, struct request *cell)
+{
+	struct file_facts file = { 0 };
+	struct outcome out;
+	int fd = -1;
+
+	start_outcome(&out);
+	if (cell->anonymous) {
+		set_length(cell, &file);
+		try_mapping(fd, cell, &out);
+	} else {
+		fd = open_file(command, cell->read_only, &out);
+		if (fd >= 0 && look_at_file(fd, &file, &out)) {
+			set_length(cell, &file);
+			try_mapping(fd, cell, &out);
+			if (cell->fsync_it) {
+				out.synced = fsync(fd) ? NO : YES;
+				out.fsync_errno = out.synced == YES ? 0 : errno;
+			}
+		}
+	}
+	if (fd >= 0)
+		close(fd);
+	print_start("map_sync_cell", command, cell, &file);
+	printf(",\"mapping\":");
+	print_mapping(cell, &out);
+	printf(",\"seed\":%" PRIu64, out.seed);
+	print_answer("fsync", out.synced);
+	print_errno("fsync_errno", out.fsync_errno);
+	printf("}\n");
+	return exit_status(&out) != EXIT_ERROR;
+}
+
+int main(int argc, char **argv)
+{
+	struct command command;
+	int status = EXIT_MAPPED;
+
+	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+	parse_command(argc, argv, &command);
+	catch_signals();
+	for (size_t i = 0; i < command.cell_count; i++) {
+		if (!try_cell(&command, &command.cells[i]))
+			status = EXIT_ERROR;
+	}
+	if (!command.cell_count)
+		status = try_one(&command);
 	if (fflush(stdout) || ferror(stdout)) {
 		fprintf(stderr, "map_sync: cannot write the report: %d %s\n", errno,
 			errno_name(errno));
 		return EXIT_NO_REPORT;
 	}
-	return exit_status(&out);
+	return status;
 }

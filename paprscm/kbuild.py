@@ -72,19 +72,26 @@ def default_fragment() -> Path:
     return Path(__file__).resolve().parent.parent / "images" / "kernel.config"
 
 
+def fragments(page_size: str) -> list[Path]:
+    """The default kernel's fragments for a page size, "64k" or "4k"; a later one overrides."""
+    base = default_fragment()
+    return [base] if page_size == "64k" else [base, base.with_name(f"kernel-{page_size}.config")]
+
+
 def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = ()) -> Built:
     """The default kernel, built now if it is not in the cache; asks the network for nothing else.
 
     Args:
         cache: where source and kernel are kept, as two entries.
-        settings: kernel_source, suite and mirror say where the source comes from.
+        settings: kernel_source, suite and mirror say where the source comes from, page_size how
+            large its pages are.
         extra: further fragments; a later one overrides.
 
     Raises:
         HostError: a tool is missing, or the source does not build.
         ConfigError: an option of the fragments did not survive; the message names it and why.
     """
-    fragment = Fragment.read([default_fragment(), *extra])
+    fragment = Fragment.read([*fragments(settings.page_size), *extra])
     source = _source(cache, settings)
     version = (source / "version").read_text().strip()
     fields = {"source": version, "fragment": fragment.digest, "compiler": _compiler()}
@@ -111,7 +118,9 @@ def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = (
     return _built(entry.path, entry.path / "build.log", version)
 
 
-def build_tree(cache: Cache, source: Path, *, config: Path | None = None) -> Built:
+def build_tree(
+    cache: Cache, source: Path, *, config: Path | None = None, page_size: str = "64k"
+) -> Built:
     """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
 
     The part of images/kernel.config that every kernel needs is merged over `config`; an option that
@@ -121,16 +130,23 @@ def build_tree(cache: Cache, source: Path, *, config: Path | None = None) -> Bui
         cache: its root holds the O= folders, in kbuild/.
         source: top of a Linux source tree without an in-tree build in it.
         config: the user's .config.
+        page_size: of a kernel without `config`, "64k" or "4k"; each has an O= folder of its own.
 
     Raises:
         ConfigError: this is no kernel tree, it is not clean, it has no papr_scm, or it does not
-            compile (with the compiler's first errors).
+            compile (with the compiler's first errors); or page size and configuration were given.
         HostError: a tool is missing.
     """
     source = source.expanduser().resolve()
     _check_tree(source)
-    fragment = Fragment.read([default_fragment()])
-    name = hashlib.sha256(str(source).encode()).hexdigest()[:16]
+    if config is not None and page_size != "64k":
+        raise ConfigError(
+            f"page_size={page_size} is for the suite's own configuration",
+            hint=f"{config} says which pages it wants",
+        )
+    fragment = Fragment.read(fragments(page_size))
+    kind = "" if page_size == "64k" else f" {page_size}"
+    name = hashlib.sha256(f"{source}{kind}".encode()).hexdigest()[:16]
     folder = cache.root / "kbuild" / name
     with cache.lock(f"kbuild-{name}", what=f"builds the kernel in {source}"):
         folder.mkdir(parents=True, exist_ok=True)

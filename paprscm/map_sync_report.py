@@ -13,6 +13,8 @@ from paprscm.strict_json import Fields, MalformedError, load_line
 
 STATX_ATTR_DAX: Final = 0x00200000
 MAP_SYNC: Final = 0x080000
+MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
 UNKNOWN_BIT: Final = 0x02000000
 """What map_sync's --unknown-bit sets."""
 
@@ -267,12 +269,12 @@ def _report(fields: Fields, line: str, status: int, stderr: str) -> MapSyncRepor
     fields.require(fields.take("version", int) == 1, "of another version")
     file, control = fields.optional("file", dict), fields.optional("control", dict)
     report = MapSyncReport(
-        path=_path(fields.take("path", str)),
+        path=parse_path(fields.take("path", str)),
         page_size=fields.take("page_size", int),
         opened=fields.take("opened", str),
-        file=None if file is None else _file(Fields(file, "file")),
-        control=None if control is None else _mapping(Fields(control, "control")),
-        mapping=_mapping(Fields(fields.take("mapping", dict), "mapping")),
+        file=None if file is None else parse_file(Fields(file, "file")),
+        control=None if control is None else parse_mapping(Fields(control, "control")),
+        mapping=parse_mapping(Fields(fields.take("mapping", dict), "mapping")),
         stderr=stderr,
         line=line,
     )
@@ -295,7 +297,12 @@ def _report(fields: Fields, line: str, status: int, stderr: str) -> MapSyncRepor
     return report
 
 
-def _file(fields: Fields) -> FileFacts:
+def parse_file(fields: Fields) -> FileFacts:
+    """What a report says of the file.
+
+    Raises:
+        MalformedError: it contradicts itself; so do the other parse functions.
+    """
     statx = fields.optional("statx", dict)
     attributes = mask = said = None
     if statx is not None:
@@ -311,7 +318,7 @@ def _file(fields: Fields) -> FileFacts:
         attributes=attributes,
         attributes_mask=mask,
         dax=said,
-        statx_errno=_errno(fields, "statx_errno")[0],
+        statx_errno=parse_errno(fields, "statx_errno")[0],
         fs_type=fields.optional("fs_type", int),
         fs_block_bytes=fields.optional("fs_block_size", int),
     )
@@ -320,10 +327,11 @@ def _file(fields: Fields) -> FileFacts:
     return facts
 
 
-def _mapping(fields: Fields) -> Mapping:
+def parse_mapping(fields: Fields, *, anonymous: bool = False, fixed: bool = False) -> Mapping:
+    """What a report says of one mapping; of no file if `anonymous`, with MAP_FIXED if `fixed`."""
     result = fields.take("result", str)
     fields.require(result in list(Result), f"result is {result!r}")
-    number, name = _errno(fields, "errno")
+    number, name = parse_errno(fields, "errno")
     vm_flags = fields.optional("vm_flags", list)
     fields.require(all(isinstance(flag, str) for flag in vm_flags or ()), "vm_flags are no words")
     mapping = Mapping(
@@ -345,21 +353,23 @@ def _mapping(fields: Fields) -> Mapping:
         first_access_ns=fields.optional("first_access_ns", int),
         store_in_mapping=fields.optional("store_in_mapping", bool),
         store_in_file=fields.optional("store_in_file", bool),
-        pread_errno=_errno(fields, "pread_errno")[0],
+        pread_errno=parse_errno(fields, "pread_errno")[0],
     )
     fields.done()
-    _check_flags(fields, mapping)
+    _check_flags(fields, mapping, anonymous, fixed)
     _check_outcome(fields, mapping)
     return mapping
 
 
-def _check_flags(fields: Fields, mapping: Mapping) -> None:
+def _check_flags(fields: Fields, mapping: Mapping, anonymous: bool, fixed: bool) -> None:
     fields.require(mapping.type in _TYPES, f"type is {mapping.type!r}")
     fields.require(mapping.prot in ("rw", "r", "w", "none"), f"prot is {mapping.prot!r}")
     bits = [
         (*_TYPES[mapping.type], bool(_TYPES[mapping.type][0])),
         (MAP_SYNC, "MAP_SYNC", mapping.sync),
         (UNKNOWN_BIT, "UNKNOWN_BIT", mapping.unknown_bit),
+        (MAP_ANONYMOUS, "MAP_ANONYMOUS", anonymous),
+        (MAP_FIXED, "MAP_FIXED", fixed),
     ]
     flags = sum(bit for bit, _, there in bits if there)
     names = tuple(name for _, name, there in bits if there)
@@ -390,7 +400,8 @@ def _check_outcome(fields: Fields, mapping: Mapping) -> None:
     )
 
 
-def _errno(fields: Fields, key: str) -> tuple[int | None, str | None]:
+def parse_errno(fields: Fields, key: str) -> tuple[int | None, str | None]:
+    """An errno's number and name, both None where there was no error."""
     number, name = fields.optional(key, int), fields.optional(f"{key}_name", str)
     fields.require((number is None) == (name is None), f"{key} is {number}, its name {name}")
     # The generic numbers, which powerpc has too.
@@ -399,6 +410,6 @@ def _errno(fields: Fields, key: str) -> tuple[int | None, str | None]:
     return number, name
 
 
-def _path(text: str) -> str:
-    """Each byte above 0x7f came as a lone surrogate; where they make UTF-8, show it as such."""
+def parse_path(text: str) -> str:
+    """A path: each byte above 0x7f came as a lone surrogate; where they make UTF-8, as such."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "surrogateescape")

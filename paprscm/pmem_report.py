@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the pmem script printed in the guest, as data: region, device tree node, disk, mount."""
+"""What the pmem script printed in the guest, as data: region and device tree node."""
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Final
 
 from paprscm.errors import ContractError, HostError
@@ -97,49 +95,6 @@ class Region:
     read_only: bool
     align_bytes: int | None
     nstype: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockDevice:
-    """The block device of one namespace.
-
-    Attributes:
-        name, path: "pmem0", "/dev/pmem0".
-        namespace: "namespace0.0".
-        region: the region that it was proven to belong to.
-        mode: "fsdax".
-        size_bytes: what is left for a file system.
-        uuid: of the namespace.
-        fua, dax, write_cache: from its queue folder in sysfs; None: no such file.
-    """
-
-    name: str
-    path: str
-    namespace: str
-    region: str
-    mode: str
-    size_bytes: int
-    uuid: str
-    fua: str | None
-    dax: str | None
-    write_cache: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mount:
-    """A mounted file system.
-
-    Attributes:
-        device: what is mounted.
-        mountpoint: where.
-        fstype: what the kernel calls it.
-        options: as /proc/self/mounts has them: what the kernel made of those asked for.
-    """
-
-    device: str
-    mountpoint: str
-    fstype: str
-    options: tuple[str, ...]
 
 
 class Dump:
@@ -295,42 +250,4 @@ def _node(dump: Dump) -> Node:
         compatible=strings(Property.COMPATIBLE),
         cache_flush_required=flag(Property.CACHE_FLUSH_REQUIRED),
         hcall_flush_required=flag(Property.HCALL_FLUSH_REQUIRED),
-    )
-
-
-def parse_block_device(dump: Dump, region: Region) -> BlockDevice:
-    try:
-        told = json.loads(dump.blobs["ndctl"])
-        facts = {key: told[key] for key in ("dev", "mode", "size", "uuid", "blockdev")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ContractError(
-            f"ndctl create-namespace on {region.name} printed: {dump.blobs.get('ndctl')!r}"
-        ) from error
-    if type(facts["size"]) is not int or facts["mode"] != "fsdax":
-        raise ContractError(f"ndctl made no fsdax namespace on {region.name}: {told}")
-    name = str(facts["blockdev"])
-    # ndctl was told the region's name; what counts is whose child the disk is.
-    owner = dump.text("disk_device")
-    if not PurePosixPath(owner).is_relative_to(region.device):
-        raise ContractError(f"{name} is {owner}, which is not below {region.device}")
-    return BlockDevice(
-        name=name,
-        path=f"/dev/{name}",
-        namespace=str(facts["dev"]),
-        region=region.name,
-        mode=str(facts["mode"]),
-        size_bytes=facts["size"],
-        uuid=str(facts["uuid"]),
-        fua=dump.texts.get("queue/fua"),
-        dax=dump.texts.get("queue/dax"),
-        write_cache=dump.texts.get("queue/write_cache"),
-    )
-
-
-def parse_mount(dump: Dump) -> Mount:
-    return Mount(
-        device=dump.text("mount_device"),
-        mountpoint=dump.text("mountpoint"),
-        fstype=dump.text("mount_fstype"),
-        options=tuple(dump.text("mount_options").split(",")),
     )

@@ -11,8 +11,9 @@ Run as `env drc=… wait_s=… … sh -s STEP…`, it prints lines that `pmem` p
     done                         all steps succeeded
 
 The step "find" exits with 3 if there is no region of that DRC index; the others end with the
-status of whatever failed. Settings: drc (in hex), wait_s, disk, fstype, block_size (empty: the
-page size), mountpoint, options.
+status of whatever failed. Settings: drc (in hex), wait_s; ns_mode, ns_map, ns_size, ns_align of a
+namespace (the last three may be empty: ndctl's default); disk, fstype, block_size (empty: the page
+size), mountpoint, options; table, the last 66 bytes of an MBR as printf takes them.
 """
 
 from __future__ import annotations
@@ -108,37 +109,69 @@ step_find() {
 	cat -- "$@" | od -An -v -tx1
 }
 
-step_namespace() {
-	made=$(ndctl create-namespace -r "$region" -m fsdax -f)
+# What ndctl said ($1), and what sysfs has of each device that it names. Sets disk to the last one's
+# path, and disks to how many there are.
+devices() {
 	printf 'blob ndctl\n'
-	printf '%s' "$made" | od -An -v -tx1
-	name=$(printf '%s\n' "$made" | sed -n 's/.*"blockdev":"\([^"]*\)".*/\1/p')
-	[ -n "$name" ] || { echo 'ndctl names no blockdev' >&2; exit 1; }
-	at "@SYSFS@/block/$name/device"
-	fact disk_device "$at"
-	# Never make a file system on what is not this region's.
-	case $at in
-	"$device"/*) ;;
-	*) echo "$name is $at, which is not below $device" >&2; exit 1 ;;
-	esac
-	for key in fua dax write_cache; do
-		text queue/$key "@SYSFS@/block/$name/queue/$key"
+	printf '%s' "$1" | od -An -v -tx1
+	disks=0
+	names=$(printf '%s\n' "$1" |
+		sed -n -e 's/.*"blockdev":"\([^"]*\)".*/\1/p' -e 's/.*"chardev":"\([^"]*\)".*/\1/p')
+	for name in $names; do
+		if at "@SYSFS@/block/$name/device"; then
+			for key in ro size queue/fua queue/dax queue/write_cache queue/logical_block_size; do
+				text "$name/$key" "@SYSFS@/block/$name/$key"
+			done
+		elif at "@SYSFS@/bus/dax/devices/$name"; then
+			for key in size align; do
+				text "$name/$key" "$at/$key"
+			done
+		else
+			echo "sysfs has no $name" >&2
+			exit 1
+		fi
+		fact "$name/device" "$at"
+		# Never make a file system on what is not this region's.
+		case $at in
+		"$device"/*) ;;
+		*) echo "$name is $at, which is not below $device" >&2; exit 1 ;;
+		esac
+		disk=/dev/$name
+		disks=$((disks + 1))
 	done
-	disk=/dev/$name
 }
 
-step_filesystem() {
+step_namespace() {
+	made=$(ndctl create-namespace -f -r "$region" -m "$ns_mode" ${ns_map:+-M "$ns_map"} \
+		${ns_size:+-s "$ns_size"} ${ns_align:+-a "$ns_align"})
+	devices "$made"
+	[ $disks = 1 ] || { echo "ndctl names $disks devices" >&2; exit 1; }
+}
+
+step_namespaces() {
+	made=$(ndctl list -N -r "$region")
+	devices "$made"
+}
+
+step_single() {
+	[ $disks = 1 ] || { echo "$region has $disks namespaces, not one" >&2; exit 1; }
+}
+
+# Sets page_size.
+look_at_page() {
 	while read -r key size unit; do
 		[ "$key" != KernelPageSize: ] || break
 	done < /proc/self/smaps
 	page_size=$((size * 1024))
+}
+
+step_filesystem() {
+	look_at_page
 	block_size=${block_size:-$page_size}
-	fact page_size $page_size
-	fact block_size "$block_size"
 	case $fstype in
-	xfs) mkfs.xfs -q -f -b size="$block_size" "$disk" ;;
+	xfs) mkfs.xfs -q -f -b size="$block_size" "$disk" >&2 ;;
 	# Not lazily: the kernel would go on writing, and flushing, in the background.
-	ext4) mkfs.ext4 -q -F -b "$block_size" -E lazy_itable_init=0,lazy_journal_init=0 "$disk" ;;
+	ext4) mkfs.ext4 -q -F -b "$block_size" -E lazy_itable_init=0,lazy_journal_init=0 "$disk" >&2 ;;
 	*) echo "no mkfs for $fstype" >&2; exit 1 ;;
 	esac
 }
@@ -153,11 +186,38 @@ step_mount() {
 		[ "$target" != "$mountpoint" ] || seen="$source $type $opts"
 	done < /proc/self/mounts
 	[ -n "$seen" ] || { echo "$mountpoint is not in /proc/self/mounts" >&2; exit 1; }
+	look_at_page
+	fact page_size $page_size
+	fact block_size "$(stat -f -c %S .)"
 	fact mountpoint "$mountpoint"
 	fact mount_device "${seen%% *}"
 	seen=${seen#* }
 	fact mount_fstype "${seen% *}"
 	fact mount_options "${seen#* }"
+}
+
+step_try_mount() {
+	mkdir -p "$mountpoint"
+	before=$(dmesg -t | wc -l)
+	# strace, because mount programs have words of their own for an errno; busybox, because it uses
+	# mount(2). Where it may not write it tries again read-only: the first answer counts.
+	answers=$(strace -qq -e trace=mount -e signal=none busybox mount -t "$fstype" \
+		${options:+-o "$options"} "$disk" "$mountpoint" 2>&1 | sed -n 's/^mount(.*) = //p')
+	answer=${answers%%"
+"*}
+	fact mount_answer "${answer%% (*}"
+	printf 'blob messages\n'
+	dmesg -t | tail -n "+$((before + 1))" | od -An -v -tx1
+}
+
+step_partition() {
+	{ head -c 446 /dev/zero; printf "$table"; } | dd of="$disk" bs=512 conv=fsync status=none
+	# BLKPG for each entry: the kernel need not understand partition tables.
+	partx --add "$disk"
+	for dir in "@SYSFS@/block/${disk##*/}/${disk##*/}p"*; do
+		text "${dir##*/}/start" "$dir/start"
+		text "${dir##*/}/size" "$dir/size"
+	done
 }
 
 main() {

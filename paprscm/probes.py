@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
+from paprscm.map_sync_cells import Cell, CellReport, parse_cells
 from paprscm.map_sync_report import (
     FileFacts,
     Judgement,
@@ -23,6 +25,7 @@ from paprscm.map_sync_report import (
 
 if TYPE_CHECKING:
     from paprscm.guest import Guest
+    from paprscm.ssh import CommandResult
 
 __all__ = [
     "FileFacts",
@@ -36,6 +39,7 @@ __all__ = [
     "expect",
     "judge",
     "map_sync",
+    "map_sync_cells",
     "parse_map_sync",
 ]
 
@@ -107,12 +111,7 @@ def map_sync(
     options += [f"--pages={pages}"] if truncate else ["--no-truncate"]
     options += ["--read-only"] * read_only + ["--unknown-bit"] * unknown_bit
     options += ["--control"] * control
-    binary = str(_tool("map_sync")[1])
-    command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *options, '--', path])}"
-    result = guest.run(command)
-    if result.status == _NOT_BUILT:
-        build(guest, "map_sync")
-        result = guest.run(command)
+    result = _run(guest, "map_sync", [*options, "--", path])
     report = parse_map_sync(result.stdout, result.status, result.stderr)
     mapping = report.mapping
     asked = (path, map_type, sync, unknown_bit, prot, offset, "r" if read_only else "rw")
@@ -128,6 +127,38 @@ def map_sync(
     ):
         raise ProbeError(f"map_sync answers {told}, it was asked for {asked}: {report.line}")
     return report
+
+
+def map_sync_cells(
+    guest: Guest, path: str, cells: Sequence[Cell], *, pages: int | None = 1
+) -> tuple[CellReport, ...]:
+    """Try several mappings of a file in the guest, one after the other, in one round trip.
+
+    Args:
+        guest: where.
+        path: the file there.
+        cells: what to try.
+        pages: make the file anew for each cell, with so many pages (holes); None: take it as it
+            is, it must exist.
+
+    Raises:
+        ProbeError: the probe does not build, or gave no report that can be believed.
+    """
+    words = ["--no-truncate" if pages is None else f"--pages={pages}"]
+    words += [f"--cell={cell.words}" for cell in cells]
+    result = _run(guest, "map_sync", [*words, "--", path])
+    return parse_cells(result.stdout, result.status, result.stderr, path=path, cells=cells)
+
+
+def _run(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
+    """Run a tool in the guest, compiled there before if it is not yet."""
+    binary = str(_tool(name)[1])
+    command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *words])}"
+    result = guest.run(command)
+    if result.status == _NOT_BUILT:
+        build(guest, name)
+        result = guest.run(command)
+    return result
 
 
 def _tool(name: str) -> tuple[bytes, PurePosixPath]:

@@ -21,6 +21,7 @@ from paprscm.errors import ConfigError
 SECTION = "paprscm"
 
 TEST_PARAMETERS = {
+    "cuts": "how often QEMU is killed to see what survives",
     "seed": "of the random numbers of a test; each test says which it took",
     "sequences": "how many random sequences of hcalls are tried",
 }
@@ -53,6 +54,7 @@ class Settings:
     memory_mib: int = _setting(1024, "guest memory without its DIMMs, MiB")
     kernel: str = _setting("default", "'default' (built from Debian's source) or a vmlinux")
     modules: Path | None = _setting(None, "folder as modules_install leaves it, for that kernel")
+    page_size: str = _setting("64k", "pages of the default kernel: '64k' or '4k'")
     kernel_source: str = _setting("linux-source-6.12", "Debian package of the default kernel")
     suite: str = _setting("trixie", "Debian suite of the userland and the kernel source")
     mirror: str = _setting("auto", "Debian mirror; 'auto' is the one that the host's apt uses")
@@ -70,6 +72,12 @@ class Settings:
     def __post_init__(self) -> None:
         _one_of("accel", self.accel, ("auto", "tcg", "kvm"))
         _one_of("firmware", self.firmware, ("vof", "slof"))
+        _one_of("page_size", self.page_size, ("64k", "4k"))
+        if self.page_size != "64k" and self.kernel != "default":
+            raise ConfigError(
+                f"page_size={self.page_size} is for the default kernel only",
+                hint=f"{self.kernel} has the page size that it was built with",
+            )
         for name, low, high in (("smp", 1, 64), ("memory_mib", 512, 1 << 20)):
             if not low <= getattr(self, name) <= high:
                 raise ConfigError(

@@ -161,25 +161,30 @@ class QemuTest(Test):
         """Keep a figure or a fact in the test's whiteboard, as JSON."""
         self._metrics[name] = value
 
+    def versions(self) -> dict[str, str]:
+        """The version under test of each product whose known issues this test may show."""
+        return {"QEMU": ".".join(map(str, self.qemu.version))}
+
     def known_issue(self, issue: str, *, shows: bool, found: str) -> None:
         """Say of a known issue that it shows itself, or that it is gone.
 
         Args:
             issue: the name of its file in known_issues/, without the suffix.
-            shows: whether this QEMU has it. Then the test ends as WARN; or as FAIL, if the file
-                does not list this version.
+            shows: whether this QEMU or kernel has it. Then the test ends as WARN; or as FAIL, if
+                the file does not list this version.
             found: what was seen, in one sentence.
         """
         known = load_known(issue)
+        version = self.versions()[known.product]
         self.measure(f"known issue {issue}", "shows" if shows else "gone")
         if not shows:
-            if known.lists(self.qemu.version):
+            if known.lists(version):
                 self.log.info("known issue %s is gone: %s", issue, found)
             return
-        if not known.lists(self.qemu.version):
+        if not known.lists(version):
             raise ContractError(
                 f"{found}: {known.title}",
-                hint=f"known_issues/{issue}.md does not list QEMU {self.qemu.version_text}",
+                hint=f"known_issues/{issue}.md does not list {known.product} {version}",
             )
         self.log.info("known issue %s: %s", issue, found)
         self.shown.append(f"known issue {issue}: {found}")
@@ -203,6 +208,10 @@ class PaprScmTest(QemuTest):
         self.environment = prepare(self.settings)
         self.measure("environment", self.environment.describe())
         return self.environment.qemu
+
+    def versions(self) -> dict[str, str]:
+        """Of QEMU, and of the guest's kernel."""
+        return {**super().versions(), "Linux": self.environment.kernel.release}
 
     def boot(self, machine: Machine | None = None, *, allowed: Iterable[str] = ()) -> Guest:
         """A running guest; it ends with the test.

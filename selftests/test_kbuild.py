@@ -247,9 +247,9 @@ def fetched(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def settings() -> Settings:
+def settings(page_size: str = "64k") -> Settings:
     """Settings with a source package of the fixture's name."""
-    return Settings(kernel_source="linux-source-6.0", mirror="file:/none")
+    return Settings(kernel_source="linux-source-6.0", mirror="file:/none", page_size=page_size)
 
 
 def test_default_kernel_is_fetched_and_built_once(cache: Cache, fetched: list[str]) -> None:
@@ -277,6 +277,34 @@ def test_another_fragment_is_another_kernel_of_the_same_source(
     assert len(fetched) == 1
     assert parse_config(second.config.read_text())["XFS_FS"] == "m"
     assert second.modules is not None
+
+
+def test_small_pages_are_another_kernel_of_the_same_source(
+    cache: Cache, fetched: list[str]
+) -> None:
+    large = kbuild.build_default(cache, settings())
+    small = kbuild.build_default(cache, settings(page_size="4k"))
+    assert large.vmlinux != small.vmlinux
+    assert len(fetched) == 1
+    produced = {built.vmlinux: parse_config(built.config.read_text()) for built in (large, small)}
+    assert produced[small.vmlinux].pop("PPC_4K_PAGES") == "y"
+    assert produced[large.vmlinux].pop("PPC_64K_PAGES") == "y"
+    # Nothing else differs, the MMU least of all.
+    assert produced[small.vmlinux] == produced[large.vmlinux]
+    assert produced[small.vmlinux]["PPC_RADIX_MMU_DEFAULT"] == "y"
+    assert kbuild.build_default(cache, settings(page_size="4k")) == small
+
+
+def test_small_pages_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -> None:
+    large = kbuild.build_tree(cache, tree)
+    small = kbuild.build_tree(cache, tree, page_size="4k")
+    assert large.vmlinux != small.vmlinux
+    assert parse_config(small.config.read_text())["PPC_4K_PAGES"] == "y"
+    assert parse_config(large.config.read_text())["PPC_64K_PAGES"] == "y"
+    own = tmp_path / "config"
+    own.write_text("CONFIG_PAPR_SCM=m\n")
+    with pytest.raises(ConfigError, match="page_size=4k is for the suite's own configuration"):
+        kbuild.build_tree(cache, tree, config=own, page_size="4k")
 
 
 def test_default_kernel_insists_on_every_option(

@@ -270,6 +270,17 @@ def test_strange_names(probe: Probe, tmp_path: Path, name: bytes) -> None:
         ["--pages=0x7fffffffffffffff", "file"],
         ["--length=99999999999999999999", "file"],
         ["file", "--offset"],
+        ["--cell=hugetlb", "file"],
+        ["--cell=", "file"],
+        ["--cell=shared,huge", "file"],
+        ["--cell=shared,sync=1", "file"],
+        ["--cell=shared,offset", "file"],
+        ["--cell=shared,length=-1", "file"],
+        ["--cell=shared,,sync", "file"],
+        ["--cell=shared,address-align=0", "file"],
+        ["--cell=shared,address-align=512", "file"],
+        ["--cell=shared,anonymous,fsync", "file"],
+        ["--cell=shared", "--control", "file"],
     ],
 )
 def test_usage(binary: Path, tmp_path: Path, arguments: list[str]) -> None:

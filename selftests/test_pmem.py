@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -110,7 +111,7 @@ def test_recorded_missing_region() -> None:
         ("dax-mount-xfs", 0, "xfs", "0", 65536, "dax=always"),
         ("dax-mount-ext4", 1, "ext4", "1", 65536, "dax=always"),
         # Asked for dax=always as well: the kernel turns it off without an error.
-        ("xfs-4k-blocks", 0, "xfs", "0", 4096, "dax=never"),
+        ("xfs-4k-blocks", 2, "xfs", "0", 4096, "dax=never"),
     ],
 )
 def test_recorded_dax_mounts(
@@ -122,10 +123,59 @@ def test_recorded_dax_mounts(
     assert made.device.write_cache == "write back"
     assert made.device.region == made.region.name
     assert made.device.path == made.mount.device == f"/dev/{made.device.name}"
-    assert made.device.mode == "fsdax"
+    assert (made.namespace.mode, made.namespace.map) == ("fsdax", "dev")
+    assert (made.device.sector_bytes, made.device.read_only) == (512, False)
     assert 500 * MIB < made.device.size_bytes < 512 * MIB
     assert made.mount.fstype == fstype
     assert dax in made.mount.options
+
+
+def test_recorded_second_mount_of_the_same_file_system() -> None:
+    made = pmem.dax_mount(recorded("dax-mount-xfs"), 0, "xfs", "/mnt1")
+    again = pmem.dax_mount(recorded("dax-mount-reuse"), 0, "xfs", "/mnt1", reuse=True)
+    assert again == made
+    with pytest.raises(ValueError, match="cannot be chosen"):
+        pmem.dax_mount(recorded("dax-mount-reuse"), 0, "xfs", "/m", reuse=True, block_size=4096)
+
+
+def test_recorded_namespaces() -> None:
+    """One of each mode in one region, in the order of their numbers and not of ndctl's list."""
+    region = pmem.region(recorded("namespaces"), 3)
+    found = pmem.find_namespaces(recorded("namespaces"), region)
+    seen = [(ns.name, ns.mode, ns.map, ns.path) for ns in found]
+    assert seen == [
+        ("namespace0.0", "devdax", "mem", "/dev/dax0.0"),
+        ("namespace0.1", "sector", None, "/dev/pmem0.1s"),
+        ("namespace0.2", "raw", None, "/dev/pmem0.2"),
+        ("namespace0.3", "fsdax", "dev", "/dev/pmem0.3"),
+    ]
+    assert {ns.region for ns in found} == {ns.device.region for ns in found} == {region.name}
+    assert len({ns.uuid for ns in found}) == 4
+    devdax, sector, raw, fsdax = found
+    assert isinstance(devdax.device, pmem.CharacterDevice)
+    assert (devdax.device.size_bytes, devdax.device.align_bytes) == (62 * MIB, 2 * MIB)
+    assert [ns.disk.dax for ns in (sector, raw, fsdax)] == ["0", "0", "1"]
+    assert [ns.disk.sector_bytes for ns in (sector, raw, fsdax)] == [4096, 512, 512]
+    assert [ns.disk.size_bytes for ns in (raw, fsdax)] == [64 * MIB, 62 * MIB]
+    with pytest.raises(ContractError, match=r"namespace0\.0 is devdax: /dev/dax0\.0 is no block"):
+        _ = devdax.disk
+
+
+def test_recorded_region_without_namespaces() -> None:
+    region = pmem.region(recorded("no-namespaces"), 3)
+    assert pmem.find_namespaces(recorded("no-namespaces"), region) == ()
+    assert [ns.mode for ns in pmem.find_namespaces(recorded("devdax"), region)] == ["devdax"]
+
+
+def test_what_was_made_is_what_was_asked_for() -> None:
+    """`ndctl create-namespace` names the character device elsewhere than `ndctl list`."""
+    region = pmem.region(recorded("devdax"), 3)
+    made = pmem.create_namespace(recorded("devdax"), region, mode="devdax", map="mem")
+    assert made.path == "/dev/dax0.0"
+    with pytest.raises(ContractError, match="asked for was devdax, map dev"):
+        pmem.create_namespace(recorded("devdax"), region, mode="devdax", map="dev")
+    with pytest.raises(ContractError, match="asked for was fsdax"):
+        pmem.create_fsdax(recorded("devdax"), region)
 
 
 def test_a_region_is_not_taken_for_that_of_another_slot() -> None:
@@ -162,11 +212,20 @@ DISK_LIES = [
     # Another region's disk, and one whose name merely begins like ours.
     ("region3/pfn3.0$", "region0/pfn0.0", "is not below /sys/devices/ndbus3/region3"),
     ("ndbus3/region3/pfn3.0$", "ndbus3/region33/pfn3.0", "is not below"),
-    (r"^text disk_device .*\n", "", "no disk_device"),
-    (r"^ 7b 0a 20", " 7c 0a 20", "printed"),
-    (r"^blob ndctl$", "blob other", "printed"),
-    # "fsdax" becomes "fsdaw".
-    (r"66 73 64 61 78", "66 73 64 61 77", "made no fsdax namespace"),
+    ("ndbus3/region3/pfn3.0$", "ndbus3/region3", "is not below"),
+    (r"^text pmem3/device .*\n", "", "no pmem3/device"),
+    (r"^text pmem3/ro 0", "text pmem3/ro no", "pmem3/ro is 'no'"),
+    (r"^text pmem3/size .*\n", "", "no pmem3/size"),
+    # What ndctl calls fsdax is a BTT, or has no personality at all.
+    ("region3/pfn3.0$", "region3/btt3.0", "is fsdax for ndctl, but its pmem3 is on btt3.0"),
+    ("region3/pfn3.0$", "region3/namespace3.0", "but its pmem3 is on namespace3.0"),
+    (r"^ 7b 0a 20", " 7c 0a 20", "ndctl said"),
+    (r"^blob ndctl$", "blob other", "ndctl said"),
+    # "fsdax" becomes "fsdaw", "namespace3" "nam/space3", "pmem3" "p/em3", "dev" "dew".
+    (r"66 73 64 61 78", "66 73 64 61 77", "ndctl made of region3"),
+    (r"6e 61 6d 65 73", "6e 61 6d 2f 73", "ndctl made of region3"),
+    (r"70 6d 65 6d 33", "70 2f 65 6d 33", "names a device 'p/em3'"),
+    (r"3a 22 64 65 76 22", "3a 22 64 65 77 22", "page structures in 'dew'"),
 ]
 
 
@@ -177,7 +236,7 @@ def test_lies_about_a_disk(pattern: str, replacement: str, message: str) -> None
 
 
 def test_a_failed_step_is_named() -> None:
-    text = (DATA / "pmem" / "dax-mount-xfs.txt").read_text().partition("text page_size")[0]
+    text = (DATA / "pmem" / "dax-mount-xfs.txt").read_text().partition("step mount")[0]
     guest = cast(Guest, Recorded(text, 1, "mkfs.xfs: no space\n"))
     with pytest.raises(ContractError, match=r"step 'filesystem' ended with status 1:\nmkfs\.xfs"):
         pmem.dax_mount(guest, 0, "xfs", "/mnt1")
@@ -232,7 +291,9 @@ class FakeSysfs:
 
     def add_disk(self, name: str, parent: Path) -> None:
         """A disk below a namespace device, as the kernel shows it."""
-        (parent / "block" / name).mkdir(parents=True)
+        (parent / "block" / name / "queue").mkdir(parents=True)
+        for key, value in {"ro": 0, "size": 2048, "queue/logical_block_size": 512}.items():
+            (parent / "block" / name / key).write_text(f"{value}\n")
         (parent / "block" / name / "device").symlink_to(parent)
         (self.root / "block" / name).symlink_to(parent / "block" / name)
 
@@ -347,33 +408,78 @@ def test_waiting_ends(sysfs: FakeSysfs) -> None:
     assert 1 <= time.monotonic() - started < 5
 
 
-def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path]) -> Path:
+_MADE = {"dev": "namespace0.0", "mode": "fsdax", "map": "dev", "uuid": "u", "blockdev": "pmem9"}
+
+
+def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path], *told: dict[str, str]) -> Path:
+    """Stand-ins that log how they were called; ndctl says what it is `told`."""
     device = sysfs.add(0, drc_index(0))
-    sysfs.add_disk("pmem9", made_on(device))
-    sysfs.tool(
-        "ndctl",
-        'printf \'{\\n  "dev":"namespace0.0",\\n  "mode":"fsdax",\\n  "size":1048576,\\n'
-        '  "uuid":"u",\\n  "blockdev":"pmem9"\\n}\\n\'',
-    )
     log = sysfs.root / "log"
-    for name in ("mkfs.xfs", "mkfs.ext4", "mount"):
+    for name in ("mkfs.xfs", "mkfs.ext4", "mount", "ndctl"):
         sysfs.tool(name, f'echo "{name} $*" >> {log}')
+    said = told or (_MADE,)
+    for entry in said:
+        sysfs.add_disk(entry["blockdev"], made_on(device) / entry["dev"])
+    # One key a line, as ndctl prints it.
+    text = json.dumps(said if len(said) > 1 else said[0], indent=1, separators=(",", ":"))
+    (sysfs.root / "said").write_text(text)
+    sysfs.tool("ndctl", f'echo "ndctl $*" >> {log}; cat {sysfs.root}/said')
     return log
 
 
 def test_namespace_is_proven_to_be_the_regions(sysfs: FakeSysfs) -> None:
-    _with_tools(sysfs, lambda device: device / "pfn0.0")
+    log = _with_tools(sysfs, lambda device: device / "pfn0.0")
     guest = cast(Guest, sysfs)
     made = pmem.create_fsdax(guest, pmem.region(guest, 0))
     assert (made.name, made.path, made.region) == ("pmem9", "/dev/pmem9", "region0")
     assert made.size_bytes == MIB
+    assert log.read_text() == "ndctl create-namespace -f -r region0 -m fsdax\n"
+
+
+def test_options_of_a_namespace(sysfs: FakeSysfs) -> None:
+    log = _with_tools(sysfs, lambda device: device / "pfn0.0", {**_MADE, "map": "mem"})
+    guest = cast(Guest, sysfs)
+    options = {"map": "mem", "size_bytes": 64 * MIB, "align_bytes": 65536}
+    pmem.create_namespace(guest, pmem.region(guest, 0), mode="fsdax", **options)  # type: ignore[arg-type]
+    assert log.read_text() == (
+        "ndctl create-namespace -f -r region0 -m fsdax -M mem -s 67108864 -a 65536\n"
+    )
+
+
+def test_a_device_that_sysfs_does_not_have(sysfs: FakeSysfs) -> None:
+    _with_tools(sysfs, lambda device: device / "pfn0.0")
+    (sysfs.root / "block/pmem9").unlink()
+    guest = cast(Guest, sysfs)
+    with pytest.raises(ContractError, match="sysfs has no pmem9"):
+        pmem.create_fsdax(guest, pmem.region(guest, 0))
+
+
+def test_nothing_is_made_where_a_file_system_is_to_be_found(sysfs: FakeSysfs) -> None:
+    log = _with_tools(sysfs, lambda device: device / "pfn0.0")
+    with pytest.raises(ContractError, match=r"step 'mount'(.|\n)*not in /proc/self/mounts"):
+        pmem.dax_mount(cast(Guest, sysfs), 0, "ext4", str(sysfs.root), reuse=True)
+    assert log.read_text().splitlines() == [
+        "ndctl list -N -r region0",
+        f"mount -t ext4 -o dax=always /dev/pmem9 {sysfs.root}",
+    ]
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_one_namespace_is_wanted_for_a_file_system(sysfs: FakeSysfs, count: int) -> None:
+    second = {**_MADE, "dev": "namespace0.1", "blockdev": "pmem9.1"}
+    log = _with_tools(sysfs, lambda device: device / "pfn0.0", _MADE, second)
+    if not count:
+        (sysfs.root / "said").write_text("")
+    with pytest.raises(ContractError, match=f"region0 has {count} namespaces, not one"):
+        pmem.dax_mount(cast(Guest, sysfs), 0, "xfs", "/mnt1", reuse=True)
+    assert "mount" not in log.read_text()
 
 
 def test_no_file_system_on_another_regions_disk(sysfs: FakeSysfs) -> None:
     log = _with_tools(sysfs, lambda device: device.with_name("region01") / "pfn0.0")
     with pytest.raises(ContractError, match=r"step 'namespace'(.|\n)*which is not below"):
         pmem.dax_mount(cast(Guest, sysfs), 0, "xfs", "/mnt1")
-    assert not log.exists()
+    assert log.read_text() == "ndctl create-namespace -f -r region0 -m fsdax\n"
 
 
 def test_commands_of_a_dax_mount(sysfs: FakeSysfs, tmp_path: Path) -> None:
@@ -383,10 +489,118 @@ def test_commands_of_a_dax_mount(sysfs: FakeSysfs, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match=r"step 'mount'(.|\n)*not in /proc/self/mounts"):
         pmem.dax_mount(cast(Guest, sysfs), 0, "xfs", str(target), options="dax=always,ro")
     page = os.sysconf("SC_PAGESIZE")
-    assert log.read_text().splitlines() == [
+    assert log.read_text().splitlines()[1:] == [
         f"mkfs.xfs -q -f -b size={page} /dev/pmem9",
         f"mount -t xfs -o dax=always,ro /dev/pmem9 {target}",
     ]
+
+
+def _with_mount(sysfs: FakeSysfs, answers: str, log: str = "", said: str = "") -> Guest:
+    """A guest where mount(2) gives these answers, and the kernel then logs this."""
+    before = "[    1.0] of before\n"
+    (sysfs.root / "dmesg").write_text(before)
+    (sysfs.root / "strace").write_text(answers)
+    (sysfs.root / "later").write_text(before + log)
+    sysfs.tool("dmesg", f"cat {sysfs.root}/dmesg")
+    sysfs.tool(
+        "strace",
+        f'echo "$*" > {sysfs.root}/log; cat {sysfs.root}/strace >&2; echo "{said}" >&2; '
+        f"mv {sysfs.root}/later {sysfs.root}/dmesg; exit 32",
+    )
+    return cast(Guest, sysfs)
+
+
+def test_a_refused_mount(sysfs: FakeSysfs, tmp_path: Path) -> None:
+    """The errno is that of the first mount(2), and only messages of meanwhile count."""
+    guest = _with_mount(
+        sysfs,
+        'mount("/dev/pmem0", "/m) = 0", "ext4", MS_SILENT, "dax") = -1 EINVAL (Invalid argument)\n'
+        'mount("/dev/pmem0", "/m", "ext4", MS_RDONLY|MS_SILENT, "dax") = 0\n',
+        "one\n\ntwo\n",
+        "mount: mounting /dev/pmem0 on /m failed: Invalid argument",
+    )
+    answer = pmem.try_mount(guest, "/dev/pmem0", "ext4", str(tmp_path / "m"))
+    assert answer == pmem.MountAnswer(errno_name="EINVAL", messages=("one", "two"))
+    asked = (sysfs.root / "log").read_text()
+    assert asked.endswith(f"busybox mount -t ext4 -o dax=always /dev/pmem0 {tmp_path}/m\n")
+
+
+def test_a_mount_that_succeeds(sysfs: FakeSysfs, tmp_path: Path) -> None:
+    guest = _with_mount(sysfs, 'mount("/dev/pmem0", "/m", "xfs", MS_SILENT, NULL) = 0\n')
+    answer = pmem.try_mount(guest, "/dev/pmem0", "xfs", str(tmp_path / "m"), options="")
+    assert answer == pmem.MountAnswer(errno_name=None, messages=())
+    assert (sysfs.root / "log").read_text().endswith(f"-t xfs /dev/pmem0 {tmp_path}/m\n")
+
+
+@pytest.mark.parametrize("answers", ["", "mount(0) = ?\n", "mount(0) = -1 22\n", "umount(0) = 0\n"])
+def test_a_mount_without_an_answer(sysfs: FakeSysfs, tmp_path: Path, answers: str) -> None:
+    with pytest.raises(HostError, match=r"strace says of mount\(2\)"):
+        pmem.try_mount(_with_mount(sysfs, answers), "/dev/pmem0", "xfs", str(tmp_path / "m"))
+
+
+def _disk(sysfs: FakeSysfs) -> pmem.BlockDevice:
+    return pmem.BlockDevice(
+        name="pmem9",
+        # A file in the place of the device.
+        path=str(sysfs.root / "pmem9"),
+        region="region0",
+        size_bytes=64 * MIB,
+        sector_bytes=512,
+        read_only=False,
+        fua=None,
+        dax=None,
+        write_cache=None,
+    )
+
+
+def _with_partitions(sysfs: FakeSysfs, *made: tuple[int, int]) -> None:
+    """A partx that makes these, in sectors."""
+    for number, (start, size) in enumerate(made, 1):
+        folder = sysfs.root / f"block/pmem9/pmem9p{number}"
+        folder.mkdir(parents=True)
+        (folder / "start").write_text(f"{start}\n")
+        (folder / "size").write_text(f"{size}\n")
+    sysfs.tool("partx", f'echo "$*" > {sysfs.root}/log')
+
+
+def test_partitions(sysfs: FakeSysfs) -> None:
+    """The table is what the MBR's description says, read back here by its offsets."""
+    _with_partitions(sysfs, (2048, 65536), (131073, 16))
+    disk = _disk(sysfs)
+    ranges = [(MIB, 32 * MIB), (64 * MIB + 512, 8192)]
+    assert pmem.partition(cast(Guest, sysfs), disk, ranges) == ["/dev/pmem9p1", "/dev/pmem9p2"]
+    assert (sysfs.root / "log").read_text() == f"--add {disk.path}\n"
+    table = Path(disk.path).read_bytes()
+    assert (len(table), table[:446], table[510:]) == (512, bytes(446), b"\x55\xaa")
+    entries = [table[at : at + 16] for at in range(446, 510, 16)]
+    seen = [(e[4], *(int.from_bytes(e[at : at + 4], "little") for at in (8, 12))) for e in entries]
+    assert seen == [(0x83, 2048, 65536), (0x83, 131073, 16), (0, 0, 0), (0, 0, 0)]
+
+
+@pytest.mark.parametrize("made", [[], [(2048, 65535)], [(2048, 65536), (1, 1)]])
+def test_other_partitions_than_asked_for(sysfs: FakeSysfs, made: list[tuple[int, int]]) -> None:
+    _with_partitions(sysfs, *made)
+    with pytest.raises((ContractError, HostError), match="pmem9"):
+        pmem.partition(cast(Guest, sysfs), _disk(sysfs), [(MIB, 32 * MIB)])
+
+
+@pytest.mark.parametrize("ranges", [[(100, 512)], [(512, 100)], [(512, 512)] * 5])
+def test_partitions_that_no_mbr_can_hold(sysfs: FakeSysfs, ranges: list[tuple[int, int]]) -> None:
+    with pytest.raises(ValueError, match="MBR"):
+        pmem.partition(cast(Guest, sysfs), _disk(sysfs), ranges)
+
+
+@pytest.mark.parametrize(("text", "size"), [("KernelPageSize:       64 kB", 65536), ("x", None)])
+def test_page_size(text: str, size: int | None) -> None:
+    class Answers:
+        def succeed(self, command: str) -> str:
+            return text
+
+    if size is None:
+        with pytest.raises(ContractError, match="smaps says 'x'"):
+            pmem.page_size(cast(Guest, Answers()))
+    else:
+        assert pmem.page_size(cast(Guest, Answers())) == size
 
 
 def test_make_filesystem_alone(sysfs: FakeSysfs) -> None:

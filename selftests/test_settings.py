@@ -40,6 +40,8 @@ def test_types_are_converted(tmp_path: Path) -> None:
         ("smp = two", "smp=two is not a number"),
         ("smp = 0", "smp=0 is out of range"),
         ("firmware = uefi", "one of vof, slof"),
+        ("page_size = 16k", "one of 64k, 4k"),
+        ("page_size = 4k\nkernel = /boot/vmlinux", "page_size=4k is for the default kernel only"),
         ("command_limit_s = 0", "command_limit_s must be more than 0"),
     ],
 )

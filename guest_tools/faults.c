@@ -1,0 +1,1087 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * faults - page faults of a file system under load, from several threads at a time.
+ *
+ * faults load [OPTION]... --seed=N --sync=on|off --expected=DIR DIR
+ *   Each thread has files of its own, of which it knows every byte: it maps them, stores, extends,
+ *   truncates, punches holes, renames, replaces, removes. All threads share a file in which each
+ *   owns every n-th page, and another one, the arena, in which nothing is anybody's: there
+ *   they truncate under each other's feet. A store behind the end of a file must raise SIGBUS, in
+ *   the arena it may; anywhere else it is an error, as is any byte that is not what it should be.
+ *   At the end what all files must hold is written to another folder.
+ *
+ * faults verify --seed=N --expected=DIR DIR
+ *   Reads all files, and compares: their names, sizes, bytes and checksums.
+ *
+ * Each reports in one line of JSON. Exit status:
+ *   0  all was as it must be
+ *   1  there were errors; they are in the report
+ *   2  the command line was wrong, nothing was tried
+ *   4  it could not be set up, or the report not be written
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MAP_SHARED_VALIDATE
+#define MAP_SHARED_VALIDATE 0x03
+#endif
+#ifndef MAP_SYNC
+#define MAP_SYNC 0x080000
+#endif
+#ifndef STATX_ATTR_DAX
+#define STATX_ATTR_DAX 0x00200000
+#endif
+
+enum { EXIT_FINE, EXIT_ERRORS, EXIT_USAGE, EXIT_FAILED = 4 };
+
+#define MOST_THREADS 64
+/* Of each thread, at a time. */
+#define FILES 4
+#define FILE_PAGES 12
+/* Large enough for pages of 2 MiB, which DAX maps as a whole. */
+#define STRIPES_BYTES (8U << 20)
+#define ARENA_PAGES 24
+#define MOST_ERRORS 12
+#define CACHE_LINE 64
+#define WORD sizeof(uint64_t)
+
+enum operation {
+	CREATE, STORE, LOAD, READ, EXTEND, TRUNCATE, PUNCH, RENAME, REPLACE, REMOVE, SYNC,
+	STRIPE_STORE, STRIPE_LOAD, STRIPE_PUNCH, STRIPE_EXTEND,
+	ARENA_STORE, ARENA_TRUNCATE, ARENA_PUNCH,
+	OPERATIONS,
+};
+
+static const struct {
+	const char *name;
+	unsigned int weight; /* how often, out of the sum of all */
+} kinds[OPERATIONS] = {
+	[CREATE] = { "create", 0 }, /* whenever a thread has a file too few */
+	[STORE] = { "store", 30 },
+	[LOAD] = { "load", 8 },
+	[READ] = { "read", 4 },
+	[EXTEND] = { "extend", 14 },
+	[TRUNCATE] = { "truncate", 8 },
+	[PUNCH] = { "punch", 10 },
+	[RENAME] = { "rename", 5 },
+	[REPLACE] = { "replace", 2 },
+	[REMOVE] = { "remove", 2 },
+	[SYNC] = { "sync", 2 },
+	[STRIPE_STORE] = { "stripe_store", 12 },
+	[STRIPE_LOAD] = { "stripe_load", 4 },
+	[STRIPE_PUNCH] = { "stripe_punch", 3 },
+	[STRIPE_EXTEND] = { "stripe_extend", 3 },
+	[ARENA_STORE] = { "arena_store", 12 },
+	[ARENA_TRUNCATE] = { "arena_truncate", 4 },
+	[ARENA_PUNCH] = { "arena_punch", 2 },
+};
+
+struct command {
+	bool verify, sync, have_sync, have_seed, any_file;
+	const char *dir, *expected;
+	uint64_t seed, operations, limit_s;
+	unsigned int threads;
+};
+
+/* A file of one thread's own, and what it must hold. */
+struct file {
+	bool there;
+	char name[64]; /* with its folder */
+	int fd;
+	char *map, *shadow;
+	uint64_t size;
+};
+
+struct worker {
+	pthread_t thread;
+	unsigned int number;
+	uint64_t random, serial;
+	struct file files[FILES];
+	char *stripes, *stripes_shadow, *arena; /* mappings of its own */
+	uint64_t counts[OPERATIONS], sigbus_expected, sigbus_arena;
+};
+
+struct finding {
+	unsigned int thread;
+	char what[160];
+};
+
+static const struct option options[] = {
+	{ "seed", required_argument, NULL, 's' },
+	{ "sync", required_argument, NULL, 'y' },
+	{ "expected", required_argument, NULL, 'e' },
+	{ "threads", required_argument, NULL, 't' },
+	{ "operations", required_argument, NULL, 'o' },
+	{ "limit", required_argument, NULL, 'l' },
+	{ "any-file", no_argument, NULL, 'a' },
+	{ NULL, 0, NULL, 0 },
+};
+
+static const char usage_text[] =
+	"usage: faults load [OPTION]... --seed=N --sync=on|off --expected=DIR DIR\n"
+	"       faults verify --seed=N --expected=DIR DIR\n"
+	"  --seed=N         of all that is done\n"
+	"  --sync=on|off    map with MAP_SYNC or without\n"
+	"  --expected=DIR   where it is kept what there must be; on another file system\n"
+	"  --threads=N      how many (default 8)\n"
+	"  --operations=N   of each thread (default 500)\n"
+	"  --limit=SECONDS  stop after so long (default 20)\n"
+	"  --any-file       take files that are not DAX, too\n";
+
+static uint64_t page_size;
+static struct command command;
+static int top; /* the folder */
+static int stripes_fd, arena_fd;
+/* How long the stripes are at least, pages; it only grows. */
+static atomic_uint_fast64_t stripes_pages;
+static pthread_mutex_t findings_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct finding findings[MOST_ERRORS];
+static unsigned int error_count;
+
+static void usage(const char *what, const char *detail)
+{
+	fprintf(stderr, "faults: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
+		usage_text);
+	exit(EXIT_USAGE);
+}
+
+static uint64_t parse_number(const char *option, const char *text)
+{
+	unsigned long long value;
+	char *end;
+
+	errno = 0;
+	value = strtoull(text, &end, 0);
+	if (*text < '0' || *text > '9' || *end || errno)
+		usage(option, text);
+	return value;
+}
+
+static void __attribute__((noreturn)) fail(const char *stage)
+{
+	fprintf(stderr, "faults: %s: %d %s\n", stage, errno, strerror(errno));
+	exit(EXIT_FAILED);
+}
+
+static void __attribute__((format(printf, 2, 3)))
+complain(unsigned int thread, const char *format, ...)
+{
+	va_list arguments;
+
+	pthread_mutex_lock(&findings_lock);
+	if (error_count < MOST_ERRORS) {
+		struct finding *finding = &findings[error_count];
+
+		finding->thread = thread;
+		va_start(arguments, format);
+		vsnprintf(finding->what, sizeof(finding->what), format, arguments);
+		va_end(arguments);
+	}
+	error_count++;
+	pthread_mutex_unlock(&findings_lock);
+}
+
+static void failed(const struct worker *worker, const char *what, const char *name)
+{
+	complain(worker->number, "%s %s: errno %d %s", what, name, errno, strerror(errno));
+}
+
+/* --- numbers --------------------------------------------------------------------------------- */
+
+static uint64_t mix(uint64_t x)
+{
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+	return x ^ (x >> 31);
+}
+
+/* splitmix64 */
+static uint64_t draw(struct worker *worker, uint64_t limit)
+{
+	worker->random += 0x9e3779b97f4a7c15ULL;
+	return mix(worker->random) % limit;
+}
+
+/* The only thing but zero that may be at this place of the arena. */
+static uint64_t arena_word(uint64_t seed, uint64_t place)
+{
+	return mix(mix(seed + 0xa5e4aULL) + place) | 1;
+}
+
+/* CRC-32 as of zlib, bit by bit from a table. */
+static uint32_t crc32_of(const char *data, size_t size)
+{
+	static uint32_t table[256];
+	uint32_t crc = 0xffffffff;
+
+	if (!table[1]) {
+		for (uint32_t i = 0; i < 256; i++) {
+			uint32_t value = i;
+
+			for (int bit = 0; bit < 8; bit++)
+				value = value >> 1 ^ (value & 1 ? 0xedb88320 : 0);
+			table[i] = value;
+		}
+	}
+	for (size_t i = 0; i < size; i++)
+		crc = crc >> 8 ^ table[(crc ^ (unsigned char)data[i]) & 0xff];
+	return ~crc;
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* --- accesses that may raise SIGBUS ---------------------------------------------------------- */
+
+static __thread sigjmp_buf escape;
+static __thread volatile bool guarded;
+
+static void on_sigbus(int number)
+{
+	if (!guarded) {
+		/* A fault of this program, which may die of it. */
+		signal(number, SIG_DFL);
+		return;
+	}
+	guarded = false;
+	siglongjmp(escape, 1);
+}
+
+/* See guest_tools/promise.c. */
+static void flush(const volatile void *data, size_t size)
+{
+	const volatile char *at = data;
+
+	for (size_t offset = 0; offset < size; offset += CACHE_LINE) {
+#if defined(__powerpc__)
+		__asm__ volatile("dcbf 0,%0" : : "r"(at + offset) : "memory");
+#elif defined(__x86_64__)
+		__asm__ volatile("clflush (%0)" : : "r"(at + offset) : "memory");
+#else
+		(void)at;
+#endif
+	}
+#if defined(__powerpc__)
+	__asm__ volatile("sync" : : : "memory");
+#else
+	__sync_synchronize();
+#endif
+}
+
+/* Whether it went without SIGBUS. */
+static bool store_words(char *to, const char *from, uint64_t size)
+{
+	volatile uint64_t *target = (volatile uint64_t *)to;
+
+	if (sigsetjmp(escape, 1))
+		return false;
+	guarded = true;
+	for (uint64_t i = 0; i < size / WORD; i++)
+		target[i] = ((const uint64_t *)from)[i];
+	flush(to, size);
+	guarded = false;
+	return true;
+}
+
+static bool load_words(char *to, const char *from, uint64_t size)
+{
+	const volatile uint64_t *source = (const volatile uint64_t *)from;
+
+	if (sigsetjmp(escape, 1))
+		return false;
+	guarded = true;
+	for (uint64_t i = 0; i < size / WORD; i++)
+		((uint64_t *)to)[i] = source[i];
+	guarded = false;
+	return true;
+}
+
+/* Compare what was found with what must be there. */
+static void compare(unsigned int thread, const char *what, const char *name, uint64_t offset,
+		    const char *expected, const char *found, uint64_t size)
+{
+	for (uint64_t i = 0; i < size; i++) {
+		if (expected[i] != found[i]) {
+			complain(thread, "%s %s: byte %#" PRIx64 " is 0x%02x, not 0x%02x", what, name,
+				 offset + i, (unsigned char)found[i], (unsigned char)expected[i]);
+			return;
+		}
+	}
+}
+
+/* --- files ----------------------------------------------------------------------------------- */
+
+static char *map_file(int fd, uint64_t length)
+{
+	const int flags = MAP_SHARED_VALIDATE | (command.sync ? MAP_SYNC : 0);
+	char *map = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, fd, 0);
+
+	return map == MAP_FAILED ? NULL : map;
+}
+
+static bool is_dax(int fd)
+{
+	struct statx facts;
+
+	return command.any_file ||
+	       (!statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &facts) &&
+		(facts.stx_attributes_mask & facts.stx_attributes & STATX_ATTR_DAX));
+}
+
+static void new_name(struct worker *worker, char *name, size_t size)
+{
+	snprintf(name, size, "%c/t%u-%" PRIu64, draw(worker, 2) ? 'a' : 'b', worker->number,
+		 worker->serial++);
+}
+
+static void create(struct worker *worker, struct file *file)
+{
+	new_name(worker, file->name, sizeof(file->name));
+	file->fd = openat(top, file->name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+	if (file->fd < 0) {
+		failed(worker, "create", file->name);
+		return;
+	}
+	if (!is_dax(file->fd))
+		complain(worker->number, "create %s: not DAX", file->name);
+	/* As long as it may become: what is behind the end must not be had. */
+	file->map = map_file(file->fd, FILE_PAGES * page_size);
+	if (!file->map) {
+		failed(worker, "mmap", file->name);
+		close(file->fd);
+		return;
+	}
+	memset(file->shadow, 0, FILE_PAGES * page_size);
+	file->size = 0;
+	file->there = true;
+	worker->counts[CREATE]++;
+}
+
+static void let_go(struct worker *worker, struct file *file)
+{
+	if (munmap(file->map, FILE_PAGES * page_size))
+		failed(worker, "munmap", file->name);
+	close(file->fd);
+	file->there = false;
+}
+
+/* A range of whole words in one page; the whole page, half of the time. */
+static void draw_range(struct worker *worker, uint64_t pages, uint64_t *offset, uint64_t *size)
+{
+	uint64_t page = draw(worker, pages), begin = 0, end = page_size / WORD;
+
+	if (draw(worker, 2)) {
+		begin = draw(worker, end);
+		end = begin + 1 + draw(worker, end - begin);
+	}
+	*offset = page * page_size + begin * WORD;
+	*size = (end - begin) * WORD;
+}
+
+static uint64_t draw_size(struct worker *worker, uint64_t low, uint64_t high)
+{
+	uint64_t unit = draw(worker, 2) ? page_size : WORD;
+
+	return low + draw(worker, (high - low) / unit + 1) * unit;
+}
+
+static void fill(struct worker *worker, char *data, uint64_t size)
+{
+	uint64_t base = draw(worker, UINT64_MAX);
+
+	for (uint64_t i = 0; i < size / WORD; i++)
+		((uint64_t *)data)[i] = mix(base + i);
+}
+
+/* Store to a file that may have been unlinked; what is behind its end must raise SIGBUS. */
+static void store(struct worker *worker, struct file *file, char *buffer)
+{
+	uint64_t offset, size, end = (file->size + page_size - 1) / page_size * page_size;
+
+	/* One store in four may be anywhere. */
+	draw_range(worker, end && draw(worker, 4) ? end / page_size : FILE_PAGES, &offset, &size);
+	if (offset < end && offset + size > file->size) {
+		/* Never between the end and the end of its page: what is there is nobody's. */
+		offset = offset < file->size ? offset : end - page_size;
+		size = file->size - offset;
+	}
+	fill(worker, buffer, size);
+	if (store_words(file->map + offset, buffer, size)) {
+		if (offset >= end)
+			complain(worker->number, "store %s: no SIGBUS at %#" PRIx64
+				 ", behind the end at %#" PRIx64, file->name, offset, file->size);
+		else
+			memcpy(file->shadow + offset, buffer, size);
+	} else if (offset >= end) {
+		worker->sigbus_expected++;
+	} else {
+		complain(worker->number, "store %s: SIGBUS at %#" PRIx64 ", the end is at %#" PRIx64,
+			 file->name, offset, file->size);
+	}
+	worker->counts[STORE]++;
+}
+
+static void load(struct worker *worker, struct file *file, char *buffer)
+{
+	uint64_t offset, size;
+
+	if (!file->size)
+		return;
+	draw_range(worker, (file->size + page_size - 1) / page_size, &offset, &size);
+	if (offset >= file->size)
+		return;
+	size = offset + size > file->size ? file->size - offset : size;
+	if (load_words(buffer, file->map + offset, size))
+		compare(worker->number, "load", file->name, offset, file->shadow + offset, buffer,
+			size);
+	else
+		complain(worker->number, "load %s: SIGBUS at %#" PRIx64, file->name, offset);
+	worker->counts[LOAD]++;
+}
+
+static void read_back(struct worker *worker, struct file *file, char *buffer)
+{
+	uint64_t offset = 0;
+
+	while (offset < file->size) {
+		uint64_t size = file->size - offset > page_size ? page_size : file->size - offset;
+		ssize_t got = pread(file->fd, buffer, size, (off_t)offset);
+
+		if (got != (ssize_t)size) {
+			failed(worker, "read", file->name);
+			return;
+		}
+		compare(worker->number, "read", file->name, offset, file->shadow + offset, buffer,
+			size);
+		offset += size;
+	}
+	worker->counts[READ]++;
+}
+
+static void resize(struct worker *worker, struct file *file, bool longer)
+{
+	uint64_t size = longer ? draw_size(worker, file->size, FILE_PAGES * page_size) :
+				 draw_size(worker, 0, file->size);
+
+	/* Either may be no change at all; that does not count. */
+	if (size > FILE_PAGES * page_size || size == file->size)
+		return;
+	if (ftruncate(file->fd, (off_t)size)) {
+		failed(worker, "ftruncate", file->name);
+		return;
+	}
+	if (size < file->size)
+		memset(file->shadow + size, 0, file->size - size);
+	file->size = size;
+	worker->counts[longer ? EXTEND : TRUNCATE]++;
+}
+
+static bool punch_range(struct worker *worker, int fd, const char *name, uint64_t offset,
+			uint64_t size)
+{
+	if (!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)size))
+		return true;
+	failed(worker, "punch", name);
+	return false;
+}
+
+static void punch(struct worker *worker, struct file *file)
+{
+	uint64_t begin, size;
+
+	if (!file->size)
+		return;
+	begin = draw_size(worker, 0, file->size - WORD);
+	size = draw_size(worker, WORD, file->size);
+	if (begin + size > file->size)
+		size = file->size - begin;
+	if (!size || !punch_range(worker, file->fd, file->name, begin, size))
+		return;
+	memset(file->shadow + begin, 0, size);
+	worker->counts[PUNCH]++;
+}
+
+static void rename_to(struct worker *worker, struct file *file, const char *name,
+		      enum operation kind)
+{
+	if (renameat(top, file->name, top, name)) {
+		failed(worker, kinds[kind].name, file->name);
+		return;
+	}
+	strcpy(file->name, name);
+	worker->counts[kind]++;
+}
+
+/* Rename over another file of the thread's, whose mapping must work on nevertheless. */
+static void replace(struct worker *worker, struct file *file, char *buffer)
+{
+	struct file *other = &worker->files[draw(worker, FILES)];
+
+	if (other == file || !other->there)
+		return;
+	rename_to(worker, file, other->name, REPLACE);
+	strcpy(other->name, "(replaced)");
+	store(worker, other, buffer);
+	read_back(worker, other, buffer);
+	let_go(worker, other);
+}
+
+static void remove_file(struct worker *worker, struct file *file)
+{
+	if (unlinkat(top, file->name, 0)) {
+		failed(worker, "unlink", file->name);
+		return;
+	}
+	let_go(worker, file);
+	worker->counts[REMOVE]++;
+}
+
+static void sync_file(struct worker *worker, struct file *file)
+{
+	if (draw(worker, 2) ? fsync(file->fd) :
+			      msync(file->map, FILE_PAGES * page_size, MS_SYNC))
+		failed(worker, "sync", file->name);
+	worker->counts[SYNC]++;
+}
+
+/* --- the stripes ----------------------------------------------------------------------------- */
+
+/* The place of a page of the thread's own that is there; false: there is none yet. */
+static bool draw_stripe(struct worker *worker, uint64_t *offset, uint64_t *size)
+{
+	uint64_t mine = atomic_load(&stripes_pages) / command.threads;
+
+	if (!mine)
+		return false;
+	draw_range(worker, 1, offset, size);
+	*offset += (draw(worker, mine) * command.threads + worker->number) * page_size;
+	return true;
+}
+
+static void stripe_access(struct worker *worker, enum operation kind, char *buffer)
+{
+	uint64_t offset, size;
+
+	if (!draw_stripe(worker, &offset, &size))
+		return;
+	if (kind == STRIPE_PUNCH) {
+		if (punch_range(worker, stripes_fd, "stripes", offset, size))
+			memset(worker->stripes_shadow + offset, 0, size);
+	} else if (kind == STRIPE_STORE) {
+		fill(worker, buffer, size);
+		if (store_words(worker->stripes + offset, buffer, size))
+			memcpy(worker->stripes_shadow + offset, buffer, size);
+		else
+			complain(worker->number, "store stripes: SIGBUS at %#" PRIx64, offset);
+	} else if (load_words(buffer, worker->stripes + offset, size)) {
+		compare(worker->number, "load", "stripes", offset, worker->stripes_shadow + offset,
+			buffer, size);
+	} else {
+		complain(worker->number, "load stripes: SIGBUS at %#" PRIx64, offset);
+	}
+	worker->counts[kind]++;
+}
+
+/* By fallocate(), which never makes a file shorter: another thread may have been faster. */
+static void stripe_extend(struct worker *worker)
+{
+	uint64_t pages = atomic_load(&stripes_pages), most = STRIPES_BYTES / page_size;
+	uint64_t wanted = pages + command.threads * (1 + draw(worker, 2));
+
+	if (wanted > most)
+		return;
+	if (fallocate(stripes_fd, 0, (off_t)((wanted - 1) * page_size), (off_t)page_size)) {
+		failed(worker, "fallocate", "stripes");
+		return;
+	}
+	while (pages < wanted && !atomic_compare_exchange_weak(&stripes_pages, &pages, wanted))
+		;
+	worker->counts[STRIPE_EXTEND]++;
+}
+
+/* --- the arena ------------------------------------------------------------------------------- */
+
+static void arena_store(struct worker *worker, char *buffer)
+{
+	uint64_t offset, size;
+
+	draw_range(worker, ARENA_PAGES, &offset, &size);
+	for (uint64_t i = 0; i < size / WORD; i++)
+		((uint64_t *)buffer)[i] = arena_word(command.seed, offset / WORD + i);
+	if (!store_words(worker->arena + offset, buffer, size))
+		worker->sigbus_arena++;
+	worker->counts[ARENA_STORE]++;
+}
+
+static void arena_truncate(struct worker *worker)
+{
+	if (ftruncate(arena_fd, (off_t)draw_size(worker, 0, ARENA_PAGES * page_size)))
+		failed(worker, "ftruncate", "arena");
+	worker->counts[ARENA_TRUNCATE]++;
+}
+
+static void arena_punch(struct worker *worker)
+{
+	uint64_t begin = draw_size(worker, 0, (ARENA_PAGES - 1) * page_size);
+
+	punch_range(worker, arena_fd, "arena", begin, draw_size(worker, WORD, page_size));
+	worker->counts[ARENA_PUNCH]++;
+}
+
+static void check_arena(unsigned int thread, uint64_t offset, const char *data, uint64_t size)
+{
+	for (uint64_t i = 0; i < size / WORD; i++) {
+		uint64_t found = ((const uint64_t *)data)[i];
+
+		if (found && found != arena_word(command.seed, offset / WORD + i)) {
+			complain(thread, "arena: the word at %#" PRIx64 " is %#" PRIx64
+				 ", which nobody stored there", offset + i * WORD, found);
+			return;
+		}
+	}
+}
+
+/* --- load ------------------------------------------------------------------------------------ */
+
+static enum operation draw_operation(struct worker *worker)
+{
+	unsigned int sum = 0, place;
+
+	for (int kind = 0; kind < OPERATIONS; kind++)
+		sum += kinds[kind].weight;
+	place = (unsigned int)draw(worker, sum);
+	for (int kind = 0; kind < OPERATIONS; kind++) {
+		if (place < kinds[kind].weight)
+			return (enum operation)kind;
+		place -= kinds[kind].weight;
+	}
+	abort();
+}
+
+static void operate(struct worker *worker, char *buffer)
+{
+	struct file *file = &worker->files[draw(worker, FILES)];
+	enum operation kind;
+	char name[64];
+
+	if (!file->there) {
+		create(worker, file);
+		return;
+	}
+	kind = draw_operation(worker);
+	switch (kind) {
+	case STORE:
+		store(worker, file, buffer);
+		break;
+	case LOAD:
+		load(worker, file, buffer);
+		break;
+	case READ:
+		read_back(worker, file, buffer);
+		break;
+	case EXTEND:
+	case TRUNCATE:
+		resize(worker, file, kind == EXTEND);
+		break;
+	case PUNCH:
+		punch(worker, file);
+		break;
+	case RENAME:
+		new_name(worker, name, sizeof(name));
+		rename_to(worker, file, name, RENAME);
+		break;
+	case REPLACE:
+		replace(worker, file, buffer);
+		break;
+	case REMOVE:
+		remove_file(worker, file);
+		break;
+	case SYNC:
+		sync_file(worker, file);
+		break;
+	case STRIPE_STORE:
+	case STRIPE_LOAD:
+	case STRIPE_PUNCH:
+		stripe_access(worker, kind, buffer);
+		break;
+	case STRIPE_EXTEND:
+		stripe_extend(worker);
+		break;
+	case ARENA_STORE:
+		arena_store(worker, buffer);
+		break;
+	case ARENA_TRUNCATE:
+		arena_truncate(worker);
+		break;
+	case ARENA_PUNCH:
+		arena_punch(worker);
+		break;
+	default:
+		abort();
+	}
+}
+
+static uint64_t deadline_ns;
+
+static void *work(void *argument)
+{
+	struct worker *worker = argument;
+	char *buffer = aligned_alloc(page_size, page_size);
+
+	if (!buffer)
+		fail("malloc");
+	for (uint64_t i = 0; i < command.operations && now_ns() < deadline_ns; i++)
+		operate(worker, buffer);
+	free(buffer);
+	return NULL;
+}
+
+static void set_up(struct worker *worker, unsigned int number, char *stripes_shadow)
+{
+	worker->number = number;
+	worker->random = mix(command.seed ^ mix(number + 1));
+	worker->stripes_shadow = stripes_shadow;
+	worker->stripes = map_file(stripes_fd, STRIPES_BYTES);
+	worker->arena = map_file(arena_fd, ARENA_PAGES * page_size);
+	if (!worker->stripes || !worker->arena)
+		fail("mmap");
+	for (int i = 0; i < FILES; i++) {
+		worker->files[i].shadow = calloc(FILE_PAGES, page_size);
+		if (!worker->files[i].shadow)
+			fail("malloc");
+	}
+}
+
+static int shared_file(const char *name)
+{
+	int fd = openat(top, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+
+	if (fd < 0)
+		fail(name);
+	if (!is_dax(fd)) {
+		errno = EOPNOTSUPP;
+		fail("not DAX");
+	}
+	return fd;
+}
+
+/* Names have one folder in them; what is expected lies flat. */
+static void flat_name(char *flat, size_t size, const char *name)
+{
+	snprintf(flat, size, "%s", name);
+	for (char *c = flat; *c; c++)
+		*c = *c == '/' ? '+' : *c;
+}
+
+static void expect_file(int expected, FILE *index, const char *name, const char *data,
+			uint64_t size)
+{
+	char flat[64];
+	int fd;
+
+	flat_name(flat, sizeof(flat), name);
+	fd = openat(expected, flat, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+	if (fd < 0)
+		fail("write what is expected");
+	for (uint64_t done = 0; done < size;) {
+		ssize_t count = write(fd, data + done, size - done);
+
+		if (count <= 0)
+			fail("write what is expected");
+		done += (uint64_t)count;
+	}
+	close(fd);
+	fprintf(index, "%s %" PRIu64 " %08" PRIx32 "\n", name, size, crc32_of(data, size));
+}
+
+static FILE *open_index(int expected, const char *mode, int flags)
+{
+	int fd = openat(expected, "index", flags | O_CLOEXEC, 0644);
+	FILE *index = fd < 0 ? NULL : fdopen(fd, mode);
+
+	if (!index)
+		fail("index");
+	return index;
+}
+
+static int open_folder(const char *path)
+{
+	int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+
+	if (fd < 0)
+		fail(path);
+	return fd;
+}
+
+/* Without MAP_SYNC nothing is promised before fsync(). */
+static void finish(struct worker *workers, const char *stripes_shadow)
+{
+	int expected = open_folder(command.expected);
+	FILE *index = open_index(expected, "w", O_WRONLY | O_CREAT | O_EXCL);
+	uint64_t pages = atomic_load(&stripes_pages);
+
+	for (unsigned int i = 0; i < command.threads; i++) {
+		for (int j = 0; j < FILES; j++) {
+			struct file *file = &workers[i].files[j];
+
+			if (!file->there)
+				continue;
+			if (!command.sync && fsync(file->fd))
+				failed(&workers[i], "fsync", file->name);
+			expect_file(expected, index, file->name, file->shadow, file->size);
+			let_go(&workers[i], file);
+		}
+	}
+	if (!command.sync && (fsync(stripes_fd) || fsync(arena_fd)))
+		failed(&workers[0], "fsync", "stripes or arena");
+	expect_file(expected, index, "stripes", stripes_shadow, pages * page_size);
+	if (fclose(index))
+		fail("index");
+	close(expected);
+}
+
+static void print_errors(void)
+{
+	printf(",\"error_count\":%u,\"errors\":[", error_count);
+	for (unsigned int i = 0; i < error_count && i < MOST_ERRORS; i++)
+		/* Names and formats of this program: nothing to escape. */
+		printf("%s{\"thread\":%u,\"what\":\"%s\"}", i ? "," : "", findings[i].thread,
+		       findings[i].what);
+	printf("]}\n");
+	if (fflush(stdout) || ferror(stdout))
+		fail("report");
+}
+
+static int load_all(void)
+{
+	struct worker *workers = calloc(command.threads, sizeof(*workers));
+	char *stripes_shadow = calloc(1, STRIPES_BYTES);
+	uint64_t expected = 0, arena = 0, begin;
+
+	if (!workers || !stripes_shadow)
+		fail("malloc");
+	if (mkdirat(top, "a", 0755) || mkdirat(top, "b", 0755))
+		fail("mkdir");
+	stripes_fd = shared_file("stripes");
+	arena_fd = shared_file("arena");
+	signal(SIGBUS, on_sigbus);
+	for (unsigned int i = 0; i < command.threads; i++)
+		set_up(&workers[i], i, stripes_shadow);
+	begin = now_ns();
+	deadline_ns = begin + command.limit_s * 1000000000;
+	for (unsigned int i = 0; i < command.threads; i++) {
+		if (pthread_create(&workers[i].thread, NULL, work, &workers[i]))
+			fail("thread");
+	}
+	for (unsigned int i = 0; i < command.threads; i++)
+		pthread_join(workers[i].thread, NULL);
+	begin = now_ns() - begin;
+	finish(workers, stripes_shadow);
+	for (unsigned int i = 0; i < command.threads; i++) {
+		expected += workers[i].sigbus_expected;
+		arena += workers[i].sigbus_arena;
+	}
+	printf("{\"tool\":\"faults\",\"version\":1,\"verb\":\"load\",\"seed\":%" PRIu64
+	       ",\"sync\":%s,\"threads\":%u,\"page_size\":%" PRIu64 ",\"duration_ns\":%" PRIu64
+	       ",\"sigbus_expected\":%" PRIu64 ",\"sigbus_arena\":%" PRIu64 ",\"operations\":{",
+	       command.seed, command.sync ? "true" : "false", command.threads, page_size, begin,
+	       expected, arena);
+	for (int kind = 0; kind < OPERATIONS; kind++) {
+		uint64_t count = 0;
+
+		for (unsigned int i = 0; i < command.threads; i++)
+			count += workers[i].counts[kind];
+		printf("%s\"%s\":%" PRIu64, kind ? "," : "", kinds[kind].name, count);
+	}
+	printf("}");
+	print_errors();
+	return error_count ? EXIT_ERRORS : EXIT_FINE;
+}
+
+/* --- verify ---------------------------------------------------------------------------------- */
+
+/* All that a file holds; NULL if there is none. */
+static char *read_file(int dir, const char *name, uint64_t *size)
+{
+	int fd = openat(dir, name, O_RDONLY | O_CLOEXEC);
+	struct stat facts;
+	char *data;
+
+	if (fd < 0)
+		return NULL;
+	if (fstat(fd, &facts))
+		fail("fstat");
+	*size = (uint64_t)facts.st_size;
+	data = malloc(*size + 1);
+	if (!data)
+		fail("malloc");
+	for (uint64_t done = 0; done < *size;) {
+		ssize_t count = read(fd, data + done, *size - done);
+
+		if (count < 0)
+			fail("read");
+		if (!count)
+			break;
+		done += (uint64_t)count;
+	}
+	close(fd);
+	return data;
+}
+
+static void verify_file(int expected, const char *name, uint64_t size, uint32_t crc)
+{
+	uint64_t there = 0, wanted_size = 0;
+	char *found = read_file(top, name, &there), *wanted, flat[64];
+
+	flat_name(flat, sizeof(flat), name);
+	wanted = read_file(expected, flat, &wanted_size);
+	if (!wanted || wanted_size != size || crc32_of(wanted, size) != crc)
+		fail("what is expected is damaged");
+	if (!found) {
+		complain(0, "verify %s: it is gone", name);
+	} else if (there != size) {
+		complain(0, "verify %s: it has %" PRIu64 " bytes, not %" PRIu64, name, there, size);
+	} else {
+		compare(0, "verify", name, 0, wanted, found, size);
+		if (crc32_of(found, size) != crc)
+			complain(0, "verify %s: the checksum is %08" PRIx32 ", not %08" PRIx32, name,
+				 crc32_of(found, size), crc);
+	}
+	free(found);
+	free(wanted);
+}
+
+static uint64_t count_names(const char *name)
+{
+	int fd = openat(top, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+	struct dirent *entry;
+	uint64_t count = 0;
+
+	if (!dir)
+		fail(name);
+	while ((entry = readdir(dir)))
+		count += strcmp(entry->d_name, ".") && strcmp(entry->d_name, "..");
+	closedir(dir);
+	return count;
+}
+
+static int verify_all(void)
+{
+	int expected = open_folder(command.expected), fields;
+	FILE *index = open_index(expected, "r", O_RDONLY);
+	uint64_t files = 0, bytes = 0, size, there;
+	char name[64], *arena;
+	uint32_t crc;
+
+	while ((fields = fscanf(index, "%63s %" SCNu64 " %" SCNx32, name, &size, &crc)) == 3) {
+		verify_file(expected, name, size, crc);
+		files++;
+		bytes += size;
+	}
+	if (fields != EOF || ferror(index))
+		fail("index");
+	fclose(index);
+	/* The stripes are not in a folder. */
+	there = count_names("a") + count_names("b");
+	if (there + 1 != files)
+		complain(0, "verify: there are %" PRIu64 " files, not %" PRIu64, there, files - 1);
+	arena = read_file(top, "arena", &size);
+	if (!arena)
+		complain(0, "verify arena: it is gone");
+	else
+		check_arena(0, 0, arena, size);
+	free(arena);
+	printf("{\"tool\":\"faults\",\"version\":1,\"verb\":\"verify\",\"seed\":%" PRIu64
+	       ",\"files\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"arena_bytes\":%" PRIu64,
+	       command.seed, files, bytes, arena ? size : 0);
+	print_errors();
+	return error_count ? EXIT_ERRORS : EXIT_FINE;
+}
+
+static void parse_command(int argc, char **argv)
+{
+	int option;
+
+	command = (struct command){ .threads = 8, .operations = 500, .limit_s = 20 };
+	if (argc < 2 || (strcmp(argv[1], "load") && strcmp(argv[1], "verify")))
+		usage("load or verify?", argc < 2 ? NULL : argv[1]);
+	command.verify = !strcmp(argv[1], "verify");
+	opterr = 0;
+	optind = 2;
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		uint64_t number;
+
+		switch (option) {
+		case 's':
+			command.seed = parse_number("--seed", optarg);
+			command.have_seed = true;
+			break;
+		case 'y':
+			if (strcmp(optarg, "on") && strcmp(optarg, "off"))
+				usage("--sync", optarg);
+			command.sync = !strcmp(optarg, "on");
+			command.have_sync = true;
+			break;
+		case 'e':
+			command.expected = optarg;
+			break;
+		case 't':
+			number = parse_number("--threads", optarg);
+			if (!number || number > MOST_THREADS)
+				usage("--threads", optarg);
+			command.threads = (unsigned int)number;
+			break;
+		case 'o':
+			command.operations = parse_number("--operations", optarg);
+			break;
+		case 'l':
+			command.limit_s = parse_number("--limit", optarg);
+			if (command.limit_s > 3600)
+				usage("--limit", optarg);
+			break;
+		case 'a':
+			command.any_file = true;
+			break;
+		default:
+			usage("cannot make sense of", argv[optind - 1]);
+		}
+	}
+	if (optind != argc - 1)
+		usage("exactly one DIR is wanted", NULL);
+	command.dir = argv[optind];
+	if (!command.have_seed || !command.expected || !(command.verify || command.have_sync))
+		usage("an option is missing", NULL);
+}
+
+int main(int argc, char **argv)
+{
+	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+	parse_command(argc, argv);
+	top = open_folder(command.dir);
+	return command.verify ? verify_all() : load_all();
+}

@@ -1,0 +1,804 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * promise - store through mappings until the machine dies, then look for what was promised.
+ *
+ * promise store [OPTION]... --ledger=FILE --nonce=N --seed=N --sync=on|off DIR
+ *   Follows a plan that the seed decides: files are made, extended, allocated and removed, and
+ *   page after page, in a random order, is stored through a mapping and flushed by the CPU, with
+ *   no msync() or fsync() after the first store. After each step it adds one to a count in the ledger, a page that
+ *   must be outside of what is tested and that the killer can read. A step that is counted there
+ *   held before it was counted.
+ *
+ * promise verify --seed=N --done=N DIR
+ *   Follows the same plan for as many steps as were counted, and compares. A store promises that
+ *   its file exists, how long it is, that the page has an extent, and its bytes. The one step
+ *   that may have been under way may have happened, in part or not at all; nothing else may be
+ *   there. Reports in one line of JSON.
+ *
+ * Exit status:
+ *   0  the plan was followed to its end (--steps); all that was promised is there
+ *   1  verify: something is lost, or there is what nobody stored
+ *   2  the command line was wrong, nothing was tried
+ *   4  a step failed; which one is in the ledger and on stderr
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef MAP_SHARED_VALIDATE
+#define MAP_SHARED_VALIDATE 0x03
+#endif
+#ifndef MAP_SYNC
+#define MAP_SYNC 0x080000
+#endif
+#ifndef STATX_ATTR_DAX
+#define STATX_ATTR_DAX 0x00200000
+#endif
+
+enum { EXIT_FINE, EXIT_LOST, EXIT_USAGE, EXIT_FAILED = 4 };
+
+/* How many files there are at a time: an older one is removed, and its blocks are used again. */
+#define WINDOW 32
+/* One file in eight is large enough for a page of 2 MiB, which DAX maps as a whole. */
+#define BIG_BYTES (4U << 20)
+#define SMALL_PAGES 24
+/* No file has more steps. */
+#define MOST_STEPS 160
+#define MOST_FINDINGS 12
+#define CACHE_LINE 64
+#define DWELL_NS 5000000
+
+/* "PAPRPROM" in a little-endian machine's memory. */
+#define MAGIC 0x4d4f525052504150ULL
+
+enum phase { NOTHING, CREATE, EXTEND, ALLOCATE, FAULT, STORE, OVERWRITE, REMOVE, SETTLE };
+enum state { STARTING, RUNNING, FINISHED, FAILED };
+
+/* What the killer reads; paprscm/promise.py knows the layout. */
+struct ledger {
+	uint64_t magic, nonce, page_size;
+	uint64_t rest_of_line[5];
+	uint64_t done; /* steps */
+	uint64_t phase;
+	uint64_t state;
+	uint64_t error; /* an errno */
+	char stage[32];
+};
+
+_Static_assert(offsetof(struct ledger, done) == 64, "paprscm/promise.py looks there");
+
+struct step {
+	enum phase what; /* STORE includes FAULT */
+	uint64_t page; /* of STORE and OVERWRITE; pages for EXTEND and ALLOCATE */
+	unsigned int version; /* of the page's content, from 1 */
+	uint64_t file; /* to REMOVE */
+	bool dwell; /* in the middle of it, so that the end comes there more often */
+};
+
+/* All that happens to one file until it is removed. */
+struct plan {
+	uint64_t number, pages;
+	unsigned int count;
+	struct step steps[MOST_STEPS];
+};
+
+struct command {
+	bool verify, sync, have_sync, any_file;
+	const char *ledger, *dir;
+	uint64_t seed, nonce, done, steps;
+	bool have_seed, have_nonce, have_done;
+};
+
+static const struct option options[] = {
+	{ "ledger", required_argument, NULL, 'l' },
+	{ "nonce", required_argument, NULL, 'n' },
+	{ "seed", required_argument, NULL, 's' },
+	{ "sync", required_argument, NULL, 'y' },
+	{ "steps", required_argument, NULL, 'c' },
+	{ "any-file", no_argument, NULL, 'a' },
+	{ "done", required_argument, NULL, 'd' },
+	{ NULL, 0, NULL, 0 },
+};
+
+static const char usage_text[] =
+	"usage: promise store [--steps=N] [--any-file] --ledger=FILE --nonce=N --seed=N\n"
+	"                     --sync=on|off DIR\n"
+	"       promise verify --seed=N --done=N DIR\n"
+	"  --ledger=FILE   where steps are counted; made\n"
+	"  --nonce=N       what this run writes there, to be told from others\n"
+	"  --seed=N        of the plan and of all that is stored\n"
+	"  --sync=on|off   map with MAP_SYNC or without\n"
+	"  --steps=N       stop after so many (default: go on until killed)\n"
+	"  --any-file      take files that are not DAX, too\n"
+	"  --done=N        how many steps the ledger has\n";
+
+static uint64_t page_size;
+static struct ledger *ledger;
+
+static void usage(const char *what, const char *detail)
+{
+	fprintf(stderr, "promise: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
+		usage_text);
+	exit(EXIT_USAGE);
+}
+
+static uint64_t parse_number(const char *option, const char *text)
+{
+	unsigned long long value;
+	char *end;
+
+	errno = 0;
+	value = strtoull(text, &end, 0);
+	if (*text < '0' || *text > '9' || *end || errno)
+		usage(option, text);
+	return value;
+}
+
+/* Say which step failed, to whoever is there to hear it. */
+static void __attribute__((noreturn)) fail(const char *stage)
+{
+	int error = errno;
+
+	fprintf(stderr, "promise: %s: %d %s\n", stage, error, strerror(error));
+	if (ledger) {
+		ledger->error = (uint64_t)error;
+		strncpy(ledger->stage, stage, sizeof(ledger->stage) - 1);
+		__sync_synchronize();
+		ledger->state = FAILED;
+	}
+	exit(EXIT_FAILED);
+}
+
+/* --- the plan -------------------------------------------------------------------------------- */
+
+static uint64_t mix(uint64_t x)
+{
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+	return x ^ (x >> 31);
+}
+
+/* splitmix64 */
+static uint64_t draw(uint64_t *state, uint64_t limit)
+{
+	*state += 0x9e3779b97f4a7c15ULL;
+	return mix(*state) % limit;
+}
+
+/* What is at `word` of a page; never 0, and another one for each seed, file, page and version. */
+static uint64_t content(uint64_t base, uint64_t word)
+{
+	return (base + word * 0x9e3779b97f4a7c15ULL) * 0xbf58476d1ce4e5b9ULL | 1;
+}
+
+static uint64_t content_base(uint64_t seed, uint64_t file, uint64_t page, unsigned int version)
+{
+	return mix(mix(mix(seed + 1) + file) + (page << 16) + version);
+}
+
+/*
+ * How many words of a page are stored, from its beginning on: all of them, half of the time. The
+ * others must read as zeros, whatever was in that block before.
+ */
+static uint64_t stored_words(uint64_t seed, uint64_t file, uint64_t page)
+{
+	uint64_t random = content_base(seed, file, page, 0), words = page_size / sizeof(uint64_t);
+
+	return random % 2 ? words : 1 + mix(random) % words;
+}
+
+static void add(struct plan *plan, enum phase what, uint64_t page, unsigned int version)
+{
+	if (plan->count == MOST_STEPS)
+		abort();
+	plan->steps[plan->count++] =
+		(struct step){ .what = what, .page = page, .version = version };
+}
+
+/* Store to `count` different pages from `first` on, out of `pages`, in a random order. */
+static void add_stores(struct plan *plan, uint64_t *random, uint64_t first, uint64_t pages,
+		       uint64_t count)
+{
+	uint64_t *order = calloc(pages, sizeof(*order));
+
+	if (!order)
+		abort();
+	for (uint64_t i = 0; i < pages; i++)
+		order[i] = first + i;
+	for (uint64_t i = 0; i < count; i++) {
+		uint64_t other = i + draw(random, pages - i), page = order[other];
+
+		order[other] = order[i];
+		order[i] = page;
+		add(plan, STORE, page, 1);
+	}
+	free(order);
+}
+
+/* Store to pages again, which need no page fault any more. */
+static void add_overwrites(struct plan *plan, uint64_t *random)
+{
+	unsigned int stores = plan->count;
+
+	for (uint64_t left = draw(random, 5); left; left--) {
+		const struct step *old = &plan->steps[draw(random, stores)];
+		unsigned int version = 1;
+
+		if (old->what != STORE)
+			continue;
+		for (unsigned int i = 0; i < plan->count; i++) {
+			if (plan->steps[i].what == OVERWRITE && plan->steps[i].page == old->page)
+				version++;
+		}
+		add(plan, OVERWRITE, old->page, version + 1);
+	}
+}
+
+/*
+ * After each EXTEND or ALLOCATE the next store is to a page that was not there or not stored to
+ * before: it needs a page fault, and that is when MAP_SYNC promises the new size.
+ *
+ * One file in eight is synced before its first store, and never after one: then what a mapping
+ * without MAP_SYNC loses of it is not the whole file, but sizes and extents.
+ */
+static void make_plan(struct plan *plan, uint64_t seed, uint64_t number)
+{
+	uint64_t random = mix(seed ^ mix(number + 1)), kind = draw(&random, 3), most;
+	bool big = !draw(&random, 8), settled = !draw(&random, 8);
+
+	plan->number = number;
+	plan->pages = big ? BIG_BYTES / page_size : 1 + draw(&random, SMALL_PAGES);
+	plan->count = 0;
+	most = plan->pages < SMALL_PAGES ? plan->pages : SMALL_PAGES;
+	if (number >= WINDOW) {
+		add(plan, REMOVE, 0, 0);
+		plan->steps[0].file = number - WINDOW;
+	}
+	add(plan, CREATE, 0, 0);
+	if (kind == 0) {
+		uint64_t size = 0;
+
+		if (settled)
+			add(plan, SETTLE, 0, 0);
+		while (size < plan->pages) {
+			uint64_t more = 1 + draw(&random, big ? plan->pages / 4 : 6);
+
+			if (more > plan->pages - size)
+				more = plan->pages - size;
+			add(plan, EXTEND, size + more, 0);
+			add_stores(plan, &random, size, more, 1 + draw(&random, more < 6 ? more : 6));
+			size += more;
+			if (plan->count > MOST_STEPS - 16)
+				break;
+		}
+	} else {
+		add(plan, kind == 1 ? EXTEND : ALLOCATE, plan->pages, 0);
+		if (settled)
+			add(plan, SETTLE, 0, 0);
+		add_stores(plan, &random, 0, plan->pages, 1 + draw(&random, most));
+	}
+	add_overwrites(plan, &random);
+	for (unsigned int i = 0; i < plan->count; i++)
+		plan->steps[i].dwell = !draw(&random, 8);
+}
+
+static void file_name(char *name, size_t size, uint64_t number)
+{
+	snprintf(name, size, "f%06" PRIu64, number);
+}
+
+/* --- storing --------------------------------------------------------------------------------- */
+
+/*
+ * To persistence, as far as the CPU can: on POWER, dcbf for each cache line and a sync. dcbstps
+ * does the same with less, but TCG does not know it.
+ */
+static void flush(const volatile void *data, size_t size)
+{
+	const volatile char *at = data;
+
+	for (size_t offset = 0; offset < size; offset += CACHE_LINE) {
+#if defined(__powerpc__)
+		__asm__ volatile("dcbf 0,%0" : : "r"(at + offset) : "memory");
+#elif defined(__x86_64__)
+		__asm__ volatile("clflush (%0)" : : "r"(at + offset) : "memory");
+#else
+		(void)at;
+#endif
+	}
+#if defined(__powerpc__)
+	__asm__ volatile("sync" : : : "memory");
+#else
+	__sync_synchronize();
+#endif
+}
+
+static void enter(enum phase phase)
+{
+	ledger->phase = phase;
+	flush(ledger, sizeof(*ledger));
+}
+
+/* From now on, all that was done so far is promised. */
+static void count_step(void)
+{
+	ledger->done++;
+	ledger->phase = NOTHING;
+	flush(ledger, sizeof(*ledger));
+}
+
+static void open_ledger(const char *path, uint64_t nonce)
+{
+	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+	char *zeros = calloc(1, page_size);
+
+	/* Written and synced now, so that a store to it needs no more than the store. */
+	if (fd < 0 || !zeros || pwrite(fd, zeros, page_size, 0) != (ssize_t)page_size || fsync(fd))
+		fail("ledger");
+	ledger = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	if (ledger == MAP_FAILED) {
+		ledger = NULL;
+		fail("ledger");
+	}
+	free(zeros);
+	close(fd);
+	ledger->nonce = nonce;
+	ledger->page_size = page_size;
+	flush(ledger, sizeof(*ledger));
+	ledger->magic = MAGIC;
+	flush(ledger, sizeof(*ledger));
+}
+
+/* The page that was stored to could not be had: there is no space, or no such page. */
+static void on_sigbus(int number)
+{
+	static const char stage[] = "SIGBUS";
+
+	(void)number;
+	memcpy(ledger->stage, stage, sizeof(stage));
+	__sync_synchronize();
+	ledger->state = FAILED;
+	_exit(EXIT_FAILED);
+}
+
+static void dwell(const struct step *step)
+{
+	const struct timespec time = { .tv_nsec = DWELL_NS };
+
+	if (step->dwell)
+		nanosleep(&time, NULL);
+}
+
+static void require_dax(int fd)
+{
+	struct statx facts;
+
+	if (statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &facts))
+		fail("statx");
+	if (!(facts.stx_attributes_mask & facts.stx_attributes & STATX_ATTR_DAX)) {
+		errno = EOPNOTSUPP;
+		fail("not DAX");
+	}
+}
+
+static void store_page(char *map, const struct plan *plan, const struct step *step, uint64_t seed)
+{
+	volatile uint64_t *words = (volatile uint64_t *)(map + step->page * page_size);
+	uint64_t base = content_base(seed, plan->number, step->page, step->version);
+	uint64_t count = stored_words(seed, plan->number, step->page);
+
+	enter(step->what == STORE ? FAULT : OVERWRITE);
+	words[0] = content(base, 0);
+	if (step->what == STORE)
+		enter(STORE);
+	for (uint64_t i = 1; i < count; i++) {
+		if (i == count / 2)
+			dwell(step);
+		words[i] = content(base, i);
+	}
+	flush(words, page_size);
+}
+
+static void do_step(const struct command *command, int dir, const struct plan *plan,
+		    const struct step *step, int *fd, char **map)
+{
+	const int flags = MAP_SHARED_VALIDATE | (command->sync ? MAP_SYNC : 0);
+	uint64_t length = plan->pages * page_size;
+	char name[32];
+
+	if (step->what == STORE || step->what == OVERWRITE) {
+		store_page(*map, plan, step, command->seed);
+		return;
+	}
+	enter(step->what);
+	switch (step->what) {
+	case REMOVE:
+		file_name(name, sizeof(name), step->file);
+		if (unlinkat(dir, name, 0))
+			fail("unlink");
+		break;
+	case CREATE:
+		file_name(name, sizeof(name), plan->number);
+		*fd = openat(dir, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+		if (*fd < 0)
+			fail("create");
+		if (!command->any_file)
+			require_dax(*fd);
+		*map = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, *fd, 0);
+		if (*map == MAP_FAILED)
+			fail("mmap");
+		break;
+	case EXTEND:
+		if (ftruncate(*fd, (off_t)(step->page * page_size)))
+			fail("ftruncate");
+		break;
+	case ALLOCATE:
+		if (fallocate(*fd, 0, 0, (off_t)(step->page * page_size)))
+			fail("fallocate");
+		break;
+	case SETTLE:
+		if (fsync(*fd))
+			fail("fsync");
+		break;
+	default:
+		abort();
+	}
+	dwell(step);
+}
+
+static int store(const struct command *command)
+{
+	int dir = open(command->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC), fd = -1;
+	struct plan *plan = malloc(sizeof(*plan));
+	char *map = NULL;
+
+	open_ledger(command->ledger, command->nonce);
+	if (dir < 0)
+		fail("open the folder");
+	if (!plan)
+		fail("malloc");
+	signal(SIGBUS, on_sigbus);
+	ledger->state = RUNNING;
+	for (uint64_t number = 0; ledger->done < command->steps; number++) {
+		make_plan(plan, command->seed, number);
+		for (unsigned int i = 0; i < plan->count && ledger->done < command->steps; i++) {
+			do_step(command, dir, plan, &plan->steps[i], &fd, &map);
+			count_step();
+		}
+		if (map)
+			munmap(map, plan->pages * page_size);
+		if (fd >= 0)
+			close(fd);
+		map = NULL;
+		fd = -1;
+	}
+	ledger->state = FINISHED;
+	free(plan);
+	close(dir);
+	return EXIT_FINE;
+}
+
+/* --- verifying ------------------------------------------------------------------------------- */
+
+enum kind { LOST_FILE, LOST_SIZE, LOST_EXTENT, LOST_BYTES, STRANGE, KINDS };
+
+static const char *const kind_names[KINDS] = { "file", "size", "extent", "bytes", "strange" };
+
+struct finding {
+	enum kind kind;
+	uint64_t file, offset, expected, found;
+};
+
+struct result {
+	uint64_t files, pages, intact, counts[KINDS];
+	unsigned int findings;
+	struct finding finding[MOST_FINDINGS];
+};
+
+/* What a file may and must be. */
+struct expectation {
+	const struct plan *plan;
+	bool created, promised, removed;
+	uint64_t size, most; /* promised, and the longest that it ever was; pages */
+	unsigned int *version; /* of each page; 0: not promised */
+	unsigned int *under_way; /* the version that was being stored, or 0 */
+};
+
+static void found(struct result *result, enum kind kind, uint64_t file, uint64_t offset,
+		  uint64_t expected, uint64_t what)
+{
+	if (result->findings < MOST_FINDINGS)
+		result->finding[result->findings++] =
+			(struct finding){ kind, file, offset, expected, what };
+	result->counts[kind]++;
+}
+
+static void replay(struct expectation *file, const struct step *step, bool counted)
+{
+	switch (step->what) {
+	case CREATE:
+		file->created = true;
+		break;
+	case EXTEND:
+	case ALLOCATE:
+		file->most = step->page;
+		break;
+	case SETTLE:
+		break;
+	case STORE:
+	case OVERWRITE:
+		if (!counted) {
+			file->under_way[step->page] = step->version;
+			break;
+		}
+		file->version[step->page] = step->version;
+		file->promised = true;
+		file->size = file->most;
+		break;
+	default:
+		abort();
+	}
+}
+
+/* Compare one page that is in the file; whether all that was promised of it is there. */
+static bool page_is_right(struct result *result, uint64_t seed, const struct expectation *file,
+			  uint64_t page, const uint64_t *words)
+{
+	unsigned int version = file->version[page], next = file->under_way[page];
+	uint64_t number = file->plan->number, zeros = 0, wrong = 0, first_zero = 0, first_wrong = 0;
+	uint64_t now = content_base(seed, number, page, version);
+	uint64_t later = content_base(seed, number, page, next);
+	uint64_t count = stored_words(seed, number, page);
+
+	for (uint64_t i = 0; i < page_size / sizeof(*words); i++) {
+		if (i < count && ((version && words[i] == content(now, i)) ||
+				  (next && words[i] == content(later, i))))
+			continue;
+		if (!words[i]) {
+			if (i < count && !zeros++)
+				first_zero = i;
+		} else if (!wrong++) {
+			first_wrong = i;
+		}
+	}
+	if (wrong)
+		found(result, STRANGE, number, page * page_size + first_wrong * sizeof(*words),
+		      version && first_wrong < count ? content(now, first_wrong) : 0,
+		      words[first_wrong]);
+	else if (version && zeros)
+		found(result, LOST_BYTES, number, page * page_size + first_zero * sizeof(*words),
+		      content(now, first_zero), 0);
+	return !wrong && !(version && zeros);
+}
+
+static void verify_pages(struct result *result, uint64_t seed, const struct expectation *file,
+			 int fd, uint64_t size, uint64_t *words)
+{
+	for (uint64_t page = 0; page < file->plan->pages; page++) {
+		off_t offset = (off_t)(page * page_size), data = -1;
+		ssize_t got;
+
+		result->pages += !!file->version[page];
+		if ((uint64_t)offset >= size)
+			continue;
+		data = lseek(fd, offset, SEEK_DATA);
+		if (data < 0 && errno != ENXIO)
+			fail("lseek");
+		if (data < 0 || data >= offset + (off_t)page_size) {
+			if (file->version[page])
+				found(result, LOST_EXTENT, file->plan->number, (uint64_t)offset, 0, 0);
+			continue;
+		}
+		memset(words, 0, page_size);
+		got = pread(fd, words, page_size, offset);
+		if (got < 0)
+			fail("pread");
+		if (page_is_right(result, seed, file, page, words))
+			result->intact += file->version[page] && got == (ssize_t)page_size;
+	}
+}
+
+static void verify_file(struct result *result, uint64_t seed, int dir,
+			const struct expectation *file, uint64_t *words)
+{
+	uint64_t number = file->plan->number;
+	struct stat facts;
+	char name[32];
+	int fd;
+
+	if (file->removed)
+		return;
+	result->files += file->promised;
+	file_name(name, sizeof(name), number);
+	fd = openat(dir, name, O_RDONLY | O_CLOEXEC);
+	if (fd < 0) {
+		if (errno != ENOENT)
+			fail("open");
+		if (file->promised)
+			found(result, LOST_FILE, number, 0, 0, 0);
+		for (uint64_t page = 0; page < file->plan->pages; page++)
+			result->pages += !!file->version[page];
+		return;
+	}
+	if (fstat(fd, &facts))
+		fail("fstat");
+	if ((uint64_t)facts.st_size < file->size * page_size)
+		found(result, LOST_SIZE, number, 0, file->size * page_size,
+		      (uint64_t)facts.st_size);
+	if ((uint64_t)facts.st_size > file->most * page_size)
+		found(result, STRANGE, number, 0, file->most * page_size, (uint64_t)facts.st_size);
+	verify_pages(result, seed, file, fd, (uint64_t)facts.st_size, words);
+	close(fd);
+}
+
+/* Nobody made any other file. */
+static void verify_names(struct result *result, int fd, uint64_t files)
+{
+	DIR *dir = fdopendir(dup(fd));
+	struct dirent *entry;
+
+	if (!dir)
+		fail("opendir");
+	while ((errno = 0, entry = readdir(dir))) {
+		char name[32] = "";
+		uint64_t number;
+
+		if (!strcmp(entry->d_name, ".") || !strcmp(entry->d_name, ".."))
+			continue;
+		if (sscanf(entry->d_name, "f%" SCNu64, &number) == 1)
+			file_name(name, sizeof(name), number);
+		if (strcmp(entry->d_name, name) || number >= files)
+			found(result, STRANGE, *name ? number : UINT64_MAX >> 1, 0, 0, 0);
+	}
+	if (errno)
+		fail("readdir");
+	closedir(dir);
+}
+
+static void print_result(const struct command *command, const struct result *result)
+{
+	printf("{\"tool\":\"promise\",\"version\":1,\"seed\":%" PRIu64 ",\"done\":%" PRIu64
+	       ",\"page_size\":%" PRIu64 ",\"files\":%" PRIu64 ",\"pages\":%" PRIu64
+	       ",\"intact\":%" PRIu64 ",\"lost\":{",
+	       command->seed, command->done, page_size, result->files, result->pages,
+	       result->intact);
+	for (int kind = 0; kind < KINDS; kind++)
+		printf("%s\"%s\":%" PRIu64, kind ? "," : "", kind_names[kind],
+		       result->counts[kind]);
+	printf("},\"findings\":[");
+	for (unsigned int i = 0; i < result->findings; i++) {
+		const struct finding *finding = &result->finding[i];
+
+		printf("%s{\"kind\":\"%s\",\"file\":%" PRIu64 ",\"offset\":%" PRIu64
+		       ",\"expected\":\"%#" PRIx64 "\",\"found\":\"%#" PRIx64 "\"}",
+		       i ? "," : "", kind_names[finding->kind], finding->file, finding->offset,
+		       finding->expected, finding->found);
+	}
+	printf("]}\n");
+	if (fflush(stdout) || ferror(stdout))
+		fail("report");
+}
+
+static int verify(const struct command *command)
+{
+	int dir = open(command->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	uint64_t *words = malloc(page_size), seed = command->seed, steps = 0, created = 0;
+	/* The plans of all files that can still be there; older ones are removed. */
+	struct plan *plans = calloc(WINDOW + 2, sizeof(*plans));
+	struct expectation files[WINDOW + 2] = { 0 };
+	struct result result = { 0 };
+	uint64_t number;
+
+	if (dir < 0 || !words || !plans)
+		fail("open the folder");
+	for (number = 0; steps <= command->done; number++) {
+		struct expectation *file = &files[number % (WINDOW + 2)];
+		struct plan *plan = &plans[number % (WINDOW + 2)];
+
+		free(file->version);
+		free(file->under_way);
+		make_plan(plan, seed, number);
+		*file = (struct expectation){ .plan = plan };
+		file->version = calloc(plan->pages, sizeof(*file->version));
+		file->under_way = calloc(plan->pages, sizeof(*file->under_way));
+		if (!file->version || !file->under_way)
+			fail("malloc");
+		/* One step more than was counted: it may have been under way. */
+		for (unsigned int i = 0; i < plan->count && steps <= command->done; i++) {
+			const struct step *step = &plan->steps[i];
+
+			if (step->what == REMOVE)
+				files[step->file % (WINDOW + 2)].removed = true;
+			else
+				replay(file, step, steps < command->done);
+			steps++;
+		}
+		created += file->created;
+	}
+	verify_names(&result, dir, created);
+	for (uint64_t i = number > WINDOW + 2 ? number - WINDOW - 2 : 0; i < number; i++)
+		verify_file(&result, seed, dir, &files[i % (WINDOW + 2)], words);
+	print_result(command, &result);
+	for (int kind = 0; kind < KINDS; kind++) {
+		if (result.counts[kind])
+			return EXIT_LOST;
+	}
+	return EXIT_FINE;
+}
+
+static void parse_command(int argc, char **argv, struct command *command)
+{
+	int option;
+
+	*command = (struct command){ .steps = UINT64_MAX };
+	if (argc < 2 || (strcmp(argv[1], "store") && strcmp(argv[1], "verify")))
+		usage("store or verify?", argc < 2 ? NULL : argv[1]);
+	command->verify = !strcmp(argv[1], "verify");
+	opterr = 0;
+	optind = 2;
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (option) {
+		case 'l':
+			command->ledger = optarg;
+			break;
+		case 'n':
+			command->nonce = parse_number("--nonce", optarg);
+			command->have_nonce = true;
+			break;
+		case 's':
+			command->seed = parse_number("--seed", optarg);
+			command->have_seed = true;
+			break;
+		case 'y':
+			if (strcmp(optarg, "on") && strcmp(optarg, "off"))
+				usage("--sync", optarg);
+			command->sync = !strcmp(optarg, "on");
+			command->have_sync = true;
+			break;
+		case 'c':
+			command->steps = parse_number("--steps", optarg);
+			break;
+		case 'a':
+			command->any_file = true;
+			break;
+		case 'd':
+			command->done = parse_number("--done", optarg);
+			command->have_done = true;
+			break;
+		default:
+			usage("cannot make sense of", argv[optind - 1]);
+		}
+	}
+	if (optind != argc - 1)
+		usage("exactly one DIR is wanted", NULL);
+	command->dir = argv[optind];
+	if (!command->have_seed)
+		usage("--seed is wanted", NULL);
+	if (command->verify ? !command->have_done :
+			      !(command->ledger && command->have_nonce && command->have_sync))
+		usage("an option is missing", NULL);
+}
+
+int main(int argc, char **argv)
+{
+	struct command command;
+
+	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+	parse_command(argc, argv, &command);
+	return command.verify ? verify(&command) : store(&command);
+}

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Every combination of flags that mmap() can get with MAP_SYNC, and what Linux answers to each.
+
+The table pins what the kernel does, which is not all that mmap(2) says:
+
+* MAP_SHARED and MAP_PRIVATE do not ignore MAP_SYNC. do_mmap() (mm/mmap.c) computes vm_flags, with
+  VM_SYNC (calc_vm_flag_bits, include/linux/mman.h), before it masks the flags of MAP_SHARED; those
+  of MAP_PRIVATE it never looks at. So a DAX file system grants or refuses MAP_SYNC with these too.
+* A file that knows nothing of MAP_SYNC (tmpfs, a block device) has `sf` in VmFlags with them,
+  though it promises nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from paprscm.map_sync_report import (
+    FileFacts,
+    Mapping,
+    ProbeError,
+    Result,
+    parse_errno,
+    parse_file,
+    parse_mapping,
+    parse_path,
+)
+from paprscm.strict_json import Fields, MalformedError, load_line
+
+_MASK: Final = (1 << 64) - 1
+
+
+class Access(Enum):
+    """How the file is opened and protected: `opened` and `prot` of a report, and in words."""
+
+    READ_WRITE = ("rw", "rw", "")
+    WRITE = ("r", "rw", " on O_RDONLY with PROT_WRITE")
+    READ = ("r", "r", " on O_RDONLY with PROT_READ")
+
+
+class FileKind(Enum):
+    """The kinds of files that answer differently; the values are columns of the table."""
+
+    GRANTS = 0
+    """A DAX file on a device that is synchronous."""
+    REFUSES = 1
+    """A file of a file system with DAX: not DAX itself, or on a device that is not synchronous."""
+    UNAWARE = 2
+    """A file whose f_op has no FOP_MMAP_SYNC: tmpfs, a block device."""
+    DEVICE = 3
+    """A devdax device."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One mapping to try.
+
+    Attributes:
+        type: "shared", "shared_validate", "private" or "none".
+        sync, unknown_bit: with MAP_SYNC, with a flag that no kernel knows.
+        access: how the file is opened and protected.
+        anonymous: no file is mapped.
+        offset, length: of the range, bytes; None: to the end of the file, at least a page.
+        fsync: fsync() the file afterwards.
+        address_align: map it (MAP_FIXED) at a free address that is a multiple of so many bytes;
+            None: where the kernel wants it.
+    """
+
+    type: str
+    sync: bool = False
+    unknown_bit: bool = False
+    access: Access = Access.READ_WRITE
+    anonymous: bool = False
+    offset: int = 0
+    length: int | None = None
+    fsync: bool = False
+    address_align: int | None = None
+
+    @property
+    def words(self) -> str:
+        """As map_sync's --cell takes it."""
+        opened, prot, _ = self.access.value
+        words = [self.type, f"prot={prot}", f"offset={self.offset}"]
+        words += ["sync"] * self.sync + ["unknown-bit"] * self.unknown_bit
+        words += ["read-only"] * (opened == "r") + ["anonymous"] * self.anonymous
+        words += ["fsync"] * self.fsync
+        words += [] if self.length is None else [f"length={self.length}"]
+        words += [] if self.address_align is None else [f"address-align={self.address_align}"]
+        return ",".join(words)
+
+    def __str__(self) -> str:
+        flags = [f"MAP_{self.type.upper()}"] if self.type != "none" else []
+        flags += ["MAP_SYNC"] * self.sync + ["UNKNOWN_BIT"] * self.unknown_bit
+        flags += ["MAP_ANONYMOUS"] * self.anonymous
+        flags += ["MAP_FIXED"] * (self.address_align is not None)
+        text = ("|".join(flags) or "no flag") + self.access.value[2]
+        text += f", offset {self.offset:#x}" if self.offset else ""
+        return text if self.length is None else f"{text}, length {self.length:#x}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellReport:
+    """What became of one cell.
+
+    Attributes:
+        cell: what was asked for.
+        page_size: of the guest's kernel, bytes.
+        file: what was known of it just before; None if nothing was opened.
+        mapping: the mapping.
+        seed: what the stored values were made of; see `stored`.
+        fsync: whether fsync() succeeded; None: not asked for.
+        fsync_errno: why it did not.
+    """
+
+    cell: Cell
+    page_size: int
+    file: FileFacts | None
+    mapping: Mapping
+    seed: int
+    fsync: bool | None
+    fsync_errno: int | None
+
+    def stored(self) -> dict[int, bytes]:
+        """The eight bytes that were stored in each page, by their offset in the file."""
+        end = self.mapping.pages_accessed * self.page_size
+        return {
+            self.mapping.offset + at: _page_value(self.seed, at).to_bytes(8, "little")
+            for at in range(0, end, self.page_size)
+        }
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+# What mmap() answers: mapped, mapped with sf in VmFlags, or an errno's number.
+OK: Final = 0
+SF: Final = -1
+Answer = int
+
+_RULES: Final = {
+    "no type": "mm/mmap.c:do_mmap, switch (flags & MAP_TYPE): the default is EINVAL",
+    "validate": "mm/mmap.c:do_mmap, MAP_SHARED_VALIDATE: EOPNOTSUPP for a flag that is not in "
+    "LEGACY_MAP_MASK, MAP_SYNC excepted where f_op has FOP_MMAP_SYNC; before access is looked at",
+    "shared": "mm/mmap.c:do_mmap, MAP_SHARED: what is not in LEGACY_MAP_MASK is dropped",
+    "private": "mm/mmap.c:do_mmap, MAP_PRIVATE: no flag is looked at, reading is all it needs; "
+    "drivers/dax/device.c:check_vma wants VM_MAYSHARE",
+    "write": "mm/mmap.c:do_mmap, MAP_SHARED and MAP_SHARED_VALIDATE: EACCES for PROT_WRITE "
+    "without FMODE_WRITE; before the file system is asked",
+    "sync": "include/linux/mman.h:calc_vm_flag_bits makes VM_SYNC of MAP_SYNC whatever the type; "
+    "xfs_file_mmap and ext4_file_mmap ask include/linux/dax.h:daxdev_mapping_supported; "
+    "mm/shmem.c:shmem_mmap, block/fops.c:blkdev_mmap and drivers/dax/device.c:dax_mmap do not",
+    "anonymous": "mm/mmap.c:do_mmap, no file: MAP_SHARED and MAP_PRIVATE only, else EINVAL",
+    "alignment": "drivers/dax/device.c:check_vma: EINVAL unless the mapping begins and ends at "
+    "multiples of the device's alignment",
+    "length": "mm/mmap.c:do_mmap: EINVAL for no length",
+    "offset": "arch/powerpc/kernel/syscalls.c:do_mmap2: EINVAL unless it is in whole pages",
+}
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What each kind of file answers, in the order of FileKind."""
+
+    type: str
+    sync: bool
+    unknown_bit: bool
+    accesses: tuple[Access, ...]
+    answers: tuple[Answer, Answer, Answer, Answer]
+    rule: str
+
+
+_NONE, _SHARED, _VALIDATE, _PRIVATE = "none", "shared", "shared_validate", "private"
+_ALL: Final = tuple(Access)
+_OPEN: Final = (Access.READ_WRITE, Access.READ)
+_SHUT: Final = (Access.WRITE,)
+_NOTSUPP, _ACCES, _INVAL = errno.EOPNOTSUPP, errno.EACCES, errno.EINVAL
+# Not errno.errorcode, which calls the first of them ENOTSUP.
+_NAMES: Final = {_NOTSUPP: "EOPNOTSUPP", _ACCES: "EACCES", _INVAL: "EINVAL"}
+
+# fmt: off
+_TABLE: Final = (
+    #    type     sync  unknown access  GRANTS     REFUSES    UNAWARE    DEVICE      rule
+    _Row(_NONE, False, False, _ALL,  (_INVAL,    _INVAL,    _INVAL,    _INVAL),    "no type"),
+    _Row(_NONE, True, False, _ALL,   (_INVAL,    _INVAL,    _INVAL,    _INVAL),    "no type"),
+    _Row(_NONE, False, True, _ALL,   (_INVAL,    _INVAL,    _INVAL,    _INVAL),    "no type"),
+    _Row(_NONE, True, True, _ALL,    (_INVAL,    _INVAL,    _INVAL,    _INVAL),    "no type"),
+
+    _Row(_VALIDATE, False, False, _OPEN, (OK,    OK,        OK,        OK),        "validate"),
+    _Row(_VALIDATE, False, False, _SHUT, (_ACCES, _ACCES,   _ACCES,    _ACCES),    "write"),
+    _Row(_VALIDATE, True, False, _OPEN,  (SF,    _NOTSUPP,  _NOTSUPP,  SF),        "sync"),
+    _Row(_VALIDATE, True, False, _SHUT,  (_ACCES, _ACCES,   _NOTSUPP,  _ACCES),    "write"),
+    _Row(_VALIDATE, False, True, _ALL, (_NOTSUPP, _NOTSUPP, _NOTSUPP,  _NOTSUPP),  "validate"),
+    _Row(_VALIDATE, True, True, _ALL,  (_NOTSUPP, _NOTSUPP, _NOTSUPP,  _NOTSUPP),  "validate"),
+
+    _Row(_SHARED, False, False, _OPEN, (OK,      OK,        OK,        OK),        "shared"),
+    _Row(_SHARED, False, False, _SHUT, (_ACCES,  _ACCES,    _ACCES,    _ACCES),    "write"),
+    _Row(_SHARED, True, False, _OPEN,  (SF,      _NOTSUPP,  SF,        SF),        "sync"),
+    _Row(_SHARED, True, False, _SHUT,  (_ACCES,  _ACCES,    _ACCES,    _ACCES),    "write"),
+    _Row(_SHARED, False, True, _OPEN,  (OK,      OK,        OK,        OK),        "shared"),
+    _Row(_SHARED, False, True, _SHUT,  (_ACCES,  _ACCES,    _ACCES,    _ACCES),    "write"),
+    _Row(_SHARED, True, True, _OPEN,   (SF,      _NOTSUPP,  SF,        SF),        "sync"),
+    _Row(_SHARED, True, True, _SHUT,   (_ACCES,  _ACCES,    _ACCES,    _ACCES),    "write"),
+
+    _Row(_PRIVATE, False, False, _ALL, (OK,      OK,        OK,        _INVAL),    "private"),
+    _Row(_PRIVATE, True, False, _ALL,  (SF,      _NOTSUPP,  SF,        _INVAL),    "sync"),
+    _Row(_PRIVATE, False, True, _ALL,  (OK,      OK,        OK,        _INVAL),    "private"),
+    _Row(_PRIVATE, True, True, _ALL,   (SF,      _NOTSUPP,  SF,        _INVAL),    "sync"),
+)
+# fmt: on
+
+# What do_mmap() makes of type, protection and how the file is open, among the flags that are
+# judged: "sh" and "mw" of a shared mapping go with FMODE_WRITE, "ms" stays.
+_JUDGED_FLAGS: Final = frozenset({"rd", "wr", "sh", "mr", "mw", "ms", "sf"})
+_VM_FLAGS: Final = {
+    (True, Access.READ_WRITE): frozenset({"rd", "wr", "sh", "mr", "mw", "ms"}),
+    (True, Access.READ): frozenset({"rd", "mr", "ms"}),
+    (False, Access.READ_WRITE): frozenset({"rd", "wr", "mr", "mw"}),
+    (False, Access.WRITE): frozenset({"rd", "wr", "mr", "mw"}),
+    (False, Access.READ): frozenset({"rd", "mr", "mw"}),
+}
+
+CELLS: Final = tuple(
+    Cell(type=row.type, sync=row.sync, unknown_bit=row.unknown_bit, access=access)
+    for row in _TABLE
+    for access in row.accesses
+)
+"""All types, with and without MAP_SYNC and an unknown flag, in each access."""
+
+RANGES: Final = (
+    Cell(type=_VALIDATE, sync=True, length=1),
+    Cell(type=_VALIDATE, length=0),
+    # Neither a multiple of 4 KiB nor of 64 KiB.
+    Cell(type=_VALIDATE, offset=512, length=1),
+)
+"""Ranges that are not in whole pages; for files whose mappings may end anywhere."""
+
+ANONYMOUS: Final = (
+    Cell(type=_VALIDATE, anonymous=True),
+    Cell(type=_VALIDATE, sync=True, anonymous=True),
+    Cell(type=_SHARED, anonymous=True),
+    Cell(type=_SHARED, sync=True, anonymous=True),
+)
+"""Mappings of no file."""
+
+
+def expected(cell: Cell, kind: FileKind) -> tuple[Answer, str]:
+    """What mmap() answers to a cell: OK, SF or an errno's number, and the rule that says so."""
+    if cell.length == 0:
+        return _INVAL, "length"
+    if cell.offset % 4096:
+        return _INVAL, "offset"
+    if cell.anonymous:
+        if cell.type in (_SHARED, _PRIVATE):
+            return (SF if cell.sync else OK), "anonymous"
+        return _INVAL, "anonymous"
+    asked = cell.type, cell.sync, cell.unknown_bit
+    row = next(
+        row
+        for row in _TABLE
+        if (row.type, row.sync, row.unknown_bit) == asked and cell.access in row.accesses
+    )
+    return row.answers[kind.value], row.rule
+
+
+def at_offsets(cells: Iterable[Cell], step_bytes: int) -> tuple[Cell, ...]:
+    """The same cells, each of a range of its own, of `step_bytes` and after the one before."""
+    return tuple(
+        dataclasses.replace(cell, offset=number * step_bytes, length=step_bytes)
+        for number, cell in enumerate(cells)
+    )
+
+
+# --- comparison -----------------------------------------------------------------------------------
+
+
+def differences(
+    reports: Iterable[CellReport], kind: FileKind, *, align_bytes: int = 1
+) -> list[str]:
+    """A sentence for each cell that is not as the table has it.
+
+    Args:
+        reports: what became of the cells.
+        kind: the kind of file that they were tried on.
+        align_bytes: of a devdax device.
+    """
+    found = []
+    for report in reports:
+        answer, rule = expected(report.cell, kind)
+        if answer in (OK, SF) and report.mapping.length % align_bytes:
+            answer, rule = _INVAL, "alignment"
+        if problem := _difference(report, answer, kind):
+            found.append(f"{report.cell}: {problem} ({_RULES[rule]})")
+    return found
+
+
+def _difference(report: CellReport, answer: Answer, kind: FileKind) -> str | None:
+    cell, mapping = report.cell, report.mapping
+    seen = _seen(mapping)
+    if answer not in (OK, SF):
+        refused = mapping.result is Result.REFUSED and mapping.errno == answer
+        return None if refused else f"expected {_NAMES[answer]}, found {seen}"
+    if mapping.result is not Result.MAPPED:
+        return f"expected mapped{' with sf' if answer == SF else ''}, found {seen}"
+    shared = cell.type != _PRIVATE
+    wanted = _VM_FLAGS[shared, cell.access] | ({"sf"} if answer == SF else set())
+    if mapping.vm_flags is None or mapping.vm_flags & _JUDGED_FLAGS != wanted:
+        return f"expected mapped, VmFlags {' '.join(sorted(wanted))}, found {seen}"
+    pages = -(-mapping.length // report.page_size)
+    if mapping.pages_accessed != pages:
+        return f"expected {pages} pages accessed, found {mapping.pages_accessed}"
+    return _store_difference(report, kind, shared)
+
+
+def _store_difference(report: CellReport, kind: FileKind, shared: bool) -> str | None:
+    """What is wrong with where the stores went."""
+    mapping, seen = report.mapping, (report.mapping.store_in_mapping, report.mapping.store_in_file)
+    if report.cell.access is Access.READ:
+        return None if seen == (None, None) else f"stored, though it was to be read: {seen}"
+    if not mapping.store_in_mapping:
+        return "a store was not read back through the mapping"
+    if report.cell.anonymous:
+        return None if mapping.store_in_file is None else "a store went to a file"
+    if kind is FileKind.DEVICE:
+        # drivers/dax/device.c, dax_fops: no read; fs/read_write.c:vfs_read says EINVAL.
+        if mapping.pread_errno == errno.EINVAL:
+            return None
+        return f"expected pread() to fail with EINVAL, found {mapping.pread_errno}"
+    if mapping.store_in_file is None:
+        return f"the file could not be read back (errno {mapping.pread_errno})"
+    if mapping.store_in_file is not shared:
+        return f"a store is {'not ' if shared else ''}in the file"
+    return None
+
+
+def _seen(mapping: Mapping) -> str:
+    """As in "found …"."""
+    if mapping.errno_name is not None:
+        if mapping.result is Result.REFUSED:
+            return mapping.errno_name
+        return f"{mapping.result} at {mapping.stage} with {mapping.errno_name}"
+    if mapping.fault_offset is not None:
+        return f"{mapping.result} at {mapping.stage}, offset {mapping.fault_offset:#x}"
+    flags = "unknown" if mapping.vm_flags is None else " ".join(sorted(mapping.vm_flags))
+    return f"{mapping.result}, VmFlags {flags}"
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def parse_cells(
+    stdout: str, status: int, stderr: str, *, path: str, cells: Sequence[Cell]
+) -> tuple[CellReport, ...]:
+    """Parse map_sync's answers to several --cell; nothing may be missing, unknown, contradictory.
+
+    Args:
+        stdout: a line of JSON for each cell, in their order.
+        status: its exit status.
+        stderr: what else it said.
+        path: the file that was asked for.
+        cells: what was asked for.
+
+    Raises:
+        ProbeError: the answers cannot be believed, or are to other questions.
+    """
+    lines = stdout.splitlines()
+    try:
+        if len(lines) != len(cells):
+            raise MalformedError(f"{len(lines)} answers to {len(cells)} cells")
+        reports = [
+            _report(load_line(line), cell, path) for line, cell in zip(lines, cells, strict=True)
+        ]
+        failed = any(report.mapping.result is Result.ERROR for report in reports)
+        if status != (4 if failed else 0):
+            raise MalformedError(f"status {status}, and a step failed: {failed}")
+        if len({report.page_size for report in reports}) > 1:
+            raise MalformedError("several page sizes")
+    except MalformedError as error:
+        raise ProbeError(
+            f"map_sync's answers for {path!r} cannot be believed: {error}; status {status}, "
+            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
+        ) from error
+    return tuple(reports)
+
+
+def _report(fields: Fields, cell: Cell, path: str) -> CellReport:
+    fields.require(fields.take("probe", str) == "map_sync_cell", "not map_sync's")
+    fields.require(fields.take("version", int) == 1, "of another version")
+    told_path, opened = parse_path(fields.take("path", str)), fields.take("opened", str)
+    file = fields.optional("file", dict)
+    inner = Fields(fields.take("mapping", dict), "mapping")
+    report = CellReport(
+        cell=cell,
+        page_size=fields.take("page_size", int),
+        file=None if file is None else parse_file(Fields(file, "file")),
+        mapping=parse_mapping(
+            inner, anonymous=cell.anonymous, fixed=cell.address_align is not None
+        ),
+        seed=fields.take("seed", int),
+        fsync=fields.optional("fsync", bool),
+        fsync_errno=parse_errno(fields, "fsync_errno")[0],
+    )
+    fields.done()
+    size, mapping = report.page_size, report.mapping
+    fields.require(size >= 4096 and not size & (size - 1), f"page_size is {size}")
+    fields.require(report.seed <= _MASK, f"seed is {report.seed}")
+    told = (told_path, opened, mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot)
+    by = ("none" if cell.anonymous else cell.access.value[0], cell.type, cell.sync)
+    asked = (path, *by, cell.unknown_bit, cell.access.value[1])
+    fields.require(told == asked, f"it answers {told}, it was asked for {asked}")
+    fields.require(mapping.offset == cell.offset, "of another offset")
+    failed = mapping.result is Result.ERROR
+    fields.require(
+        failed or cell.length in (None, mapping.length), f"of another length, {mapping.length}"
+    )
+    fields.require(
+        failed or (report.file is None) == cell.anonymous, "a file and an anonymous mapping"
+    )
+    fields.require((report.fsync is False) == (report.fsync_errno is not None), "fsync and errno")
+    fields.require(failed or (report.fsync is not None) == cell.fsync, "fsync and the question")
+    return report
+
+
+def _page_value(seed: int, at: int) -> int:
+    """The value that map_sync stores `at` bytes into a mapping: guest_tools/map_sync.c."""
+    x = (seed + at * 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 31)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 29)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 32)
