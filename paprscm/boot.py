@@ -20,13 +20,27 @@ _MARKS = {
 
 
 @dataclass
-class BootTimes:
-    """When a boot reached its marks, in seconds after QEMU's exec; None: not reached."""
+class StartTimes:
+    """When a guest reached its marks, in seconds after QEMU's exec; None: not on its way.
+
+    Attributes:
+        banner, init, ready: a boot, as the console tells it.
+        restored, awake, regions: a restored guest: its state was loaded; clock, random numbers and
+            timers are right; the regions of its DIMMs have their driver.
+        ssh: connected.
+    """
 
     banner: float | None = None
     init: float | None = None
     ready: float | None = None
+    restored: float | None = None
+    awake: float | None = None
+    regions: float | None = None
     ssh: float | None = None
+
+    def reached(self) -> dict[str, float]:
+        """The marks that were on its way, by name."""
+        return {mark: when for mark, when in vars(self).items() if when is not None}
 
 
 class StuckError(GuestLostError):
@@ -34,7 +48,7 @@ class StuckError(GuestLostError):
 
 
 def wait_until_ready(
-    console: Console, times: BootTimes, *, exec_s: float, settings: Settings
+    console: Console, times: StartTimes, *, exec_s: float, settings: Settings
 ) -> bool:
     """Wait until the guest's ssh server listens.
 

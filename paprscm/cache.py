@@ -114,15 +114,20 @@ class Cache:
         What is being built at this moment is left alone, and so is what an unfinished build left
         behind: the next build of the same entry removes that.
         """
-        gone = []
-        for entry in self.entries():
-            if time.time() - entry.used < unused_for_s:
-                continue
-            with self.lock(f"{entry.kind}-{entry.key}", what="prunes", wait=False) as taken:
-                if taken:
-                    self._discard(entry.path)
-                    gone.append(entry)
-        return gone
+        unused = [e for e in self.entries() if time.time() - e.used >= unused_for_s]
+        return [entry for entry in unused if self.remove(entry.path)]
+
+    def keep_newest(self, kind: str, count: int) -> None:
+        """Remove the entries of a kind but for the `count` that were asked for last."""
+        for entry in [entry for entry in self.entries() if entry.kind == kind][count:]:
+            self.remove(entry.path)
+
+    def remove(self, place: Path) -> bool:
+        """Remove the entry in this folder; False: it is being built, and stays."""
+        with self.lock(f"{place.parent.name}-{place.name}", what="prunes", wait=False) as taken:
+            if taken and place.exists():
+                self._discard(place)
+            return taken
 
     @contextmanager
     def lock(self, name: str, *, what: str, wait: bool = True) -> Iterator[bool]:

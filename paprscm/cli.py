@@ -16,11 +16,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import bench, bench_hcall, hcalls, host, log, settings, shell
+from paprscm import bench, bench_hcall, bench_suite, hcalls, host, log, settings, shell
 from paprscm.cache import Cache
 from paprscm.environment import Environment, prepare
-from paprscm.errors import ConfigError, Error
-from paprscm.guest import Guest
+from paprscm.errors import ConfigError, Error, HostError
 from paprscm.kbuild import build_default, build_tree, prune_trees
 from paprscm.machine import Machine, qemu_argv, require, script
 from paprscm.options import parse_nvdimm
@@ -74,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     image = add("image", _image, "Build or fetch QEMU, kernel and userland; print what they are.")
     image.add_argument("--quiet", action="store_true", help="print only what takes time, or fails")
     image.add_argument("--only-qemu", action="store_true", help="what tests without a guest need")
+    image.add_argument(
+        "--no-snapshot", action="store_true", help="not the guest that others are restored from"
+    )
     run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
     run.add_argument("tests", nargs="*", default=None, help="files or test names; default: tests/")
     one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
@@ -107,15 +109,27 @@ def _parser() -> argparse.ArgumentParser:
         title="verbs", required=True, metavar="VERB"
     )
 
-    def measure(name: str, verb: Callable[..., int], text: str, what: str, count: int) -> None:
+    def measure(
+        name: str, verb: Callable[..., int], text: str, what: str, count: int
+    ) -> argparse.ArgumentParser:
         added = benches.add_parser(name, help=text, description=text, parents=[common])
         added.add_argument("-n", type=int, default=count, help=f"how many {what} ({count})")
         added.add_argument("--json", action="store_true", help="print the series as a line of JSON")
         series = Path(f"results/bench-{name}.jsonl")
         added.add_argument("--series", type=Path, default=series, help="append it there")
         added.set_defaults(verb=verb)
+        return added
 
-    measure("start", _bench_start, "Cold starts of a guest.", "starts", 10)
+    text = "Warm and cold starts of a guest, in turns; nothing may be left behind."
+    start = measure("start", _bench_start, text, "of each", 10)
+    start.add_argument("--warm-only", action="store_true", help="no cold ones: for many in a row")
+    text = "The suite: cold, warm, and warm in parallel. What follows -- goes to `avocado run`."
+    suite = measure("suite", _bench_suite, text, "rounds", 1)
+    text = "files or test names; default: tests/"
+    suite.add_argument("--tests", nargs="+", default=["tests/"], metavar="PATH", help=text)
+    all_modes = ",".join(bench_suite.MODES)
+    suite.add_argument("--modes", default=all_modes, help=f"some of {all_modes}")
+    suite.add_argument("--keep", action="store_true", help="keep what the jobs leave in results/")
     measure("hcall", _bench_hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
     return parser
 
@@ -142,7 +156,7 @@ def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
         if not arguments.quiet:
             print(f"{found.version_text} {found.path}")
         return 0
-    environment = prepare(chosen)
+    environment = prepare(chosen, make_snapshot=not arguments.no_snapshot)
     if arguments.quiet:
         return 0
     shown = Table.grid(padding=(0, 2))
@@ -168,23 +182,16 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
         shell.require_terminal()
     machine = _machine(arguments)
     environment = prepare(chosen)
-    machine = environment.furnish(machine)
     for nvdimm in machine.nvdimms:
         require(environment.qemu, nvdimm)
     if arguments.dry_run:
-        print(_script(environment, machine), end="")
+        print(_script(environment, environment.furnish(machine)), end="")
         return 0
     mirror = sys.stdout if arguments.serial else None
     with (
         tempfile.TemporaryDirectory(prefix="paprscm-shell-") as folder,
-        Guest(
-            environment.equipment,
-            machine,
-            folder=Path(folder),
-            # A person sees for himself what the kernel prints.
-            allowed=[""],
-            mirror=mirror,
-        ) as guest,
+        # A person sees for himself what the kernel prints.
+        environment.guest(machine, folder=Path(folder), allowed=[""], mirror=mirror) as guest,
     ):
         if arguments.command:
             result = guest.run(arguments.command, timeout_s=86400)
@@ -261,28 +268,66 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _bench_start(arguments: argparse.Namespace, chosen: Settings) -> int:
-    return _measured(arguments, lambda n: bench.cold_starts(prepare(chosen), n), bench.table)
+    _check_rounds(arguments)
+    if arguments.warm_only and chosen.start == "cold":
+        raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
+    environment = prepare(chosen, make_snapshot=True)
+    failed = arguments.series.parent / "bench-start-failed"
+    series, left = bench.starts(
+        environment, arguments.n, warm_only=arguments.warm_only, failed=failed
+    )
+    _show(arguments, series, bench.table)
+    if left.problems:
+        raise HostError(str(left))
+    if not arguments.json:
+        print(left)
+    return 0
+
+
+def _bench_suite(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
+    modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
+    given = {name: getattr(arguments, name) for name in settings.names()}
+    plan = bench_suite.plan(
+        prepare(chosen, make_snapshot=True),
+        modes,
+        tests=arguments.tests,
+        given={name: value for name, value in given.items() if value is not None},
+        words=arguments.rest,
+    )
+    keep = arguments.series.parent / "bench-suite" if arguments.keep else None
+    series, doubts = bench_suite.measure(plan, arguments.n, keep=keep)
+    _show(arguments, series, bench_suite.table)
+    for doubt in doubts:
+        print(f"paprscm: {doubt}", file=sys.stderr)
+    if not doubts and not arguments.json:
+        print("every test ended alike in all jobs; nothing left behind")
+    if keep:
+        log.logger.info("what the jobs left is in %s", keep)
+    return 1 if doubts else 0
 
 
 def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
     qemu = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
-    return _measured(arguments, lambda n: bench_hcall.rates(qemu, chosen, n), bench_hcall.table)
+    _show(arguments, bench_hcall.rates(qemu, chosen, arguments.n), bench_hcall.table)
+    return 0
 
 
-def _measured(
-    arguments: argparse.Namespace,
-    measure: Callable[[int], bench.Series],
-    table: Callable[[bench.Series], Table],
-) -> int:
+def _check_rounds(arguments: argparse.Namespace) -> None:
     if arguments.n < 1:
         raise ConfigError("-n must be at least 1")
-    series = measure(arguments.n)
+
+
+def _show(
+    arguments: argparse.Namespace, series: bench.Series, table: Callable[[bench.Series], Table]
+) -> None:
+    """Keep a series and print it; it is kept whatever was found."""
     bench.keep(series, arguments.series)
     if arguments.json:
         print(series.as_json())
     else:
         Console().print(table(series))
-    return 0
 
 
 if __name__ == "__main__":

@@ -3,21 +3,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
-from paprscm import isa, kbuild, kernel, log, modules, qemu, userland
+from paprscm import isa, kbuild, kernel, log, modules, qemu, snapshot, userland
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
 from paprscm.qemu import Qemu
+from paprscm.restore import NotRestoredError, Snapshot
 from paprscm.settings import Settings
 from paprscm.userland import Userland
 
@@ -44,6 +47,7 @@ class Environment:
         cpu: the -cpu model.
         fixed_sites: how many instructions were rewritten for TCG.
         equipment: the same, as a guest takes it.
+        snapshot: where guests begin that do not boot; None: all of them boot.
     """
 
     settings: Settings
@@ -53,6 +57,7 @@ class Environment:
     cpu: str
     fixed_sites: int
     equipment: Equipment
+    snapshot: Snapshot | None = None
 
     def furnish(self, machine: Machine) -> Machine:
         """The machine with CPU, memory, firmware and accelerator from the settings."""
@@ -65,6 +70,50 @@ class Environment:
             firmware=chosen.firmware,
             accel=self.accel,
         )
+
+    @contextlib.contextmanager
+    def guest(
+        self,
+        machine: Machine,
+        *,
+        folder: Path,
+        cold: bool = False,
+        allowed: Iterable[str] = (),
+        mirror: TextIO | None = None,
+    ) -> Iterator[Guest]:
+        """A running guest: restored from the snapshot where that can be, else booted.
+
+        Args:
+            machine: what is wanted; CPU, memory, firmware and accelerator come from the settings.
+            folder: where its logs go.
+            cold: boot it: its DIMMs are there when the kernel starts.
+            allowed: kernel messages that are expected (regular expressions).
+            mirror: where to write what its console prints.
+        """
+        wanted, patterns = self.furnish(machine), list(allowed)
+
+        def start(begin: Snapshot | None) -> Guest:
+            return Guest(
+                self.equipment,
+                wanted,
+                folder=folder,
+                allowed=patterns,
+                mirror=mirror,
+                snapshot=begin,
+            )
+
+        begin = self.snapshot
+        if cold or begin is None or not begin.fits(wanted):
+            begin = None
+        with contextlib.ExitStack() as stack:
+            try:
+                guest = stack.enter_context(start(begin))
+            except NotRestoredError as error:
+                assert begin is not None  # noqa: S101
+                log.logger.info("%s; it is booted, and the snapshot dropped", error.message)
+                Cache(self.settings.cache_dir).remove(begin.folder)
+                guest = stack.enter_context(start(None))
+            yield guest
 
     def describe(self) -> dict[str, str]:
         """The dimensions of a result, by name."""
@@ -80,14 +129,17 @@ class Environment:
             "memory_mib": str(self.settings.memory_mib),
             "firmware": self.settings.firmware,
             "fixed_sites": str(self.fixed_sites),
+            "snapshot": self.snapshot.folder.name if self.snapshot else "none",
         }
 
 
-def prepare(settings: Settings) -> Environment:
+def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     """All that guests need, as the settings ask for it; built or fetched where it is missing.
 
     Args:
         settings: what the user chose.
+        make_snapshot: make one now if there is none; that takes as long as five guests take to
+            boot, and pays for more of them.
 
     Raises:
         Error: something cannot be had; the message says what, the hint how.
@@ -133,9 +185,16 @@ def prepare(settings: Settings) -> Environment:
         ):
             guest.succeed(_BOOT_TEST)
 
-    return environment(
+    made = environment(
         userland.ensure(cache, suite=settings.suite, mirror=settings.mirror, boot_test=boot_test)
     )
+    if settings.start == "cold":
+        return made
+    recipe = snapshot.Recipe(qemu=binary, equipment=made.equipment, machine=made.furnish(Machine()))
+    outcome = snapshot.ensure(cache, recipe) if make_snapshot else snapshot.find(cache, recipe)
+    if outcome is not None and outcome.snapshot is None:
+        log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
+    return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
 
 
 def _kernel(cache: Cache, settings: Settings) -> Kernel:

@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,12 +20,13 @@ from typing import TextIO
 import paramiko
 
 from paprscm import log
-from paprscm.boot import BootTimes, StuckError, wait_until_ready
+from paprscm.boot import StartTimes, StuckError, wait_until_ready
 from paprscm.console import Console
 from paprscm.errors import ContractError, GuestLostError, HostError
 from paprscm.kmsg import Trouble
-from paprscm.machine import Machine, Nvdimm, Payload, Wiring, qemu_argv
+from paprscm.machine import Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
 from paprscm.process import describe_status
+from paprscm.restore import Port, Snapshot, load
 from paprscm.settings import Settings
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
 from paprscm.vm import Lifetime, Vm
@@ -64,6 +66,13 @@ class Guest(Lifetime):
         allowed: kernel messages that the test expects (regular expressions); any other Oops, BUG,
             WARNING, lockup or driver error fails whatever runs in the guest at that moment.
         mirror: where to write what the guest's console prints, besides console.log.
+        snapshot: begin there instead of booting; it must fit the machine.
+        memory_file: its memory becomes this file, for a guest that will be saved.
+
+    Raises:
+        NotRestoredError: the snapshot did not come to life.
+        GuestLostError: it did not boot.
+        HostError: QEMU did not start.
     """
 
     def __init__(
@@ -74,12 +83,18 @@ class Guest(Lifetime):
         folder: Path,
         allowed: Iterable[str] = (),
         mirror: TextIO | None = None,
+        snapshot: Snapshot | None = None,
+        memory_file: Path | None = None,
     ) -> None:
         super().__init__()
         self._mirror = mirror
+        self._snapshot = snapshot
+        self._memory = snapshot.memory if snapshot else None
+        if memory_file is not None:
+            self._memory = MemoryFile(path=memory_file, restored=False)
         self.machine = machine
         self.folder = folder
-        self.times = BootTimes()
+        self.times = StartTimes()
         self._equipment = equipment
         self._settings = equipment.settings
         self._allowed = [re.compile(pattern) for pattern in allowed]
@@ -275,48 +290,84 @@ class Guest(Lifetime):
         self._told = True
         self.process.kill()
 
+    def hang_up(self) -> None:
+        """Close the ssh connection; connect() makes a new one."""
+        assert self._ssh is not None  # noqa: S101
+        self._ssh.close()
+
+    def connect(self) -> None:
+        """Call the guest's ssh server until it answers.
+
+        Raises:
+            GuestLostError: it does not within silence_limit_s, or the guest is lost.
+        """
+        self._ssh = Ssh(
+            port=self.ssh_port,
+            client_key=self._equipment.client_key,
+            host_key=self._equipment.host_key,
+            timeout_s=self._settings.silence_limit_s,
+            alive=self.check,
+        )
+        self._resources.callback(self._ssh.close)
+
     def _start(self) -> None:
         dimms = ", ".join(map(in_words, self.machine.nvdimms)) or "no DIMM"
-        with log.step(f"boot a guest ({dimms})"):
+        how = "restore" if self._snapshot else "boot"
+        with log.step(f"{how} a guest ({dimms})"):
             self._start_qemu()
-            self._boot()
+            self.ssh_port = self._find_ssh_port()
+            if self._snapshot:
+                self._restore(self._snapshot)
+            else:
+                self._boot()
+                self.connect()
+                self._note("ssh")
 
     def _start_qemu(self) -> None:
         """Start QEMU, with its console on a socket that it inherits."""
-        ours, theirs = socket.socketpair()
         stack = self._resources
-        # Left in the other order: QEMU goes first, so that the console's reader finds the end.
-        self.console = Console(
-            ours, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
-        )
-        stack.callback(self.console.close)
+        with contextlib.ExitStack() as theirs:
 
-        def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
-            wiring = None
-            if qmp_fd is not None:
+            def pair() -> tuple[socket.socket, int]:
+                ours, other = socket.socketpair()
+                return ours, theirs.enter_context(other).fileno()
+
+            sock, console_fd = pair()
+            # Left in the other order: QEMU goes first, so that the console's reader finds the end.
+            self.console = Console(
+                sock, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
+            )
+            stack.callback(self.console.close)
+            sock, port_fd = pair()
+            self._port = Port(sock)
+            stack.callback(self._port.close)
+
+            def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
+                equipment = self._equipment
+                prefix, payload = equipment.qemu, equipment.payload
+                if qmp_fd is None:
+                    return qemu_argv(prefix, self.machine, payload, files, None)
                 wiring = Wiring(
-                    console_fd=theirs.fileno(),
+                    console_fd=console_fd,
                     qmp_fd=qmp_fd,
+                    port_fd=port_fd,
                     console_log=self.folder / "console.log",
                 )
-            equipment = self._equipment
-            return qemu_argv(equipment.qemu, self.machine, equipment.payload, files, wiring)
+                return qemu_argv(prefix, self.machine, payload, files, wiring, self._memory)
 
-        with theirs:
             self.vm = stack.enter_context(
                 Vm(
                     command,
                     self.machine.nvdimms,
                     folder=self.folder,
                     scratch_dir=self._settings.scratch_dir,
-                    pass_fds=(theirs.fileno(),),
+                    pass_fds=(console_fd, port_fd),
                 )
             )
         self.process, self.qmp = self.vm.process, self.vm.qmp
 
     def _boot(self) -> None:
-        """Wait for the guest's marks, then for its ssh server."""
-        port = self._ssh_port()
+        """Wait for the guest's marks."""
         try:
             if not wait_until_ready(
                 self.console, self.times, exec_s=self.vm.exec_s, settings=self._settings
@@ -328,17 +379,39 @@ class Guest(Lifetime):
             paused = f"; QEMU has it {state} and said:\n{self.vm.says()}"
             self._lose(error.message + (paused if state != "running" else ""))
             self.check()
-        self._ssh = Ssh(
-            port=port,
-            client_key=self._equipment.client_key,
-            host_key=self._equipment.host_key,
-            timeout_s=self._settings.silence_limit_s,
-            alive=self.check,
-        )
-        self._resources.callback(self._ssh.close)
-        self.times.ssh = time.monotonic() - self.vm.exec_s
 
-    def _ssh_port(self) -> int:
+    def _restore(self, snapshot: Snapshot) -> None:
+        """Load the state, plug the DIMMs, let it run; it is called while it wakes."""
+        # QEMU goes on writing there.
+        (self.folder / "console.log").write_bytes(snapshot.console.read_bytes())
+        load(self.qmp, snapshot)
+        self._note("restored")
+        for nvdimm in self.machine.nvdimms:
+            self.vm.attach(nvdimm)
+        self._port.wake(regions=len(self.machine.nvdimms))
+        self.qmp.execute("cont")
+        with ThreadPoolExecutor(1, "ssh") as pool:
+            connecting = pool.submit(self.connect)
+            connecting.add_done_callback(lambda _: self._note("ssh"))
+            try:
+                self._port.awake(self.check)
+                self._note("awake")
+                there = self._port.regions(self.check)
+                self._note("regions")
+            except BaseException:
+                # So that the call ends.
+                self._lose("it was given up")
+                self.process.kill()
+                raise
+        connecting.result()
+        wanted = len(self.machine.nvdimms)
+        if there != wanted:
+            log.logger.info("%d regions of %d DIMMs have their driver", there, wanted)
+
+    def _note(self, mark: str) -> None:
+        setattr(self.times, mark, time.monotonic() - self.vm.exec_s)
+
+    def _find_ssh_port(self) -> int:
         """The port that QEMU chose; asking for one beforehand would be a race."""
         answer = self.qmp.hmp("info usernet")
         found = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", answer)

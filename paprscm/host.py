@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paprscm import debian, process, qemu
+from paprscm.budget import budget, resources
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, Error
 from paprscm.qemu_facts import BINARY
@@ -31,8 +32,6 @@ _CACHE_NEEDS_BYTES = 6_000_000_000
 # Two DIMMs of 512 MiB in each of a few guests that run side by side.
 _SCRATCH_NEEDS_BYTES = 4_000_000_000
 _NOT_DISKS = ("tmpfs", "ramfs", "devtmpfs", "overlay")
-_SHORT_MEMORY_MIB = 512
-"""What a host needs besides one guest."""
 
 Grade = Literal["ok", "missing", "note"]
 
@@ -106,7 +105,7 @@ def doctor(settings: Settings) -> list[Finding]:
     findings += _python_packages()
     findings += _qemu(cache, settings)
     findings += _cross_compiler()
-    findings.append(_processor_and_memory(settings))
+    findings += _side_by_side(settings)
     findings.append(_folder("cache", settings.cache_dir, _CACHE_NEEDS_BYTES))
     findings.append(_folder("scratch", settings.scratch_dir, _SCRATCH_NEEDS_BYTES, durable=True))
     findings.append(_mirror(settings))
@@ -224,23 +223,14 @@ def _cross_compiler() -> list[Finding]:
     return [Finding("ok", "cross gcc", f"{version} ({CROSS_COMPILER})")]
 
 
-def _processor_and_memory(settings: Settings) -> Finding:
-    processors = len(os.sched_getaffinity(0))
-    available = _available_memory_mib()
-    text = f"{processors} CPUs, {available / 1024:.1f} GiB memory available"
-    need = settings.memory_mib + _SHORT_MEMORY_MIB
-    if available < need:
-        return Finding(
-            "note", "machine", f"{text}; a guest of {settings.memory_mib} MiB may not fit"
-        )
-    if processors < 2:
-        return Finding("note", "machine", f"{text}; expect everything to take twice as long")
-    return Finding("ok", "machine", text)
-
-
-def _available_memory_mib() -> int:
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(match[1]) // 1024 if match else 0
+def _side_by_side(settings: Settings) -> list[Finding]:
+    found = resources()
+    text = f"{found.cpus_text}, {found.memory_text}"
+    machine = Finding("ok", "machine", text)
+    if found.cpus < 2:
+        machine = Finding("note", "machine", f"{text}; expect everything to take twice as long")
+    decided = budget(found, settings)
+    return [machine, Finding("ok" if decided.fits else "note", "side by side", decided.reason)]
 
 
 def _folder(subject: str, folder: Path, needs_bytes: int, *, durable: bool = False) -> Finding:

@@ -16,8 +16,11 @@ from paprscm.qemu import Qemu
 MIB = 1 << 20
 GIB = 1 << 30
 
-# Room for DIMMs that are plugged into the running guest.
-_HOTPLUG_ROOM = 4 * GIB
+# Room for DIMMs, the same for all machines whose DIMMs fit: a restored guest has that of the one
+# that was saved.
+_DIMM_ROOM = 6 * GIB
+# A machine with more of them still has room for some that are plugged into the running guest.
+_HOTPLUG_ROOM = 2 * GIB
 
 _UUIDS = uuids.UUID("6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9d4")
 
@@ -25,6 +28,9 @@ _UUIDS = uuids.UUID("6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9d4")
 TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 type_names = ("spapr-nvdimm", "nvdimm")
+
+PORT_NAME = "paprscm"
+"""The guest finds the port of its restoring by this name, in /sys/class/virtio-ports/*/name."""
 
 Properties = dict[str, str | int | bool]
 
@@ -202,7 +208,7 @@ class Machine:
     def maxmem_mib(self) -> int:
         """-m maxmem: the memory, every DIMM, and room for some that come later; MiB."""
         dimms = sum(nvdimm.size_bytes for nvdimm in self.nvdimms)
-        return self.memory_mib + (dimms + _HOTPLUG_ROOM) // MIB
+        return self.memory_mib + max(_DIMM_ROOM, dimms + _HOTPLUG_ROOM) // MIB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,19 +236,52 @@ class Payload:
 
 @dataclass(frozen=True, kw_only=True)
 class Wiring:
-    """How a running QEMU is reached: two connected sockets that it inherits.
+    """How a running QEMU is reached: connected sockets that it inherits.
 
     With sockets from socketpair(2) there is no name in the file system that could be left behind.
 
     Attributes:
         console_fd: the guest's serial console.
         qmp_fd: QEMU's monitor.
-        console_log: where QEMU itself records what the guest prints.
+        port_fd: a virtio-serial port, on which a restored guest is told that it was.
+        console_log: what the guest prints is added there by QEMU itself.
     """
 
     console_fd: int
     qmp_fd: int
+    port_fd: int
     console_log: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFile:
+    """The guest's memory as a file, so that many guests can begin with the same.
+
+    Attributes:
+        path: the file.
+        restored: the guest begins with what is in it, and keeps what it changes to itself; it then
+            waits for its state (-incoming) before it runs. Otherwise the file becomes its memory.
+        has_rom: the QEMU can open the file read-only and yet give the guest memory that it can
+            write to (readonly=on,rom=off, from 9.0 on).
+    """
+
+    path: Path
+    restored: bool
+    has_rom: bool = False
+
+    def backend(self, size_mib: int) -> Properties:
+        """The object behind the memory, for -object."""
+        properties: Properties = {
+            "qom-type": "memory-backend-file",
+            "id": "ram",
+            "mem-path": str(self.path),
+            "size": size_mib * MIB,
+            "share": not self.restored,
+        }
+        if self.restored and self.has_rom:
+            # Alone, readonly=on makes the guest's memory a ROM.
+            properties |= {"readonly": True, "rom": "off"}
+        return properties
 
 
 def qemu_argv(
@@ -251,6 +290,7 @@ def qemu_argv(
     payload: Payload,
     files: Mapping[int, Path],
     wiring: Wiring | None,
+    memory: MemoryFile | None = None,
 ) -> list[str]:
     """The command line of one guest; nothing is asked of the machine that we run on.
 
@@ -260,9 +300,11 @@ def qemu_argv(
         payload: what it boots.
         files: the backing file of each slot.
         wiring: None: console and monitor on the terminal, for a person who runs it by hand.
+        memory: None: QEMU's own. A guest that is restored gets its DIMMs later, by hotplug.
     """
     argv = [
-        *_board(qemu, machine),
+        *_board(qemu, machine, "memory-backend=ram" if memory else ""),
+        *(("-object", _words(memory.backend(machine.memory_mib))) if memory else ()),
         "-no-reboot",
         *("-kernel", str(payload.kernel)),
         *(("-initrd", str(payload.initrd)) if payload.initrd else ()),
@@ -272,16 +314,22 @@ def qemu_argv(
         *("-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-device", "virtio-rng-pci"),
+        *("-device", "virtio-serial-pci"),
     ]
     if wiring is None:
-        argv += ["-serial", "mon:stdio"]
+        argv += ["-serial", "mon:stdio", "-chardev", "null,id=port"]
     else:
         log = _escaped(str(wiring.console_log))
+        console = f"socket,id=console,fd={wiring.console_fd},logfile={log},logappend=on"
         argv += [
-            *("-chardev", f"socket,id=console,fd={wiring.console_fd},logfile={log}"),
+            *("-chardev", console),
             *("-serial", "chardev:console"),
             *_monitor(wiring.qmp_fd),
+            *("-chardev", f"socket,id=port,fd={wiring.port_fd}"),
         ]
+    argv += ["-device", f"virtserialport,chardev=port,name={PORT_NAME}"]
+    if memory and memory.restored:
+        return [*argv, "-incoming", "defer", "-S"]
     return argv + _dimms(machine, files)
 
 
@@ -310,15 +358,9 @@ def bare_argv(
         *(_monitor(qmp_fd) if qmp_fd is not None else ("-monitor", "stdio")),
     ]
     if memory_fd is not None:
-        memory: Properties = {
-            "qom-type": "memory-backend-file",
-            "id": "ram",
-            # Opened by QEMU itself, so that a plain file and a memfd will both do.
-            "mem-path": f"/proc/self/fd/{memory_fd}",
-            "size": machine.memory_mib * MIB,
-            "share": True,
-        }
-        argv += ["-object", _words(memory)]
+        # Opened by QEMU itself, so that a plain file and a memfd will both do.
+        memory = MemoryFile(path=Path(f"/proc/self/fd/{memory_fd}"), restored=False)
+        argv += ["-object", _words(memory.backend(machine.memory_mib))]
     return argv + _dimms(machine, files)
 
 

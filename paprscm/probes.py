@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from paprscm.ssh import CommandResult
 
 __all__ = [
+    "TOOLS",
     "FileFacts",
     "Judgement",
     "MapSyncReport",
@@ -36,6 +37,7 @@ __all__ = [
     "Result",
     "Verdict",
     "build",
+    "digest",
     "expect",
     "judge",
     "map_sync",
@@ -50,6 +52,9 @@ _GCC_LIMIT_S = 120.0
 # None of the probe's own exit statuses (guest_tools/map_sync.c).
 _NOT_BUILT = 70
 
+TOOLS = ("map_sync", "promise", "faults")
+"""What is compiled once, before a guest is saved, so that restored guests have it."""
+
 MapType = Literal["shared", "shared_validate", "private", "none"]
 Prot = Literal["rw", "r", "w", "none"]
 
@@ -63,6 +68,7 @@ def build(guest: Guest, name: str) -> PurePosixPath:
     content, target = _tool(name)
     base = shlex.quote(str(target))
     result = guest.run(
+        f"[ -x {base} ] && {{ cat > /dev/null; exit; }}\n"
         f"mkdir -p {_TARGET} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
         f"&& mv {base}.$$ {base} && rm {base}.$$.c",
         stdin=content,
@@ -74,6 +80,12 @@ def build(guest: Guest, name: str) -> PurePosixPath:
             f"{result.stderr.strip()}"
         )
     return target
+
+
+def digest(*names: str) -> str:
+    """What the tools of these names are at this moment, and how they are compiled."""
+    targets = " ".join(str(_tool(name)[1]) for name in names)
+    return hashlib.sha256(f"{_GCC} {targets}".encode()).hexdigest()
 
 
 def map_sync(

@@ -8,7 +8,7 @@ import concurrent.futures
 import logging
 import socket
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from qemu.qmp import ExecuteError, QMPClient, QMPError
@@ -68,6 +68,63 @@ class Qmp:
         except ExecuteError as error:
             raise RefusedError(command, str(error)) from error
 
+    def execute_until(
+        self,
+        command: str,
+        event: str,
+        holds: Callable[[dict[str, Any]], bool],
+        *,
+        limit_s: float,
+        **arguments: Any,
+    ) -> dict[str, Any]:
+        """Run one command, and wait for the event that ends what it began.
+
+        Args:
+            command: as for execute().
+            event: the event's name.
+            holds: whether an event's data is what is waited for.
+            limit_s: how long it may take, at most what a command may.
+            arguments: of the command.
+
+        Returns:
+            The event's data.
+
+        Raises:
+            RefusedError: QEMU answered with an error.
+            GuestLostError: QEMU is gone or says nothing.
+        """
+        words = {name.replace("_", "-"): value for name, value in arguments.items()}
+
+        async def arrival() -> dict[str, Any]:
+            with self._client.listener(event) as events:
+                await self._client.execute(command, words)
+                async for message in events:
+                    data: dict[str, Any] = dict(message["data"])  # type: ignore[call-overload]
+                    if holds(data):
+                        return data
+            raise EOFError
+
+        async def work() -> dict[str, Any]:
+            arrives = asyncio.create_task(arrival())
+            leaves = asyncio.create_task(self._client.runstate_changed())
+            tasks = (arrives, leaves)
+            await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            in_time = arrives.done() or leaves.done()
+            # What has ended is not changed by it.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            if not in_time:
+                raise TimeoutError
+            if arrives.cancelled():
+                raise EOFError
+            return arrives.result()
+
+        try:
+            return self._wait(work(), command)
+        except ExecuteError as error:
+            raise RefusedError(command, str(error)) from error
+
     def hmp(self, line: str) -> str:
         """Run one line of the human monitor and return what it prints."""
         return str(self.execute("human-monitor-command", command_line=line))
@@ -91,8 +148,6 @@ class Qmp:
             raise
         except TimeoutError as error:
             future.cancel()
-            raise GuestLostError(
-                f"QEMU's monitor does not answer {what} within {self._timeout_s:g} s"
-            ) from error
+            raise GuestLostError(f"QEMU's monitor does not answer {what} in time") from error
         except (QMPError, OSError, EOFError, concurrent.futures.CancelledError) as error:
             raise GuestLostError(f"QEMU's monitor is gone (at {what})") from error

@@ -24,6 +24,8 @@ TEST_PARAMETERS = {
     "cuts": "how often QEMU is killed to see what survives",
     "seed": "of the random numbers of a test; each test says which it took",
     "sequences": "how many random sequences of hcalls are tried",
+    "timeout": "Avocado's own: a test's limit, s",
+    "timeout_factor": "Avocado's own: multiplies it",
 }
 """What `-p name=value` of Avocado may say besides: it is a test's own, and nobody else's."""
 
@@ -49,6 +51,9 @@ class Settings:
     )
     accel: str = _setting("auto", "'auto' (KVM only where a ppc64 host has it), 'tcg' or 'kvm'")
     cpu: str = _setting("auto", "-cpu model; 'auto' is POWER9 under TCG, 'host' under KVM")
+    start: str = _setting(
+        "auto", "'auto' (guests are restored from a snapshot where that works) or 'cold' (booted)"
+    )
     firmware: str = _setting("vof", "'vof' (boots in 2 s) or 'slof'")
     smp: int = _setting(2, "vCPUs of a guest")
     memory_mib: int = _setting(1024, "guest memory without its DIMMs, MiB")
@@ -71,6 +76,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         _one_of("accel", self.accel, ("auto", "tcg", "kvm"))
+        _one_of("start", self.start, ("auto", "cold"))
         _one_of("firmware", self.firmware, ("vof", "slof"))
         _one_of("page_size", self.page_size, ("64k", "4k"))
         if self.page_size != "64k" and self.kernel != "default":

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import json
 import random
@@ -213,17 +212,26 @@ class PaprScmTest(QemuTest):
         """Of QEMU, and of the guest's kernel."""
         return {**super().versions(), "Linux": self.environment.kernel.release}
 
-    def boot(self, machine: Machine | None = None, *, allowed: Iterable[str] = ()) -> Guest:
-        """A running guest; it ends with the test.
+    def boot(
+        self,
+        machine: Machine | None = None,
+        *,
+        cold: bool = False,
+        allowed: Iterable[str] = (),
+    ) -> Guest:
+        """A running guest with its DIMMs; it ends with the test.
+
+        It may have been booted or restored from a snapshot, with the DIMMs plugged before it ran.
 
         Args:
             machine: what is wanted; memory, CPU, firmware and accelerator come from the settings.
+            cold: it must have been booted, with the DIMMs there when its kernel started.
             allowed: kernel messages that the test expects (regular expressions).
         """
-        wanted = self.environment.furnish(machine or Machine())
+        wanted = machine or Machine()
         self.require(wanted.nvdimms)
         folder = self.folder("guest")
-        guest = Guest(self.environment.equipment, wanted, folder=folder, allowed=allowed)
-        self.leave.enter_context(guest)
-        self.measure(f"{folder.name}.boot_s", dataclasses.asdict(guest.times))
+        start = self.environment.guest(wanted, folder=folder, cold=cold, allowed=allowed)
+        guest = self.leave.enter_context(start)
+        self.measure(f"{folder.name}.start_s", guest.times.reached())
         return guest

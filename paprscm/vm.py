@@ -122,11 +122,24 @@ class Vm(Lifetime):
                 undo.callback(file.unlink)
             # Before QEMU maps it.
             watched = self._shim.watch(file) if self._shim else None
+            self._attach(nvdimm, file)
+            undo.pop_all()
+        self._own(nvdimm.slot, file, watched)
+
+    def attach(self, nvdimm: Nvdimm) -> None:
+        """Plug one of the DIMMs that are there from the start, if the command line left it out.
+
+        Raises:
+            RefusedError: QEMU does not take it.
+        """
+        self._attach(nvdimm, self._files[nvdimm.slot])
+
+    def _attach(self, nvdimm: Nvdimm, file: Path) -> None:
+        with contextlib.ExitStack() as undo:
             self.qmp.execute("object-add", **nvdimm.backend(file))
             undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
             self.qmp.execute("device_add", **nvdimm.frontend())
             undo.pop_all()
-        self._own(nvdimm.slot, file, watched)
 
     def file(self, slot: int) -> Path:
         """The backing file of the DIMM in `slot`."""

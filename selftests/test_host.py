@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from paprscm import host
+from paprscm.budget import Resources
 from paprscm.errors import ConfigError
 from paprscm.host import Finding
 from paprscm.settings import Settings
@@ -95,6 +96,25 @@ def test_wrong_qemu_is_told(chosen: Settings) -> None:
 def test_kvm_that_cannot_be_had_is_told(chosen: Settings) -> None:
     findings = by_subject(host.doctor(dataclasses.replace(chosen, accel="kvm")))
     assert findings["accelerator"].grade == "missing"
+
+
+def test_how_many_tests_side_by_side(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "resources", lambda: Resources(4, 8192))
+    findings = by_subject(host.doctor(chosen))
+    assert findings["machine"] == Finding("ok", "machine", "4 CPUs, 8.0 GiB of memory available")
+    assert findings["side by side"].grade == "ok"
+    assert findings["side by side"].text.startswith("4: 1 for each of 4 CPUs")
+
+
+def test_a_guest_that_may_not_fit_is_told(
+    chosen: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host, "resources", lambda: Resources(1, 1500, memory_from="memory.max"))
+    findings = by_subject(host.doctor(chosen))
+    assert findings["side by side"].grade == findings["machine"].grade == "note"
+    assert findings["side by side"].text.startswith("1, which may not fit: 1.5 GiB")
+    assert "(by the cgroup's memory.max)" in findings["machine"].text
+    assert not host.broken([findings["side by side"]])
 
 
 def test_unusable_folders_are_told(chosen: Settings, tmp_path: Path) -> None:

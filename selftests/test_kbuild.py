@@ -109,7 +109,8 @@ def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(
     assert (built.modules / "lib/modules/6.0/kernel/xfs.ko").is_file()
     assert not (built.modules / "lib/modules/6.0/build").is_symlink()
     calls = (built.vmlinux.parent / "objects/calls").read_text().split()
-    assert calls == ["olddefconfig", "vmlinux", "modules"]
+    # Two goals of one parallel make: either may begin first.
+    assert (calls[0], sorted(calls[1:])) == ("olddefconfig", ["modules", "vmlinux"])
 
 
 def test_second_build_uses_the_same_folder(tree: Path, cache: Cache) -> None:

@@ -25,7 +25,7 @@ from paprscm.machine import (
 from paprscm.qemu import Qemu
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
-WIRING = Wiring(console_fd=5, qmp_fd=6, console_log=Path("/o/console.log"))
+WIRING = Wiring(console_fd=5, qmp_fd=6, port_fd=7, console_log=Path("/o/console.log"))
 
 
 def argv(machine: Machine, wiring: Wiring | None = WIRING, **files: str) -> list[str]:
@@ -45,7 +45,7 @@ qemu
 -accel tcg
 -cpu POWER9
 -smp 2
--m 1024M,slots=8,maxmem=6144M
+-m 1024M,slots=8,maxmem=7168M
 -nodefaults
 -display none
 -no-reboot
@@ -57,10 +57,13 @@ ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1'
 -netdev user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22
 -device virtio-net-pci,netdev=net,romfile=
 -device virtio-rng-pci
--chardev socket,id=console,fd=5,logfile=/o/console.log
+-device virtio-serial-pci
+-chardev socket,id=console,fd=5,logfile=/o/console.log,logappend=on
 -serial chardev:console
 -chardev socket,id=qmp,fd=6
 -qmp chardev:qmp
+-chardev socket,id=port,fd=7
+-device virtserialport,chardev=port,name=paprscm
 -object memory-backend-file,id=mem0,mem-path=/s/0,size=537001984,share=on,pmem=on
 -device spapr-nvdimm,id=nv0,memdev=mem0,slot=0,label-size=131072,\
 uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c

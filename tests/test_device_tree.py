@@ -68,7 +68,7 @@ class DeviceTree(PaprScmTest):
 
     def test_at_boot(self) -> None:
         """Each kind of DIMM that is there at boot has the nodes and files that it must have."""
-        guest = self.boot(Machine(nvdimms=KINDS))
+        guest = self.boot(Machine(nvdimms=KINDS), cold=True)
         for nvdimm in KINDS:
             region = wait_for_region(guest, nvdimm.slot, 10)
             self.judge(region, create_fsdax(guest, region), nvdimm)

@@ -6,6 +6,7 @@ papr_scm read in the device tree (ibm,hcall-flush-required), which QEMU wrote fr
 pmem= and the device's pmem-override= (hw/ppc/spapr_nvdimm.c, spapr_dt_nvdimm).
 """
 
+from paprscm.guest import Guest
 from paprscm.machine import Machine, Nvdimm
 from paprscm.pmem import FsType, dax_mount
 from paprscm.probes import Verdict, expect, map_sync
@@ -14,13 +15,13 @@ from paprscm.testcase import PaprScmTest
 
 class OneDimm(PaprScmTest):
     """
-    One DIMM, there at boot.
+    One DIMM.
 
     :avocado: tags=map_sync
     """
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType, verdict: Verdict) -> None:
-        """Boot with one DIMM, put a DAX file system on it, and compare the probe's verdict."""
+        """Start with one DIMM, put a DAX file system on it, and compare the probe's verdict."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         dax_mount(guest, nvdimm.slot, fstype, "/mnt")
         report = map_sync(guest, "/mnt/file")
@@ -101,39 +102,57 @@ class TwoDimms(PaprScmTest):
         self.judge("ext4", on_slot=1, off_slot=0)
 
 
-class Hotplug(PaprScmTest):
-    """
-    DIMMs that are plugged into a running guest which booted without any.
+CASES = (
+    (Nvdimm(slot=5, pmem=True), Verdict.ACCEPTED),
+    (Nvdimm(slot=2), Verdict.REFUSED),
+    (Nvdimm(slot=3, pmem=True, pmem_override=True), Verdict.REFUSED),
+    (Nvdimm(slot=0, device="nvdimm"), Verdict.ACCEPTED),
+)
 
-    :avocado: tags=map_sync,hotplug
+
+class EachKind(PaprScmTest):
+    """
+    Each kind of DIMM in one guest, there when it boots or plugged while it runs.
+
+    :avocado: tags=map_sync
     """
 
-    def judge(self, fstype: FsType) -> None:
-        """The verdicts are those of DIMMs that were there at boot."""
-        cases = (
-            (Nvdimm(slot=5, pmem=True), Verdict.ACCEPTED),
-            (Nvdimm(slot=2), Verdict.REFUSED),
-            (Nvdimm(slot=3, pmem=True, pmem_override=True), Verdict.REFUSED),
-            (Nvdimm(slot=0, device="nvdimm"), Verdict.ACCEPTED),
-        )
-        self.require(nvdimm for nvdimm, _verdict in cases)
-        guest = self.boot()
-        for nvdimm, _verdict in cases:
-            guest.plug(nvdimm)
-        for nvdimm, verdict in cases:
+    def judge(self, guest: Guest, fstype: FsType) -> None:
+        """Each DIMM has the verdict of its kind."""
+        for nvdimm, verdict in CASES:
             mountpoint = f"/mnt/{nvdimm.slot}"
             dax_mount(guest, nvdimm.slot, fstype, mountpoint)
             report = map_sync(guest, f"{mountpoint}/file")
             self.measure(f"probe slot {nvdimm.slot}", report.line)
             expect(report, verdict)
 
-    def test_xfs(self) -> None:
-        """On XFS, a DIMM plugged by device_add gets the verdict that it would get at boot."""
-        self.judge("xfs")
+    def plugged(self) -> Guest:
+        """A guest into which they were plugged while it ran."""
+        self.require(nvdimm for nvdimm, _verdict in CASES)
+        guest = self.boot()
+        for nvdimm, _verdict in CASES:
+            guest.plug(nvdimm)
+        return guest
 
-    def test_ext4(self) -> None:
+    def booted(self) -> Guest:
+        """A guest whose kernel found them when it started."""
+        return self.boot(Machine(nvdimms=tuple(nvdimm for nvdimm, _verdict in CASES)), cold=True)
+
+    def test_at_boot_xfs(self) -> None:
+        """On XFS, a DIMM that is there when the kernel starts gets the verdict of its kind."""
+        self.judge(self.booted(), "xfs")
+
+    def test_at_boot_ext4(self) -> None:
+        """On ext4, a DIMM that is there when the kernel starts gets the verdict of its kind."""
+        self.judge(self.booted(), "ext4")
+
+    def test_hotplug_xfs(self) -> None:
+        """On XFS, a DIMM plugged by device_add gets the verdict that it would get at boot."""
+        self.judge(self.plugged(), "xfs")
+
+    def test_hotplug_ext4(self) -> None:
         """On ext4, a DIMM plugged by device_add gets the verdict that it would get at boot."""
-        self.judge("ext4")
+        self.judge(self.plugged(), "ext4")
 
 
 class NotDax(PaprScmTest):
@@ -142,6 +161,14 @@ class NotDax(PaprScmTest):
 
     :avocado: tags=map_sync
     """
+
+    def judge(self, guest: Guest, path: str, fstype: str) -> None:
+        """The file is on that file system, not on the tmpfs below it, and judged not DAX."""
+        report = map_sync(guest, path)
+        self.measure("probe", report.line)
+        assert report.file is not None
+        assert report.file.fs_name == fstype
+        expect(report, Verdict.NOT_DAX)
 
     def test_xfs_with_small_blocks(self) -> None:
         """XFS with blocks smaller than a page turns DAX off in silence: judged not DAX.
@@ -153,14 +180,10 @@ class NotDax(PaprScmTest):
         line = guest.succeed("grep -m 1 KernelPageSize /proc/self/smaps")
         small = 1024 if line.split()[1:] == ["4", "kB"] else 4096
         dax_mount(guest, 0, "xfs", "/mnt", block_size=small)
-        report = map_sync(guest, "/mnt/file")
-        self.measure("probe", report.line)
-        expect(report, Verdict.NOT_DAX)
+        self.judge(guest, "/mnt/file", "xfs")
 
     def test_tmpfs(self) -> None:
         """tmpfs is no DAX file system: judged not DAX, though MAP_SHARED_VALIDATE works there."""
         guest = self.boot()
         guest.succeed("mkdir /mnt/t && mount -t tmpfs tmpfs /mnt/t")
-        report = map_sync(guest, "/mnt/t/file")
-        self.measure("probe", report.line)
-        expect(report, Verdict.NOT_DAX)
+        self.judge(guest, "/mnt/t/file", "tmpfs")

@@ -15,6 +15,9 @@ from avocado.core.plugin_interfaces import JobPre
 from paprscm.process import join_run
 from paprscm.settings import TEST_PARAMETERS
 
+# So many tests with guests save more time than it takes to make a snapshot.
+_WORTH_A_SNAPSHOT = 4
+
 
 class Prepare(JobPre):
     """A kernel build inside the first test would count against that test's time limit."""
@@ -29,7 +32,7 @@ class Prepare(JobPre):
         it looked at on the front of this one's sys.path, so that here `import qemu.qmp` would
         find our qemu.py (known_issues/avocado-safeloader-sys-path).
         """
-        ours = _ours(job)
+        ours = ours_of(job)
         if not ours:
             return
         join_run()
@@ -39,14 +42,16 @@ class Prepare(JobPre):
             for name, value in given.items()
             if name not in TEST_PARAMETERS
         ]
-        only = ["--only-qemu"] if all(map(_needs_no_guest, ours)) else []
-        command = [sys.executable, "-m", "paprscm.cli", "image", "--quiet", *only, *options]
+        guests = sum(not _needs_no_guest(test) for test in ours)
+        less = ["--no-snapshot"] if guests < _WORTH_A_SNAPSHOT else []
+        less = less if guests else ["--only-qemu"]
+        command = [sys.executable, "-m", "paprscm.cli", "image", "--quiet", *less, *options]
         status = subprocess.run(command, check=False).returncode
         if status:
             raise JobError("there can be no guests; no test was started")
 
 
-def _ours(job: Job) -> list[Runnable]:
+def ours_of(job: Job) -> list[Runnable]:
     """The job's tests that are of this suite: the plugin is loaded for every job in the venv."""
     tests = [test for suite in job.test_suites for test in suite.tests]
     modules = {str(test.uri).partition(":")[0] for test in tests}

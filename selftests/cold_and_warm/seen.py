@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What ten.py saw of a guest, and how two guests differ that should not."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+
+# A DIMM that is plugged does not come with the tree that the firmware made.
+_TREE_MAY_DIFFER = (
+    r".*/phandle",  # Numbered by the firmware, over all nodes that there are at boot.
+    r".*/ibm,pmemory@[0-9a-f]{8}/name",  # ibm,configure-connector gives none.
+    r".*/ibm,pft-size",  # QEMU's choice, by the memory that there is at boot.
+    r".*/linux,direct64-ddr-window-info",  # Linux maps all of pmem for DMA, if any is there.
+)
+_SYS_MAY_DIFFER = (
+    r".*/of_node/(phandle|name)",  # As above.
+    r".*/(stat|inflight|diskseq|dev)",  # What was read so far; numbers in the order of discovery.
+    r".*/bdi/max_bytes",  # A part of the free memory.
+    r".*/uuid",  # Random, as it should be.
+    r".*/uevent",  # Device numbers; all else of it is in files of its own.
+)
+_LOG_MAY_DIFFER = (
+    r"virtio-pci .*: ibm,create-pe-dma-window\(2027\) .*",  # As above.
+    r"pseries-pmem: Successfully added /ibm,persistent-memory/ibm,pmemory@.*",  # It was plugged.
+    r"radix-mmu: Mapped .*",  # By one DIMM each, or by neighbours together.
+    r"sh \([0-9]+\): drop_caches: 3",  # Before it was saved.
+    r"hrtimer: interrupt took [0-9]+ ns",  # The host was busy.
+    # Of our own looking, and of the first file only.
+    r"bdi [0-9:]+: the stable_pages_required attribute has been removed.*",
+    r"block pmem@.*: the capability attribute has been deprecated.",
+)
+_NAME = re.compile(r"\b(region|namespace|pfn|dax|btt|pmem|ndbus|nmem)([0-9]+)(?=\b|s\b|\.|p)")
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+class Seen:
+    """One guest, with numbers replaced by the DRC of the DIMM that they belong to.
+
+    Args:
+        file: as ten.py wrote it.
+    """
+
+    def __init__(self, file: Path) -> None:
+        text = file.read_bytes().decode(errors="replace")
+        self._drcs: dict[str, str] = {}
+        self.tree: dict[str, str] = {}
+        self.files: dict[str, str] = {}
+        lines, log, name = [], [], None
+        for line in text.splitlines():
+            kind, _, rest = line.partition(" ")
+            if kind == "of":
+                device, _, node = rest.partition(" ")
+                self._drcs[device] = node[-8:]
+            elif kind == "tree":
+                digest, _, path = rest.partition("  ")
+                self.tree[path] = digest
+            elif kind == "log":
+                log.append(re.sub(r"^\[ *[0-9.]+\] ", "", rest))
+            elif kind == "sys":
+                lines.append(rest)
+        for bus, nmem in re.findall(r"/(ndbus[0-9]+)/(nmem[0-9]+)/", text):
+            self._drcs[nmem] = self._drcs[bus]
+        for line in lines:
+            if header := re.fullmatch("==> (.*) <==", line):
+                name = self._named(header[1])
+                self.files[name] = ""
+            elif name is not None:
+                self.files[name] += self._named(line) + "\n"
+        self.log = Counter(_UUID.sub("UUID", self._named(line)) for line in log)
+
+    def _named(self, text: str) -> str:
+        def by_drc(found: re.Match[str]) -> str:
+            # pmem0, namespace0 and pfn0 are of region0 (region_devs.c, namespace_devs.c).
+            known = found[1] in ("ndbus", "nmem")
+            owner = found[0] if known else f"region{found[2]}"
+            return f"{found[1]}@{self._drcs.get(owner, found[2])}"
+
+        return _NAME.sub(by_drc, text)
+
+
+def differences(first: Seen, second: Seen) -> list[str]:
+    """What differs between two guests and may not; one line each."""
+    found = []
+    for title, one, other, may in (
+        ("device tree", first.tree, second.tree, _TREE_MAY_DIFFER),
+        ("sysfs", first.files, second.files, _SYS_MAY_DIFFER),
+    ):
+        for name in sorted(one.keys() | other.keys()):
+            if one.get(name) != other.get(name) and not _matches(name, may):
+                found.append(f"{title}: {name}: {one.get(name)!r}, {other.get(name)!r}")
+    for line in sorted(first.log.keys() | second.log.keys()):
+        if first.log[line] != second.log[line] and not _matches(line, _LOG_MAY_DIFFER):
+            found.append(f"kernel: {line!r}: {first.log[line]} and {second.log[line]} times")
+    return found
+
+
+def _matches(text: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.fullmatch(pattern, text) for pattern in patterns)
