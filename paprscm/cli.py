@@ -231,7 +231,9 @@ def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
             raise ConfigError("--config without --source", hint="give the tree that it belongs to")
         built = build_default(cache, chosen)
     else:
-        built = build_tree(cache, arguments.source, config=arguments.config)
+        built = build_tree(
+            cache, arguments.source, config=arguments.config, page_size=chosen.page_size
+        )
     print(built.vmlinux)
     if built.modules is not None:
         log.logger.info("its modules: --modules %s", built.modules)

@@ -138,8 +138,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
 
     Args:
         settings: what the user chose.
-        make_snapshot: make one now if there is none; that takes as long as five guests take to
-            boot, and pays for more of them.
+        make_snapshot: make one now if there is none; that takes as long as some eight tests save.
 
     Raises:
         Error: something cannot be had; the message says what, the hint how.

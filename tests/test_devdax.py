@@ -116,9 +116,12 @@ class Devdax(PaprScmTest):
             raise ContractError(f"{device.name}:\n  " + "\n  ".join(found))
         on_host = OnHost(guest, region, device)
         stored = [r for r in reports if r.mapping.store_in_mapping]
-        absent = {str(r.cell): lost for r in stored if (lost := on_host.absent(r))}
+        absent = [f"{r.cell}: {len(lost)} pages" for r in stored if (lost := on_host.absent(r))]
         if absent or not stored:
-            raise ContractError(f"of {len(stored)} mappings, not in the backing file: {absent}")
+            raise ContractError(
+                f"stores of {len(absent)} of {len(stored)} mappings are not where they belong in "
+                "the backing file:\n  " + "\n  ".join(absent)
+            )
         self.measure("stores found on the host", sum(len(r.stored()) for r in stored))
         return by_sync, align
 
@@ -171,8 +174,10 @@ class Devdax(PaprScmTest):
         on_host = OnHost(guest, region, device)
         if found := differences([control], FileKind.DEVICE, align_bytes=align):
             raise ContractError("the control:\n  " + "\n  ".join(found))
-        if report.page_size >= align or on_host.absent(control):
-            raise ContractError(f"the control has no force: {control}")
+        if on_host.absent(control):
+            raise ContractError(f"the control's stores are not in the backing file: {control.cell}")
+        if half.offset % report.page_size:
+            raise ContractError(f"an alignment of {align} leaves no offset that is in whole pages")
         mapping = report.mapping
         if mapping.result is Result.REFUSED and mapping.errno == errno.EINVAL:
             shows, found_text = False, "it is refused"

@@ -16,7 +16,7 @@ from paprscm.process import join_run
 from paprscm.settings import TEST_PARAMETERS
 
 # So many tests with guests save more time than it takes to make a snapshot.
-_WORTH_A_SNAPSHOT = 4
+_WORTH_A_SNAPSHOT = 8
 
 
 class Prepare(JobPre):

@@ -26,6 +26,7 @@ _LOG_MAY_DIFFER = (
     r"pseries-pmem: Successfully added /ibm,persistent-memory/ibm,pmemory@.*",  # It was plugged.
     r"radix-mmu: Mapped .*",  # By one DIMM each, or by neighbours together.
     r"sh \([0-9]+\): drop_caches: 3",  # Before it was saved.
+    r"Memory: [0-9]+K/.* available .*",  # Some KiB more or less are reserved from boot to boot.
     r"hrtimer: interrupt took [0-9]+ ns",  # The host was busy.
     # Of our own looking, and of the first file only.
     r"bdi [0-9:]+: the stable_pages_required attribute has been removed.*",
