@@ -26,7 +26,7 @@ from paprscm.errors import ContractError, GuestLostError, HostError
 from paprscm.kmsg import Trouble
 from paprscm.machine import Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
 from paprscm.process import describe_status
-from paprscm.restore import Port, Snapshot, load
+from paprscm.restore import NotRestoredError, Port, Snapshot, load
 from paprscm.settings import Settings
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
 from paprscm.vm import Lifetime, Vm
@@ -384,7 +384,11 @@ class Guest(Lifetime):
         """Load the state, plug the DIMMs, let it run; it is called while it wakes."""
         # QEMU goes on writing there.
         (self.folder / "console.log").write_bytes(snapshot.console.read_bytes())
-        load(self.qmp, snapshot)
+        try:
+            load(self.qmp, snapshot)
+        except NotRestoredError as error:
+            self._expect_not_killed(error)
+            raise
         self._note("restored")
         for nvdimm in self.machine.nvdimms:
             self.vm.attach(nvdimm)
@@ -398,15 +402,26 @@ class Guest(Lifetime):
                 self._note("awake")
                 there = self._port.regions(self.check)
                 self._note("regions")
-            except BaseException:
-                # So that the call ends.
-                self._lose("it was given up")
-                self.process.kill()
+            except BaseException as error:
+                try:
+                    if isinstance(error, NotRestoredError):
+                        self._expect_not_killed(error)
+                finally:
+                    # So that the call ends.
+                    self._lose("it was given up")
+                    self.process.kill()
                 raise
         connecting.result()
         wanted = len(self.machine.nvdimms)
         if there != wanted:
             log.logger.info("%d regions of %d DIMMs have their driver", there, wanted)
+
+    def _expect_not_killed(self, error: NotRestoredError) -> None:
+        """Raise if QEMU was killed: that says nothing about the snapshot, which is kept then."""
+        status = self.process.wait(1.0)
+        if status is not None and status < 0:
+            how = describe_status(status)
+            raise GuestLostError(f"QEMU ended, {how}, while it was restored") from error
 
     def _note(self, mark: str) -> None:
         setattr(self.times, mark, time.monotonic() - self.vm.exec_s)

@@ -90,8 +90,8 @@ def load(qmp: Qmp, snapshot: Snapshot) -> None:
     Raises:
         NotRestoredError: QEMU does not take it.
     """
-    _prepare(qmp)
     try:
+        _prepare(qmp)
         _migrate(qmp, "migrate-incoming", f"exec:cat {shlex.quote(str(snapshot.state))}")
     except (GuestLostError, HostError) as error:
         raise NotRestoredError(f"QEMU does not load the snapshot: {error.message}") from error

@@ -20,9 +20,11 @@ import pytest
 from cold_and_warm.seen import Seen, differences
 
 from paprscm.environment import Environment
+from paprscm.errors import GuestLostError
 from paprscm.guest import Guest
 from paprscm.machine import Machine, Nvdimm
-from paprscm.restore import NotRestoredError, Snapshot
+from paprscm.qmp import Qmp
+from paprscm.restore import NotRestoredError, Snapshot, load
 
 pytestmark = pytest.mark.guest
 
@@ -196,3 +198,37 @@ def test_ten_tests_do_not_depend_on_it(snapshot: Snapshot, tmp_path: Path) -> No
         assert min(len(one.tree), len(one.files), len(one.log)) > 50, name
         found += [f"{name}: {line}" for line in differences(one, other)]
     assert found == []
+
+
+def qemu_below(logs: Path) -> int:
+    """The QEMU whose console is logged in a folder below."""
+    [pid] = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if b"qemu" in (words := cmdline(folder)).partition(b"\0")[0]
+        and f"logfile={logs}".encode() in words
+    ]
+    return pid
+
+
+def cmdline(folder: Path) -> bytes:
+    """The command line of a process, or nothing if it has just ended."""
+    try:
+        return (folder / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_qemu_that_is_killed_says_nothing_about_the_snapshot(
+    snapshot: Snapshot, restore: Restore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reason to boot another one, and to drop what works."""
+
+    def load_and_kill(qmp: Qmp, begin: Snapshot) -> None:
+        os.kill(qemu_below(tmp_path), 9)
+        load(qmp, begin)
+
+    monkeypatch.setattr("paprscm.guest.load", load_and_kill)
+    with pytest.raises(GuestLostError, match="killed by SIGKILL, while it was restored"), restore():
+        pass
+    assert snapshot.folder.exists()
