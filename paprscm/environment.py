@@ -22,6 +22,7 @@ from paprscm.machine import Machine, Payload
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
 from paprscm.settings import Settings
+from paprscm.shim import Shim
 from paprscm.userland import Userland
 
 # Everything that the suite's tests call in the guest must start there.
@@ -80,6 +81,7 @@ class Environment:
         cold: bool = False,
         allowed: Iterable[str] = (),
         mirror: TextIO | None = None,
+        shim: Shim | None = None,
     ) -> Iterator[Guest]:
         """A running guest: restored from the snapshot where that can be, else booted.
 
@@ -89,6 +91,7 @@ class Environment:
             cold: boot it: its DIMMs are there when the kernel starts.
             allowed: kernel messages that are expected (regular expressions).
             mirror: where to write what its console prints.
+            shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """
         wanted, patterns = self.furnish(machine), list(allowed)
 
@@ -100,6 +103,7 @@ class Environment:
                 allowed=patterns,
                 mirror=mirror,
                 snapshot=begin,
+                shim=shim,
             )
 
         begin = self.snapshot

@@ -28,6 +28,7 @@ from paprscm.machine import Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_a
 from paprscm.process import describe_status
 from paprscm.restore import NotRestoredError, Port, Snapshot, load
 from paprscm.settings import Settings
+from paprscm.shim import Shim
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
 from paprscm.vm import Lifetime, Vm
 from paprscm.wording import in_words, log_command, outcome, quoted
@@ -68,6 +69,7 @@ class Guest(Lifetime):
         mirror: where to write what the guest's console prints, besides console.log.
         snapshot: begin there instead of booting; it must fit the machine.
         memory_file: its memory becomes this file, for a guest that will be saved.
+        shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
 
     Raises:
         NotRestoredError: the snapshot did not come to life.
@@ -85,9 +87,11 @@ class Guest(Lifetime):
         mirror: TextIO | None = None,
         snapshot: Snapshot | None = None,
         memory_file: Path | None = None,
+        shim: Shim | None = None,
     ) -> None:
         super().__init__()
         self._mirror = mirror
+        self._shim = shim
         self._snapshot = snapshot
         self._memory = snapshot.memory if snapshot else None
         if memory_file is not None:
@@ -362,6 +366,7 @@ class Guest(Lifetime):
                     folder=self.folder,
                     scratch_dir=self._settings.scratch_dir,
                     pass_fds=(console_fd, port_fd),
+                    shim=self._shim,
                 )
             )
         self.process, self.qmp = self.vm.process, self.vm.qmp

@@ -218,6 +218,7 @@ class PaprScmTest(QemuTest):
         *,
         cold: bool = False,
         allowed: Iterable[str] = (),
+        shim: Shim | None = None,
     ) -> Guest:
         """A running guest with its DIMMs; it ends with the test.
 
@@ -227,11 +228,14 @@ class PaprScmTest(QemuTest):
             machine: what is wanted; memory, CPU, firmware and accelerator come from the settings.
             cold: it must have been booted, with the DIMMs there when its kernel started.
             allowed: kernel messages that the test expects (regular expressions).
+            shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """
         wanted = machine or Machine()
         self.require(wanted.nvdimms)
         folder = self.folder("guest")
-        start = self.environment.guest(wanted, folder=folder, cold=cold, allowed=allowed)
+        start = self.environment.guest(
+            wanted, folder=folder, cold=cold, allowed=allowed, shim=shim
+        )
         guest = self.leave.enter_context(start)
         self.measure(f"{folder.name}.start_s", guest.times.reached())
         return guest
