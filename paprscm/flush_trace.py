@@ -9,6 +9,7 @@ counted by HCALL_STATS (hvCall_inst.c), which shares no code with kprobes.
 from __future__ import annotations
 
 import re
+import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _FLUSH = int(Hcall.H_SCM_FLUSH)
 _BUSY = {int(ReturnCode.H_BUSY), *map(int, LONG_BUSY_MS)}
+
+_ENOUGH_WAITS = 20
 
 _PREPARE = f"""
 T=/sys/kernel/tracing D=/sys/kernel/debug
@@ -212,7 +215,9 @@ def expect_protocol(flushes: Iterable[Flush], *, code: int = ReturnCode.H_SUCCES
 
     A flush begins with token 0, hands back the token that it was given until it has ended, and
     asks no more then; no two flushes of a DIMM have the same token. Before it asks again, the
-    driver waits as long as the answer said (papr_scm.c:papr_scm_pmem_flush).
+    driver waits as long as the answer said (papr_scm.c:papr_scm_pmem_flush): the median of 20
+    waits or more is not shorter. A single one can be: msleep counts jiffies, and where a vCPU had
+    to wait for its host, jiffies are late when it begins and catch up before it ends.
 
     Args:
         flushes: in the order in which they ended.
@@ -221,6 +226,7 @@ def expect_protocol(flushes: Iterable[Flush], *, code: int = ReturnCode.H_SUCCES
     Raises:
         ContractError: with the calls of the first that does not.
     """
+    waits: Mapping[int, list[int]] = defaultdict(list)
     tokens: Mapping[int, set[int]] = defaultdict(set)
     for flush in flushes:
         first, *polls = flush.calls
@@ -234,13 +240,17 @@ def expect_protocol(flushes: Iterable[Flush], *, code: int = ReturnCode.H_SUCCES
         tokens[flush.drc].add(first.token)
         if any(call.sent != first.token or call.drc != flush.drc for call in polls):
             wrong.append("a later call names another flush")
-        hints = [LONG_BUSY_MS.get(ReturnCode(call.code), 0) for call in flush.calls[:-1]]
-        waits = flush.waits_us
-        # The trace has whole microseconds.
-        if any(wait + 2 < 1000 * hint for wait, hint in zip(waits, hints, strict=True)):
-            wrong.append(f"it waited {waits} us, asked to wait {hints} ms")
+        for call, wait in zip(flush.calls, flush.waits_us, strict=False):
+            waits[call.code].append(wait)
         if flush.code != code:
             wrong.append(f"it ended with {return_code_name(flush.code)}")
         if wrong:
             calls = "\n    ".join(map(str, flush.calls))
             raise ContractError(f"a flush: {'; '.join(wrong)}:\n    {calls}")
+    for busy, found in waits.items():
+        hint_us = 1000 * LONG_BUSY_MS.get(ReturnCode(busy), 0)
+        if len(found) >= _ENOUGH_WAITS and (median := statistics.median(found)) < hint_us:
+            raise ContractError(
+                f"the driver waited {median} us after {return_code_name(busy)} (median of "
+                f"{len(found)}), at least {hint_us} us are asked for"
+            )
