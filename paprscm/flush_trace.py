@@ -61,6 +61,11 @@ _LACKING = {
     14: "probes of the guest's kernel cannot read arguments (Linux 6.9 can)",
 }
 
+_COUNT = f"""
+cd /sys/kernel/debug/hcall_inst || exit 11
+cat cpu* | awk '$1 == {_FLUSH} {{ n += $2 }} END {{ print n + 0 }}'
+"""
+
 _LINE = re.compile(
     r" *.*-(?P<pid>\d+) +\[\d+\] +\S+ +(?P<seconds>\d+)\.(?P<us>\d{6}): (?P<event>\w+): \(.*?\)"
     r"(?P<fields>(?: \w+=\S+)*)"
@@ -208,6 +213,20 @@ class FlushTrace:
         if call.code in _BUSY:
             return None
         return Flush(tuple(self._flushes.pop(pid)))
+
+
+def count_hcalls(guest: Guest) -> int:
+    """How often the guest has made H_SCM_FLUSH since it started, by HCALL_STATS: without a probe.
+
+    Raises:
+        CapabilityError: its kernel does not count its hcalls.
+    """
+    result = guest.run(_COUNT)
+    if why := _LACKING.get(result.status):
+        raise CapabilityError(why, hint="the options are in images/kernel.config")
+    if result.status or not result.stdout.strip().isdecimal():
+        raise HostError(f"the guest's count of hcalls cannot be read: {result}")
+    return int(result.stdout)
 
 
 def expect_protocol(flushes: Iterable[Flush], *, code: int = ReturnCode.H_SUCCESS) -> None:
