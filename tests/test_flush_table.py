@@ -60,7 +60,7 @@ DISK = (
         1,
         durable=True,
     ),
-    Row("sync() with a dirty disk", "xfs_io -c 'pwrite -q 0 64k' -c '!sync' $D", 0),
+    Row("sync() with a dirty disk", "xfs_io -c 'pwrite -q -b 64k 0 64k' -c '!sync' $D", 0),
     Row("BLKFLSBUF", "blockdev --flushbufs $D", 0),
     Row(
         "fsync where write_cache says write through",
@@ -71,15 +71,15 @@ DISK = (
     Row("fsync where it says write back again", "xfs_io -c fsync $D", 1, durable=True),
 )
 
-XFS = (
-    Row("mkfs.xfs", "mkfs.xfs -q -f -b size=$P $D", 2, durable=True),
-    Row("mount", "mount -o dax=always $D /mnt/a", 0),
-    Row("fsync of a new file", "xfs_io -f -c 'pwrite -q 0 64k' -c fsync $F", 2, durable=True),
-    Row("fsync of an overwrite", "xfs_io -c 'pwrite -q 0 64k' -c fsync $F", 2, durable=True),
+FILES = (
+    Row(
+        "fsync of a new file", "xfs_io -f -c 'pwrite -q -b 64k 0 64k' -c fsync $F", 2, durable=True
+    ),
+    Row("fsync of an overwrite", "xfs_io -c 'pwrite -q -b 64k 0 64k' -c fsync $F", 2, durable=True),
     Row("fsync of what is clean", "xfs_io -c fsync $F", 1),
     Row(
         "fdatasync of an overwrite",
-        "xfs_io -c 'pwrite -q 0 64k' -c fdatasync $F",
+        "xfs_io -c 'pwrite -q -b 64k 0 64k' -c fdatasync $F",
         1,
         durable=True,
     ),
@@ -95,31 +95,23 @@ XFS = (
         "xfs_io -c 'mmap -rw 0 64k' -c 'mwrite 0 64k' -c 'msync -a 0 64k' $F",
         0,
     ),
-    Row("O_DSYNC write of a new file", "xfs_io -f -d -s -c 'pwrite -q 0 64k' ${F}2", 2, True),
-    Row("sync()", "xfs_io -f -c 'pwrite -q 0 64k' ${F}3; sync", 2, durable=True),
+    Row(
+        "O_DSYNC write of a new file", "xfs_io -f -d -s -c 'pwrite -q -b 64k 0 64k' ${F}2", 2, True
+    ),
+    Row("sync()", "xfs_io -f -c 'pwrite -q -b 64k 0 64k' ${F}3; sync", 2, durable=True),
     Row("umount", "umount /mnt/a", None, durable=True),
+)
+
+XFS = (
+    Row("mkfs.xfs", "mkfs.xfs -q -f -b size=$P $D", 2, durable=True),
+    Row("mount", "mount -o dax=always $D /mnt/a", 0),
+    *FILES,
 )
 
 EXT4 = (
     Row("mkfs.ext4", "mkfs.ext4 -q -F -E lazy_itable_init=0 -b $P $D", 3, durable=True),
     Row("mount", "mount -o dax=always,commit=600 $D /mnt/a", 1),
-    Row("fsync of a new file", "xfs_io -f -c 'pwrite -q 0 64k' -c fsync $F", 2, durable=True),
-    Row("fsync of an overwrite", "xfs_io -c 'pwrite -q 0 64k' -c fsync $F", 2, durable=True),
-    Row("fsync of what is clean", "xfs_io -c fsync $F", 1),
-    Row(
-        "fdatasync of an overwrite",
-        "xfs_io -c 'pwrite -q 0 64k' -c fdatasync $F",
-        1,
-        durable=True,
-    ),
-    Row(
-        "msync(MS_SYNC)",
-        "xfs_io -c 'mmap -rw 0 64k' -c 'mwrite 0 64k' -c 'msync -s 0 64k' $F",
-        1,
-        durable=True,
-    ),
-    Row("sync()", "xfs_io -f -c 'pwrite -q 0 64k' ${F}3; sync", 2, durable=True),
-    Row("umount", "umount /mnt/a", None, durable=True),
+    *FILES,
 )
 
 NAMESPACES = (
