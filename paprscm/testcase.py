@@ -233,9 +233,7 @@ class PaprScmTest(QemuTest):
         wanted = machine or Machine()
         self.require(wanted.nvdimms)
         folder = self.folder("guest")
-        start = self.environment.guest(
-            wanted, folder=folder, cold=cold, allowed=allowed, shim=shim
-        )
+        start = self.environment.guest(wanted, folder=folder, cold=cold, allowed=allowed, shim=shim)
         guest = self.leave.enter_context(start)
         self.measure(f"{folder.name}.start_s", guest.times.reached())
         return guest
