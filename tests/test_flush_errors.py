@@ -21,7 +21,7 @@ from paprscm.fs_health import check_offline
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.persist import Step, flush_hcalls, persist
-from paprscm.pmem import DaxMount, FsType, create_namespace, dax_mount, mount, region
+from paprscm.pmem import DaxMount, Dimm, FsType, create_namespace, dax_mount, mount, region
 from paprscm.testcase import PaprScmTest
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
@@ -130,6 +130,12 @@ class FlushErrors(PaprScmTest):
             *_, found = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
             self.assertEqual(found.byte, byte)
 
+    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Dimm:
+        """What the guest says of the DIMM itself."""
+        found = region(guest, nvdimm.slot).dimm
+        assert found is not None
+        return found
+
     def test_health(self) -> None:
         """A DIMM whose flushes fail is not told to be healthy."""
         unarmed = Nvdimm(slot=5, size_bytes=SMALL, unarmed=True)
@@ -141,17 +147,17 @@ class FlushErrors(PaprScmTest):
         # asks first: PAPR_PDSM_HEALTH makes a new H_SCM_HEALTH.
         listed = json.loads(guest.succeed("ndctl list -DH"))
         health = {dimm["dev"]: dimm["health"] for dimm in listed}
-        flags = {nvdimm: region(guest, nvdimm.slot).dimm.papr_flags for nvdimm in found}
+        flags = {nvdimm: self.dimm(guest, nvdimm).papr_flags for nvdimm in found}
         # The control: what QEMU does tell comes through.
         self.assertEqual(flags[unarmed], {"not_armed"})
-        told = health[found[DIMM].dimm.name]
+        told = health[self.dimm(guest, DIMM).name]
         self.measure("health after failed flushes", told)
         self.assertEqual((told["shutdown_state"], told["shutdown_count"]), ("clean", 0))
         self.known_issue(
             "qemu-nvdimm-healthy-while-flushes-fail",
             shows=told["health_state"] == "ok" and not flags[DIMM],
             found=f"after five flushes that failed, health is {told['health_state']}, the flags "
-            f"are {sorted(flags[DIMM])}",
+            f"are {sorted(flags[DIMM] or ())}",
         )
 
     def mounted(self, guest: Guest, fstype: FsType) -> DaxMount:

@@ -112,9 +112,8 @@ class FlushHang(PaprScmTest):
             )
             guest.connect()
             self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
-            path = f"{region(guest, DIMM.slot).device}/deep_flush"
-            (step,) = persist(guest, path, "dwrite=0:1:49")
-            self.assertEqual(step.errno, 0)
+            # Not persist, which would have to be compiled anew.
+            guest.succeed(f"echo 1 > {region(guest, DIMM.slot).device}/deep_flush")
             counts = guest.vm.syncs(DIMM.slot).counts()
             self.assertEqual((counts.begun, counts.ended), (self.begun + 1, self.begun + 1))
 
