@@ -167,11 +167,11 @@ static void tell(const struct step *step, long long result, int number, long lon
 /* How many numbers a step wants; -1: there is no such step. */
 static int numbers(const char *name)
 {
-	static const char *const names[] = { "fsync,fdatasync,syncfs,", "", "msync,read,",
-					     "write,dwrite,store," };
+	static const char *const names[] = { ",fsync,fdatasync,syncfs,", "", ",msync,read,",
+					     ",write,dwrite,store," };
 	char word[16];
 
-	snprintf(word, sizeof(word), "%s,", name);
+	snprintf(word, sizeof(word), ",%s,", name);
 	for (int count = 0; count < 4; count++)
 		if (strstr(names[count], word))
 			return count;
@@ -190,7 +190,7 @@ static int parse(char *word, struct step *step)
 			       &step->byte, &rest);
 	}
 	wanted = numbers(word);
-	return wanted >= 0 && found == wanted && step->offset >= 0 && step->length >= 0;
+	return wanted >= 0 && found == wanted && !equals == !wanted && step->offset >= 0 && step->length >= 0;
 }
 
 int main(int argc, char **argv)

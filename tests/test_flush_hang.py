@@ -10,6 +10,7 @@ Every hang is bounded: the shim lets go of it in the end, and QEMU must end.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ from paprscm.testcase import PaprScmTest
 DIMM = Nvdimm(slot=2, size_bytes=256 * MIB)
 HELD_S = 2.0
 """How long a hang is watched."""
-SOON_S = 10.0
+SOON_S = 30.0
 """Within this, on a busy host, what does not hang has happened."""
 
 
@@ -108,7 +109,8 @@ class FlushHang(PaprScmTest):
             guest.hang_up()
             ready = {"ready": re.compile("paprscm: ready")}
             self.assertTrue(
-                guest.console.wait_for(ready, timeout_s=120, silence_s=60, start=printed)
+                guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed),
+                "the guest did not start again",
             )
             guest.connect()
             self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
@@ -155,7 +157,7 @@ class FlushHang(PaprScmTest):
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
-        self.measure("ended, s", self.expect_end(guest, 2 * SOON_S))
+        self.measure("ended, s", self.expect_end(guest, SOON_S))
         self.assertIn("reboot: Power down", "\n".join(guest.console.lines))
         self.assertEqual(syncs.counts().ended, self.begun - 1)
 
@@ -165,7 +167,9 @@ class FlushHang(PaprScmTest):
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
         off = {"off": re.compile("Power off requested")}
-        self.assertTrue(guest.console.wait_for(off, timeout_s=SOON_S, silence_s=SOON_S))
+        # However long the guest was silent before.
+        found = guest.console.wait_for(off, timeout_s=SOON_S, silence_s=math.inf)
+        self.assertTrue(found, "the guest was not told to power off")
         # nd_pmem's own, besides the one that hangs.
         syncs.wait_begun(self.begun + 1, SOON_S)
         self.assertIsNone(guest.process.wait(HELD_S))
@@ -174,6 +178,6 @@ class FlushHang(PaprScmTest):
         self.assertEqual(guest.qmp.execute("query-status")["status"], "running")
         self.assertEqual(syncs.counts().ended, self.begun - 1)
         syncs.release()
-        self.measure("ended after release, s", self.expect_end(guest, 2 * SOON_S))
+        self.measure("ended after release, s", self.expect_end(guest, SOON_S))
         counts = syncs.counts()
         self.assertEqual((counts.begun, counts.ended), (self.begun + 1, self.begun + 1))
