@@ -190,7 +190,8 @@ static int parse(char *word, struct step *step)
 			       &step->byte, &rest);
 	}
 	wanted = numbers(word);
-	return wanted >= 0 && found == wanted && !equals == !wanted && step->offset >= 0 && step->length >= 0;
+	return wanted >= 0 && found == wanted && !equals == !wanted && step->offset >= 0 &&
+	       step->length >= 0;
 }
 
 int main(int argc, char **argv)
