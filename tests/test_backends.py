@@ -167,7 +167,7 @@ class Backends(PaprScmTest):
             found = f"{cause}, and QEMU ended, {describe_status(status)}"
         else:
             # Whatever else it does, it must not say that all is well.
-            self.assertNotEqual([step.errno for step in made], [0] * len(made))
+            self.assertTrue(any(step.errno for step in made), "the guest was told that all is well")
             status, found = 0, f"{cause}, and the guest was told: {', '.join(map(str, made))}"
         self.known_issue("qemu-nvdimm-sigbus", shows=status != 0, found=found)
 
