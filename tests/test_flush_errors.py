@@ -57,19 +57,17 @@ class FlushErrors(PaprScmTest):
         number: int,
         path: str,
         *steps: str,
-        nth: int | None = None,
     ) -> tuple[Step, ...]:
         """What the steps answer while syncs fail with this errno; the guest must log each one."""
         syncs = guest.vm.syncs(nvdimm.slot)
         logged, before = self.logged(guest, nvdimm), syncs.counts()
-        syncs.fail(number, nth=nth)
+        syncs.fail(number)
         made = persist(guest, path, *steps)
         syncs.clear()
         after = syncs.counts()
         failed = after.failed - before.failed
         self.assertGreater(failed, 0, "no sync has failed")
-        if nth is None:
-            self.assertEqual(failed, after.begun - before.begun, "some syncs did not fail")
+        self.assertEqual(failed, after.begun - before.begun, "some syncs did not fail")
         self.assertEqual(self.logged(guest, nvdimm) - logged, failed)
         return made
 
@@ -255,27 +253,3 @@ class FlushErrors(PaprScmTest):
         mount(guest, found.device, "ext4", "/mnt/pm")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:3", "fsync")
         check_offline(guest, [found.mount])
-
-    def first_of_two(self, fstype: FsType) -> tuple[bool, str]:
-        """Whether fsync hides that the first of its two flushes failed, and what was seen."""
-        guest, file = self.machine(LARGE), "/mnt/pm/file"
-        self.mounted(guest, fstype)
-        self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
-        steps = f"write={PAGE}:{PAGE}:2", "fsync"
-        before = guest.vm.syncs(LARGE.slot).counts().begun
-        _, told = self.failing(guest, LARGE, errno.EIO, file, *steps, nth=1)
-        # The control is the second one, whose failure must be told.
-        steps = f"write={2 * PAGE}:{PAGE}:2", "fsync"
-        made = guest.vm.syncs(LARGE.slot).counts().begun - before
-        self.expect_eio(self.failing(guest, LARGE, errno.EIO, file, *steps, nth=2))
-        return told.errno == 0, f"{fstype}: the first of {made} syncs failed, {told}"
-
-    def test_first_of_two_xfs(self) -> None:
-        """XFS: fsync fails when a flush before the log's record failed, not only one after it."""
-        shows, found = self.first_of_two("xfs")
-        self.known_issue("linux-pmem-forgets-failed-preflush", shows=shows, found=found)
-
-    def test_first_of_two_ext4(self) -> None:
-        """ext4: fsync fails when a flush before the commit record failed, not only one after it."""
-        shows, found = self.first_of_two("ext4")
-        self.known_issue("linux-pmem-forgets-failed-preflush", shows=shows, found=found)
