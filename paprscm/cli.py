@@ -16,7 +16,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import bench, bench_hcall, bench_suite, hcalls, host, log, settings, shell
+from paprscm import (
+    bench,
+    bench_flush,
+    bench_hcall,
+    bench_suite,
+    flush_plot,
+    hcalls,
+    host,
+    log,
+    settings,
+    shell,
+)
 from paprscm.cache import Cache
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error, HostError
@@ -131,6 +142,13 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--modes", default=all_modes, help=f"some of {all_modes}")
     suite.add_argument("--keep", action="store_true", help="keep what the jobs leave in results/")
     measure("hcall", _bench_hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
+    text = "Flushes a second and their latency, by threads in the guest and by DIMMs."
+    flush = measure("flush", _bench_flush, text, "rounds", 1)
+    for name, numbers in (("threads", bench_flush.THREADS), ("dimms", bench_flush.DIMMS)):
+        default = ",".join(map(str, numbers))
+        flush.add_argument(f"--{name}", default=default, metavar="N,…", help=f"default: {default}")
+    plot = Path("results/bench-flush.svg")
+    flush.add_argument("--plot", type=Path, default=plot, help=f".svg or .png ({plot})")
     return parser
 
 
@@ -313,6 +331,19 @@ def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
     _check_rounds(arguments)
     qemu = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
     _show(arguments, bench_hcall.rates(qemu, chosen, arguments.n), bench_hcall.table)
+    return 0
+
+
+def _bench_flush(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
+    threads = bench_flush.parse_numbers("--threads", arguments.threads, bench_flush.MOST_THREADS)
+    dimms = bench_flush.parse_numbers("--dimms", arguments.dimms, bench_flush.MOST_DIMMS)
+    flush_plot.check(arguments.plot)
+    environment = prepare(chosen, make_snapshot=True)
+    series = bench_flush.rates(environment, threads, dimms, arguments.n)
+    _show(arguments, series, bench_flush.table)
+    flush_plot.draw(series, arguments.plot)
+    log.logger.info("the plot is %s", arguments.plot)
     return 0
 
 

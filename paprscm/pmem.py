@@ -55,6 +55,7 @@ __all__ = [
     "mount",
     "page_size",
     "partition",
+    "place_in_file",
     "region",
     "try_mount",
     "wait_for_region",
@@ -116,6 +117,18 @@ def page_size(guest: Guest) -> int:
     if found is None:
         raise ContractError(f"/proc/self/smaps says {line!r}")
     return int(found[1]) * 1024
+
+
+def place_in_file(guest: Guest, region: Region, device: CharacterDevice) -> int:
+    """Where a devdax device begins in the DIMM's backing file, bytes.
+
+    It begins behind the namespace's own data; where, say the physical addresses of both. The file
+    begins with the region, and has the label area at its end.
+    """
+    folders = f"/sys/bus/dax/devices/{device.name}", region.device
+    begins = guest.succeed(" && ".join(f"cat {folder}/resource" for folder in folders))
+    start, region_start = (int(line, 16) for line in begins.split("\n"))
+    return start - region_start
 
 
 def create_namespace(

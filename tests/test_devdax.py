@@ -26,7 +26,13 @@ from paprscm.map_sync_cells import (
     expected,
 )
 from paprscm.map_sync_report import Result
-from paprscm.pmem import CharacterDevice, Region, create_namespace, wait_for_region
+from paprscm.pmem import (
+    CharacterDevice,
+    Region,
+    create_namespace,
+    place_in_file,
+    wait_for_region,
+)
 from paprscm.probes import map_sync_cells
 from paprscm.testcase import PaprScmTest
 
@@ -42,17 +48,10 @@ def prove(reports: Iterable[CellReport]) -> None:
 
 
 class OnHost:
-    """A device as the DIMM's backing file on the host has it.
-
-    The device begins behind the namespace's own data; where, say the physical addresses of both.
-    The file begins with the region, and has the label area at its end.
-    """
+    """A device as the DIMM's backing file on the host has it."""
 
     def __init__(self, guest: Guest, region: Region, device: CharacterDevice) -> None:
-        folders = f"/sys/bus/dax/devices/{device.name}", region.device
-        begins = guest.succeed(" && ".join(f"cat {folder}/resource" for folder in folders))
-        start, region_start = (int(line, 16) for line in begins.split("\n"))
-        self._begin = start - region_start
+        self._begin = place_in_file(guest, region, device)
         self._file = guest.file(region.slot)
 
     def absent(self, report: CellReport, *, shift: int = 0) -> list[int]:

@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * flush - calls that promise durability, from several threads at a time, each with its times.
+ *
+ * flush load [OPTION]... --op=OPERATION TARGET...
+ *   Thread i works on the target i modulo their number, each on its own file or its own part of a
+ *   block device. A step stores, notes the time, makes the call, and notes when it returned: what
+ *   was stored before the first time must be durable at the second. With O_DSYNC storing and the
+ *   call are one, and the first time is that of its beginning.
+ *
+ * flush clock --rounds=N DEVICE
+ *   Exchanges times with the host through the first words of a DAX device, which both have mapped:
+ *   {ping, pong, host_ns}. The guest writes a round's number to ping; the host answers with its
+ *   time, and then with the number in pong.
+ *
+ * Times are those of CLOCK_MONOTONIC_RAW, ns. Each verb reports in one line of JSON. Exit status:
+ *   0  it is done; calls that failed are in the report
+ *   2  the command line was wrong, nothing was tried
+ *   4  it could not be set up, or the report not be written
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EXIT_FINE, EXIT_USAGE = 2, EXIT_FAILED = 4 };
+
+enum operation { DEEP_FLUSH, FSYNC, FDATASYNC, MSYNC, DSYNC, DIRECT_DSYNC, SYNCFS, OPERATIONS };
+
+static const char *const names[OPERATIONS] = {
+	"deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs",
+};
+
+/* What "mixed" means for the two kinds of target. */
+static const enum operation of_files[] = { FSYNC, FDATASYNC, MSYNC, DSYNC, SYNCFS };
+static const enum operation of_disks[] = { FSYNC, FDATASYNC, DSYNC, DIRECT_DSYNC };
+#define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
+
+#define MOST_THREADS 256
+#define MOST_TARGETS 16
+/* Pages of a thread's file, or of its part of a disk. */
+#define PAGES 8
+#define CLOCK_LIMIT_NS 10000000000ULL
+
+struct record {
+	enum operation operation;
+	uint64_t begin_ns, end_ns;
+	int error;
+};
+
+struct worker {
+	pthread_t thread;
+	unsigned int number;
+	uint64_t random;
+	bool disk;
+	/* dsync and direct are the same file, opened with O_DSYNC, and with O_DIRECT as well. */
+	int plain, dsync, direct;
+	off_t begin;
+	char *map, *buffer;
+	struct record *records;
+	uint64_t done;
+};
+
+static const struct option options[] = {
+	{ "op", required_argument, NULL, 'o' },
+	{ "threads", required_argument, NULL, 't' },
+	{ "count", required_argument, NULL, 'c' },
+	{ "limit", required_argument, NULL, 'l' },
+	{ "seed", required_argument, NULL, 's' },
+	{ "rounds", required_argument, NULL, 'r' },
+	{ NULL, 0, NULL, 0 },
+};
+
+static const char usage_text[] =
+	"usage: flush load [OPTION]... --op=OPERATION TARGET...\n"
+	"       flush clock --rounds=N DEVICE\n"
+	"  --op=OPERATION   deep_flush (the target is that attribute of a region), fsync, fdatasync,\n"
+	"                   msync, dsync, direct_dsync, syncfs, or mixed; else the target is the\n"
+	"                   folder of a file system, or a block device\n"
+	"  --threads=N      how many (default 1)\n"
+	"  --count=N        calls of each thread (default 1)\n"
+	"  --limit=SECONDS  begin none after so long (default 60)\n"
+	"  --seed=N         of all that is drawn (default 0)\n";
+
+static struct {
+	int operation; /* OPERATIONS: mixed; -1: not given */
+	unsigned int threads;
+	uint64_t count, limit_s, seed, rounds;
+} command = { .operation = -1, .threads = 1, .count = 1, .limit_s = 60 };
+
+static uint64_t page_size, deadline_ns;
+static pthread_barrier_t start;
+
+static void __attribute__((noreturn)) usage(const char *what, const char *detail)
+{
+	fprintf(stderr, "flush: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
+		usage_text);
+	exit(EXIT_USAGE);
+}
+
+static void __attribute__((noreturn)) fail(const char *stage)
+{
+	fprintf(stderr, "flush: %s: %d %s\n", stage, errno, strerror(errno));
+	exit(EXIT_FAILED);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC_RAW, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
+
+/* splitmix64 */
+static uint64_t draw(struct worker *worker, uint64_t limit)
+{
+	uint64_t x = worker->random += 0x9e3779b97f4a7c15ULL;
+
+	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
+	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
+	return (x ^ (x >> 31)) % limit;
+}
+
+/* --- load ------------------------------------------------------------------------------------ */
+
+/* 0 or the errno of a write that should write all. */
+static int put(int fd, const char *data, size_t size, off_t offset)
+{
+	ssize_t count = pwrite(fd, data, size, offset);
+
+	return count < 0 ? errno : (size_t)count == size ? 0 : EIO;
+}
+
+static int or_errno(int result)
+{
+	return result ? errno : 0;
+}
+
+/* From time to time the file loses its blocks, so that storing allocates again. */
+static int renew(struct worker *worker)
+{
+	if (worker->disk || draw(worker, 16))
+		return 0;
+	return or_errno(ftruncate(worker->plain, 0) ||
+			ftruncate(worker->plain, (off_t)(PAGES * page_size)));
+}
+
+static int store(struct worker *worker, enum operation operation, off_t offset)
+{
+	if (operation == MSYNC) {
+		memcpy(worker->map + offset, worker->buffer, page_size);
+		return 0;
+	}
+	return put(worker->plain, worker->buffer, page_size, worker->begin + offset);
+}
+
+static int call(struct worker *worker, enum operation operation, off_t offset)
+{
+	switch (operation) {
+	case DEEP_FLUSH:
+		return put(worker->plain, "1", 1, 0);
+	case FSYNC:
+		return or_errno(fsync(worker->plain));
+	case FDATASYNC:
+		return or_errno(fdatasync(worker->plain));
+	case MSYNC:
+		return or_errno(msync(worker->map + offset, page_size, MS_SYNC));
+	case DSYNC:
+		return put(worker->dsync, worker->buffer, page_size, worker->begin + offset);
+	case DIRECT_DSYNC:
+		return put(worker->direct, worker->buffer, page_size, worker->begin + offset);
+	case SYNCFS:
+		return or_errno(syncfs(worker->plain));
+	default:
+		abort();
+	}
+}
+
+static enum operation choose(struct worker *worker)
+{
+	if (command.operation != OPERATIONS)
+		return (enum operation)command.operation;
+	return worker->disk ? of_disks[draw(worker, LENGTH(of_disks))] :
+			      of_files[draw(worker, LENGTH(of_files))];
+}
+
+static void step(struct worker *worker, struct record *record)
+{
+	enum operation operation = choose(worker);
+	off_t offset = (off_t)(draw(worker, PAGES) * page_size);
+	bool by_call = operation == DEEP_FLUSH || operation == DSYNC || operation == DIRECT_DSYNC;
+
+	record->operation = operation;
+	if (operation != DEEP_FLUSH) {
+		memset(worker->buffer, (int)draw(worker, 256), page_size);
+		record->error = renew(worker);
+	}
+	if (!record->error && !by_call)
+		record->error = store(worker, operation, offset);
+	record->begin_ns = now_ns();
+	if (!record->error)
+		record->error = call(worker, operation, offset);
+	record->end_ns = now_ns();
+}
+
+static void *work(void *argument)
+{
+	struct worker *worker = argument;
+
+	pthread_barrier_wait(&start);
+	while (worker->done < command.count && now_ns() < deadline_ns) {
+		step(worker, &worker->records[worker->done]);
+		worker->done++;
+	}
+	return NULL;
+}
+
+static int open_at(int folder, const char *name, int flags)
+{
+	int fd = openat(folder, name, flags | O_CLOEXEC, 0644);
+
+	if (fd < 0)
+		fail(name);
+	return fd;
+}
+
+static void open_file(struct worker *worker, const char *folder_name)
+{
+	int folder = open_at(AT_FDCWD, folder_name, O_RDONLY | O_DIRECTORY);
+	char name[32];
+
+	snprintf(name, sizeof(name), "flush.%u", worker->number);
+	worker->plain = open_at(folder, name, O_RDWR | O_CREAT | O_TRUNC);
+	worker->dsync = open_at(folder, name, O_RDWR | O_DSYNC);
+	if (ftruncate(worker->plain, (off_t)(PAGES * page_size)))
+		fail("ftruncate");
+	worker->map = mmap(NULL, PAGES * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, worker->plain, 0);
+	if (worker->map == MAP_FAILED)
+		fail("mmap");
+	close(folder);
+}
+
+static void open_target(struct worker *worker, const char *target)
+{
+	struct stat info;
+
+	if (command.operation == DEEP_FLUSH) {
+		worker->plain = open_at(AT_FDCWD, target, O_WRONLY);
+		return;
+	}
+	if (stat(target, &info))
+		fail(target);
+	worker->disk = S_ISBLK(info.st_mode);
+	if (!worker->disk && command.operation == DIRECT_DSYNC)
+		usage("direct_dsync wants a block device", target);
+	if (worker->disk && (command.operation == MSYNC || command.operation == SYNCFS))
+		usage("this operation wants a folder", target);
+	if (!worker->disk) {
+		open_file(worker, target);
+		return;
+	}
+	worker->begin = (off_t)(worker->number * PAGES * page_size);
+	worker->plain = open_at(AT_FDCWD, target, O_RDWR);
+	worker->dsync = open_at(AT_FDCWD, target, O_RDWR | O_DSYNC);
+	worker->direct = open_at(AT_FDCWD, target, O_RDWR | O_DSYNC | O_DIRECT);
+}
+
+static void finish_report(void)
+{
+	if (fflush(stdout) || ferror(stdout))
+		fail("report");
+}
+
+static int load(char **targets, unsigned int n_targets)
+{
+	struct worker *workers = calloc(command.threads, sizeof(*workers));
+	const char *separator = "";
+	uint64_t begin;
+
+	if (!workers || pthread_barrier_init(&start, NULL, command.threads + 1))
+		fail("set up");
+	for (unsigned int i = 0; i < command.threads; i++) {
+		struct worker *worker = &workers[i];
+
+		worker->number = i;
+		worker->random = command.seed ^ (uint64_t)(i + 1) << 40;
+		worker->buffer = aligned_alloc(page_size, page_size);
+		worker->records = calloc(command.count, sizeof(*worker->records));
+		if (!worker->buffer || !worker->records)
+			fail("malloc");
+		open_target(worker, targets[i % n_targets]);
+	}
+	for (unsigned int i = 0; i < command.threads; i++) {
+		errno = pthread_create(&workers[i].thread, NULL, work, &workers[i]);
+		if (errno)
+			fail("thread");
+	}
+	begin = now_ns();
+	deadline_ns = begin + command.limit_s * 1000000000;
+	pthread_barrier_wait(&start);
+	for (unsigned int i = 0; i < command.threads; i++)
+		pthread_join(workers[i].thread, NULL);
+	printf("{\"tool\":\"flush\",\"version\":1,\"verb\":\"load\",\"seed\":%" PRIu64
+	       ",\"threads\":%u,\"targets\":%u,\"duration_ns\":%" PRIu64 ",\"operations\":[",
+	       command.seed, command.threads, n_targets, now_ns() - begin);
+	for (int i = 0; i < OPERATIONS; i++)
+		printf("%s\"%s\"", i ? "," : "", names[i]);
+	printf("],\"records\":[");
+	for (unsigned int i = 0; i < command.threads; i++) {
+		for (uint64_t j = 0; j < workers[i].done; j++) {
+			struct record *record = &workers[i].records[j];
+
+			printf("%s[%u,%d,%" PRIu64 ",%" PRIu64 ",%d]", separator, i,
+			       record->operation, record->begin_ns, record->end_ns, record->error);
+			separator = ",";
+		}
+	}
+	printf("]}\n");
+	finish_report();
+	return EXIT_FINE;
+}
+
+/* --- clock ----------------------------------------------------------------------------------- */
+
+static int exchange(const char *device)
+{
+	/* Devdax maps whole pages of its own alignment, which is 2 MiB at most here. */
+	size_t size = 2U << 20;
+	int fd = open_at(AT_FDCWD, device, O_RDWR);
+	volatile uint64_t *words = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	uint64_t limit = now_ns() + CLOCK_LIMIT_NS;
+
+	if (words == MAP_FAILED)
+		fail("mmap");
+	/* The host waits for a new number, so the first must not be there from another time. */
+	words[0] = words[1] = 0;
+	printf("{\"tool\":\"flush\",\"version\":1,\"verb\":\"clock\",\"rounds\":[");
+	for (uint64_t i = 1; i <= command.rounds; i++) {
+		uint64_t host, begin = now_ns();
+
+		__atomic_store_n(&words[0], i, __ATOMIC_SEQ_CST);
+		while (__atomic_load_n(&words[1], __ATOMIC_ACQUIRE) != i) {
+			if (now_ns() > limit) {
+				errno = ETIMEDOUT;
+				fail("the host does not answer");
+			}
+		}
+		host = words[2];
+		printf("%s[%" PRIu64 ",%" PRIu64 ",%" PRIu64 "]", i > 1 ? "," : "", begin, host,
+		       now_ns());
+	}
+	printf("]}\n");
+	finish_report();
+	return EXIT_FINE;
+}
+
+/* --- command line ---------------------------------------------------------------------------- */
+
+static uint64_t parse_number(const char *option, const char *text, uint64_t least, uint64_t most)
+{
+	unsigned long long value;
+	char *end;
+
+	errno = 0;
+	value = strtoull(text, &end, 0);
+	if (*text < '0' || *text > '9' || *end || errno || value < least || value > most)
+		usage(option, text);
+	return value;
+}
+
+static int parse_operation(const char *text)
+{
+	for (int i = 0; i < OPERATIONS; i++) {
+		if (!strcmp(names[i], text))
+			return i;
+	}
+	if (strcmp(text, "mixed"))
+		usage("--op", text);
+	return OPERATIONS;
+}
+
+int main(int argc, char **argv)
+{
+	bool clock = argc > 1 && !strcmp(argv[1], "clock");
+	int letter;
+
+	if (argc < 2 || (!clock && strcmp(argv[1], "load")))
+		usage("what to do: load or clock", NULL);
+	argc--;
+	argv++;
+	while ((letter = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (letter) {
+		case 'o':
+			command.operation = parse_operation(optarg);
+			break;
+		case 't':
+			command.threads =
+				(unsigned int)parse_number("--threads", optarg, 1, MOST_THREADS);
+			break;
+		case 'c':
+			command.count = parse_number("--count", optarg, 1, 1000000);
+			break;
+		case 'l':
+			command.limit_s = parse_number("--limit", optarg, 1, 86400);
+			break;
+		case 's':
+			command.seed = parse_number("--seed", optarg, 0, UINT64_MAX);
+			break;
+		case 'r':
+			command.rounds = parse_number("--rounds", optarg, 1, 1000000);
+			break;
+		default:
+			usage("wrong option", NULL);
+		}
+	}
+	argc -= optind;
+	argv += optind;
+	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
+	if (clock) {
+		if (argc != 1 || !command.rounds || command.operation != -1)
+			usage("clock wants --rounds and one device", NULL);
+		return exchange(argv[0]);
+	}
+	if (argc < 1 || argc > MOST_TARGETS || command.operation == -1 || command.rounds)
+		usage("load wants --op and 1 to 16 targets", NULL);
+	return load(argv, (unsigned int)argc);
+}
