@@ -24,6 +24,7 @@ TEST_PARAMETERS = {
     "cuts": "how often QEMU is killed to see what survives",
     "seed": "of the random numbers of a test; each test says which it took",
     "sequences": "how many random sequences of hcalls are tried",
+    "sync_s": "how long the longest sync of the host takes, s",
     "timeout": "Avocado's own: a test's limit, s",
     "timeout_factor": "Avocado's own: multiplies it",
 }

@@ -1,0 +1,229 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * persist - makes system calls on one file and says what each of them answered.
+ *
+ *	persist FILE STEP...
+ *
+ * A step is one of
+ *
+ *	write=OFFSET:LENGTH:BYTE    pwrite(2)
+ *	dwrite=OFFSET:LENGTH:BYTE   the same through a descriptor with O_DSYNC
+ *	store=OFFSET:LENGTH:BYTE    stores through a shared mapping
+ *	msync=OFFSET:LENGTH         msync(2) with MS_SYNC, of a shared mapping made for it
+ *	fsync, fdatasync, syncfs    on the descriptor
+ *	read=OFFSET:LENGTH          pread(2); what all the bytes are, or null if they differ
+ *
+ * The file is opened O_RDWR, O_WRONLY where that is refused (sysfs), and made if it is not there.
+ * It stays open throughout, so that errors which the kernel keeps for a descriptor are seen. A step
+ * that fails does not stop those after it; a mapping that cannot be stored to ends as errno EFAULT.
+ *
+ * One line of JSON on stdout; "steps" has what was done, with the errno of what failed and
+ * CLOCK_MONOTONIC at begin and end. Status 0; 2 when called wrongly, and nothing on stdout then.
+ */
+#define _GNU_SOURCE
+
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <signal.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+struct step {
+	const char *name;
+	long long offset, length;
+	int byte;
+};
+
+static sigjmp_buf bus;
+static int steps;
+
+static long long now(void)
+{
+	struct timespec time;
+
+	clock_gettime(CLOCK_MONOTONIC, &time);
+	return time.tv_sec * 1000000000LL + time.tv_nsec;
+}
+
+static void on_bus(int signal)
+{
+	siglongjmp(bus, signal);
+}
+
+static void *filled(const struct step *step)
+{
+	void *data = malloc(step->length);
+
+	if (data)
+		memset(data, step->byte, step->length);
+	return data;
+}
+
+static long long write_to(int fd, const struct step *step)
+{
+	void *data = filled(step);
+	long long result = -1;
+	int number;
+
+	if (data)
+		result = pwrite(fd, data, step->length, step->offset);
+	number = errno;
+	free(data);
+	errno = number;
+	return result;
+}
+
+static long long write_synchronously(const char *path, const struct step *step)
+{
+	int fd = open(path, O_WRONLY | O_DSYNC | O_CLOEXEC), number;
+	long long result;
+
+	if (fd < 0)
+		return -1;
+	result = write_to(fd, step);
+	number = errno;
+	close(fd);
+	errno = number;
+	return result;
+}
+
+static long long in_mapping(int fd, const struct step *step)
+{
+	long long page = sysconf(_SC_PAGESIZE), head = step->offset % page, result = 0;
+	char *map = mmap(NULL, head + step->length, PROT_READ | PROT_WRITE, MAP_SHARED, fd,
+			 step->offset - head);
+	int number;
+
+	if (map == MAP_FAILED)
+		return -1;
+	if (!strcmp(step->name, "msync")) {
+		result = msync(map, head + step->length, MS_SYNC);
+	} else if (sigsetjmp(bus, 1)) {
+		errno = EFAULT;
+		result = -1;
+	} else {
+		memset(map + head, step->byte, step->length);
+	}
+	number = errno;
+	munmap(map, head + step->length);
+	errno = number;
+	return result;
+}
+
+static long long read_from(int fd, struct step *step)
+{
+	unsigned char *data = malloc(step->length);
+	long long result = data ? pread(fd, data, step->length, step->offset) : -1;
+	int number = errno;
+
+	step->byte = result > 0 ? data[0] : -1;
+	for (long long i = 1; i < result; i++)
+		if (data[i] != step->byte)
+			step->byte = -1;
+	free(data);
+	errno = number;
+	return result;
+}
+
+static long long make(const char *path, int fd, struct step *step)
+{
+	if (!strcmp(step->name, "write"))
+		return write_to(fd, step);
+	if (!strcmp(step->name, "dwrite"))
+		return write_synchronously(path, step);
+	if (!strcmp(step->name, "read"))
+		return read_from(fd, step);
+	if (!strcmp(step->name, "fsync"))
+		return fsync(fd);
+	if (!strcmp(step->name, "fdatasync"))
+		return fdatasync(fd);
+	if (!strcmp(step->name, "syncfs"))
+		return syncfs(fd);
+	return in_mapping(fd, step);
+}
+
+static void tell(const struct step *step, long long result, int number, long long begin)
+{
+	char answer[32] = "null", byte[32] = "null";
+	long long end = now();
+
+	if (result >= 0)
+		snprintf(answer, sizeof(answer), "%lld", result);
+	if (step->byte >= 0)
+		snprintf(byte, sizeof(byte), "%d", step->byte);
+	printf("%s{\"step\":\"%s\",\"offset\":%lld,\"length\":%lld,\"byte\":%s,\"result\":%s,"
+	       "\"errno\":%d,\"error\":\"%s\",\"begin_ns\":%lld,\"end_ns\":%lld}",
+	       steps++ ? "," : "", step->name, step->offset, step->length, byte, answer,
+	       result < 0 ? number : 0, result < 0 ? strerrorname_np(number) : "", begin, end);
+}
+
+/* How many numbers a step wants; -1: there is no such step. */
+static int numbers(const char *name)
+{
+	static const char *const names[] = { ",fsync,fdatasync,syncfs,", "", ",msync,read,",
+					     ",write,dwrite,store," };
+	char word[16];
+
+	snprintf(word, sizeof(word), ",%s,", name);
+	for (int count = 0; count < 4; count++)
+		if (strstr(names[count], word))
+			return count;
+	return -1;
+}
+
+static int parse(char *word, struct step *step)
+{
+	char *equals = strchr(word, '='), rest;
+	int wanted, found = 0;
+
+	*step = (struct step){ .name = word, .byte = -1 };
+	if (equals) {
+		*equals = '\0';
+		found = sscanf(equals + 1, "%lld:%lld:%d%c", &step->offset, &step->length,
+			       &step->byte, &rest);
+	}
+	wanted = numbers(word);
+	return wanted >= 0 && found == wanted && !equals == !wanted && step->offset >= 0 &&
+	       step->length >= 0;
+}
+
+int main(int argc, char **argv)
+{
+	struct step list[64], opened = { .name = "open", .byte = -1 };
+	long long begin = now();
+	int fd;
+
+	if (argc < 2 || argc - 2 > 64) {
+		fprintf(stderr, "usage: persist FILE STEP...\n");
+		return 2;
+	}
+	for (int i = 2; i < argc; i++) {
+		if (!parse(argv[i], &list[i - 2])) {
+			fprintf(stderr, "persist: no step: %s\n", argv[i]);
+			return 2;
+		}
+	}
+	signal(SIGBUS, on_bus);
+	fd = open(argv[1], O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+	if (fd < 0 && errno == EACCES)
+		fd = open(argv[1], O_WRONLY | O_CLOEXEC);
+	printf("{\"tool\":\"persist\",\"version\":1,\"steps\":[");
+	tell(&opened, fd < 0 ? -1 : 0, errno, begin);
+	for (int i = 0; fd >= 0 && i < argc - 2; i++) {
+		long long result;
+
+		begin = now();
+		errno = 0;
+		result = make(argv[1], fd, &list[i]);
+		tell(&list[i], result, errno, begin);
+	}
+	puts("]}");
+	return 0;
+}

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""guest_tools/persist.c in the guest: what each system call on a file answered, and when.
+
+And how often the guest's kernel asked the hypervisor, to compare with what the host saw.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from paprscm.errors import ContractError
+from paprscm.map_sync_report import ProbeError
+from paprscm.papr import Hcall
+from paprscm.probes import build
+from paprscm.strict_json import Fields, MalformedError, load_line
+
+if TYPE_CHECKING:
+    from paprscm.guest import Guest
+
+STEPS: Final = ("open", "write", "dwrite", "store", "msync", "fsync", "fdatasync", "syncfs", "read")
+"""What can be done; FILE is opened first, without being asked."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One system call.
+
+    Attributes:
+        step: which; see guest_tools/persist.c.
+        offset, length: of its range in the file, bytes; 0 where it has none.
+        byte: what was written; what all bytes that were read are, or None if they differ.
+        result: what it returned; None: it failed.
+        errno: with which number; 0: it did not.
+        error: its name, "EIO"; "" when it did not fail.
+        begin_ns, end_ns: by the guest's CLOCK_MONOTONIC, ns.
+    """
+
+    step: str
+    offset: int
+    length: int
+    byte: int | None
+    result: int | None
+    errno: int
+    error: str
+    begin_ns: int
+    end_ns: int
+
+    @property
+    def duration_s(self) -> float:
+        """How long it took, s."""
+        return (self.end_ns - self.begin_ns) / 1e9
+
+    def __str__(self) -> str:
+        answer = f"{self.error} ({self.errno})" if self.error else str(self.result)
+        return f"{self.step}: {answer}"
+
+
+def persist(
+    guest: Guest, path: str, *steps: str, timeout_s: float | None = None
+) -> tuple[Step, ...]:
+    """Make system calls on one file of the guest, in one round trip; what each answered.
+
+    Args:
+        guest: where.
+        path: the file; made if it is not there.
+        steps: as guest_tools/persist.c wants them: "write=0:65536:7", "fsync", …
+        timeout_s: of all together; the setting command_limit_s when None.
+
+    Raises:
+        ProbeError: the program does not build, or gave no report that can be believed.
+        ContractError: the file cannot be opened.
+    """
+    tool = build(guest, "persist")
+    result = guest.run(shlex.join([str(tool), path, *steps]), timeout_s=timeout_s)
+    return parse_persist(result.stdout, result.status, steps, result.stderr)
+
+
+def parse_persist(
+    stdout: str, status: int, asked: tuple[str, ...], stderr: str = ""
+) -> tuple[Step, ...]:
+    """Parse a report; nothing in it may be missing, unknown or contradictory.
+
+    Args:
+        stdout: what it printed, one line of JSON.
+        status: its exit status.
+        asked: the steps that it was given.
+        stderr: for the message.
+
+    Raises:
+        ProbeError: with what is wrong.
+        ContractError: the file could not be opened.
+    """
+    try:
+        fields = load_line(stdout)
+        fields.require(fields.take("tool", str) == "persist", "not of persist")
+        fields.require(fields.take("version", int) == 1, "of another version")
+        done = [_step(raw) for raw in fields.take("steps", list)]
+        fields.done()
+        fields.require(status == 0, f"status {status}")
+        wanted = ["open", *(word.partition("=")[0] for word in asked)]
+        if done and done[0].error:
+            wanted = wanted[:1]
+        did = [step.step for step in done]
+        fields.require(did == wanted, f"{did} is not what was asked, {wanted}")
+    except MalformedError as error:
+        raise ProbeError(
+            f"the report of persist cannot be believed: {error}; status {status}, "
+            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
+        ) from error
+    opened, *made = done
+    if opened.error:
+        raise ContractError(f"the file cannot be opened: {opened.error}")
+    return tuple(made)
+
+
+def _step(raw: object) -> Step:
+    fields = Fields(raw, "step")
+    step = Step(
+        step=fields.take("step", str),
+        offset=fields.take("offset", int),
+        length=fields.take("length", int),
+        byte=fields.optional("byte", int),
+        result=fields.optional("result", int),
+        errno=fields.take("errno", int),
+        error=fields.take("error", str),
+        begin_ns=fields.take("begin_ns", int),
+        end_ns=fields.take("end_ns", int),
+    )
+    fields.done()
+    fields.require(step.step in STEPS, f"a step {step.step!r}")
+    fields.require(
+        (step.result is None) == bool(step.errno) == bool(step.error),
+        f"{step.step} has result {step.result} and errno {step.errno} ({step.error!r})",
+    )
+    fields.require(step.begin_ns <= step.end_ns, "ends before it begins")
+    return step
+
+
+def flush_hcalls(guest: Guest) -> int:
+    """How many H_SCM_FLUSH hcalls the guest's kernel has made since it started.
+
+    arch/powerpc/platforms/pseries/hvCall_inst.c (HCALL_STATS): a line of each CPU's file has
+    opcode, calls and time. A flush is one call with token 0, and one more for each poll.
+
+    Raises:
+        ContractError: the kernel has no such statistics.
+    """
+    # A counter may be missing where the CPU made no such call.
+    text = guest.succeed("cat /sys/kernel/debug/hcall_inst/cpu*")
+    lines = [line.split() for line in text.splitlines()]
+    if not lines or any(len(line) < 2 or not re.fullmatch(r"\d+", line[1]) for line in lines):
+        raise ContractError(f"hcall_inst says {text[:200]!r}")
+    return sum(int(line[1]) for line in lines if line[0] == str(int(Hcall.H_SCM_FLUSH)))
