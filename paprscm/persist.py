@@ -6,14 +6,12 @@ And how often the guest's kernel asked the hypervisor, to compare with what the 
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from paprscm.errors import ContractError
 from paprscm.map_sync_report import ProbeError
-from paprscm.papr import Hcall
 from paprscm.probes import build
 from paprscm.strict_json import Fields, MalformedError, load_line
 
@@ -137,20 +135,3 @@ def _step(raw: object) -> Step:
     )
     fields.require(step.begin_ns <= step.end_ns, "ends before it begins")
     return step
-
-
-def flush_hcalls(guest: Guest) -> int:
-    """How many H_SCM_FLUSH hcalls the guest's kernel has made since it started.
-
-    arch/powerpc/platforms/pseries/hvCall_inst.c (HCALL_STATS): a line of each CPU's file has
-    opcode, calls and time. A flush is one call with token 0, and one more for each poll.
-
-    Raises:
-        ContractError: the kernel has no such statistics.
-    """
-    # A counter may be missing where the CPU made no such call.
-    text = guest.succeed("cat /sys/kernel/debug/hcall_inst/cpu*")
-    lines = [line.split() for line in text.splitlines()]
-    if not lines or any(len(line) < 2 or not re.fullmatch(r"\d+", line[1]) for line in lines):
-        raise ContractError(f"hcall_inst says {text[:200]!r}")
-    return sum(int(line[1]) for line in lines if line[0] == str(int(Hcall.H_SCM_FLUSH)))

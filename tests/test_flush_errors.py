@@ -17,10 +17,11 @@ import re
 from collections.abc import Callable
 
 from paprscm.errors import ContractError
+from paprscm.flush_trace import count_hcalls
 from paprscm.fs_health import check_offline
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
-from paprscm.persist import Step, flush_hcalls, persist
+from paprscm.persist import Step, persist
 from paprscm.pmem import DaxMount, Dimm, FsType, create_namespace, dax_mount, mount, region
 from paprscm.testcase import PaprScmTest
 
@@ -102,7 +103,7 @@ class FlushErrors(PaprScmTest):
             self.synced(guest, OTHER, paths[OTHER], flush)
             self.synced(guest, DIMM, paths[DIMM], flush)
         # Just those fail whose syncs failed.
-        syncs, hcalls = guest.vm.syncs(DIMM.slot), flush_hcalls(guest)
+        syncs, hcalls = guest.vm.syncs(DIMM.slot), count_hcalls(guest)
         before = syncs.counts()
         syncs.fail(errno.EIO, every=3)
         made = persist(guest, paths[DIMM], *[flush] * 12)
@@ -110,7 +111,7 @@ class FlushErrors(PaprScmTest):
         after = syncs.counts()
         self.assertEqual([step.errno for step in made], [0, 0, errno.EIO] * 4)
         self.assertEqual((after.begun - before.begun, after.failed - before.failed), (12, 4))
-        self.assertGreaterEqual(flush_hcalls(guest) - hcalls, 2 * 12)
+        self.assertGreaterEqual(count_hcalls(guest) - hcalls, 2 * 12)
         self.assertEqual(self.logged(guest, OTHER), 0)
         said = guest.vm.says()
         for text in ("Input/output error", "No space left on device", "Disk quota exceeded"):

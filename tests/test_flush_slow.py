@@ -12,10 +12,11 @@ import re
 import shlex
 
 from paprscm.errors import ConfigError
+from paprscm.flush_trace import count_hcalls
 from paprscm.fs_health import check_offline, expect_no_complaints
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
-from paprscm.persist import flush_hcalls, parse_persist, persist
+from paprscm.persist import parse_persist, persist
 from paprscm.pmem import create_namespace, dax_mount, mount, region
 from paprscm.probes import build
 from paprscm.shim import Shim
@@ -68,9 +69,9 @@ class FlushSlow(PaprScmTest):
         syncs, polls = guest.vm.syncs(DIMM.slot), {}
         for delay_s, count in ((0.001, 8), (0.05, 4), (1.0, 2)):
             syncs.delay(delay_s)
-            before, since = flush_hcalls(guest), len(self.watcher.records())
+            before, since = count_hcalls(guest), len(self.watcher.records())
             made = persist(guest, disk.path, *["fsync"] * count)
-            hcalls, records = flush_hcalls(guest) - before, self.watcher.records(since)
+            hcalls, records = count_hcalls(guest) - before, self.watcher.records(since)
             self.assertEqual([step.errno for step in made], [0] * count)
             self.assertEqual([record.result for record in records], [0] * count)
             for step, record in zip(made, records, strict=True):
@@ -98,7 +99,7 @@ class FlushSlow(PaprScmTest):
             raise ConfigError(f"sync_s={sync_s:g} is not from 5 to 200 s")
         guest = self.machine(DIMM, OTHER)
         paths = [self.deep_flush(guest, nvdimm) for nvdimm in (OTHER, DIMM)]
-        syncs, hcalls = guest.vm.syncs(DIMM.slot), flush_hcalls(guest)
+        syncs, hcalls = guest.vm.syncs(DIMM.slot), count_hcalls(guest)
         syncs.delay(sync_s)
         pid = self.begin(guest, "slow", paths[1], FLUSH)
         syncs.wait_begun(1, 30)
@@ -128,7 +129,7 @@ class FlushSlow(PaprScmTest):
         self.assertLess(max(ticks), sync_s / 2)
         guest.wait_until(f"! test -d /proc/{pid}")
         (slow,) = parse_persist(guest.succeed("cat /tmp/slow"), 0, (FLUSH,))
-        hcalls = flush_hcalls(guest) - hcalls
+        hcalls = count_hcalls(guest) - hcalls
         self.measure("slow flush", {"s": round(slow.duration_s, 3), "hcalls of all": hcalls})
         self.assertEqual(slow.errno, 0)
         self.assertGreaterEqual(slow.duration_s, sync_s)
@@ -187,11 +188,11 @@ class FlushSlow(PaprScmTest):
         pid = self.begin(guest, "killed", file, f"write=0:{PAGE}:2", "fdatasync")
         syncs.wait_begun(before.begun + 1, 30)
         guest.succeed(f"kill -KILL {pid}")
-        polls = flush_hcalls(guest)
+        polls = count_hcalls(guest)
         guest.succeed("sleep 2")
         state, pending = self.state(guest, pid)
         self.assertEqual((state, pending & SIGKILL_MASK), ("D", SIGKILL_MASK))
-        self.assertGreater(flush_hcalls(guest), polls + 10)
+        self.assertGreater(count_hcalls(guest), polls + 10)
         self.assertEqual(syncs.counts().ended, before.ended)
         syncs.release()
         guest.wait_until(f"! test -d /proc/{pid}")
@@ -200,8 +201,8 @@ class FlushSlow(PaprScmTest):
         after = syncs.counts()
         self.assertEqual((after.begun, after.ended), (before.begun + 1, before.ended + 1))
         self.assertEqual(after.failed, 0)
-        polls = flush_hcalls(guest)
-        self.assertEqual(flush_hcalls(guest), polls, "somebody goes on polling")
+        polls = count_hcalls(guest)
+        self.assertEqual(count_hcalls(guest), polls, "somebody goes on polling")
         # The file system goes on, and what the dead had stored is as good as synced.
         guest.succeed("umount /mnt/pm && echo 3 > /proc/sys/vm/drop_caches")
         mount(guest, found.device, "xfs", "/mnt/pm")
