@@ -250,7 +250,11 @@ def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
         built = build_default(cache, chosen)
     else:
         built = build_tree(
-            cache, arguments.source, config=arguments.config, page_size=chosen.page_size
+            cache,
+            arguments.source,
+            config=arguments.config,
+            page_size=chosen.page_size,
+            debug=chosen.kernel == "debug",
         )
     print(built.vmlinux)
     if built.modules is not None:

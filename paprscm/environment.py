@@ -21,7 +21,7 @@ from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
-from paprscm.settings import Settings
+from paprscm.settings import OWN_KERNELS, Settings
 from paprscm.shim import Shim
 from paprscm.userland import Userland
 
@@ -201,10 +201,10 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
 
 
 def _kernel(cache: Cache, settings: Settings) -> Kernel:
-    if settings.kernel == "default":
+    if settings.kernel in OWN_KERNELS:
         if settings.modules is not None:
             raise ConfigError(
-                "modules= without kernel=: the default kernel needs none",
+                f"modules= without kernel=: the {settings.kernel} kernel needs none",
                 hint="give the vmlinux that they belong to",
             )
         built = kbuild.build_default(cache, settings)

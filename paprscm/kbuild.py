@@ -17,7 +17,7 @@ from pathlib import Path
 from paprscm import debian, process
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, Error, HostError
-from paprscm.kconfig import Fragment, explain, merge, unmet
+from paprscm.kconfig import Fragment, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
 from paprscm.log import Bar, logger, progress, step
 from paprscm.settings import Settings
@@ -67,31 +67,21 @@ class Built:
     source: str
 
 
-def default_fragment() -> Path:
-    """The fragment that the default kernel is made of."""
-    return Path(__file__).resolve().parent.parent / "images" / "kernel.config"
-
-
-def fragments(page_size: str) -> list[Path]:
-    """The default kernel's fragments for a page size, "64k" or "4k"; a later one overrides."""
-    base = default_fragment()
-    return [base] if page_size == "64k" else [base, base.with_name(f"kernel-{page_size}.config")]
-
-
 def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = ()) -> Built:
     """The default kernel, built now if it is not in the cache; asks the network for nothing else.
 
     Args:
         cache: where source and kernel are kept, as two entries.
         settings: kernel_source, suite and mirror say where the source comes from, page_size how
-            large its pages are.
+            large its pages are, kernel whether it is the one that watches itself.
         extra: further fragments; a later one overrides.
 
     Raises:
         HostError: a tool is missing, or the source does not build.
         ConfigError: an option of the fragments did not survive; the message names it and why.
     """
-    fragment = Fragment.read([*fragments(settings.page_size), *extra])
+    debug = settings.kernel == "debug"
+    fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
     source = _source(cache, settings)
     version = (source / "version").read_text().strip()
     fields = {"source": version, "fragment": fragment.digest, "compiler": _compiler()}
@@ -99,7 +89,7 @@ def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = (
 
     def build(entry: Path) -> None:
         tree, objects = entry / "tree", entry / "objects"
-        with step(f"building the default kernel ({version})"):
+        with step(f"building the {settings.kernel} kernel ({version})"):
             _fresh_log(log_file)
             _unpack(source / "linux.tar.xz", tree)
             make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm")
@@ -119,7 +109,12 @@ def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = (
 
 
 def build_tree(
-    cache: Cache, source: Path, *, config: Path | None = None, page_size: str = "64k"
+    cache: Cache,
+    source: Path,
+    *,
+    config: Path | None = None,
+    page_size: str = "64k",
+    debug: bool = False,
 ) -> Built:
     """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
 
@@ -130,22 +125,25 @@ def build_tree(
         cache: its root holds the O= folders, in kbuild/.
         source: top of a Linux source tree without an in-tree build in it.
         config: the user's .config.
-        page_size: of a kernel without `config`, "64k" or "4k"; each has an O= folder of its own.
+        page_size, debug: of a kernel without `config`, as for `fragments`; each kind has an O=
+            folder of its own.
 
     Raises:
         ConfigError: this is no kernel tree, it is not clean, it has no papr_scm, or it does not
-            compile (with the compiler's first errors); or page size and configuration were given.
+            compile (with the compiler's first errors); or page size or debug and configuration were
+            given.
         HostError: a tool is missing.
     """
     source = source.expanduser().resolve()
     _check_tree(source)
-    if config is not None and page_size != "64k":
+    if config is not None and (debug or page_size != "64k"):
+        what = "kernel=debug" if debug else f"page_size={page_size}"
         raise ConfigError(
-            f"page_size={page_size} is for the suite's own configuration",
-            hint=f"{config} says which pages it wants",
+            f"{what} is for the suite's own configuration",
+            hint=f"{config} says what it wants",
         )
-    fragment = Fragment.read(fragments(page_size))
-    kind = "" if page_size == "64k" else f" {page_size}"
+    fragment = Fragment.read(fragments(page_size, debug=debug))
+    kind = ("" if page_size == "64k" else f" {page_size}") + (" debug" if debug else "")
     name = hashlib.sha256(f"{source}{kind}".encode()).hexdigest()[:16]
     folder = cache.root / "kbuild" / name
     with cache.lock(f"kbuild-{name}", what=f"builds the kernel in {source}"):

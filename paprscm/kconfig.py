@@ -79,6 +79,23 @@ class Fragment:
         return _text(self.every if own_tree else self.options)
 
 
+def default_fragment() -> Path:
+    """The fragment that the default kernel is made of."""
+    return Path(__file__).resolve().parent.parent / "images" / "kernel.config"
+
+
+def fragments(page_size: str, *, debug: bool = False) -> list[Path]:
+    """The default kernel's fragments; a later one overrides.
+
+    Args:
+        page_size: "64k" or "4k".
+        debug: of the kernel that watches itself.
+    """
+    base = default_fragment()
+    kinds = ["4k"] * (page_size == "4k") + ["debug"] * debug
+    return [base, *(base.with_name(f"kernel-{kind}.config") for kind in kinds)]
+
+
 def merge(base: str, options: Mapping[str, str]) -> str:
     """A .config with `options` over those of `base`, for `make olddefconfig`.
 

@@ -12,7 +12,8 @@ _STAMP = re.compile(r"^(?:\[\s*\d+\.\d{6}\])?(?:\[\s*[TC]\d+\])? ?")
 
 # Kind, pattern from the start of the message, and whether the guest is lost with it.
 # Sources: kernel/panic.c, arch/powerpc/kernel/traps.c, kernel/hung_task.c, kernel/watchdog.c,
-# kernel/rcu/tree_stall.h, kernel/locking/lockdep.c, lib/bug.c, mm/kasan/report.c.
+# kernel/rcu/tree_stall.h, kernel/locking/lockdep.c, lib/bug.c, mm/kasan/report.c,
+# mm/kfence/report.c, mm/kmemleak.c, lib/list_debug.c, fs/sysfs/dir.c, kernel/sched/core.c.
 _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
     (kind, re.compile(pattern), fatal)
     for kind, pattern, fatal in (
@@ -25,10 +26,15 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
         ("hard lockup", r"watchdog: .*(?:hard LOCKUP|Hard LOCKUP)", False),
         ("hung task", r"INFO: task .* blocked for more than ", False),
         ("rcu stall", r"(?:rcu: )?INFO: .*(?:self-detected stall|detected stalls)", False),
-        ("bug", r"(?:kernel )?BUG[: ]", False),
+        # Lockdep has one in brackets: "[ BUG: Invalid wait context ]".
+        ("bug", r"(?:kernel |\[ )?BUG[: ]", False),
+        # Said before the WARNING that comes with it, and says more.
+        ("list", r"list_(?:add|del) corruption", False),
+        ("lockdep", r"INFO: trying to register non-static key", False),
+        ("sysfs", r"sysfs: cannot create duplicate filename", False),
         ("warning", r"WARNING: ", False),
         ("sanitizer", r"(?:UBSAN|KASAN|KCSAN|KFENCE): ", False),
-        ("leak", r"kmemleak: ", False),
+        ("leak", r"kmemleak: (?!Kernel memory leak detector initialized )", False),
         (
             "driver",
             r"(?:papr_scm|nd_pmem|nd_region|nd_bus|nd_btt|nd_pfn|nd_dax|nvdimm|dax_pmem|device_dax)"

@@ -20,6 +20,9 @@ from paprscm.errors import ConfigError
 
 SECTION = "paprscm"
 
+OWN_KERNELS = ("default", "debug")
+"""What the setting `kernel` calls those that the suite builds for itself."""
+
 TEST_PARAMETERS = {
     "cuts": "how often QEMU is killed to see what survives",
     "seed": "of the random numbers of a test; each test says which it took",
@@ -58,10 +61,14 @@ class Settings:
     firmware: str = _setting("vof", "'vof' (boots in 2 s) or 'slof'")
     smp: int = _setting(2, "vCPUs of a guest")
     memory_mib: int = _setting(1024, "guest memory without its DIMMs, MiB")
-    kernel: str = _setting("default", "'default' (built from Debian's source) or a vmlinux")
+    kernel: str = _setting(
+        "default",
+        "'default' (built from Debian's source), 'debug' (the same, and watches itself: slower) or "
+        "a vmlinux",
+    )
     modules: Path | None = _setting(None, "folder as modules_install leaves it, for that kernel")
-    page_size: str = _setting("64k", "pages of the default kernel: '64k' or '4k'")
-    kernel_source: str = _setting("linux-source-6.12", "Debian package of the default kernel")
+    page_size: str = _setting("64k", "pages of the default or debug kernel: '64k' or '4k'")
+    kernel_source: str = _setting("linux-source-6.12", "Debian package of these two kernels")
     suite: str = _setting("trixie", "Debian suite of the userland and the kernel source")
     mirror: str = _setting("auto", "Debian mirror; 'auto' is the one that the host's apt uses")
     cache_dir: Path = _setting(_default_cache_dir, "where everything built or fetched is kept")
@@ -80,9 +87,9 @@ class Settings:
         _one_of("start", self.start, ("auto", "cold"))
         _one_of("firmware", self.firmware, ("vof", "slof"))
         _one_of("page_size", self.page_size, ("64k", "4k"))
-        if self.page_size != "64k" and self.kernel != "default":
+        if self.page_size != "64k" and self.kernel not in OWN_KERNELS:
             raise ConfigError(
-                f"page_size={self.page_size} is for the default kernel only",
+                f"page_size={self.page_size} is for the default and the debug kernel only",
                 hint=f"{self.kernel} has the page size that it was built with",
             )
         for name, low, high in (("smp", 1, 64), ("memory_mib", 512, 1 << 20)):

@@ -29,6 +29,20 @@ TROUBLE = [
     ("oops", "[    5.123456] Unable to handle kernel paging request for data", False),
     ("bug", "[    5.123456] kernel BUG at mm/slub.c:1234!", False),
     ("bug", "[    5.123456] BUG: sleeping function called from invalid context at x.c:1", False),
+    ("bug", "[    5.123456] BUG: scheduling while atomic: dd/77/0x00000002", False),
+    ("bug", "[    5.123456] [ BUG: Invalid wait context ]", False),
+    ("bug", "[    5.123456][   T77] [ BUG: Invalid wait context ]", False),
+    ("bug", "[    5.123456] BUG: KFENCE: use-after-free read in papr_scm_remove+0x1c/0x80", False),
+    ("bug", "[    5.123456] BUG: MAX_LOCKDEP_ENTRIES too low!", False),
+    ("warning", "[    5.123456] WARNING: possible circular locking dependency detected", False),
+    ("warning", "[    5.123456] WARNING: inconsistent lock state", False),
+    ("warning", "[    5.123456] WARNING: lock held when returning to user space!", False),
+    ("warning", "[    5.123456] WARNING: suspicious RCU usage", False),
+    ("lockdep", "[    5.123456] INFO: trying to register non-static key.", False),
+    ("list", "[    5.123456] list_add corruption. prev->next should be next (c01)", False),
+    ("list", "[    5.123456] list_del corruption, c01->next is LIST_POISON1 (c02)", False),
+    ("leak", "[    5.123456] kmemleak: 3 new suspected memory leaks (see /sys/x)", False),
+    ("sysfs", "[    5.123456] sysfs: cannot create duplicate filename '/bus/nd/x'", False),
     ("warning", "[    5.123456] WARNING: CPU: 1 PID: 77 at drivers/nvdimm/bus.c:12 f+0x1", False),
     ("warning", "[    5.123456][   T77] WARNING: possible recursive locking detected", False),
     ("soft lockup", "[   25.123456] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!", False),
@@ -73,6 +87,20 @@ def test_the_messages_of_every_boot_are_allowed_and_nothing_broader() -> None:
     nvram = "[    0.463491] WARNING: nvram corruption detected: 0-length partition"
     assert classify(nvram) is None
     assert classify(nvram.replace("0-length", "broken")) is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "Lock dependency validator: Copyright (c) 2006 Red Hat, Inc., Ingo Molnar",
+        "kfence: initialized - using 33554432 bytes for 255 objects at 0x(____ptrval____)",
+        "kmemleak: Kernel memory leak detector initialized (mem pool available: 15612)",
+        "INFO: lockdep is turned off.",
+        "FAULT_INJECTION: forcing a failure.",
+    ],
+)
+def test_what_a_debug_kernel_says_of_itself_is_no_trouble(line: str) -> None:
+    assert classify(f"[    0.123456] {line}") is None
 
 
 def test_an_announced_message_is_allowed() -> None:

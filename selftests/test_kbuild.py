@@ -18,7 +18,7 @@ import pytest
 from paprscm import debian, kbuild, kconfig
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, HostError
-from paprscm.kconfig import Fragment
+from paprscm.kconfig import Fragment, default_fragment, fragments
 from paprscm.kernel import parse_config
 from paprscm.settings import Settings
 
@@ -248,9 +248,11 @@ def fetched(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def settings(page_size: str = "64k") -> Settings:
+def settings(page_size: str = "64k", kernel: str = "default") -> Settings:
     """Settings with a source package of the fixture's name."""
-    return Settings(kernel_source="linux-source-6.0", mirror="file:/none", page_size=page_size)
+    return Settings(
+        kernel_source="linux-source-6.0", mirror="file:/none", page_size=page_size, kernel=kernel
+    )
 
 
 def test_default_kernel_is_fetched_and_built_once(cache: Cache, fetched: list[str]) -> None:
@@ -308,6 +310,43 @@ def test_small_pages_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) ->
         kbuild.build_tree(cache, tree, config=own, page_size="4k")
 
 
+@pytest.mark.parametrize("page_size", ["64k", "4k"])
+def test_debug_kernel_differs_in_its_own_options_only(
+    cache: Cache, fetched: list[str], page_size: str
+) -> None:
+    plain = kbuild.build_default(cache, settings(page_size))
+    debug = kbuild.build_default(cache, settings(page_size, "debug"))
+    assert debug.vmlinux != plain.vmlinux
+    assert len(fetched) == 1
+    before = parse_config(plain.config.read_text())
+    after = parse_config(debug.config.read_text())
+    added = {name: value for name, value in after.items() if name not in before}
+    assert before.items() <= after.items()
+    own = Fragment.read([default_fragment().with_name("kernel-debug.config")]).options
+    assert added == {name: value for name, value in own.items() if value != "n"}
+    assert {"DEBUG_ATOMIC_SLEEP", "PROVE_LOCKING", "DEBUG_LIST", "FAILSLAB"} <= set(added)
+    assert kbuild.build_default(cache, settings(page_size, "debug")) == debug
+
+
+def test_debug_kernel_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -> None:
+    kinds = [(size, debug) for size in ("64k", "4k") for debug in (False, True)]
+    built = [kbuild.build_tree(cache, tree, page_size=size, debug=debug) for size, debug in kinds]
+    assert len({one.vmlinux for one in built}) == 4
+    produced = [parse_config(one.config.read_text()) for one in built]
+    told = [("PPC_4K_PAGES" in one, "PROVE_LOCKING" in one) for one in produced]
+    assert told == [(size == "4k", debug) for size, debug in kinds]
+    own = tmp_path / "config"
+    own.write_text("CONFIG_PAPR_SCM=m\n")
+    with pytest.raises(ConfigError, match="kernel=debug is for the suite's own configuration"):
+        kbuild.build_tree(cache, tree, config=own, debug=True)
+
+
+def test_fragments_come_in_order() -> None:
+    names = [path.name for path in fragments("4k", debug=True)]
+    assert names == ["kernel.config", "kernel-4k.config", "kernel-debug.config"]
+    assert [path.name for path in fragments("64k")] == ["kernel.config"]
+
+
 def test_default_kernel_insists_on_every_option(
     cache: Cache, fetched: list[str], tree: Path
 ) -> None:
@@ -342,7 +381,7 @@ def test_unpacking_leaves_out_what_powerpc_does_not_read(
 
 
 def test_fragment_in_the_project_is_sound() -> None:
-    fragment = Fragment.read([kbuild.default_fragment()])
+    fragment = Fragment.read([default_fragment()])
     assert fragment.objects > 500
     assert {"PAPR_SCM", "BLK_DEV_PMEM", "LIBNVDIMM", "FS_DAX"} <= set(fragment.every)
     assert "PPC_64K_PAGES" in fragment.options
@@ -350,7 +389,7 @@ def test_fragment_in_the_project_is_sound() -> None:
 
 
 def test_each_option_in_the_project_has_a_reason() -> None:
-    for path in sorted(kbuild.default_fragment().parent.glob("*.config")):
+    for path in sorted(default_fragment().parent.glob("*.config")):
         reason = False
         for line in path.read_text().splitlines():
             assert reason or not line.startswith("CONFIG_"), f"{path.name}: {line}"

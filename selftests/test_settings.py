@@ -33,6 +33,13 @@ def test_types_are_converted(tmp_path: Path) -> None:
     assert read.memory_mib == 600
 
 
+@pytest.mark.parametrize("kernel", ["default", "debug"])
+def test_own_kernels_have_pages_of_either_size(tmp_path: Path, kernel: str) -> None:
+    config = write(tmp_path, f"[paprscm]\nkernel = {kernel}\npage_size = 4k\n")
+    read = settings.load(config=config)
+    assert (read.kernel, read.page_size) == (kernel, "4k")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -41,7 +48,7 @@ def test_types_are_converted(tmp_path: Path) -> None:
         ("smp = 0", "smp=0 is out of range"),
         ("firmware = uefi", "one of vof, slof"),
         ("page_size = 16k", "one of 64k, 4k"),
-        ("page_size = 4k\nkernel = /boot/vmlinux", "page_size=4k is for the default kernel only"),
+        ("page_size = 4k\nkernel = /boot/vmlinux", "page_size=4k is for the default and the "),
         ("command_limit_s = 0", "command_limit_s must be more than 0"),
     ],
 )
