@@ -52,7 +52,7 @@ _GCC_LIMIT_S = 120.0
 # None of the probe's own exit statuses (guest_tools/map_sync.c).
 _NOT_BUILT = 70
 
-TOOLS = ("map_sync", "promise", "faults", "flush", "persist")
+TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
 """What is compiled once, before a guest is saved, so that restored guests have it."""
 
 MapType = Literal["shared", "shared_validate", "private", "none"]

@@ -1,0 +1,283 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * fail_nth - one call again and again, and in each round another of its allocations fails.
+ *
+ * fail_nth [--most=N] [--undo=PATH=TEXT] write PATH TEXT
+ * fail_nth [--most=N] read PATH
+ * fail_nth [--most=N] health|label /dev/nmemN
+ * fail_nth [--most=N] pwrite|fsync DISK
+ *   Round n has the kernel fail the n-th request of this thread that the fault attributes in
+ *   debugfs let through (Documentation/fault-injection, /proc/thread-self/fail-nth), and makes the
+ *   call once. The rounds end with the first in which nothing was left to fail. A call that
+ *   succeeds is undone, by writing TEXT to PATH; the last one is not.
+ *     write   to a file of sysfs, such as a driver's bind
+ *     read    likewise
+ *     health  asks for the health of a DIMM: ND_CMD_CALL with PAPR_PDSM_HEALTH
+ *     label   writes the first bytes of a DIMM's label area, as they are: ND_CMD_SET_CONFIG_DATA
+ *     pwrite  writes 4 KiB at offset 0 with O_DIRECT
+ *     fsync   a disk
+ *
+ * It reports in one line of JSON: of each round its number, whether something failed in the kernel,
+ * the call's errno or 0, and how long it took, us. Exit status:
+ *   0  it came to its end, and the last call succeeded
+ *   1  it did not; the report says how far it came
+ *   2  the command line was wrong, nothing was tried
+ *   4  it could not be set up, or a success not be undone
+ */
+#define _GNU_SOURCE
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <linux/ndctl.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
+
+/* include/uapi/linux/papr_pdsm.h, which no header package of a host that is no POWER has. */
+#define FAMILY_PAPR 5
+#define PDSM_HEALTH 1
+#define PDSM_HEADER_BYTES 8
+#define PDSM_PAYLOAD_BYTES 184
+
+#define BLOCK 4096
+#define LABEL_BYTES 16
+#define MOST_ROUNDS 5000
+
+static const struct option options[] = {
+	{ "most", required_argument, NULL, 'm' },
+	{ "undo", required_argument, NULL, 'u' },
+	{ NULL, 0, NULL, 0 },
+};
+
+static const char *undo_path, *undo_text, *path, *text;
+static unsigned int most = 1000;
+static int fd, nth_fd;
+static char *block;
+
+static union {
+	struct {
+		struct nd_cmd_pkg package;
+		unsigned char payload[PDSM_HEADER_BYTES * 2 + PDSM_PAYLOAD_BYTES];
+	} health;
+	struct nd_cmd_get_config_data_hdr get;
+	struct nd_cmd_set_config_hdr set;
+	unsigned char bytes[512];
+} command;
+static unsigned char label[LABEL_BYTES];
+
+static void __attribute__((noreturn)) usage(const char *what)
+{
+	fprintf(stderr, "fail_nth: %s\n"
+		"usage: fail_nth [--most=N] [--undo=PATH=TEXT] write PATH TEXT\n"
+		"       fail_nth [--most=N] read|health|label|pwrite|fsync PATH\n", what);
+	exit(EXIT_USAGE);
+}
+
+static void __attribute__((noreturn)) fail(const char *stage)
+{
+	fprintf(stderr, "fail_nth: %s: %d %s\n", stage, errno, strerror(errno));
+	exit(EXIT_FAILED);
+}
+
+static bool call_write(void)
+{
+	return write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+}
+
+static bool call_read(void)
+{
+	return pread(fd, block, BLOCK, 0) >= 0;
+}
+
+static void prepare_health(void)
+{
+	memset(&command, 0, sizeof(command));
+	command.health.package.nd_family = FAMILY_PAPR;
+	command.health.package.nd_command = PDSM_HEALTH;
+	command.health.package.nd_size_in = PDSM_HEADER_BYTES;
+	command.health.package.nd_size_out = PDSM_HEADER_BYTES + PDSM_PAYLOAD_BYTES;
+}
+
+static bool call_health(void)
+{
+	return !ioctl(fd, ND_IOCTL_CALL, &command);
+}
+
+/* What is there, once; it is written back as often as there are rounds. */
+static void read_label(void)
+{
+	memset(&command, 0, sizeof(command));
+	command.get.in_length = LABEL_BYTES;
+	if (ioctl(fd, ND_IOCTL_GET_CONFIG_DATA, &command) || command.get.status)
+		fail("label area");
+	memcpy(label, command.get.out_buf, LABEL_BYTES);
+}
+
+static void prepare_label(void)
+{
+	memset(&command, 0, sizeof(command));
+	command.set.in_length = LABEL_BYTES;
+	memcpy(command.set.in_buf, label, LABEL_BYTES);
+}
+
+static bool call_label(void)
+{
+	return !ioctl(fd, ND_IOCTL_SET_CONFIG_DATA, &command);
+}
+
+static bool call_pwrite(void)
+{
+	return pwrite(fd, block, BLOCK, 0) == BLOCK;
+}
+
+static bool call_fsync(void)
+{
+	return !fsync(fd);
+}
+
+static const struct operation {
+	const char *name;
+	int flags;
+	void (*begin)(void); /* once */
+	void (*prepare)(void); /* each time */
+	bool (*call)(void);
+} operations[] = {
+	{ "write", O_WRONLY, NULL, NULL, call_write },
+	{ "read", O_RDONLY, NULL, NULL, call_read },
+	{ "health", O_RDWR, NULL, prepare_health, call_health },
+	{ "label", O_RDWR, read_label, prepare_label, call_label },
+	{ "pwrite", O_RDWR | O_DIRECT, NULL, NULL, call_pwrite },
+	{ "fsync", O_RDWR, NULL, NULL, call_fsync },
+};
+
+static uint64_t now_us(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
+}
+
+static void set_nth(unsigned int n)
+{
+	char number[16];
+	int length = snprintf(number, sizeof(number), "%u", n);
+
+	if (pwrite(nth_fd, number, (size_t)length, 0) != length)
+		fail("fail-nth");
+}
+
+/* Whether there was an n-th request: then nothing is left to count down. */
+static bool has_failed(void)
+{
+	char number[16];
+	ssize_t length = pread(nth_fd, number, sizeof(number) - 1, 0);
+
+	if (length <= 0)
+		fail("fail-nth");
+	number[length] = 0;
+	return !strtoul(number, NULL, 10);
+}
+
+static void undo(void)
+{
+	int other = open(undo_path, O_WRONLY);
+
+	if (other < 0 || write(other, undo_text, strlen(undo_text)) != (ssize_t)strlen(undo_text))
+		fail(undo_path);
+	close(other);
+}
+
+static void parse(int argc, char **argv)
+{
+	int option;
+
+	opterr = 0;
+	while ((option = getopt_long(argc, argv, "+", options, NULL)) != -1) {
+		char *equals;
+
+		switch (option) {
+		case 'm':
+			most = (unsigned int)strtoul(optarg, NULL, 10);
+			if (!most || most > MOST_ROUNDS)
+				usage("--most is out of range");
+			break;
+		case 'u':
+			equals = strrchr(optarg, '=');
+			if (!equals)
+				usage("--undo wants PATH=TEXT");
+			*equals = 0;
+			undo_path = optarg;
+			undo_text = equals + 1;
+			break;
+		default:
+			usage("wrong option");
+		}
+	}
+}
+
+int main(int argc, char **argv)
+{
+	const struct operation *operation = NULL;
+	const char *separator = "";
+	unsigned int n, injected = 0;
+	bool works = false, ended = false;
+
+	parse(argc, argv);
+	for (size_t i = 0; optind < argc && i < sizeof(operations) / sizeof(operations[0]); i++)
+		if (!strcmp(argv[optind], operations[i].name))
+			operation = &operations[i];
+	if (!operation)
+		usage("what to do?");
+	if (argc - optind != (operation->call == call_write ? 3 : 2))
+		usage("too many words, or too few");
+	path = argv[optind + 1];
+	text = argv[optind + 2];
+	errno = posix_memalign((void **)&block, 65536, BLOCK);
+	if (errno)
+		fail("memory");
+	memset(block, 0x5a, BLOCK);
+	nth_fd = open("/proc/thread-self/fail-nth", O_RDWR);
+	if (nth_fd < 0)
+		fail("/proc/thread-self/fail-nth");
+	printf("{\"tool\":\"fail_nth\",\"version\":1,\"operation\":\"%s\",\"rounds\":[",
+	       operation->name);
+	for (n = 1; n <= most && !ended; n++) {
+		uint64_t begin_us;
+		int error;
+
+		fd = open(path, operation->flags | O_CLOEXEC);
+		if (fd < 0)
+			fail(path);
+		if (n == 1 && operation->begin)
+			operation->begin();
+		if (operation->prepare)
+			operation->prepare();
+		begin_us = now_us();
+		set_nth(n);
+		errno = 0;
+		works = operation->call();
+		error = works ? 0 : errno;
+		ended = !has_failed();
+		set_nth(0);
+		injected += !ended;
+		printf("%s[%u,%d,%d,%" PRIu64 "]", separator, n, !ended, error,
+		       now_us() - begin_us);
+		separator = ",";
+		close(fd);
+		if (works && !ended && undo_path)
+			undo();
+	}
+	printf("],\"injected\":%u,\"ended\":%s}\n", injected, ended ? "true" : "false");
+	if (fflush(stdout))
+		return EXIT_FAILED;
+	return ended && works ? EXIT_FINE : EXIT_WRONG;
+}

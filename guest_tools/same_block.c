@@ -1,0 +1,239 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * same_block - several threads write the same block of a disk, while they are moved between CPUs.
+ *
+ * same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK
+ *   Each thread writes the block at offset 0 with O_DIRECT, over and over; every 64-bit word of it
+ *   holds the thread's number and how often it wrote. Another thread moves them from CPU to CPU,
+ *   every 1 to 30 ms, and writes how far they are to FILE, a line each half second; /dev/kmsg will
+ *   do: that still gets out where nothing else does. At the end the block is read: it must be one
+ *   thread's, and whole.
+ *
+ * It reports in one line of JSON. Exit status:
+ *   0  all was as it must be
+ *   1  a write failed, or the block is not whole; the report says so
+ *   2  the command line was wrong, nothing was tried
+ *   4  it could not be set up
+ */
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
+
+#define MOST_THREADS 64
+#define BLOCK 4096
+#define WORDS (BLOCK / sizeof(uint64_t))
+#define REPORT_NS 500000000ULL
+
+static const struct option options[] = {
+	{ "threads", required_argument, NULL, 't' },
+	{ "seconds", required_argument, NULL, 's' },
+	{ "progress", required_argument, NULL, 'p' },
+	{ NULL, 0, NULL, 0 },
+};
+
+static const char *disk, *progress;
+static unsigned int thread_count = 4;
+static uint64_t seconds = 5;
+
+static struct worker {
+	pthread_t thread;
+	unsigned int number;
+	atomic_ullong writes;
+	int error;
+} workers[MOST_THREADS];
+static atomic_bool stop;
+
+static void __attribute__((noreturn)) usage(const char *what)
+{
+	fprintf(stderr, "same_block: %s\n"
+		"usage: same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK\n", what);
+	exit(EXIT_USAGE);
+}
+
+static void __attribute__((noreturn)) fail(const char *stage)
+{
+	fprintf(stderr, "same_block: %s: %d %s\n", stage, errno, strerror(errno));
+	exit(EXIT_FAILED);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
+}
+
+static uint64_t *new_block(void)
+{
+	void *block;
+
+	errno = posix_memalign(&block, 65536, BLOCK);
+	if (errno)
+		fail("memory");
+	return block;
+}
+
+static void *write_block(void *argument)
+{
+	struct worker *worker = argument;
+	uint64_t *block = new_block();
+	int fd = open(disk, O_WRONLY | O_DIRECT);
+
+	if (fd < 0) {
+		worker->error = errno;
+		return NULL;
+	}
+	while (!atomic_load(&stop)) {
+		ssize_t done;
+
+		for (size_t i = 0; i < WORDS; i++)
+			block[i] = (uint64_t)worker->number << 48 | (worker->writes + 1);
+		done = pwrite(fd, block, BLOCK, 0);
+		if (done != BLOCK) {
+			worker->error = done < 0 ? errno : EIO;
+			break;
+		}
+		atomic_fetch_add(&worker->writes, 1);
+	}
+	close(fd);
+	free(block);
+	return NULL;
+}
+
+static uint64_t all_writes(void)
+{
+	uint64_t sum = 0;
+
+	for (unsigned int i = 0; i < thread_count; i++)
+		sum += atomic_load(&workers[i].writes);
+	return sum;
+}
+
+/* Moves the threads, and says how far they are; how often a thread was moved. */
+static uint64_t move_threads(int log, uint64_t end_ns)
+{
+	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
+	uint64_t moves = 0, told_ns = 0, random = 88172645463325252ULL;
+
+	for (uint64_t now = now_ns(); now < end_ns; now = now_ns()) {
+		struct timespec pause = { 0, 0 };
+		cpu_set_t set;
+
+		/* xorshift64 */
+		random ^= random << 13;
+		random ^= random >> 7;
+		random ^= random << 17;
+		CPU_ZERO(&set);
+		CPU_SET((int)(random >> 20) % (int)(cpus > 0 ? cpus : 1), &set);
+		if (!pthread_setaffinity_np(workers[random % thread_count].thread, sizeof(set),
+					    &set))
+			moves++;
+		if (log >= 0 && now - told_ns >= REPORT_NS) {
+			dprintf(log, "<1>same_block: %" PRIu64 " writes\n", all_writes());
+			told_ns = now;
+		}
+		pause.tv_nsec = 1000000 + (long)(random >> 32) % 29000000;
+		nanosleep(&pause, NULL);
+	}
+	return moves;
+}
+
+static bool block_is_whole(void)
+{
+	uint64_t *block = new_block();
+	int fd = open(disk, O_RDONLY | O_DIRECT);
+	bool whole = fd >= 0 && pread(fd, block, BLOCK, 0) == BLOCK;
+
+	for (size_t i = 1; whole && i < WORDS; i++)
+		whole = block[i] == block[0];
+	if (fd >= 0)
+		close(fd);
+	free(block);
+	return whole;
+}
+
+static uint64_t parse_number(const char *text, uint64_t most)
+{
+	char *end;
+	uint64_t number;
+
+	errno = 0;
+	number = strtoull(text, &end, 10);
+	if (errno || end == text || *end || !number || number > most)
+		usage("a number is out of range");
+	return number;
+}
+
+int main(int argc, char **argv)
+{
+	uint64_t begin_ns, moves;
+	int option, error = 0, log = -1;
+	bool whole;
+
+	opterr = 0;
+	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+		switch (option) {
+		case 't':
+			thread_count = (unsigned int)parse_number(optarg, MOST_THREADS);
+			break;
+		case 's':
+			seconds = parse_number(optarg, 3600);
+			break;
+		case 'p':
+			progress = optarg;
+			break;
+		default:
+			usage("wrong option");
+		}
+	}
+	if (optind != argc - 1)
+		usage("exactly one DISK is wanted");
+	disk = argv[optind];
+	if (progress) {
+		log = open(progress, O_WRONLY | O_APPEND);
+		if (log < 0)
+			fail(progress);
+	}
+	begin_ns = now_ns();
+	for (unsigned int i = 0; i < thread_count; i++) {
+		workers[i].number = i + 1;
+		errno = pthread_create(&workers[i].thread, NULL, write_block, &workers[i]);
+		if (errno)
+			fail("thread");
+	}
+	moves = move_threads(log, begin_ns + seconds * 1000000000ULL);
+	atomic_store(&stop, true);
+	for (unsigned int i = 0; i < thread_count; i++) {
+		pthread_join(workers[i].thread, NULL);
+		error = error ? error : workers[i].error;
+	}
+	whole = block_is_whole();
+	printf("{\"tool\":\"same_block\",\"version\":1,\"threads\":%u,\"moves\":%" PRIu64
+	       ",\"duration_ns\":%" PRIu64 ",\"writes\":[", thread_count, moves,
+	       now_ns() - begin_ns);
+	for (unsigned int i = 0; i < thread_count; i++)
+		printf("%s%llu", i ? "," : "", atomic_load(&workers[i].writes));
+	printf("],\"errno\":%d,\"whole\":%s}\n", error, whole ? "true" : "false");
+	if (fflush(stdout))
+		return EXIT_FAILED;
+	/* Last, so that the report is there when this is read. */
+	if (log >= 0)
+		dprintf(log, "<1>same_block: done\n");
+	return error || !whole ? EXIT_WRONG : EXIT_FINE;
+}

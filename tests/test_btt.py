@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Sector mode on a DIMM that is flushed by hcall: the flush sleeps, so nobody may hold it up.
+
+drivers/nvdimm/btt.c writes a block as data, log and map. Behind each is nsio_rw_bytes
+(drivers/nvdimm/claim.c), which flushes the region: on pmem=off that is papr_scm_pmem_flush, which
+sleeps 10 ms between two hcalls. A spinlock held meanwhile, or preemption that is off, is a bug on
+every kernel; which tells it in which way depends on what it was built with.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+
+from paprscm.errors import CapabilityError, ContractError
+from paprscm.guest import Guest
+from paprscm.machine import Machine, Nvdimm
+from paprscm.pmem import BlockDevice, create_namespace, wait_for_region
+from paprscm.probes import build
+from paprscm.same_block import DONE, PROGRESS, SameBlock, expect_written, parse_same_block, traces
+from paprscm.testcase import PaprScmTest
+
+ISSUE = "linux-btt-sleeps-under-spinlock"
+SLEEPS = re.compile(
+    r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
+)
+WRITTEN = re.compile(r"one block written$")
+# kernel/watchdog.c, watchdog_timer_fn.
+LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(\d+) stuck for (\d+)s!")
+# What such a CPU leads to.
+STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked for more than")
+# btt_write_pg is inlined in kernels that are built for size.
+WRITE_PATH = re.compile(r"\] btt_(?:write_pg|do_bvec|submit_bio)\+")
+FLUSH = re.compile(r"\] papr_scm_pmem_flush\+")
+SPINS = re.compile(r"NIP \[[0-9a-f]+\] (?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+)\+")
+MAP_LOCK = re.compile(r"\(&arena->map_locks\[i\]")
+THREADS = 4
+LIMIT_S = 8
+"""How long they write; a wedged CPU was always there after 4 s."""
+WATCHDOG_S = 2
+"""A CPU that runs nothing else for twice as long is told."""
+
+
+class Btt(PaprScmTest):
+    """
+    A sector namespace.
+
+    :avocado: tags=flush,btt
+    """
+
+    def disk(self, guest: Guest) -> BlockDevice:
+        """A sector namespace of the whole DIMM."""
+        region = wait_for_region(guest, 0, 10)
+        return create_namespace(guest, region, mode="sector").disk
+
+    def watched(self, *, wanted: bool) -> None:
+        """CANCEL unless the kernel tells who sleeps where nobody may, or unless it does not."""
+        kernel = self.environment.kernel
+        there = kernel.option("DEBUG_ATOMIC_SLEEP") == "y"
+        if wanted and not there:
+            self.cancel(
+                str(
+                    CapabilityError(
+                        f"the kernel {kernel.release} was built without CONFIG_DEBUG_ATOMIC_SLEEP",
+                        hint="take -p kernel=debug",
+                    )
+                )
+            )
+        if there and not wanted:
+            self.cancel("this kernel says it of the first write; test_one_write_* judge that")
+
+    def test_one_write_off(self) -> None:
+        """On pmem=off, one write to a sector namespace sleeps nowhere where nobody may sleep."""
+        self.watched(wanted=True)
+        guest = self.boot(Machine(nvdimms=(Nvdimm(),)), allowed=[SLEEPS.pattern])
+        disk = self.disk(guest)
+        guest.succeed(
+            f"setsid sh -c 'dd if=/dev/zero of={disk.path} bs=4096 count=1 oflag=direct && "
+            f'echo "<1>one block written" > /dev/kmsg\' > /dev/null 2>&1 < /dev/null &'
+        )
+        console = guest.console
+        found = console.wait_for(
+            {"sleeps": SLEEPS, "written": WRITTEN}, timeout_s=60, silence_s=float("inf")
+        )
+        console.settle(1.0, 10.0)
+        told = traces(console.lines, SLEEPS)
+        if found is None or (not told and found[0] != "written"):
+            guest.check()
+            self.fail("the write did not end, and the kernel says nothing")
+        # The one who slept has unbalanced the count that forbids it: nothing after that counts.
+        if told:
+            guest.kill()
+        ours = [one for one in told if WRITE_PATH.search(one) and FLUSH.search(one)]
+        self.measure("messages", len(told))
+        self.measure("with the map's lock", sum(bool(MAP_LOCK.search(one)) for one in ours))
+        self.measure("first message", told[:1])
+        if len(ours) != len(told):
+            self.fail(f"somebody else sleeps where nobody may:\n{told[0]}")
+        self.known_issue(
+            ISSUE, shows=bool(ours), found=f"one write of 4 KiB: {len(ours)} times asleep in it"
+        )
+
+    def test_one_write_on(self) -> None:
+        """On pmem=on, where nothing sleeps, the same write is no reason for a message."""
+        self.watched(wanted=True)
+        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        disk = self.disk(guest)
+        guest.succeed(f"dd if=/dev/zero of={disk.path} bs=4096 count=1 oflag=direct")
+
+    def start(self, guest: Guest, *, seconds: int) -> None:
+        """Let the threads write; how far they are is on the console."""
+        disk = self.disk(guest)
+        tool = build(guest, "same_block")
+        guest.succeed(
+            f"echo {WATCHDOG_S} > /proc/sys/kernel/watchdog_thresh\n"
+            f"setsid {tool} --threads={THREADS} --seconds={seconds} --progress=/dev/kmsg "
+            f"{disk.path} > /tmp/same_block 2>&1 < /dev/null &"
+        )
+
+    def report(self, guest: Guest) -> SameBlock:
+        """What the threads did, when they have ended."""
+        found = parse_same_block(guest.succeed("cat /tmp/same_block"))
+        self.measure("writes", sum(found.writes))
+        self.measure("duration_s", found.duration_ns / 1e9)
+        expect_written(found)
+        return found
+
+    def test_same_block_off(self) -> None:
+        """On pmem=off, four threads that write one block on two CPUs all come to their end."""
+        self.watched(wanted=False)
+        self.two_cpus()
+        guest = self.boot(Machine(nvdimms=(Nvdimm(),)), allowed=[LOCKUP.pattern, *STALLS])
+        self.start(guest, seconds=LIMIT_S)
+        found = guest.console.wait_for(
+            {"wedged": LOCKUP, "done": DONE}, timeout_s=LIMIT_S + 20, silence_s=float("inf")
+        )
+        if found is None:
+            guest.check()
+            self.fail("the threads do not end, and no CPU is said to be taken")
+        if found[0] == "done":
+            writes = sum(self.report(guest).writes)
+            guest.check()
+            self.known_issue(ISSUE, shows=False, found=f"{writes} writes of one block")
+            return
+        self.known_issue(ISSUE, shows=True, found=self.wedged(guest))
+
+    def wedged(self, guest: Guest) -> str:
+        """Prove that a CPU is taken for good: it is told again, and nobody has written meanwhile.
+
+        Raises:
+            ContractError: it is something else.
+        """
+        console = guest.console
+        console.settle(0.5, 3.0)
+        first = LOCKUP.search(traces(console.lines, LOCKUP)[0])
+        assert first is not None
+        cpu, stuck_s = first[1], int(first[2])
+        again = re.compile(rf"soft lockup - CPU#{cpu} stuck for (\d+)s!")
+        writes = _writes(console.lines)
+        deadline = time.monotonic() + 10 * WATCHDOG_S
+        later = stuck_s
+        while later < stuck_s + 2 * WATCHDOG_S and time.monotonic() < deadline:
+            time.sleep(0.2)
+            later = max(int(one[1]) for line in console.lines if (one := again.search(line)))
+        status = guest.qmp.execute("query-status")["status"]
+        lines = console.lines
+        now = _writes(lines)
+        trace = traces(lines, again)[-1]
+        guest.kill()
+        self.measure("writes", now)
+        self.measure("trace", trace)
+        if not SPINS.search(trace) or not WRITE_PATH.search(trace):
+            raise ContractError(f"a CPU is taken, not by a writer of the BTT:\n{trace}")
+        if later == stuck_s or now != writes or status != "running":
+            raise ContractError(
+                f"CPU {cpu} was taken for {later} s, then not; {writes} and then {now} writes; "
+                f"QEMU is {status}"
+            )
+        return (
+            f"CPU {cpu} waits for a spinlock in btt_write_pg for {later} s and more, after {now} "
+            f"writes, while QEMU answers that the guest is running"
+        )
+
+    def test_same_block_on(self) -> None:
+        """On pmem=on, four threads that write one block on two CPUs all come to their end."""
+        self.two_cpus()
+        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        self.start(guest, seconds=LIMIT_S // 2)
+        # The message's own line counts, however slow the host is.
+        if not guest.console.wait_for({"done": DONE}, timeout_s=60, silence_s=float("inf")):
+            guest.check()
+            self.fail("the threads do not end")
+        self.report(guest)
+
+    def two_cpus(self) -> None:
+        """CANCEL with one CPU: then nobody waits for a lock that its holder sleeps with."""
+        if self.settings.smp < 2:
+            self.cancel("it takes two CPUs (smp=2)")
+
+
+def _writes(lines: list[str]) -> int:
+    """How many writes the threads have told."""
+    return max((int(one[1]) for line in lines if (one := PROGRESS.search(line))), default=0)
