@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 
 Attribute = Literal["failslab", "fail_page_alloc", "fail_make_request"]
 
-PAPR_SCM: Final = ("papr_scm_pmem_flush", "papr_scm_ndctl", "papr_scm_probe")
-"""Functions of papr_scm.c; what lies between the first and the last is papr_scm.c as well."""
-
 LIBNVDIMM: Final = (
     *("nvdimm_bus_lock", "nvdimm_bus_register", "nvdimm_set_config_data", "nd_region_probe"),
     *("nd_dax_probe", "nd_pmem_probe", "nvdimm_namespace_attach_btt"),
 )
-"""The same for drivers/nvdimm, which is linked as one piece (its Makefile)."""
+"""Functions of drivers/nvdimm, which is linked as one piece (its Makefile): what lies between the
+first and the last of them is libnvdimm's as well."""
 
 DEBUGFS = "/sys/kernel/debug"
 _OPTIONS = ("FAILSLAB", "FAIL_MAKE_REQUEST", "FAULT_INJECTION_STACKTRACE_FILTER", "DEBUG_KMEMLEAK")
