@@ -87,17 +87,22 @@ class Btt(PaprScmTest):
         if found is None or (not told and found[0] != "written"):
             guest.check()
             self.fail("the write did not end, and the kernel says nothing")
-        # The one who slept has unbalanced the count that forbids it: nothing after that counts.
-        if told:
-            guest.kill()
-        ours = [one for one in told if WRITE_PATH.search(one) and FLUSH.search(one)]
-        self.measure("messages", len(told))
-        self.measure("with the map's lock", sum(bool(MAP_LOCK.search(one)) for one in ours))
-        self.measure("first message", told[:1])
-        if len(ours) != len(told):
-            self.fail(f"somebody else sleeps where nobody may:\n{told[0]}")
+        if not told:
+            guest.check()
+            self.known_issue(ISSUE, shows=False, found="one write of 4 KiB slept nowhere")
+            return
+        # Only the first one counts: who sleeps there has unbalanced the count that forbids it
+        # (kernel/sched/core.c, schedule_debug), and nothing the guest says after that is of use.
+        guest.kill()
+        trace = told[0]
+        self.measure("first message", trace)
+        if not WRITE_PATH.search(trace) or not FLUSH.search(trace):
+            self.fail(f"it is not the BTT's flush that sleeps:\n{trace}")
+        how = (
+            "with the map's lock" if MAP_LOCK.search(trace) else "between kmap_atomic() and its end"
+        )
         self.known_issue(
-            ISSUE, shows=bool(ours), found=f"one write of 4 KiB: {len(ours)} times asleep in it"
+            ISSUE, shows=True, found=f"papr_scm_pmem_flush sleeps below btt_write_pg {how}"
         )
 
     def test_one_write_on(self) -> None:
