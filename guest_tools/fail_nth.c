@@ -2,14 +2,14 @@
 /*
  * fail_nth - one call again and again, and in each round another of its allocations fails.
  *
- * fail_nth [--most=N] [--undo=PATH=TEXT] write PATH TEXT
+ * fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT
  * fail_nth [--most=N] read PATH
  * fail_nth [--most=N] health|label /dev/nmemN
  * fail_nth [--most=N] pwrite|fsync DISK
  *   Round n has the kernel fail the n-th request of this thread that the fault attributes in
  *   debugfs let through (Documentation/fault-injection, /proc/thread-self/fail-nth), and makes the
  *   call once. The rounds end with the first in which nothing was left to fail. A call that
- *   succeeds is undone, by writing TEXT to PATH; the last one is not.
+ *   succeeds is undone, by writing each TEXT to its PATH; the last one is not.
  *     write   to a file of sysfs, such as a driver's bind
  *     read    likewise
  *     health  asks for the health of a DIMM: ND_CMD_CALL with PAPR_PDSM_HEALTH
@@ -50,6 +50,7 @@ enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
 #define BLOCK 4096
 #define LABEL_BYTES 16
 #define MOST_ROUNDS 5000
+#define MOST_UNDOS 4
 
 static const struct option options[] = {
 	{ "most", required_argument, NULL, 'm' },
@@ -57,7 +58,11 @@ static const struct option options[] = {
 	{ NULL, 0, NULL, 0 },
 };
 
-static const char *undo_path, *undo_text, *path, *text;
+static const char *path, *text;
+static struct {
+	const char *path, *text;
+} undos[MOST_UNDOS];
+static unsigned int undo_count;
 static unsigned int most = 1000;
 static int fd, nth_fd;
 static char *block;
@@ -76,7 +81,7 @@ static unsigned char label[LABEL_BYTES];
 static void __attribute__((noreturn)) usage(const char *what)
 {
 	fprintf(stderr, "fail_nth: %s\n"
-		"usage: fail_nth [--most=N] [--undo=PATH=TEXT] write PATH TEXT\n"
+		"usage: fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT\n"
 		"       fail_nth [--most=N] read|health|label|pwrite|fsync PATH\n", what);
 	exit(EXIT_USAGE);
 }
@@ -187,12 +192,12 @@ static bool has_failed(void)
 	return !strtoul(number, NULL, 10);
 }
 
-static void undo(void)
+static void undo(const char *where, const char *what)
 {
-	int other = open(undo_path, O_WRONLY);
+	int other = open(where, O_WRONLY);
 
-	if (other < 0 || write(other, undo_text, strlen(undo_text)) != (ssize_t)strlen(undo_text))
-		fail(undo_path);
+	if (other < 0 || write(other, what, strlen(what)) != (ssize_t)strlen(what))
+		fail(where);
 	close(other);
 }
 
@@ -212,11 +217,11 @@ static void parse(int argc, char **argv)
 			break;
 		case 'u':
 			equals = strrchr(optarg, '=');
-			if (!equals)
-				usage("--undo wants PATH=TEXT");
+			if (!equals || undo_count == MOST_UNDOS)
+				usage("--undo wants PATH=TEXT, four times at the most");
 			*equals = 0;
-			undo_path = optarg;
-			undo_text = equals + 1;
+			undos[undo_count].path = optarg;
+			undos[undo_count++].text = equals + 1;
 			break;
 		default:
 			usage("wrong option");
@@ -273,8 +278,8 @@ int main(int argc, char **argv)
 		       now_us() - begin_us);
 		separator = ",";
 		close(fd);
-		if (works && !ended && undo_path)
-			undo();
+		for (unsigned int i = 0; works && !ended && i < undo_count; i++)
+			undo(undos[i].path, undos[i].text);
 	}
 	printf("],\"injected\":%u,\"ended\":%s}\n", injected, ended ? "true" : "false");
 	if (fflush(stdout))

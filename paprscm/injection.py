@@ -34,6 +34,9 @@ LIBNVDIMM: Final = (
 """Functions of drivers/nvdimm, which is linked as one piece (its Makefile): what lies between the
 first and the last of them is libnvdimm's as well."""
 
+_WATCHER = ("kmemleak_open", "kmemleak_vmalloc")
+"""What kmemleak allocates for each allocation is none of theirs, and it can do without."""
+
 DEBUGFS = "/sys/kernel/debug"
 _OPTIONS = ("FAILSLAB", "FAIL_MAKE_REQUEST", "FAULT_INJECTION_STACKTRACE_FILTER", "DEBUG_KMEMLEAK")
 _STATUS_FINE, _STATUS_WRONG = 0, 1
@@ -105,18 +108,16 @@ def aim(guest: Guest, functions: Sequence[str], *, attribute: Attribute = "fails
     Raises:
         HostError: the kernel has no function of that name.
     """
-    pattern = "|".join(functions)
+    pattern = "|".join((*functions, *_WATCHER))
     lines = guest.succeed(f"grep -E -A 4 ' ({pattern})$' /proc/kallsyms").splitlines()
     symbols = sorted(_symbols(lines))
-    found = {name for _address, name in symbols}
-    if missing := set(functions) - found:
-        raise HostError(f"the guest's kernel has no function {', '.join(sorted(missing))}")
-    start = min(address for address, name in symbols if name in functions)
-    last = max(address for address, name in symbols if name in functions)
-    end = min(address for address, _name in symbols if address > last)
-    folder = f"{DEBUGFS}/{attribute}"
+    writes = [
+        f"echo {address:#x} > {kind}-{side}"
+        for kind, names in (("require", functions), ("reject", _WATCHER))
+        for side, address in zip(("start", "end"), _range(symbols, names), strict=True)
+    ]
     guest.succeed(
-        f"cd {folder} && echo {start:#x} > require-start && echo {end:#x} > require-end && "
+        f"cd {DEBUGFS}/{attribute} && {' && '.join(writes)} && "
         f"echo 32 > stacktrace-depth && echo 0 > verbose && "
         f"for f in ignore-gfp-wait min-order; do [ ! -e $f ] || echo 0 > $f; done"
     )
@@ -125,7 +126,7 @@ def aim(guest: Guest, functions: Sequence[str], *, attribute: Attribute = "fails
 def fail_each(
     guest: Guest,
     *words: str,
-    undo: tuple[str, str] | None = None,
+    undo: Sequence[tuple[str, str]] = (),
     most: int = 1000,
     timeout_s: float = 240.0,
 ) -> Report:
@@ -134,7 +135,7 @@ def fail_each(
     Args:
         guest: where; `aim` says what can fail.
         words: operation and path, as guest_tools/fail_nth.c takes them.
-        undo: path and text of what undoes a success.
+        undo: what undoes a success: paths, and what is written there.
         most: rounds, at the most.
         timeout_s: of all of them.
 
@@ -142,7 +143,7 @@ def fail_each(
         ProbeError: the tool gave no report that can be believed.
     """
     tool = str(build(guest, "fail_nth"))
-    options = [f"--most={most}"] + ([f"--undo={undo[0]}={undo[1]}"] if undo else [])
+    options = [f"--most={most}", *(f"--undo={path}={text}" for path, text in undo)]
     result = guest.run(shlex.join([tool, *options, *words]), timeout_s=timeout_s)
     return parse_rounds(result.stdout, result.status, result.stderr)
 
@@ -190,7 +191,7 @@ def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) 
     if wrong := [one for one in failed if one.errno and one.errno not in wanted]:
         raise ContractError(f"{what}: an errno that does not fit: {wrong[:3]}")
     if len(silent := [one.number for one in failed if not one.errno]) > optional:
-        raise ContractError(f"{what}: succeeds though an allocation failed: rounds {silent}")
+        raise ContractError(f"{what}: succeeds though something failed: rounds {silent}")
 
 
 def forget_leaks(guest: Guest) -> None:
@@ -210,6 +211,18 @@ def leaks(guest: Guest) -> list[str]:
             timeout_s=_SCAN_LIMIT_S,
         )
     return [part for part in re.split(r"^(?=unreferenced object )", text, flags=re.M) if part]
+
+
+def _range(symbols: Sequence[tuple[int, str]], names: Iterable[str]) -> tuple[int, int]:
+    """From the first of these functions to the end of the last one."""
+    wanted = set(names)
+    if missing := wanted - {name for _address, name in symbols}:
+        raise HostError(f"the guest's kernel has no function {', '.join(sorted(missing))}")
+    last = max(address for address, name in symbols if name in wanted)
+    return (
+        min(address for address, name in symbols if name in wanted),
+        min(address for address, _name in symbols if address > last),
+    )
 
 
 def _symbols(lines: Iterable[str]) -> Iterable[tuple[int, str]]:

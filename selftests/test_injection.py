@@ -87,7 +87,7 @@ def test_the_status_must_fit() -> None:
 def test_what_is_expected() -> None:
     report = parse_rounds(LINE, 0)
     expect_errors(report, [errno.ENOMEM], optional=1)
-    with pytest.raises(ContractError, match="succeeds though an allocation failed: rounds"):
+    with pytest.raises(ContractError, match="succeeds though something failed: rounds"):
         expect_errors(report, [errno.ENOMEM])
     with pytest.raises(ContractError, match="an errno that does not fit"):
         expect_errors(report, [errno.EIO], optional=1)
@@ -113,7 +113,9 @@ class Told:
         return (
             "c000000000000100 t first\nc000000000000180 t between\n--\n"
             "c000000000000200 t last\nc000000000000200 t alias\nc000000000000280 t behind\n"
-            "c000000000000300 t later\n"
+            "c000000000000300 t later\n--\n"
+            "c000000000000400 t kmemleak_open\nc000000000000480 T kmemleak_vmalloc\n"
+            "c000000000000500 T kmemleak_free_part\n"
         )
 
 
@@ -123,6 +125,8 @@ def test_the_aim_is_from_the_first_function_to_the_end_of_the_last() -> None:
     assert "debug/failslab " in guest.commands[1]
     assert "echo 0xc000000000000100 > require-start" in guest.commands[1]
     assert "echo 0xc000000000000280 > require-end" in guest.commands[1]
+    assert "echo 0xc000000000000400 > reject-start" in guest.commands[1]
+    assert "echo 0xc000000000000500 > reject-end" in guest.commands[1]
     with pytest.raises(HostError, match="no function nobody"):
         injection.aim(cast(Guest, guest), ("first", "nobody"))
 
