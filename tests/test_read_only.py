@@ -39,6 +39,8 @@ from paprscm.probes import MapSyncReport, Verdict, judge, map_sync
 from paprscm.testcase import PaprScmTest
 
 _CHUNK = 1 << 16
+# drivers/nvdimm/pfn.h: the info block has 4 KiB, behind as many.
+_INFO_BLOCK_END = 8192
 
 
 def digest(file: Path, begin: int = 0) -> str:
@@ -235,6 +237,10 @@ class ReadOnly(PaprScmTest):
         places = f"{region.device}/resource", f"/sys/block/{disk.name}/device/resource"
         start, data = (int(line, 16) for line in guest.succeed("cat " + " ".join(places)).split())
         guest.kill()
+        # In a boot like the one before, the structures may come out as they are there already.
+        with file.open("r+b") as content:
+            content.seek(_INFO_BLOCK_END)
+            content.write(b"\xa5" * (data - start - _INFO_BLOCK_END))
         before = digest(file), digest(file, data - start)
         guest = self.boot(Machine(nvdimms=(replace(armed, unarmed=True),)))
         region = wait_for_region(guest, 0, 10)
