@@ -94,7 +94,7 @@ class FlushSlow(PaprScmTest):
 
         -p sync_s=N is how long it takes, s.
         """
-        sync_s = float(self.params.get("sync_s", default="20"))
+        sync_s = float(self.params.get("sync_s", default="10"))
         if not 5 <= sync_s <= 200:
             raise ConfigError(f"sync_s={sync_s:g} is not from 5 to 200 s")
         guest = self.machine(DIMM, OTHER)
