@@ -42,7 +42,7 @@ LOAD_S = 6
 
 # Threads of QEMU's pool that have nothing to do end after 10 s (util/thread-pool.c).
 POOL_LIMIT_S = 20.0
-MANY = 8_000
+MANY = 16_000
 
 # The rounds of each are counted, and every command must succeed.
 BESIDE = {
@@ -206,7 +206,7 @@ class FlushMemory(QemuTest):
         bare = self.bare(Machine(nvdimms=(nvdimm,), smp=1, memory_mib=256))
         pid = bare.vm.process.pid
         grown = []
-        for count in (5_000, MANY, MANY):
+        for count in (5_000, MANY):
             before = _own_kib(pid)
             for _ in range(0, count, 1000):
                 flush = Call(Hcall.H_SCM_FLUSH, (nvdimm.drc, 0), 10_000_000, True)
@@ -214,9 +214,9 @@ class FlushMemory(QemuTest):
                 self.assertEqual({answer.code for answer in answers}, {ReturnCode.H_SUCCESS})
             grown.append(_own_kib(pid) - before)
         self.measure("grown_kib", grown)
-        # What is done only once may be done late; but not twice.
-        if min(grown[1:]) * 1024 > MANY * 16:
-            raise ContractError(f"QEMU's memory grew by {grown[1:]} KiB in {MANY} flushes each")
+        # The first fill what is kept for later ones. Each that is not forgotten takes 60 bytes.
+        if grown[1] * 1024 > MANY * 32:
+            raise ContractError(f"QEMU's memory grew by {grown[1]} KiB in {MANY} flushes")
         expect_threads_end(pid)
 
 
