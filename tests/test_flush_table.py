@@ -199,5 +199,10 @@ class FlushTable(PaprScmTest):
 
     def test_sector(self) -> None:
         """A BTT is flushed with each write of its own: four for each sector."""
+        if self.environment.kernel.option("DEBUG_ATOMIC_SLEEP") == "y":
+            # known_issues/linux-btt-sleeps-under-spinlock.md
+            self.cancel(
+                "this kernel stumbles over the first write to a BTT; test_btt.py judges that"
+            )
         guest, region = self.machine(256 * MIB)
         self.judge(guest, region, SECTOR)
