@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from paprscm.errors import ContractError, HostError
-from paprscm.map_sync_report import ProbeError
+from paprscm.map_sync_report import unbelievable
 from paprscm.strict_json import Fields, MalformedError, load_line
 
 OPERATIONS: Final = (
@@ -82,7 +82,7 @@ def parse_load(stdout: str, status: int, stderr: str = "") -> LoadReport:
     try:
         return _load(load_line(stdout), status)
     except MalformedError as error:
-        raise _unbelievable(error, stdout, status, stderr) from error
+        raise unbelievable("faults", error, stdout, status, stderr) from error
 
 
 def parse_verify(stdout: str, status: int, stderr: str = "") -> VerifyReport:
@@ -90,7 +90,7 @@ def parse_verify(stdout: str, status: int, stderr: str = "") -> VerifyReport:
     try:
         return _verify(load_line(stdout), status)
     except MalformedError as error:
-        raise _unbelievable(error, stdout, status, stderr) from error
+        raise unbelievable("faults", error, stdout, status, stderr) from error
 
 
 def expect_load(report: LoadReport) -> None:
@@ -124,13 +124,6 @@ def expect_verified(report: VerifyReport, load: LoadReport) -> None:
 
 def _listed(when: str, count: int, errors: tuple[str, ...]) -> str:
     return f"{when}, {count} errors:\n" + "\n".join(f"    {error}" for error in errors)
-
-
-def _unbelievable(error: MalformedError, stdout: str, status: int, stderr: str) -> ProbeError:
-    return ProbeError(
-        f"the report of faults cannot be believed: {error}; status {status}, "
-        f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
-    )
 
 
 def _load(fields: Fields, status: int) -> LoadReport:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from paprscm.errors import ContractError
-from paprscm.map_sync_report import ProbeError
+from paprscm.map_sync_report import ProbeError, unbelievable
 from paprscm.probes import build
 from paprscm.strict_json import Fields, MalformedError, load_line
 
@@ -154,7 +154,7 @@ def parse_load(stdout: str, status: int, stderr: str = "") -> FlushLoad:
         fields.done()
         return found
     except MalformedError as error:
-        raise unbelievable(error, stdout, status, stderr) from error
+        raise unbelievable("flush", error, stdout, status, stderr) from error
 
 
 def report(stdout: str, status: int, verb: str) -> Fields:
@@ -165,14 +165,6 @@ def report(stdout: str, status: int, verb: str) -> Fields:
     fields.require(fields.take("verb", str) == verb, f"not of {verb}")
     fields.require(status == 0, f"status {status}")
     return fields
-
-
-def unbelievable(error: MalformedError, stdout: str, status: int, stderr: str) -> ProbeError:
-    """The same as a ProbeError, with what was printed."""
-    return ProbeError(
-        f"the report of flush cannot be believed: {error}; status {status}, "
-        f"stdout {stdout[:500]!r}, stderr {stderr[:1000]!r}"
-    )
 
 
 def numbers(raw: object, count: int, fields: Fields) -> list[int]:

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from paprscm.errors import ContractError, HostError
-from paprscm.flush_load import Call, numbers, report, unbelievable
+from paprscm.flush_load import Call, numbers, report
+from paprscm.map_sync_report import unbelievable
 from paprscm.pmem import CharacterDevice, Region, place_in_file
 from paprscm.probes import build
 from paprscm.shim import Record
@@ -86,7 +87,7 @@ def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Off
         fields.require(len(rounds) == _ROUNDS, f"{len(rounds)} rounds")
         fields.done()
     except MalformedError as error:
-        raise unbelievable(error, result.stdout, result.status, result.stderr) from error
+        raise unbelievable("flush", error, result.stdout, result.status, result.stderr) from error
     offset = Offset(
         max(host - end for _begin, host, end in rounds),
         min(host - begin for begin, host, _end in rounds),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final, Literal
 
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.kernel import Kernel
-from paprscm.map_sync_report import ProbeError
+from paprscm.map_sync_report import unbelievable
 from paprscm.probes import build
 from paprscm.strict_json import Fields, MalformedError, load_line
 
@@ -157,10 +157,7 @@ def parse_rounds(stdout: str, status: int, stderr: str = "") -> Report:
     try:
         return _rounds(load_line(stdout), status)
     except MalformedError as error:
-        raise ProbeError(
-            f"the report of fail_nth cannot be believed: {error}; status {status}, "
-            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
-        ) from error
+        raise unbelievable("fail_nth", error, stdout, status, stderr) from error
 
 
 def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) -> None:

@@ -33,6 +33,22 @@ class ProbeError(HostError):
     """A tool of ours did not build or run, or its report contradicts itself."""
 
 
+def unbelievable(
+    tool: str, error: MalformedError, stdout: str, status: int, stderr: str
+) -> ProbeError:
+    """What a tool in the guest printed is no report of its; the error, with what it printed.
+
+    Args:
+        tool: its name.
+        error: what is wrong with the report.
+        stdout, status, stderr: what it printed, and its exit status.
+    """
+    return ProbeError(
+        f"the report of {tool} cannot be believed: {error}; status {status}, "
+        f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
+    )
+
+
 class Result(StrEnum):
     """How one mapping went, and the exit status that map_sync gives it."""
 
@@ -170,10 +186,7 @@ def parse_map_sync(stdout: str, status: int, stderr: str = "") -> MapSyncReport:
     try:
         return _report(load_line(stdout), stdout.removesuffix("\n"), status, stderr)
     except MalformedError as error:
-        raise ProbeError(
-            f"map_sync's report cannot be believed: {error}; status {status}, "
-            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
-        ) from error
+        raise unbelievable("map_sync", error, stdout, status, stderr) from error
 
 
 class Verdict(Enum):

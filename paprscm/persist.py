@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from paprscm.errors import ContractError
-from paprscm.map_sync_report import ProbeError
+from paprscm.map_sync_report import unbelievable
 from paprscm.probes import build
 from paprscm.strict_json import Fields, MalformedError, load_line
 
@@ -104,10 +104,7 @@ def parse_persist(
         did = [step.step for step in done]
         fields.require(did == wanted, f"{did} is not what was asked, {wanted}")
     except MalformedError as error:
-        raise ProbeError(
-            f"the report of persist cannot be believed: {error}; status {status}, "
-            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
-        ) from error
+        raise unbelievable("persist", error, stdout, status, stderr) from error
     opened, *made = done
     if opened.error:
         raise ContractError(f"the file cannot be opened: {opened.error}")

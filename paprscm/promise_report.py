@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from paprscm.map_sync_report import ProbeError
+from paprscm.map_sync_report import unbelievable
 from paprscm.strict_json import Fields, MalformedError, load_line
 
 KINDS: Final = ("file", "size", "extent", "bytes", "strange")
@@ -106,10 +106,7 @@ def parse_promise(stdout: str, status: int, stderr: str = "") -> PromiseReport:
     try:
         return _report(load_line(stdout), status)
     except MalformedError as error:
-        raise ProbeError(
-            f"promise's report cannot be believed: {error}; status {status}, "
-            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
-        ) from error
+        raise unbelievable("promise", error, stdout, status, stderr) from error
 
 
 def _report(fields: Fields, status: int) -> PromiseReport:

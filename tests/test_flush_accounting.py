@@ -58,7 +58,7 @@ class FlushAccounting(PaprScmTest):
         expect_protocol(flushes)
         waits = sorted(wait for flush in flushes for wait in flush.waits_us)
         self.measure(
-            f"{threads} threads, {len(slots)} DIMMs",
+            f"{threads} threads, slots {list(slots)}",
             {
                 "flushes": account.count,
                 "hcalls": account.calls,
