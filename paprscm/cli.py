@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -47,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
+    _unwind_on(signal.SIGHUP, signal.SIGTERM)
     try:
         given = {name: getattr(arguments, name, None) for name in settings.names()}
         verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
@@ -65,6 +67,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
         return 130
+
+
+def _unwind_on(*numbers: signal.Signals) -> None:
+    """Exit through every `finally` when a terminal closes, say; not if nohup(1) had it ignored."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _parser() -> argparse.ArgumentParser:

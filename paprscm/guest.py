@@ -265,6 +265,7 @@ class Guest(Lifetime):
         Raises:
             ContractError: an Oops, a warning, … that nobody announced.
             GuestLostError: a panic, a hang, or QEMU is gone.
+            KilledError: QEMU was ended from outside.
         """
         if not self._event.is_set():
             return

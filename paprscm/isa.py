@@ -31,7 +31,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import Section, SymbolTableSection
 
-from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.errors import CapabilityError, ConfigError, HostError, KilledError
 from paprscm.process import run
 
 _TOOLS = "powerpc64le-linux-gnu-"
@@ -339,6 +339,8 @@ def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) 
         ]
         try:
             output = run(argv, timeout_s=timeout_s).text
+        except KilledError:
+            raise
         except HostError as error:
             raise CapabilityError(
                 f"{qemu[-1]} gave no answer to the instruction probe: {error.message}"

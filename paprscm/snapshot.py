@@ -16,7 +16,7 @@ from pathlib import Path
 
 from paprscm import log, probes, process
 from paprscm.cache import Cache, Entry
-from paprscm.errors import ContractError, Error
+from paprscm.errors import ContractError, Error, KilledError
 from paprscm.guest import Equipment, Guest
 from paprscm.machine import PORT_NAME, Machine, Nvdimm, qemu_argv
 from paprscm.qemu import Qemu
@@ -160,6 +160,9 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
+        except KilledError:
+            # Says nothing about this way to save; it is not recorded.
+            raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")
             log.logger.info("%s", failed[-1])

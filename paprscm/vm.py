@@ -186,6 +186,7 @@ class Vm(Lifetime):
                     *(shim.pass_fds if shim else ()),
                 ),
                 scratch=scratch,
+                output_file=Path(output.name),
             )
         stack.callback(self.process.kill)
         try:

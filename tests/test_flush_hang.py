@@ -11,7 +11,6 @@ Every hang is bounded: the shim lets go of it in the end, and QEMU must end.
 from __future__ import annotations
 
 import math
-import os
 import re
 import signal
 import time
@@ -125,7 +124,7 @@ class FlushHang(PaprScmTest):
         """SIGTERM on top of a reset while a flush hangs ends QEMU when the flush ends."""
 
         def then(guest: Guest, done: Future[object]) -> None:
-            os.kill(guest.process.pid, signal.SIGTERM)
+            guest.process.send_signal(signal.SIGTERM)
             early = guest.process.wait(HELD_S) is not None
             self.measure("ended by SIGTERM while the flush hangs", early)
             self.assertEqual(early, done.done())
