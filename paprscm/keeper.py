@@ -33,8 +33,8 @@ from pathlib import Path
 # What the parent writes to the lifeline when it wants the program's end.
 END = b"k"
 
-# The last report's "end": the program ended without the keeper; the parent asked for it; a process of
-# the run has ended.
+# The last report's "end": the program ended without the keeper's help; the parent asked for it; a
+# process of the run has ended.
 OWN, ASKED, RUN = "own", "asked", "run"
 
 # How often to look for processes of which no pidfd can be had.

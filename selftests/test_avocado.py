@@ -17,6 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
 
 VERDICTS = '''
+import os
+import signal
+
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.testcase import PaprScmTest
 
@@ -44,6 +47,11 @@ class Guests(PaprScmTest):
         guest = self.boot()
         guest.run("echo '<1>WARNING: CPU: 0 PID: 1 at last.c:1 f' > /dev/kmsg")
 
+    def test_killed(self):
+        guest = self.boot()
+        os.kill(guest.process.pid, signal.SIGKILL)
+        guest.run("sleep 60")
+
     def test_ends_with_the_test(self):
         self.measure("pid", self.boot().process.pid)
 '''
@@ -51,7 +59,10 @@ class Guests(PaprScmTest):
 
 KNOWN = '''
 import dataclasses
+import os
+import signal
 
+from paprscm.errors import GuestLostError
 from paprscm.machine import Machine, Nvdimm
 from paprscm.testcase import QemuTest
 
@@ -83,6 +94,26 @@ class Known(QemuTest):
         self.measure("pid", vm.process.pid)
         (device,) = vm.qmp.execute("query-memory-devices")
         assert (device["data"]["slot"], vm.file(3).is_file()) == (3, True)
+
+    def test_ended_by_another(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGTERM)
+        while True:
+            vm.qmp.execute("query-status")
+
+    def test_killed_is_no_known_issue(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGKILL)
+        try:
+            vm.qmp.execute("query-status")
+        except GuestLostError as error:
+            self.qemu = dataclasses.replace(self.qemu, version=(7, 2, 0))
+            self.known_issue(ISSUE, shows=True, found=str(error))
+
+    def test_crashes(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGSEGV)
+        vm.qmp.execute("query-status")
 '''
 
 
@@ -144,7 +175,15 @@ def test_a_known_issue_is_a_warning_only_where_it_is_listed(tmp_path: Path) -> N
         "test_gone": "PASS",
         "test_fails_besides": "FAIL",
         "test_stopped_machine": "PASS",
+        "test_ended_by_another": "ERROR",
+        "test_killed_is_no_known_issue": "ERROR",
+        "test_crashes": "FAIL",
     }
+    for name, said in (
+        ("test_ended_by_another", "was ended from outside by signal 15 from pid "),
+        ("test_killed_is_no_known_issue", "was killed by SIGKILL from outside: the OOM killer"),
+    ):
+        assert said in tests[name]["fail_reason"]
     assert tests["test_listed"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
     assert "does not list QEMU" in tests["test_not_listed"]["fail_reason"]
     assert "something else" in tests["test_fails_besides"]["fail_reason"]
@@ -179,12 +218,14 @@ def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_pat
         "test_cancel": "CANCEL",
         "test_command": "FAIL",
         "test_last_words": "FAIL",
+        "test_killed": "ERROR",
         "test_ends_with_the_test": "PASS",
     }
     assert "the kernel lied (look)" in tests["test_fail"]["fail_reason"]
     assert "status 7" in tests["test_command"]["fail_reason"]
     assert "said" in tests["test_command"]["fail_reason"]
     assert "last.c:1" in tests["test_last_words"]["fail_reason"]
+    assert "was killed by SIGKILL from outside" in tests["test_killed"]["fail_reason"]
     figures = json.loads(tests["test_pass"]["whiteboard"])
     assert figures["answer"] == 42
     assert figures["environment"]["page_size"] == "65536"
