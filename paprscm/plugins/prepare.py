@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ class Prepare(JobPre):
         if not ours:
             return
         join_run()
+        # The end of a terminal is a ^C, also for Avocado; but nohup(1) has it ignored.
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
         given = dict(job.config.get("run.test_parameters") or [])
         options = [
             f"--{name.replace('_', '-')}={value}"
