@@ -423,9 +423,8 @@ class Guest(Lifetime):
             log.logger.info("%d regions of %d DIMMs have their driver", there, wanted)
 
     def _expect_not_killed(self, error: NotRestoredError) -> None:
-        """Raise if QEMU was killed: that says nothing about the snapshot, which is kept then."""
-        status = self.process.wait(1.0)
-        if status is not None and status < 0:
+        """Raise if a signal ended QEMU: that says nothing about the snapshot, which is kept."""
+        if (status := self.process.wait(1.0)) is not None and status < 0:
             how = describe_status(status)
             raise GuestLostError(f"QEMU ended, {how}, while it was restored") from error
 
