@@ -21,6 +21,7 @@ from paprscm.guest import Equipment, Guest
 from paprscm.machine import PORT_NAME, Machine, Nvdimm, Payload, qemu_argv
 from paprscm.qemu import Qemu
 from paprscm.restore import Snapshot, save
+from paprscm.ssh import TimedOutError
 
 KIND = "snapshot"
 _FORMAT = "2"
@@ -131,10 +132,12 @@ def find(recipe: Recipe) -> Outcome | None:
 def ensure(recipe: Recipe) -> Outcome:
     """The snapshot; made and proven now if there is none.
 
-    What does not work with this QEMU is found out once, and kept too.
+    A QEMU whose restored guests do not work is remembered as well. A guest that was too slow is
+    not: that is the host's fault, and the next run tries again.
 
     Raises:
         Error: the guest does not even boot.
+        TimedOutError: a command in the guest did not end in time.
     """
 
     def build(folder: Path) -> None:
@@ -166,6 +169,8 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
+        except TimedOutError:
+            raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")
             log.logger.info("%s", failed[-1])
