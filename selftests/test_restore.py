@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm import snapshot
-from paprscm.errors import GuestLostError, HostError, KilledError
+from paprscm.errors import GuestLostError, HostError
 from paprscm.machine import MIB, Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
 from paprscm.qemu import Qemu
 from paprscm.restore import SEED_BYTES, NotRestoredError, Port, Snapshot, load, save
@@ -205,18 +204,3 @@ def test_a_state_that_cannot_be_written_is_told(qemu: Qemu, tmp_path: Path) -> N
     memory = MemoryFile(path=tmp_path / "memory", restored=False)
     with machine(qemu, tmp_path, memory) as vm, pytest.raises(HostError, match="migrate failed"):
         save(vm.qmp, tmp_path / "nowhere" / "state")
-
-
-def test_a_guest_that_is_killed_while_it_is_saved_is_no_finding(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A snapshot that cannot be made is recorded, and not tried again; this is not that."""
-
-    def killed(*_arguments: object, **_options: object) -> None:
-        raise KilledError("QEMU was killed by SIGKILL from outside")
-
-    monkeypatch.setattr(snapshot, "_save", killed)
-    recipe = snapshot.Recipe(qemu=None, equipment=None, machine=PLAIN)  # type: ignore[arg-type]
-    with pytest.raises(KilledError):
-        snapshot._build(tmp_path, recipe)
-    assert list(tmp_path.iterdir()) == []
