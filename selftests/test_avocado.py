@@ -67,6 +67,7 @@ from paprscm.machine import Machine, Nvdimm
 from paprscm.testcase import QemuTest
 
 ISSUE = "qemu-unbind-mem-aborts"
+FIXED = "qemu-label-write-to-read-only-backend"
 
 
 class Known(QemuTest):
@@ -74,16 +75,32 @@ class Known(QemuTest):
     :avocado: tags=device
     """
 
-    def test_listed(self):
-        self.qemu = dataclasses.replace(self.qemu, version=(7, 2, 0))
+    def on(self, *version):
+        self.qemu = dataclasses.replace(self.qemu, version=version)
+
+    def test_present(self):
+        self.on(99, 0, 0)
         self.known_issue(ISSUE, shows=True, found="it ended")
 
-    def test_not_listed(self):
-        self.qemu = dataclasses.replace(self.qemu, version=(99, 0, 0))
-        self.known_issue(ISSUE, shows=True, found="it ended")
+    def test_regression(self):
+        self.on(8, 2, 1)
+        self.known_issue(FIXED, shows=True, found="it ended")
 
     def test_gone(self):
+        self.on(99, 1, 0)
         self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_elsewhere_it_shows(self):
+        self.on(99, 0, 0)
+        self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_fixed(self):
+        self.on(8, 2, 1)
+        self.known_issue(FIXED, shows=False, found="it lives")
+
+    def test_before_since(self):
+        self.on(6, 2, 0)
+        self.known_issue(ISSUE, shows=True, found="it ended")
 
     def test_fails_besides(self):
         self.known_issue(ISSUE, shows=True, found="it ended")
@@ -125,12 +142,13 @@ def avocado(*words: str, cwd: Path = ROOT) -> str:
     return done.stdout + done.stderr
 
 
-def run_module(module: Path, *words: str) -> dict[str, dict[str, Any]]:
-    """What became of each test of a file, by its method's name."""
+def run_module(module: Path, *words: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """Results of the tests of a file, by method name, and what Avocado prints."""
     results = module.parent / "results"
-    avocado("run", "--job-results-dir", str(results), *words, str(module))
+    said = avocado("run", "--job-results-dir", str(results), *words, str(module))
     (job,) = results.glob("job-*/results.json")
-    return {test["id"].rpartition(".")[2]: test for test in json.loads(job.read_text())["tests"]}
+    tests = json.loads(job.read_text())["tests"]
+    return {test["id"].rpartition(".")[2]: test for test in tests}, said
 
 
 def test_the_configuration_is_in_force_without_a_flag() -> None:
@@ -164,31 +182,49 @@ def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> 
     assert "PASS 1" in said
 
 
-def test_a_known_issue_is_a_warning_only_where_it_is_listed(tmp_path: Path) -> None:
+def test_a_known_issue_is_judged_by_the_version_and_updates_are_asked_for(tmp_path: Path) -> None:
     """And tests of QEMU alone need no kernel, not even one that can be had."""
     module = tmp_path / "known.py"
     module.write_text(KNOWN)
-    tests = run_module(module, "-p", "kernel=/nonexistent")
+    tests, said = run_module(module, "-p", "kernel=/nonexistent")
     assert {name: test["status"] for name, test in tests.items()} == {
-        "test_listed": "WARN",
-        "test_not_listed": "FAIL",
+        "test_present": "WARN",
+        "test_regression": "FAIL",
         "test_gone": "PASS",
+        "test_elsewhere_it_shows": "PASS",
+        "test_fixed": "PASS",
+        "test_before_since": "WARN",
         "test_fails_besides": "FAIL",
         "test_stopped_machine": "PASS",
         "test_ended_by_another": "ERROR",
         "test_killed_is_no_known_issue": "ERROR",
         "test_crashes": "FAIL",
     }
-    for name, said in (
+    for name, reason in (
         ("test_ended_by_another", "was ended from outside by signal 15 from pid "),
         ("test_killed_is_no_known_issue", "was killed by SIGKILL from outside: the OOM killer"),
     ):
-        assert said in tests[name]["fail_reason"]
-    assert tests["test_listed"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
-    assert "does not list QEMU" in tests["test_not_listed"]["fail_reason"]
+        assert reason in tests[name]["fail_reason"]
+    assert tests["test_present"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
+    assert "it as fixed in 8.2" in tests["test_regression"]["fail_reason"]
     assert "something else" in tests["test_fails_besides"]["fail_reason"]
     pid = json.loads(tests["test_stopped_machine"]["whiteboard"])["pid"]
     assert not Path(f"/proc/{pid}").exists()
+    # At the end of the job, behind the results, and in the whiteboards.
+    lines = said[said.index("RESULTS ") :].splitlines()
+    updates = [line.partition(": ")[2] for line in lines if line.startswith("UPDATE")]
+    file = "known_issues/qemu-unbind-mem-aborts.md"
+    assert updates == [
+        "known issue qemu-unbind-mem-aborts no longer shows on QEMU 99.1.0: if it is fixed there, "
+        f"update 'Fixed in' of {file}",
+        f"known issue qemu-unbind-mem-aborts shows on QEMU 6.2.0: update 'Since' of {file}",
+    ]
+    whiteboard = json.loads(tests["test_gone"]["whiteboard"])
+    assert whiteboard["known issue qemu-unbind-mem-aborts"] == {
+        "version": "QEMU 99.1.0",
+        "shows": False,
+        "update": updates[0],
+    }
 
 
 def test_a_tests_own_parameters_are_no_settings(tmp_path: Path) -> None:
@@ -210,7 +246,7 @@ def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_pat
     del environment  # Made before the job's time runs.
     module = tmp_path / "verdicts.py"
     module.write_text(VERDICTS)
-    tests = run_module(module)
+    tests, _ = run_module(module)
     assert {name: test["status"] for name, test in tests.items()} == {
         "test_pass": "PASS",
         "test_fail": "FAIL",

@@ -247,11 +247,16 @@ class ReadOnly(PaprScmTest):
         self.same("region read_only", region.read_only, True)
         (found,) = find_namespaces(guest, region)
         self.same("map", (found.map, found.disk.read_only), ("dev", True))
+        page = page_size(guest)
         guest.kill()
         self.same("the data", digest(file, data - start), before[1])
         self.done()
+        shows = digest(file) != before[0]
+        if not shows and page != 4096:
+            # With larger pages so few are needed that they are in memory: it says nothing.
+            return
         self.known_issue(
             "linux-page-structures-on-read-only-dimm",
-            shows=digest(file) != before[0],
+            shows=shows,
             found="the kernel wrote to a DIMM with unarmed=on, outside the data of its namespace",
         )
