@@ -178,7 +178,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         return Equipment(
             settings=settings,
             qemu=binary.argv_prefix,
-            payload=Payload(kernel=vmlinux, disk=land.disk, initrd=initrd),
+            payload=Payload(
+                kernel=vmlinux,
+                disk=land.disk,
+                initrd=initrd,
+                words=under_test.words,
+            ),
             client_key=land.client_key,
             host_key=land.host_key_public,
         )
@@ -237,6 +242,8 @@ def _kernel(
         built = kbuild.build_default(archive, settings, proceed=proceed)
         return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
     found = kernel.inspect(Path(settings.kernel).expanduser().absolute())
+    if settings.modules is not None:
+        found = modules.with_config(found, settings.modules)
     kernel.check(found, has_modules=settings.modules is not None)
     return found, ""
 

@@ -164,6 +164,13 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
     return FixReport(target, how, dict(functions), dict(instructions), dropped)
 
 
+def is_signed(path: Path) -> bool:
+    """Whether an uncompressed module ends with a signature (scripts/sign-file.c)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_SIGNATURE_MARK)))
+        return file.read() == _SIGNATURE_MARK
+
+
 def read_object(path: Path) -> bytes:
     """The content of an ELF file, or of a module compressed as kernels do it.
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm import kernel_source, process
+from paprscm import kbuild_host, kernel_source, process
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error, HostError
@@ -35,6 +35,8 @@ _WRONG = re.compile(
 )
 # Without these of a fragment there is nothing to test.
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
+# Switched off in a given .config: a guest needs the command line that QEMU passes.
+_OFF = {"CMDLINE_FORCE": "n"}
 # What an unpacked source, its objects and the vmlinux take.
 _BUILD_BYTES = 1_200_000_000
 
@@ -105,6 +107,7 @@ def build_default(
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
             _check(fragment.options, produced, tree, vital=list(fragment.options))
+            kbuild_host.require(produced, tree)
             make.compile(produced, total=fragment.objects)
             _collect(make, entry, produced)
             (entry / "source-version").write_text(version + "\n")
@@ -165,12 +168,16 @@ def build_tree(
                 (folder / "fragment").write_text(fragment.text(own_tree=False))
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
             else:
-                text = merge(_read_config(config), fragment.every)
+                given = _read_config(config)
+                text = merge(given, {**fragment.every, **_OFF})
                 (objects / ".config").write_text(text)
                 make.run("olddefconfig")
             produced = parse_config((objects / ".config").read_text())
             wanted = fragment.options if config is None else fragment.every
             _check(wanted, produced, source, vital=_VITAL)
+            if config is not None:
+                _report_switched_off(parse_config(given), produced, config)
+            kbuild_host.require(produced, source)
             count = folder / "objects-count"
             known = count.read_text() if count.is_file() else ""
             total = int(known or fragment.objects) if config is None else int(known or 0)
@@ -218,15 +225,13 @@ class _Make:
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
             *(f"CROSS_COMPILE={TOOLCHAIN}", *variables),
         ]
-        # We may run below `make suite`, whose job server is not ours, and in any language.
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("MAKE", "MFLAGS", "KBUILD", "KCONFIG", "LC_"))
-            and name not in ("ARCH", "CROSS_COMPILE", "O", "V")
-        }
+        passed, missed = kbuild_host.environment(os.environ)
+        if missed:
+            logger.warning(
+                "not passed on to the kernel build: %s of the environment", ", ".join(missed)
+            )
         self._env = {
-            **kept,
+            **passed,
             "LC_ALL": "C",
             "KBUILD_BUILD_USER": "paprscm",
             "KBUILD_BUILD_HOST": "paprscm",
@@ -322,6 +327,17 @@ def _check(
     if any(name in vital for name in lost):
         raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
     logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+
+
+def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:
+    """Name what a given .config had and its kernel has not, where that is not the user's doing."""
+    for name, why in (
+        ("CMDLINE_FORCE", "guests need the command line that QEMU passes"),
+        # "depends on PAHOLE_VERSION >= 116", Linux lib/Kconfig.debug.
+        ("DEBUG_INFO_BTF", "pahole is missing or too old (apt install dwarves)"),
+    ):
+        if given.get(name) == "y" and name not in produced:
+            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, why)
 
 
 def _check_tree(source: Path) -> None:

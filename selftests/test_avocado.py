@@ -176,9 +176,12 @@ def test_a_job_without_guests_fails_at_once_with_the_reason() -> None:
 
 def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "test_other.py").write_text(
+        "# Not paprscm.testcase, which only a comment names.\n"
         "from avocado import Test\nclass A(Test):\n    def test(self):\n        pass\n"
     )
-    said = avocado("run", "-p", "kernel=/nonexistent", "test_other.py", cwd=tmp_path)
+    # A setting of ours, and a slip of the pen, are other tests' own parameters.
+    given = ("-p", "kernel=/nonexistent", "-p", "qemu=/nonexistent", "-p", "sead=7")
+    said = avocado("run", *given, "test_other.py", cwd=tmp_path)
     assert "PASS 1" in said
 
 
@@ -227,11 +230,56 @@ def test_a_known_issue_is_judged_by_the_version_and_updates_are_asked_for(tmp_pa
     }
 
 
-def test_a_tests_own_parameters_are_no_settings(tmp_path: Path) -> None:
+OWN_PARAMETERS = """
+from bases import Base
+
+
+class Own(Base):
+    def test_own(self):
+        self.measure("cats", self.params.get("cats"))
+        self.measure("computed", self.params.get("ku" + "mquat"))
+"""
+
+# Only the base names the suite, and it is not in the file that Avocado is given.
+BASES = """
+from paprscm.testcase import QemuTest
+
+
+class Base(QemuTest):
+    pass
+"""
+
+
+def test_a_tests_own_parameter_is_registered_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "bases.py").write_text(BASES)
+    module = tmp_path / "own.py"
+    module.write_text(OWN_PARAMETERS)
+    tests = run_module(module, "-p", "cats=9", "-p", "seed=7", "-p", "kumquat=1")
+    assert tests["test_own"]["status"] == "PASS"
+    figures = json.loads(tests["test_own"]["whiteboard"])
+    assert (figures["cats"], figures["computed"]) == ("9", "1")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "meant"),
+    [("sead=7", "seed"), ("catz=9", "cats"), ("memory=512", "memory_mib")],
+)
+def test_a_parameter_with_a_slip_of_the_pen_is_refused(
+    tmp_path: Path, parameter: str, meant: str
+) -> None:
+    (tmp_path / "bases.py").write_text(BASES)
+    (tmp_path / "own.py").write_text(OWN_PARAMETERS)
+    said = avocado("run", "-p", parameter, str(tmp_path / "own.py"))
+    assert f"did you mean {meant}?" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_parameter_that_no_test_asks_for_is_mentioned(tmp_path: Path) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
-    words = "run", "-p", "seed=7", "-p", "sequences=3", f"{tmp_path}/known.py:Known.test_gone"
-    assert "PASS 1" in avocado(*words)
-    assert "no test was started" in avocado("run", "-p", "sead=7", str(tmp_path / "known.py"))
+    said = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
+    assert "-p kumquat=: it is not a setting, and no test of this job asks for it" in said
+    assert "PASS 1" in said
 
 
 def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
@@ -239,6 +287,13 @@ def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
     (tmp_path / "verdicts.py").write_text(VERDICTS)
     words = "run", "-p", "kernel=/nonexistent", str(tmp_path / "known.py")
     assert "no test was started" in avocado(*words, str(tmp_path / "verdicts.py"))
+
+
+def test_a_guest_is_a_matter_of_the_class_and_not_of_tags(tmp_path: Path) -> None:
+    tagged = VERDICTS.replace("(PaprScmTest):", '(PaprScmTest):\n    """:avocado: tags=device"""')
+    (tmp_path / "tagged.py").write_text(tagged)
+    said = avocado("run", "-p", "kernel=/nonexistent", str(tmp_path / "tagged.py"))
+    assert "no test was started" in said
 
 
 @pytest.mark.guest

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm import kbuild, kconfig, kernel_source
+from paprscm import kbuild, kbuild_host, kconfig, kernel_source
 from paprscm.apt import UnavailableError
 from paprscm.cache import Cache
 from paprscm.debian import Archive, Download
@@ -95,6 +95,77 @@ def test_builds_in_its_own_folder(
     data = built.vmlinux.read_bytes()
     assert b".debug_info" not in data
     assert b".symtab" in data
+
+
+def test_the_environment_of_a_build_is_a_list_of_what_passes(
+    tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = ("LLVM", "LLVM_IAS", "KCFLAGS", "KAFLAGS", "KCPPFLAGS", "LOCALVERSION", "HOSTCFLAGS")
+    foreign += ("LDFLAGS_vmlinux", "CFLAGS_MODULE", "INSTALL_MOD_DIR", "KBUILD_BUILD_TIMESTAMP")
+    for name in (*foreign, "CC", "W", "C", "DEPMOD", "CONFIG_SHELL", "MAKEFILES", "LANG"):
+        monkeypatch.setenv(name, "/foreign")
+    monkeypatch.setenv("CCACHE_DIR", "/ccache")
+    makefile = tree / "Makefile"
+    makefile.write_text(
+        makefile.read_text().replace("allnoconfig:\n", "allnoconfig:\n\t@env > $(O)/environment\n")
+    )
+    built = kbuild.build_tree(cache, tree)
+    text = (built.vmlinux.parent / "objects/environment").read_text()
+    assert "/foreign" not in text
+    assert "CCACHE_DIR=/ccache\n" in text
+    (line,) = (line for line in caplog.messages if line.startswith("not passed on"))
+    names = set(line.removesuffix(" of the environment").partition(": ")[2].split(", "))
+    assert names == set(foreign)
+
+
+def test_a_command_line_that_is_forced_is_switched_off(
+    tree: Path, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "config"
+    own.write_text('CONFIG_CMDLINE="quiet"\nCONFIG_CMDLINE_FORCE=y\n')
+    produced = parse_config(kbuild.build_tree(cache, tree, config=own).config.read_text())
+    assert produced["CMDLINE"] == '"quiet"'
+    assert "CMDLINE_FORCE" not in produced
+    assert f"CONFIG_CMDLINE_FORCE of {own} is switched off" in caplog.text
+
+
+def test_what_the_host_lacks_for_a_configuration_is_named_before_it_is_compiled(
+    tree: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "config"
+    own.write_text("CONFIG_OBJTOOL=y\nCONFIG_DEBUG_INFO_BTF=y\n")
+    monkeypatch.setattr(kbuild_host._Need, "is_met", lambda need: need.part == "zlib.h")
+    with pytest.raises(HostError) as caught:
+        kbuild.build_tree(cache, tree, config=own)
+    assert caught.value.message == (
+        "the kernel's configuration needs what this machine lacks: "
+        "gelf.h (for CONFIG_OBJTOOL, CONFIG_DEBUG_INFO_BTF), pahole (for CONFIG_DEBUG_INFO_BTF)"
+    )
+    assert caught.value.hint == (
+        "apt install libelf-dev dwarves (Fedora: dnf install elfutils-libelf-devel dwarves), "
+        "or switch the options off"
+    )
+    calls = next((cache.root / "kbuild").glob("*/objects/calls")).read_text().split()
+    assert calls == ["olddefconfig"]
+
+
+def test_parts_of_the_host_are_looked_for() -> None:
+    def is_met(part: str) -> bool:
+        return kbuild_host._Need("X", part, "debian", "fedora", "no-such-library").is_met()
+
+    assert (is_met("make"), is_met("no-such-tool")) == (True, False)
+    assert (is_met("stdio.h"), is_met("no/such.h")) == (True, False)
+
+
+def test_keys_of_a_distribution(tmp_path: Path) -> None:
+    for name in ("", "certs/signing_key.pem", "pkcs11:token=x"):
+        kbuild_host.require({"MODULE_SIG_KEY": f'"{name}"', "SYSTEM_TRUSTED_KEYS": '""'}, tmp_path)
+    produced = {"SYSTEM_TRUSTED_KEYS": '"debian/certs/uefi.pem"'}
+    with pytest.raises(ConfigError, match=r"SYSTEM_TRUSTED_KEYS names debian/certs/uefi\.pem"):
+        kbuild_host.require(produced, tmp_path)
+    (tmp_path / "debian/certs").mkdir(parents=True)
+    (tmp_path / "debian/certs/uefi.pem").touch()
+    kbuild_host.require(produced, tmp_path)
 
 
 def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(

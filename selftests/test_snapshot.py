@@ -11,7 +11,7 @@ import pytest
 
 from paprscm import snapshot
 from paprscm.cache import Cache
-from paprscm.errors import Error, HostError, KilledError
+from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import Equipment
 from paprscm.machine import Machine, Payload
 from paprscm.settings import Settings
@@ -49,16 +49,23 @@ def test_same_content_in_another_folder(tmp_path: Path) -> None:
     assert first.fields()["files"] != other.fields()["files"]
 
 
-@pytest.mark.parametrize("kind", [TimedOutError, KilledError])
-def test_slow_host_and_killed_qemu_are_not_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type[Error]
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimedOutError("a command did not end within 120 s"),
+        KilledError("QEMU was killed by SIGKILL"),
+        ConfigError("the guest's kernel ignores QEMU's -append"),
+    ],
+)
+def test_what_is_not_the_qemus_fault_is_not_remembered(
+    error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def give_up(*_: Any, **__: Any) -> None:
-        raise kind("says nothing about this QEMU")
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
 
     wanted = recipe(tmp_path)
-    monkeypatch.setattr(snapshot, "_save", give_up)
-    with pytest.raises(kind):
+    monkeypatch.setattr(snapshot, "_save", refuse)
+    with pytest.raises(type(error)):
         snapshot.ensure(wanted)
     assert snapshot.find(wanted) is None
 
