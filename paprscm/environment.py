@@ -149,6 +149,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     """
     cache = Cache(settings.cache_dir)
     binary = qemu.resolve(cache, settings.qemu, mirror=settings.mirror)
+    qemu.require_guests(binary)
     accel = qemu.accel(settings.accel, binary)
     if settings.firmware == "vof" and not binary.has_vof:
         raise ConfigError(f"{binary.path} has no x-vof machine option", hint="set firmware=slof")

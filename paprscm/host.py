@@ -21,7 +21,7 @@ from paprscm import debian, process, qemu
 from paprscm.budget import budget, resources
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, Error
-from paprscm.qemu_facts import BINARY
+from paprscm.qemu_facts import BINARY, sanitizers
 from paprscm.settings import Settings
 
 HOST_PACKAGES = Path(__file__).resolve().parents[1] / "images" / "host-packages"
@@ -198,9 +198,17 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
             (binary.has_pmem, "no libpmem, so tests of pmem=on are cancelled"),
             (binary.has_pmem_override, "no pmem-override, so its tests are cancelled"),
             (binary.has_vof or settings.firmware == "slof", "no x-vof, so set firmware=slof"),
+            (
+                not binary.lacks_for_guests,
+                f"no {', '.join(binary.lacks_for_guests)}, so tests with guests are cancelled",
+            ),
         )
         if not present
     ]
+    try:
+        sanitizers(binary.path)
+    except Error as error:
+        lacking.append(f"{error.message}, so tests that need it are cancelled")
     what = "; ".join(lacking) if lacking else "spapr-nvdimm, pmem, pmem-override, x-vof"
     grade: Grade = "note" if lacking else "ok"
     findings = [Finding(grade, "QEMU", f"{binary.version_text}: {what}")]

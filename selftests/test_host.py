@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from paprscm import host
 from paprscm.budget import Resources
 from paprscm.errors import ConfigError
 from paprscm.host import Finding
+from paprscm.qemu_facts import BINARY
 from paprscm.settings import Settings
 
 
@@ -91,6 +93,18 @@ def test_wrong_qemu_is_told(chosen: Settings) -> None:
     findings = by_subject(host.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
     assert findings["QEMU"].grade == "missing"
     assert "is not a QEMU" in findings["QEMU"].text
+
+
+def test_what_a_qemu_cannot_do_is_noted(chosen: Settings, tmp_path: Path) -> None:
+    script = tmp_path / "qemu"
+    real = shutil.which(BINARY)
+    edit = 's/"virtio-rng-pci"/"gone"/'
+    script.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {real} \"$@\"\n")
+    script.chmod(0o755)
+    noted = by_subject(host.doctor(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
+    assert noted.grade == "note"
+    assert "no virtio-rng-pci, so tests with guests are cancelled" in noted.text
+    assert "the flush shim must be preloaded into QEMU itself, so tests that need" in noted.text
 
 
 def test_kvm_that_cannot_be_had_is_told(chosen: Settings) -> None:
