@@ -22,7 +22,7 @@ from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
-from paprscm.settings import OWN_KERNELS, Settings
+from paprscm.settings import OWN_KERNELS, Settings, expanded
 from paprscm.shim import Shim
 from paprscm.userland import Userland
 
@@ -229,7 +229,7 @@ def _kernel(
             )
         built = kbuild.build_default(archive, settings, proceed=proceed)
         return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
-    found = kernel.inspect(Path(settings.kernel).expanduser().absolute())
+    found = kernel.inspect(expanded(Path(settings.kernel)).absolute())
     kernel.check(found, has_modules=settings.modules is not None)
     return found, ""
 

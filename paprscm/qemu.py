@@ -23,6 +23,7 @@ from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.qemu_facts import ASKED_TYPES, BINARY, FORMAT, GUEST_TYPES, JSON, ask
+from paprscm.settings import expanded
 
 INSTALL_HINT = "apt install qemu-system-ppc, or set qemu=debian:trixie to fetch one without root"
 _FETCH_HINT = "qemu=debian:trixie fetches one that has it"
@@ -222,7 +223,7 @@ def _locate(archive: Archive, setting: str) -> tuple[tuple[str, ...], Path]:
             raise HostError(f"there is no {BINARY} on this host", hint=INSTALL_HINT)
         path = Path(found)
     else:
-        path = Path(setting).expanduser()
+        path = expanded(Path(setting))
         if "/" not in setting and (on_path := shutil.which(setting)):
             path = Path(on_path)
     # Absolute, because QEMU is started in other folders; links are kept, because a QEMU that is
