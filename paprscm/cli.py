@@ -36,7 +36,7 @@ from paprscm import (
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
-from paprscm.errors import ConfigError, Error, HostError
+from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error, HostError
 from paprscm.kbuild import build_default, build_tree, prune_trees
 from paprscm.machine import Machine, qemu_argv, require, script
 from paprscm.options import parse_nvdimm
@@ -47,7 +47,7 @@ DAY_S = 86400.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit status. An error is one sentence, a hint and status 2."""
+    """Run one verb; its exit status. An error is one sentence, a hint and status 2 or 3."""
     words = list(sys.argv[1:] if argv is None else argv)
     # What follows "--" is Avocado's, whatever it looks like.
     cut = words.index("--") if "--" in words else len(words)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"paprscm: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
-        return 2
+        return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
     except OSError as error:
         # A disk, a permission, a terminal that went away: the user's to mend, as a rule.
         log.logger.debug("", exc_info=True)

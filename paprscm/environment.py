@@ -22,7 +22,7 @@ from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
-from paprscm.settings import OWN_KERNELS, Settings
+from paprscm.settings import OWN_KERNELS, Settings, expanded
 from paprscm.shim import Shim
 from paprscm.ssh import TimedOutError
 from paprscm.userland import Userland
@@ -159,6 +159,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     archive = Archive.of(settings)
     cache = archive.cache
     binary = qemu.resolve(archive, settings.qemu)
+    qemu.require_guests(binary)
     accel = qemu.accel(settings.accel, binary)
     if settings.firmware == "vof" and not binary.has_vof:
         raise ConfigError(f"{binary.path} has no x-vof machine option", hint="set firmware=slof")
@@ -241,7 +242,7 @@ def _kernel(
             )
         built = kbuild.build_default(archive, settings, proceed=proceed)
         return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
-    found = kernel.inspect(Path(settings.kernel).expanduser().absolute())
+    found = kernel.inspect(expanded(Path(settings.kernel)).absolute())
     if settings.modules is not None:
         found = modules.with_config(found, settings.modules)
     kernel.check(found, has_modules=settings.modules is not None)

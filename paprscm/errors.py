@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+CAPABILITY_STATUS = 3
+"""Exit status of the `paprscm` command after a CapabilityError; other errors give 2."""
+
 
 class Error(Exception):
     """Something went wrong, said in one sentence, with a way out where one is known.

@@ -20,7 +20,7 @@ from paprscm.errors import ConfigError, Error, HostError
 from paprscm.kconfig import Fragment, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
 from paprscm.log import Bar, logger, progress, step
-from paprscm.settings import Settings
+from paprscm.settings import Settings, expanded
 
 TOOLCHAIN = "powerpc64le-linux-gnu-"
 _TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
@@ -145,7 +145,7 @@ def build_tree(
             given.
         HostError: a tool is missing.
     """
-    source = source.expanduser().resolve()
+    source = expanded(source).resolve()
     _check_tree(source)
     if config is not None and (debug or page_size != "64k"):
         what = "kernel=debug" if debug else f"page_size={page_size}"
@@ -361,7 +361,7 @@ def _check_tree(source: Path) -> None:
 
 def _read_config(path: Path) -> str:
     try:
-        text = path.expanduser().read_text()
+        text = expanded(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the kernel configuration {path} cannot be read: {error}") from error
     if "CONFIG_" not in text:

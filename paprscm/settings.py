@@ -26,8 +26,23 @@ OWN_KERNELS = ("default", "debug")
 
 
 def _default_cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "paprscm"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else expanded(Path("~/.cache"))) / "paprscm"
+
+
+def expanded(path: Path) -> Path:
+    """The path with ~ replaced by the home folder.
+
+    Raises:
+        ConfigError: this user has no home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: user {os.getuid()} has no home folder",
+            hint="set HOME, or cache_dir to a folder that this user can write to",
+        ) from error
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -177,5 +192,5 @@ def _convert(name: str, text: str) -> Any:
         _one_of(name, text, ("yes", "no"))
         return text == "yes"
     if kind.startswith("Path"):
-        return Path(text).expanduser() if text else None
+        return expanded(Path(text)) if text else None
     return text

@@ -25,6 +25,7 @@ from paprscm.known import RECORD, State
 from paprscm.known import load as load_known
 from paprscm.machine import Machine, Nvdimm, bare_argv, require
 from paprscm.qemu import Qemu
+from paprscm.qemu_facts import sanitizers
 from paprscm.shim import Shim, build
 from paprscm.vm import Vm
 
@@ -135,8 +136,10 @@ class QemuTest(Test):
         )
 
     def shim(self) -> Shim:
-        """A flush shim for one QEMU of this test."""
-        return self.leave.enter_context(Shim(build(Cache(self.settings.cache_dir))))
+        """A flush shim for one QEMU of this test; CANCEL where it cannot be loaded."""
+        before = sanitizers(self.qemu.path)
+        library = build(Cache(self.settings.cache_dir))
+        return self.leave.enter_context(Shim(library, before=before))
 
     def require(self, nvdimms: Iterable[Nvdimm]) -> None:
         """CANCEL the test unless the QEMU under test has what these DIMMs need."""

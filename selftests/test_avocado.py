@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from paprscm.environment import Environment
+from paprscm.qemu_facts import BINARY
 
 ROOT = Path(__file__).resolve().parent.parent
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
@@ -154,6 +156,8 @@ def run_module(module: Path, *words: str) -> tuple[dict[str, dict[str, Any]], st
 def test_the_configuration_is_in_force_without_a_flag() -> None:
     said = avocado("config")
     assert "./results" in said
+    # Else it makes one in the home folder; without a home, in a folder that is called "~".
+    assert "./tests" in said
     assert any(
         line.split() == ["runner.task.interval.from_soft_to_hard_termination", "60"]
         for line in said.splitlines()
@@ -170,6 +174,27 @@ def test_tests_are_found_by_tag() -> None:
 def test_a_job_without_guests_fails_at_once_with_the_reason() -> None:
     said = avocado("run", "-p", "kernel=/nonexistent/vmlinux", "tests/")
     assert "the kernel /nonexistent/vmlinux does not exist" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    (tmp_path / "verdicts.py").write_text(VERDICTS)
+    wrapper = tmp_path / "qemu"
+    edit = 's/"virtio-rng-pci"/"gone"/'
+    wrapper.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {shutil.which(BINARY)} \"$@\"\n")
+    wrapper.chmod(0o755)
+    words = "-p", f"qemu={wrapper}", "-p", f"cache_dir={tmp_path}/cache"
+    one = tmp_path / "known.py:Known.test_gone"
+    tests = run_module(tmp_path / "verdicts.py", *words, str(one))
+    assert tests.pop("test_gone")["status"] == "PASS"
+    assert {test["status"] for test in tests.values()} == {"CANCEL"}
+    assert "without virtio-rng-pci" in tests["test_pass"]["fail_reason"]
+    built = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert built <= {"locks", "qemu-facts"}, "something was built that no test can use"
+    said = avocado("run", *words, str(tmp_path / "verdicts.py"))
+    assert "built without virtio-rng-pci" in said
     assert "no test was started" in said
     assert "STARTED" not in said
 
