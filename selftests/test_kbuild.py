@@ -502,7 +502,7 @@ def test_or_nothing_is_for_kernels_without_the_option(
         kbuild._check([Requirement({"PAPR_SCM": "y"}, optional=True)], {}, tree, vital=None)
 
 
-_CONFIGURATION = ("Kconfig*", "Kbuild*", "Makefile*", "*/scripts/*", "*/arch/powerpc/*")
+_CONFIGURATION = ("*/Kconfig*", "*/Kbuild*", "*/Makefile*", "*/scripts/*", "*/arch/powerpc/*")
 
 
 @pytest.mark.slow
