@@ -29,6 +29,7 @@ from paprscm import (
     shell,
 )
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.kbuild import build_default, build_tree, prune_trees
@@ -170,7 +171,7 @@ def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
 
 def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
     if arguments.only_qemu:
-        found = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+        found = resolve(Archive.of(chosen), chosen.qemu)
         if not arguments.quiet:
             print(f"{found.version_text} {found.path}")
         return 0
@@ -243,14 +244,14 @@ def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
-    cache = Cache(chosen.cache_dir)
+    archive = Archive.of(chosen)
     if arguments.source is None:
         if arguments.config is not None:
             raise ConfigError("--config without --source", hint="give the tree that it belongs to")
-        built = build_default(cache, chosen)
+        built = build_default(archive, chosen)
     else:
         built = build_tree(
-            cache,
+            archive.cache,
             arguments.source,
             config=arguments.config,
             page_size=chosen.page_size,
@@ -286,6 +287,7 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
     entries = cache.prune(unused_for_s=unused_for_s)
     trees = prune_trees(cache, unused_for_s=unused_for_s)
+    Archive.of(chosen).prune(unused_for_s=unused_for_s)
     freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
     print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
     return 0
@@ -333,7 +335,7 @@ def _bench_suite(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
     _check_rounds(arguments)
-    qemu = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+    qemu = resolve(Archive.of(chosen), chosen.qemu)
     _show(arguments, bench_hcall.rates(qemu, chosen, arguments.n), bench_hcall.table)
     return 0
 

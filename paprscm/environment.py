@@ -8,13 +8,14 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from paprscm import isa, kbuild, kernel, log, modules, qemu, snapshot, userland
+from paprscm import isa, kbuild, kernel, log, modules, process, qemu, snapshot, userland
 from paprscm.cache import Cache
+from paprscm.debian import Archive, Download, suites
 from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
@@ -46,6 +47,9 @@ class Environment:
         kernel: the kernel under test, as it was given or built.
         accel: "tcg" or "kvm".
         cpu: the -cpu model.
+        kernel_source: package and version of the source that the kernel was built from here; "" for
+            a user's kernel.
+        userland: the Debian suite of the root file system, and its C library's version.
         fixed_sites: how many instructions were rewritten for TCG.
         equipment: the same, as a guest takes it.
         snapshot: where guests begin that do not boot; None: all of them boot.
@@ -56,6 +60,8 @@ class Environment:
     kernel: Kernel
     accel: str
     cpu: str
+    kernel_source: str
+    userland: str
     fixed_sites: int
     equipment: Equipment
     snapshot: Snapshot | None = None
@@ -126,6 +132,8 @@ class Environment:
             "qemu_path": str(self.qemu.path),
             "kernel": self.kernel.release,
             "kernel_path": str(self.kernel.path),
+            "kernel_source": self.kernel_source or "none",
+            "userland": self.userland,
             "page_size": str(self.kernel.page_size),
             "accel": self.accel,
             "cpu": self.cpu,
@@ -147,15 +155,21 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     Raises:
         Error: something cannot be had; the message says what, the hint how.
     """
-    cache = Cache(settings.cache_dir)
-    binary = qemu.resolve(cache, settings.qemu, mirror=settings.mirror)
+    archive = Archive.of(settings)
+    cache = archive.cache
+    binary = qemu.resolve(archive, settings.qemu)
     accel = qemu.accel(settings.accel, binary)
     if settings.firmware == "vof" and not binary.has_vof:
         raise ConfigError(f"{binary.path} has no x-vof machine option", hint="set firmware=slof")
     cpu = settings.cpu
     if cpu == "auto":
         cpu = "host" if accel == "kvm" else "POWER9"
-    under_test = _kernel(cache, settings)
+    with process.beside(
+        lambda proceed: userland.obtain(archive, suites(settings.userland_suite), proceed=proceed)
+    ) as obtaining:
+        # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
+        under_test, source = _kernel(archive, settings, obtaining.check)
+        obtained = obtaining.result()
     executes = {} if accel == "kvm" else _executes(cache, binary, cpu)
     vmlinux, sites = _fixed(cache, under_test, executes)
 
@@ -176,6 +190,8 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             kernel=under_test,
             accel=accel,
             cpu=cpu,
+            kernel_source=source,
+            userland=f"Debian {land.suite}, libc6 {land.versions.get('libc6')}",
             fixed_sites=sites,
             equipment=equipment(land, initrd),
         )
@@ -188,9 +204,9 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         ):
             guest.succeed(_BOOT_TEST)
 
-    made = environment(
-        userland.ensure(cache, suite=settings.suite, mirror=settings.mirror, boot_test=boot_test)
-    )
+    if isinstance(obtained, Download):
+        obtained = userland.build(cache, obtained, boot_test=boot_test)
+    made = environment(obtained)
     if settings.start == "cold":
         return made
     recipe = snapshot.Recipe(qemu=binary, equipment=made.equipment, machine=made.furnish(Machine()))
@@ -200,18 +216,21 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
 
 
-def _kernel(cache: Cache, settings: Settings) -> Kernel:
+def _kernel(
+    archive: Archive, settings: Settings, proceed: Callable[[], None]
+) -> tuple[Kernel, str]:
+    """The kernel under test, and the source that it was built from here; "" for a user's own."""
     if settings.kernel in OWN_KERNELS:
         if settings.modules is not None:
             raise ConfigError(
                 f"modules= without kernel=: the {settings.kernel} kernel needs none",
                 hint="give the vmlinux that they belong to",
             )
-        built = kbuild.build_default(cache, settings)
-        return kernel.inspect(built.vmlinux)
+        built = kbuild.build_default(archive, settings, proceed=proceed)
+        return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
     found = kernel.inspect(Path(settings.kernel).expanduser().absolute())
     kernel.check(found, has_modules=settings.modules is not None)
-    return found
+    return found, ""
 
 
 def _executes(cache: Cache, binary: Qemu, cpu: str) -> Mapping[str, bool]:

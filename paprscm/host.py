@@ -17,9 +17,11 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import debian, process, qemu
+from paprscm import debian, process, qemu, userland
+from paprscm.apt import UnavailableError
 from paprscm.budget import budget, resources
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error
 from paprscm.qemu_facts import BINARY
 from paprscm.settings import Settings
@@ -99,7 +101,10 @@ def parse_host_packages(text: str) -> list[HostPackage]:
 
 
 def doctor(settings: Settings) -> list[Finding]:
-    """Look at all that the suite needs of this machine; nothing is fetched or built."""
+    """Look at all that the suite needs of this machine; nothing is built.
+
+    Of what must be fetched, only the package index is.
+    """
     cache = Cache(settings.cache_dir)
     findings = _packages(parse_host_packages(HOST_PACKAGES.read_text()))
     findings += _python_packages()
@@ -108,7 +113,7 @@ def doctor(settings: Settings) -> list[Finding]:
     findings += _side_by_side(settings)
     findings.append(_folder("cache", settings.cache_dir, _CACHE_NEEDS_BYTES))
     findings.append(_folder("scratch", settings.scratch_dir, _SCRATCH_NEEDS_BYTES, durable=True))
-    findings.append(_mirror(settings))
+    findings += _userland(settings)
     return findings
 
 
@@ -189,7 +194,7 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
         # Named among the host packages already.
         return []
     try:
-        binary = qemu.resolve(cache, settings.qemu, mirror=settings.mirror)
+        binary = qemu.resolve(Archive.of(settings), settings.qemu)
     except Error as error:
         return [Finding("missing", "QEMU", str(error))]
     lacking = [
@@ -274,9 +279,27 @@ def filesystem_type(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) 
     return kind
 
 
-def _mirror(settings: Settings) -> Finding:
-    try:
-        return Finding("ok", "mirror", debian.resolve_mirror(settings.mirror))
-    except Error as error:
-        # Nothing is fetched any more once the cache is full.
-        return Finding("note", "mirror", str(error))
+def _userland(settings: Settings) -> list[Finding]:
+    cache = Cache(settings.cache_dir)
+    wanted = debian.suites(settings.userland_suite)
+    for suite in wanted:
+        if userland.find(cache, suite=suite):
+            return [Finding("ok", "userland", f"Debian {suite}, in the cache")]
+    findings = []
+    for suite in wanted:
+        try:
+            size_bytes, absent = Archive.of(settings).absent_files(
+                userland.packages(), suite=suite, arch=debian.ARCH
+            )
+        except UnavailableError as error:
+            findings.append(Finding("note", "userland", str(error)))
+            continue
+        except Error as error:
+            return [*findings, Finding("missing", "mirror", str(error))]
+        if not absent:
+            text = f"Debian {suite} can be fetched, {size_bytes / 1e6:.0f} MB"
+            return [*findings, Finding("ok", "userland", text)]
+        text = f"Debian {suite}: the mirror lacks {', '.join(absent)}"
+        findings.append(Finding("note", "userland", text))
+    text = f"no suite of {', '.join(wanted)} is complete on the mirror; set mirror="
+    return [*findings, Finding("missing", "mirror", text)]

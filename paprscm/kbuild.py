@@ -3,19 +3,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm import debian, process
+from paprscm import kernel_source, process
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
@@ -24,6 +24,7 @@ from paprscm.settings import Settings
 
 TOOLCHAIN = "powerpc64le-linux-gnu-"
 _TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
+_REFRESH_S = 0.5
 _BUILD_TOOLS_HINT = "apt install make gcc libc6-dev bison flex bc"
 
 # One line of make's output for each of these is one object of the progress bar.
@@ -36,16 +37,6 @@ _WRONG = re.compile(
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
 # What an unpacked source, its objects and the vmlinux take.
 _BUILD_BYTES = 1_200_000_000
-_SOURCE_BYTES = 400_000_000
-
-# Every architecture but powerpc.
-_OTHER_ARCHITECTURES = ("[a-o]*", "parisc", "[q-z]*")
-# The Kconfig files and Makefiles of both stay: every configuration reads them all.
-_CODE_NOT_BUILT = (
-    *("drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband", "drivers/media"),
-    *("drivers/net/ethernet", "drivers/net/wireless", "drivers/staging", "sound"),
-)
-_TEXT_SUFFIXES = ("rst", "txt", "yaml", "svg", "json", "dot", "py")
 
 
 @dataclass(frozen=True)
@@ -67,32 +58,49 @@ class Built:
     source: str
 
 
-def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = ()) -> Built:
+def build_default(
+    archive: Archive,
+    settings: Settings,
+    *,
+    extra: Sequence[Path] = (),
+    proceed: Callable[[], None] = lambda: None,
+) -> Built:
     """The default kernel, built now if it is not in the cache; asks the network for nothing else.
 
     Args:
-        cache: where source and kernel are kept, as two entries.
-        settings: kernel_source, suite and mirror say where the source comes from, page_size how
-            large its pages are, kernel whether it is the one that watches itself.
+        archive: where the source comes from; its cache keeps source and kernel, as two entries.
+        settings: kernel_source and kernel_suite name the source, page_size its page size, kernel
+            selects the debug kernel.
         extra: further fragments; a later one overrides.
+        proceed: called several times a second while something runs; ends it by raising.
 
     Raises:
         HostError: a tool is missing, or the source does not build.
         ConfigError: an option of the fragments did not survive; the message names it and why.
     """
+    cache = archive.cache
     debug = settings.kernel == "debug"
     fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
-    source = _source(cache, settings)
+    source = kernel_source.find(cache, settings)
+    any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
+    if any_source or shutil.which(TOOLCHAIN + "gcc") is None:
+        # As imported from another machine.
+        there = _find_without_source(cache, settings, fragment)
+        if there is not None:
+            return there
+    # Before the download: a tool that is missing is reported at once.
+    compiler = _compiler()
+    source = source or kernel_source.fetch(archive, settings, proceed)
     version = (source / "version").read_text().strip()
-    fields = {"source": version, "fragment": fragment.digest, "compiler": _compiler()}
+    fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
     log_file = cache.root / "logs" / "kernel-build.log"
 
     def build(entry: Path) -> None:
         tree, objects = entry / "tree", entry / "objects"
         with step(f"building the {settings.kernel} kernel ({version})"):
             _fresh_log(log_file)
-            _unpack(source / "linux.tar.xz", tree)
-            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm")
+            kernel_source.unpack(source / "linux.tar.xz", tree)
+            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
             (entry / "fragment").write_text(fragment.text(own_tree=False))
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
@@ -192,11 +200,19 @@ def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
 class _Make:
     """One O= folder and the make that fills it."""
 
-    def __init__(self, source: Path, objects: Path, log_file: Path, *variables: str) -> None:
+    def __init__(
+        self,
+        source: Path,
+        objects: Path,
+        log_file: Path,
+        *variables: str,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> None:
         objects.mkdir(parents=True, exist_ok=True)
         self.source = source
         self.objects = objects
         self._log_file = log_file
+        self._proceed = proceed
         jobs = len(os.sched_getaffinity(0)) + 1
         self._argv = [
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
@@ -237,7 +253,12 @@ class _Make:
 
         try:
             process.run(
-                [*self._argv, *targets], env=self._env, log_file=self._log_file, on_line=line
+                [*self._argv, *targets],
+                env=self._env,
+                log_file=self._log_file,
+                on_line=line,
+                idle_s=_REFRESH_S,
+                on_idle=self._proceed,
             )
         except HostError as error:
             if not wrong:
@@ -263,47 +284,20 @@ class _Make:
             raise blame(error.message, hint=error.hint) from error
 
 
-def _source(cache: Cache, settings: Settings) -> Path:
-    """The cache entry with the source package's archive and version."""
-    package = settings.kernel_source
-    fields = {"package": package, "suite": settings.suite, "mirror": settings.mirror}
-
-    def fetch(entry: Path) -> None:
-        root = entry / "root"
-        with step(f"fetching {package} from {settings.suite}"):
-            debian.extract(
-                [package],
-                suite=settings.suite,
-                mirror=debian.resolve_mirror(settings.mirror),
-                # The package is for all architectures; this one is certainly in the suite.
-                arch="amd64",
-                target=root,
-                title=package,
-            )
-            archives = sorted((root / "usr/src").glob("linux-source-*.tar.xz"))
-            if len(archives) != 1:
-                raise ConfigError(
-                    f"the package {package} of {settings.suite} holds no Linux source",
-                    hint="set kernel_source to a package such as linux-source-6.12",
-                )
-            (entry / "version").write_text(_package_version(root, package) + "\n")
-            archives[0].rename(entry / "linux.tar.xz")
-            shutil.rmtree(root)
-
-    return cache.ensure("kernel-source", fields, fetch, needs_bytes=_SOURCE_BYTES).path
-
-
-def _package_version(root: Path, package: str) -> str:
-    changelog = root / "usr/share/doc" / package / "changelog.Debian.gz"
-    try:
-        with gzip.open(changelog, "rt", encoding="utf-8", errors="replace") as file:
-            first = file.readline()
-    except (OSError, EOFError) as error:
-        raise HostError(f"the package {package} has no readable changelog: {error}") from error
-    found = re.match(r"\S+ \(([^)]+)\)", first)
-    if found is None:
-        raise HostError(f"the changelog of {package} does not begin with a version: {first!r}")
-    return found[1]
+def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -> Built | None:
+    """The newest kernel in the cache that was built from such a source, by any compiler."""
+    series = settings.kernel_source.removeprefix("linux-source-") + "."
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.kind == "kernel"
+        and entry.fields.get("fragment") == fragment.digest
+        and entry.fields.get("source", "").startswith(series)
+    ]
+    for entry in sorted(entries, key=lambda entry: entry.created, reverse=True):
+        if there := cache.find(entry.kind, entry.fields):
+            return _built(there.path, there.path / "build.log", entry.fields["source"])
+    return None
 
 
 def _compiler() -> str:
@@ -314,25 +308,6 @@ def _compiler() -> str:
         if shutil.which(tool) is None:
             raise HostError(f"{tool} is not installed", hint=_BUILD_TOOLS_HINT)
     return process.run([TOOLCHAIN + "gcc", "--version"]).lines[0]
-
-
-def _unpack(archive: Path, tree: Path) -> None:
-    """Unpack the source without what a powerpc kernel never reads: half of its files."""
-    code = [f"arch/{name}" for name in _OTHER_ARCHITECTURES] + list(_CODE_NOT_BUILT)
-    excluded = [f"*/{folder}/*.{suffix}" for folder in code for suffix in ("[chS]", "dts", "dtsi")]
-    excluded += [f"*/Documentation/*.{suffix}" for suffix in _TEXT_SUFFIXES]
-    excluded += ["*/tools/testing", "*/tools/perf", "*/rust/*.rs"]
-    tree.mkdir()
-    with step("unpacking the kernel source"):
-        process.run(
-            [
-                # Debian compresses in blocks: xz can take several at a time.
-                *("tar", "--use-compress-program=xz -T0", "-xf", archive, "-C", tree),
-                *("--strip-components=1", "--wildcards"),
-                *("--no-anchored", "--no-same-owner"),
-                *(f"--exclude={pattern}" for pattern in excluded),
-            ]
-        )
 
 
 def _check(

@@ -15,16 +15,19 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-from paprscm import keeper
+from paprscm import keeper, log
 from paprscm.errors import HostError
 
 _KEEPER = Path(keeper.__file__)
 _KILL_LIMIT_S = 10.0
+
+T = TypeVar("T")
 
 # Process ids, with spaces between; the Makefile begins it with that of make.
 _RUN = "PAPRSCM_RUN"
@@ -194,6 +197,52 @@ class Process:
         self._keeper.wait()
 
 
+class StoppedError(Exception):
+    """A task that ran beside others was stopped because one of them failed."""
+
+
+class Beside(Generic[T]):
+    """A task that runs in a thread while its caller does something else."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future = future
+
+    def check(self) -> None:
+        """Raise what the task has raised, if it has failed already."""
+        if self._future.done():
+            self._future.result()
+
+    def result(self) -> T:
+        """Wait for the task's end; its result, or raise what it raised."""
+        return self._future.result()
+
+
+@contextlib.contextmanager
+def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
+    """Run a task in a thread for as long as the body of the `with` runs, and until the task's end.
+
+    Args:
+        task: gets a function that it must call several times a second; once the body has failed
+            this raises StoppedError.
+    """
+    stop = threading.Event()
+
+    def proceed() -> None:
+        if stop.is_set():
+            raise StoppedError
+
+    def run_task() -> T:
+        with log.in_background():
+            return task(proceed)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield Beside(pool.submit(run_task))
+        except BaseException:
+            stop.set()
+            raise
+
+
 @dataclass(frozen=True)
 class Completed:
     """What a tool left: its lines of output (both streams) and how long it took, s."""
@@ -237,7 +286,7 @@ def run(
     started = time.monotonic()
     lines: deque[str] = deque(maxlen=keep_lines)
     with contextlib.ExitStack() as stack:
-        log = stack.enter_context(log_file.open("ab")) if log_file else None
+        output = stack.enter_context(log_file.open("ab")) if log_file else None
         process = Process(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         stack.callback(process.kill)
         rest = b""
@@ -256,8 +305,8 @@ def run(
             if not ready:
                 continue
             chunk = os.read(process.stdout, 65536)
-            if log is not None:
-                log.write(chunk)
+            if output is not None:
+                output.write(chunk)
             rest += chunk
             *complete, rest = rest.split(b"\n") if chunk else ([rest, b""] if rest else [b""])
             for raw in complete:

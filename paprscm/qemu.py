@@ -18,8 +18,9 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment
 
-from paprscm import debian, log
+from paprscm import log
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.qemu_facts import ASKED_TYPES, BINARY, FORMAT, JSON, ask
 
@@ -91,20 +92,21 @@ class Qemu:
         return self.has("spapr-nvdimm", "pmem-override")
 
 
-def resolve(cache: Cache, setting: str, *, mirror: str) -> Qemu:
+def resolve(archive: Archive, setting: str) -> Qemu:
     """Find, or fetch, the QEMU that the setting names, and ask what it can do.
 
     Args:
-        cache: holds fetched QEMUs and what binaries answered.
+        archive: where a QEMU is fetched from; its cache holds fetched QEMUs and what binaries
+            answered.
         setting: 'auto' (the host's), 'debian:SUITE', or a path.
-        mirror: the setting `mirror`; only looked at when something must be fetched.
 
     Raises:
         ConfigError: no such file, not executable, not a QEMU, or one for another target.
         HostError: it is not installed, cannot be fetched, or does not start.
         CapabilityError: it has no spapr-nvdimm device.
     """
-    argv_prefix, path = _locate(cache, setting, mirror)
+    cache = archive.cache
+    argv_prefix, path = _locate(archive, setting)
     key = _binary_key(path)
     facts = _remember(cache, key, f"capabilities-{FORMAT}", lambda: ask(argv_prefix, path))
     qemu = _from_facts(facts, argv_prefix, path, key)
@@ -187,9 +189,9 @@ def _fetched_fields(suite: str, arch: str) -> dict[str, str]:
     return {"suite": suite, "arch": arch, "format": _FETCHED_FORMAT}
 
 
-def _locate(cache: Cache, setting: str, mirror: str) -> tuple[tuple[str, ...], Path]:
+def _locate(archive: Archive, setting: str) -> tuple[tuple[str, ...], Path]:
     if setting.startswith("debian:"):
-        return _fetched(cache, setting.removeprefix("debian:"), mirror)
+        return _fetched(archive, setting.removeprefix("debian:"))
     if setting == "auto":
         found = shutil.which(BINARY)
         if found is None:
@@ -211,7 +213,7 @@ def _locate(cache: Cache, setting: str, mirror: str) -> tuple[tuple[str, ...], P
     return (str(path),), path
 
 
-def _fetched(cache: Cache, suite: str, mirror: str) -> tuple[tuple[str, ...], Path]:
+def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", suite):
         raise ConfigError(f"qemu=debian:{suite} names no suite", hint="such as debian:trixie")
     arch = _DEBIAN_ARCH.get(platform.machine())
@@ -223,10 +225,9 @@ def _fetched(cache: Cache, suite: str, mirror: str) -> tuple[tuple[str, ...], Pa
 
     def build(folder: Path) -> None:
         with log.step(f"fetching QEMU of Debian {suite}"):
-            debian.extract(
+            archive.extract(
                 ["qemu-system-ppc"],
                 suite=suite,
-                mirror=debian.resolve_mirror(mirror),
                 arch=arch,
                 target=folder / "root",
                 title="QEMU",
@@ -238,7 +239,7 @@ def _fetched(cache: Cache, suite: str, mirror: str) -> tuple[tuple[str, ...], Pa
             ask(argv_prefix, path)
 
     fields = _fetched_fields(suite, arch)
-    entry = cache.ensure("qemu", fields, build, needs_bytes=_NEEDS_BYTES)
+    entry = archive.cache.ensure("qemu", fields, build, needs_bytes=_NEEDS_BYTES)
     return _prefix_in(entry.path / "root")
 
 

@@ -17,6 +17,7 @@ from avocado.core.exceptions import TestWarn
 from paprscm import qemu, settings
 from paprscm.bare import Bare, program
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest import Guest
@@ -77,8 +78,7 @@ class QemuTest(Test):
 
     def find_qemu(self) -> Qemu:
         """The QEMU under test."""
-        cache = Cache(self.settings.cache_dir)
-        found = qemu.resolve(cache, self.settings.qemu, mirror=self.settings.mirror)
+        found = qemu.resolve(Archive.of(self.settings), self.settings.qemu)
         self.measure("environment", {"qemu": found.version_text, "qemu_path": str(found.path)})
         return found
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from paprscm import host
+from paprscm import debian, host
+from paprscm.apt import UnavailableError
 from paprscm.budget import Resources
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError
 from paprscm.host import Finding
 from paprscm.settings import Settings
@@ -19,7 +21,22 @@ from paprscm.settings import Settings
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "cache", scratch_dir=tmp_path, mirror="http://m.example/d")
+    mirror = "http://127.0.0.1:9/debian"
+    return Settings(cache_dir=tmp_path / "cache", scratch_dir=tmp_path, mirror=mirror)
+
+
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The files that the mirror's suites lack; a suite that is not there does not exist."""
+    lacking: dict[str, list[str]] = {suite: [] for suite in debian.AUTO_SUITES}
+
+    def absent(_: Archive, _packages: list[str], *, suite: str, arch: str) -> object:
+        if suite not in lacking:
+            raise UnavailableError(f"the mirror has no suite {suite}")
+        return 125_000_000, lacking[suite]
+
+    monkeypatch.setattr(Archive, "absent_files", absent)
+    return lacking
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:
@@ -67,18 +84,36 @@ def test_machine_without_tools(
     line = host.install_line(findings)
     assert line is not None
     assert line.startswith("apt install ")
-    assert {"qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "mmdebstrap"} <= set(line.split())
+    assert {"qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "apt"} <= set(line.split())
 
 
-def test_this_machine(chosen: Settings) -> None:
+def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
     findings = by_subject(host.doctor(chosen))
     assert findings["host packages"].grade == "ok"
     assert findings["python"].grade == "ok"
     assert "spapr-nvdimm" in findings["QEMU"].text
-    assert findings["mirror"].text == "http://m.example/d"
+    assert findings["userland"].text == "Debian trixie can be fetched, 125 MB"
     assert not host.broken(list(findings.values()))
     # It looks, and makes nothing but the record of what the QEMU answered.
     assert {path.name for path in chosen.cache_dir.iterdir()} <= {"qemu-facts", "locks"}
+
+
+def test_mirror_is_asked_for_the_packages(chosen: Settings, complete: dict[str, list[str]]) -> None:
+    complete["trixie"].append("libc6_2.41_ppc64el.deb")
+    findings = [f for f in host.doctor(chosen) if f.subject in ("userland", "mirror")]
+    assert [f.grade for f in findings] == ["note", "ok"]
+    assert findings[0].text == "Debian trixie: the mirror lacks libc6_2.41_ppc64el.deb"
+    assert findings[1].text.startswith("Debian bookworm")
+    only = dataclasses.replace(chosen, userland_suite="trixie,potato")
+    findings = [f for f in host.doctor(only) if f.subject in ("userland", "mirror")]
+    assert [f.grade for f in findings] == ["note", "note", "missing"]
+    assert "no suite of trixie, potato is complete" in findings[2].text
+
+
+def test_mirror_that_does_not_answer(chosen: Settings) -> None:
+    findings = by_subject(host.doctor(chosen))
+    assert findings["mirror"].grade == "missing"
+    assert "cannot be reached" in findings["mirror"].text
 
 
 def test_qemu_that_would_be_fetched_is_not(chosen: Settings) -> None:

@@ -6,6 +6,7 @@ The trees here are stand-ins: a Makefile that prints and writes what kbuild woul
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import lzma
 import os
@@ -16,8 +17,10 @@ from pathlib import Path
 
 import pytest
 
-from paprscm import debian, kbuild, kconfig, process
+from paprscm import kbuild, kconfig, kernel_source, process
+from paprscm.apt import UnavailableError
 from paprscm.cache import Cache
+from paprscm.debian import Archive, Download
 from paprscm.errors import ConfigError, HostError
 from paprscm.kconfig import Fragment, Requirement, default_fragment, fragments
 from paprscm.kernel import parse_config
@@ -217,10 +220,10 @@ def test_half_written_objects_of_a_killed_build_go(tree: Path, cache: Cache) -> 
 
 def make_package(tree: Path, target: Path) -> None:
     """What Debian's source package unpacks to."""
-    (tree / "arch/x86/kernel").mkdir(parents=True)
+    (tree / "arch/x86/kernel").mkdir(parents=True, exist_ok=True)
     (tree / "arch/x86/kernel/setup.c").touch()
     (tree / "arch/x86/Kconfig").touch()
-    (tree / "drivers/gpu/drm").mkdir(parents=True)
+    (tree / "drivers/gpu/drm").mkdir(parents=True, exist_ok=True)
     (tree / "drivers/gpu/drm/drm.c").touch()
     (tree / "drivers/gpu/drm/Makefile").touch()
     (target / "usr/src").mkdir(parents=True)
@@ -240,25 +243,28 @@ def fetched(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Replaces the download; the list grows by one package each time."""
     names: list[str] = []
 
-    def extract(packages: list[str], *, target: Path, **_rest: object) -> None:
+    def download(_: Archive, packages: list[str], *, suite: str, **__: object) -> Download:
+        if suite == "trixie":
+            raise UnavailableError(f"trixie has no package {packages[0]}")
         names.extend(packages)
+        return Download(suite, tree / "nowhere", ())
+
+    def unpack(_: Download, target: Path, *, title: str) -> None:
         make_package(tree, target)
 
-    monkeypatch.setattr(debian, "extract", extract)
-    monkeypatch.setattr(debian, "resolve_mirror", lambda setting: setting)
+    monkeypatch.setattr(Archive, "download", download)
+    monkeypatch.setattr(Download, "unpack", unpack)
     return names
 
 
 def settings(page_size: str = "64k", kernel: str = "default") -> Settings:
     """Settings with a source package of the fixture's name."""
-    return Settings(
-        kernel_source="linux-source-6.0", mirror="file:/none", page_size=page_size, kernel=kernel
-    )
+    return Settings(kernel_source="linux-source-6.0", page_size=page_size, kernel=kernel)
 
 
 def test_default_kernel_is_fetched_and_built_once(cache: Cache, fetched: list[str]) -> None:
-    first = kbuild.build_default(cache, settings())
-    second = kbuild.build_default(cache, settings())
+    first = kbuild.build_default(Archive(cache), settings())
+    second = kbuild.build_default(Archive(cache), settings())
     assert first == second
     assert fetched == ["linux-source-6.0"]
     assert first.source == "6.0.1-2"
@@ -270,13 +276,32 @@ def test_default_kernel_is_fetched_and_built_once(cache: Cache, fetched: list[st
     assert parse_config(first.config.read_text())["PPC_64K_PAGES"] == "y"
 
 
+def test_kernel_of_another_machine(
+    cache: Cache, fetched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An imported kernel is used as it is: without its source, without any compiler."""
+    first = kbuild.build_default(Archive(cache), settings())
+    (source,) = (entry for entry in cache.entries() if entry.kind == "kernel-source")
+    monkeypatch.setattr(kbuild, "_compiler", lambda: "another one")
+    cache.remove(source.path)
+    assert kbuild.build_default(Archive(cache), settings()) == first
+    assert len(fetched) == 1
+    # Not where a suite was asked for by name, and not for another configuration.
+    bookworm = dataclasses.replace(settings(), kernel_suite="bookworm")
+    assert kbuild.build_default(Archive(cache), bookworm) != first
+    offline = dataclasses.replace(bookworm, kernel_suite="sid", offline=True)
+    assert kbuild.build_default(Archive(cache), offline).source == first.source
+    other = dataclasses.replace(settings(), page_size="4k")
+    assert kbuild.build_default(Archive(cache), other).vmlinux != first.vmlinux
+
+
 def test_another_fragment_is_another_kernel_of_the_same_source(
     cache: Cache, fetched: list[str], tmp_path: Path
 ) -> None:
-    first = kbuild.build_default(cache, settings())
+    first = kbuild.build_default(Archive(cache), settings())
     extra = tmp_path / "extra.config"
     extra.write_text("CONFIG_XFS_FS=m\n# CONFIG_NUMA is not set\n")
-    second = kbuild.build_default(cache, settings(), extra=[extra])
+    second = kbuild.build_default(Archive(cache), settings(), extra=[extra])
     assert first.vmlinux != second.vmlinux
     assert len(fetched) == 1
     assert parse_config(second.config.read_text())["XFS_FS"] == "m"
@@ -286,8 +311,8 @@ def test_another_fragment_is_another_kernel_of_the_same_source(
 def test_small_pages_are_another_kernel_of_the_same_source(
     cache: Cache, fetched: list[str]
 ) -> None:
-    large = kbuild.build_default(cache, settings())
-    small = kbuild.build_default(cache, settings(page_size="4k"))
+    large = kbuild.build_default(Archive(cache), settings())
+    small = kbuild.build_default(Archive(cache), settings(page_size="4k"))
     assert large.vmlinux != small.vmlinux
     assert len(fetched) == 1
     produced = {built.vmlinux: parse_config(built.config.read_text()) for built in (large, small)}
@@ -296,7 +321,7 @@ def test_small_pages_are_another_kernel_of_the_same_source(
     # Nothing else differs, the MMU least of all.
     assert produced[small.vmlinux] == produced[large.vmlinux]
     assert produced[small.vmlinux]["PPC_RADIX_MMU_DEFAULT"] == "y"
-    assert kbuild.build_default(cache, settings(page_size="4k")) == small
+    assert kbuild.build_default(Archive(cache), settings(page_size="4k")) == small
 
 
 def test_small_pages_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -> None:
@@ -315,8 +340,8 @@ def test_small_pages_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) ->
 def test_debug_kernel_differs_in_its_own_options_only(
     cache: Cache, fetched: list[str], page_size: str
 ) -> None:
-    plain = kbuild.build_default(cache, settings(page_size))
-    debug = kbuild.build_default(cache, settings(page_size, "debug"))
+    plain = kbuild.build_default(Archive(cache), settings(page_size))
+    debug = kbuild.build_default(Archive(cache), settings(page_size, "debug"))
     assert debug.vmlinux != plain.vmlinux
     assert len(fetched) == 1
     before = parse_config(plain.config.read_text())
@@ -327,7 +352,7 @@ def test_debug_kernel_differs_in_its_own_options_only(
     own = fragment.values(own_tree=False)
     assert added == {name: value for name, value in own.items() if value != "n"}
     assert {"DEBUG_ATOMIC_SLEEP", "PROVE_LOCKING", "DEBUG_LIST", "FAILSLAB"} <= set(added)
-    assert kbuild.build_default(cache, settings(page_size, "debug")) == debug
+    assert kbuild.build_default(Archive(cache), settings(page_size, "debug")) == debug
 
 
 def test_debug_kernel_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -> None:
@@ -354,7 +379,7 @@ def test_default_kernel_insists_on_every_option(
 ) -> None:
     (tree / "DROP").write_text("CONFIG_HCALL_STATS=")
     with pytest.raises(ConfigError, match=r"lost options that are needed: CONFIG_HCALL_STATS"):
-        kbuild.build_default(cache, settings())
+        kbuild.build_default(Archive(cache), settings())
     assert fetched
     assert cache.entries()[0].kind == "kernel-source"
     assert not list((cache.root / "kernel").glob("*"))
@@ -363,7 +388,7 @@ def test_default_kernel_insists_on_every_option(
 def test_failed_default_build_keeps_its_log(cache: Cache, fetched: list[str], tree: Path) -> None:
     (tree / "FAIL").touch()
     with pytest.raises(HostError, match="'x' undeclared") as caught:
-        kbuild.build_default(cache, settings())
+        kbuild.build_default(Archive(cache), settings())
     assert "undeclared" in Path(str(caught.value.hint).rpartition(" ")[2]).read_text()
     assert fetched
 
@@ -371,9 +396,9 @@ def test_failed_default_build_keeps_its_log(cache: Cache, fetched: list[str], tr
 def test_unpacking_leaves_out_what_powerpc_does_not_read(
     cache: Cache, fetched: list[str], tmp_path: Path
 ) -> None:
-    kbuild.build_default(cache, settings())
+    kbuild.build_default(Archive(cache), settings())
     archive = next((cache.root / "kernel-source").glob("*/linux.tar.xz"))
-    kbuild._unpack(archive, tmp_path / "unpacked")
+    kernel_source.unpack(archive, tmp_path / "unpacked")
     found = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
     assert {"Makefile", "arch/powerpc/Kconfig", "arch/x86/Kconfig", "drivers/gpu/drm/Makefile"} < (
         found

@@ -16,8 +16,9 @@ from typing import Any
 
 import pytest
 
-from paprscm import debian, qemu, qemu_facts
+from paprscm import qemu, qemu_facts
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import CapabilityError, ConfigError, Error, HostError
 
 HOST_QEMU = shutil.which(qemu_facts.BINARY)
@@ -30,7 +31,7 @@ def cache(tmp_path: Path) -> Cache:
 
 
 def resolve(cache: Cache, setting: str | Path) -> qemu.Qemu:
-    return qemu.resolve(cache, str(setting), mirror="auto")
+    return qemu.resolve(Archive(cache), str(setting))
 
 
 def program(path: Path, script: str) -> Path:
@@ -236,13 +237,14 @@ def unpack_host_qemu(target: Path) -> None:
 def test_fetched_qemu_runs_from_the_cache(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def extract(packages: list[str], *, suite: str, target: Path, **_: Any) -> dict[str, str]:
+    def extract(
+        _: Archive, packages: list[str], *, suite: str, target: Path, **__: Any
+    ) -> dict[str, str]:
         calls.append((packages, suite))
         unpack_host_qemu(target)
         return {}
 
-    monkeypatch.setattr(debian, "extract", extract)
-    monkeypatch.setattr(debian, "resolve_mirror", lambda _: "http://m.example/debian")
+    monkeypatch.setattr(Archive, "extract", extract)
     assert not qemu.is_fetched(cache, "debian:potato")
     found = resolve(cache, "debian:potato")
     assert qemu.is_fetched(cache, "debian:potato")
@@ -261,7 +263,7 @@ def test_fetched_qemu_runs_from_the_cache(cache: Cache, monkeypatch: pytest.Monk
 def test_fetched_qemu_that_does_not_start_is_not_kept(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def extract(_packages: list[str], *, target: Path, **_: Any) -> dict[str, str]:
+    def extract(_: Archive, _packages: list[str], *, target: Path, **__: Any) -> dict[str, str]:
         unpack_host_qemu(target)
         next((target / "usr/lib/some-arch").glob("libglib*")).unlink()
         # The host's own copy must not help out.
@@ -269,8 +271,7 @@ def test_fetched_qemu_that_does_not_start_is_not_kept(
         (target / "usr/lib/some-arch/libglib-2.0.so.0").write_text("not a library")
         return {}
 
-    monkeypatch.setattr(debian, "extract", extract)
-    monkeypatch.setattr(debian, "resolve_mirror", lambda _: "http://m.example/debian")
+    monkeypatch.setattr(Archive, "extract", extract)
     with pytest.raises(Error, match=r"does not start|is not a QEMU|misses the library"):
         resolve(cache, "debian:potato")
     assert not qemu.is_fetched(cache, "debian:potato")

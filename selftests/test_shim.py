@@ -19,6 +19,7 @@ from elftools.elf.elffile import ELFFile
 
 from paprscm import qemu, shim
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError, ContractError, HostError
 from paprscm.process import Process
 from paprscm.shim import FALLIBLE, Injected, Operation, Shim, WatchedFile
@@ -866,7 +867,7 @@ def test_qemu_and_its_flushes(
     pmem: str,
     operation: Operation,
 ) -> None:
-    host = qemu.resolve(cache, "auto", mirror="auto")
+    host = qemu.resolve(Archive(cache), "auto")
     if pmem == "on" and not host.has_pmem:
         pytest.skip("this QEMU has no libpmem")
     dimm = tmp_path / "dimm"
