@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paprscm import (
+    bare,
     bench,
     bench_flush,
     bench_hcall,
@@ -24,9 +25,12 @@ from paprscm import (
     flush_plot,
     hcalls,
     host,
+    kernel_source,
     log,
     settings,
     shell,
+    shim,
+    transfer,
 )
 from paprscm.cache import Cache
 from paprscm.debian import Archive
@@ -113,6 +117,13 @@ def _parser() -> argparse.ArgumentParser:
     cache = verbs.add_parser("cache", help="What was built and fetched.")
     caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
     caches.add_parser("ls", help="List it.", parents=[common]).set_defaults(verb=_cache_ls)
+    for name, verb, text in (
+        ("export", _cache_export, "Write what these settings' guests are made of to one file."),
+        ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
+    ):
+        moved = caches.add_parser(name, help=text, description=text, parents=[common])
+        moved.add_argument("file", type=Path)
+        moved.set_defaults(verb=verb)
     prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
     prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
     prune.set_defaults(verb=_cache_prune)
@@ -290,6 +301,28 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     Archive.of(chosen).prune(unused_for_s=unused_for_s)
     freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
     print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
+    return 0
+
+
+def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
+    cache = Cache(chosen.cache_dir)
+    started = time.time() - 1
+    prepare(chosen, make_snapshot=True)
+    bare.program(cache)
+    shim.build(cache)
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.used >= started and entry.kind != kernel_source.KIND
+    ]
+    size_bytes = transfer.export(entries, arguments.file)
+    print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")
+    return 0
+
+
+def _cache_import(arguments: argparse.Namespace, chosen: Settings) -> int:
+    added, present = transfer.restore(Cache(chosen.cache_dir), arguments.file)
+    print(f"{len(added)} entries added, {present} were there")
     return 0
 
 
