@@ -17,7 +17,7 @@ from paprscm import kbuild_host, kernel_source, process
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error, HostError
-from paprscm.kconfig import Fragment, explain, fragments, merge, unmet
+from paprscm.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
 from paprscm.log import Bar, logger, progress, step
 from paprscm.settings import Settings, expanded
@@ -106,7 +106,7 @@ def build_default(
             (entry / "fragment").write_text(fragment.text(own_tree=False))
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
-            _check(fragment.options, produced, tree, vital=list(fragment.options))
+            _check(fragment.required(own_tree=False), produced, tree, vital=None)
             kbuild_host.require(produced, tree)
             make.compile(produced, total=fragment.objects)
             _collect(make, entry, produced)
@@ -169,12 +169,12 @@ def build_tree(
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
             else:
                 given = _read_config(config)
-                text = merge(given, {**fragment.every, **_OFF})
+                text = merge(given, {**fragment.values(own_tree=True), **_OFF})
                 (objects / ".config").write_text(text)
                 make.run("olddefconfig")
             produced = parse_config((objects / ".config").read_text())
-            wanted = fragment.options if config is None else fragment.every
-            _check(wanted, produced, source, vital=_VITAL)
+            required = fragment.required(own_tree=config is not None)
+            _check(required, produced, source, vital=_VITAL)
             if config is not None:
                 _report_switched_off(parse_config(given), produced, config)
             kbuild_host.require(produced, source)
@@ -316,17 +316,29 @@ def _compiler() -> str:
 
 
 def _check(
-    wanted: dict[str, str], produced: dict[str, str], tree: Path, *, vital: Sequence[str]
+    required: Sequence[Requirement],
+    produced: dict[str, str],
+    tree: Path,
+    *,
+    vital: Sequence[str] | None,
 ) -> None:
-    """Name the options that did not survive; fatal where one of the vital ones is among them."""
-    lost = unmet(wanted, produced)
+    """Name the requirements that are not met; fatal for the vital ones, all of them if None."""
+    lost = unmet(required, produced)
     if not lost:
         return
-    reasons = explain(lost, produced, tree)
-    text = "; ".join(f"CONFIG_{name} ({reasons[name]})" for name in lost)
-    if any(name in vital for name in lost):
+    reasons = explain([name for one in lost for name in one.options], produced, tree)
+    lost = [
+        one
+        for one in lost
+        if not one.optional or any(reasons[name] != UNKNOWN for name in one.options)
+    ]
+    text = "; ".join(
+        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
+    )
+    if any(vital is None or name in vital for one in lost for name in one.options):
         raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
-    logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+    if lost:
+        logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
 
 
 def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:

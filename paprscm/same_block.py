@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writers of one block that are moved between CPUs: their report, and how a wedged CPU looks."""
+"""Writes to a sector namespace: reports of concurrent writers, kernel messages about them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,25 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paprscm.errors import ContractError, HostError
+from paprscm.guest import Guest
 from paprscm.map_sync_report import ProbeError
 from paprscm.strict_json import MalformedError, load_line
 
 PROGRESS = re.compile(r"same_block: (\d+) writes$")
 DONE = re.compile(r"same_block: done$")
 """The lines that it writes to the console."""
+
+BTT_ISSUE = "linux-btt-sleeps-under-spinlock"
+SLEEPS = re.compile(
+    r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
+)
+"""A task slept in atomic context: the scheduler reports it where the kernel counts preemption
+(PREEMPT_COUNT, part of PREEMPT and PREEMPT_LAZY), DEBUG_ATOMIC_SLEEP before it happens."""
+WRITE_PATH = re.compile(r"\] btt_(?:write_pg|do_bvec|submit_bio)\+")
+"""btt_write_pg is inlined in kernels that are built for size."""
+_FLUSH = re.compile(r"\] papr_scm_pmem_flush\+")
+_MAP_LOCK = re.compile(r"\(&arena->map_locks\[i\]")
+_WRITTEN = re.compile(r"one block written$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,3 +106,50 @@ def traces(lines: Sequence[str], message: re.Pattern[str], *, length: int = 60) 
         "\n".join(lines[begin : min(end, begin + length)])
         for begin, end in zip(begins, ends, strict=False)
     ]
+
+
+def btt_sleep(trace: str) -> str:
+    """The known BTT bug in one sentence, if `trace` shows it.
+
+    Args:
+        trace: a message that matches SLEEPS, with its call trace.
+
+    Raises:
+        ContractError: it is not the BTT's flush that sleeps.
+    """
+    if not WRITE_PATH.search(trace) or not _FLUSH.search(trace):
+        raise ContractError(f"a task sleeps in atomic context, not in a flush of the BTT:\n{trace}")
+    # Lockdep names the locks.
+    lock = " with the lock of the block's map entry" if _MAP_LOCK.search(trace) else ""
+    return f"papr_scm_pmem_flush sleeps below btt_write_pg in atomic context{lock}"
+
+
+def first_write(guest: Guest, disk: str) -> str:
+    """Write one block; return the kernel's message if the write slept in atomic context, else "".
+
+    Only the first message counts: after it preempt_count is wrong (kernel/sched/core.c,
+    schedule_debug), so later ones are meaningless, and the guest is killed.
+
+    Args:
+        guest: SLEEPS is among the messages that it allows.
+        disk: the sector namespace's path in the guest.
+
+    Raises:
+        ContractError: after 60 s the write has not ended, and the kernel reports nothing.
+    """
+    guest.succeed(
+        f"setsid sh -c 'dd if=/dev/zero of={disk} bs=4096 count=1 oflag=direct && "
+        f'echo "<1>one block written" > /dev/kmsg\' > /dev/null 2>&1 < /dev/null &'
+    )
+    console = guest.console
+    event = console.wait_for(
+        {"sleeps": SLEEPS, "written": _WRITTEN}, timeout_s=60, silence_s=float("inf")
+    )
+    console.settle(1.0, 10.0)
+    if found := traces(console.lines, SLEEPS):
+        guest.kill()
+        return found[0]
+    guest.check()
+    if event is None:
+        raise ContractError("a write of one block did not end within 60 s")
+    return ""

@@ -12,16 +12,17 @@ import lzma
 import os
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from paprscm import kbuild, kbuild_host, kconfig, kernel_source
+from paprscm import kbuild, kbuild_host, kconfig, kernel_source, process
 from paprscm.apt import UnavailableError
 from paprscm.cache import Cache
 from paprscm.debian import Archive, Download
 from paprscm.errors import ConfigError, HostError
-from paprscm.kconfig import Fragment, default_fragment, fragments
+from paprscm.kconfig import Fragment, Requirement, default_fragment, fragments
 from paprscm.kernel import parse_config
 from paprscm.settings import Settings
 
@@ -418,7 +419,8 @@ def test_debug_kernel_differs_in_its_own_options_only(
     after = parse_config(debug.config.read_text())
     added = {name: value for name, value in after.items() if name not in before}
     assert before.items() <= after.items()
-    own = Fragment.read([default_fragment().with_name("kernel-debug.config")]).options
+    fragment = Fragment.read([default_fragment().with_name("kernel-debug.config")])
+    own = fragment.values(own_tree=False)
     assert added == {name: value for name, value in own.items() if value != "n"}
     assert {"DEBUG_ATOMIC_SLEEP", "PROVE_LOCKING", "DEBUG_LIST", "FAILSLAB"} <= set(added)
     assert kbuild.build_default(Archive(cache), settings(page_size, "debug")) == debug
@@ -479,9 +481,10 @@ def test_unpacking_leaves_out_what_powerpc_does_not_read(
 def test_fragment_in_the_project_is_sound() -> None:
     fragment = Fragment.read([default_fragment()])
     assert fragment.objects > 500
-    assert {"PAPR_SCM", "BLK_DEV_PMEM", "LIBNVDIMM", "FS_DAX"} <= set(fragment.every)
-    assert "PPC_64K_PAGES" in fragment.options
-    assert "PPC_64K_PAGES" not in fragment.every
+    every, own = (fragment.values(own_tree=own_tree) for own_tree in (False, True))
+    assert {"PAPR_SCM", "BLK_DEV_PMEM", "LIBNVDIMM", "FS_DAX"} <= set(own)
+    assert "PPC_64K_PAGES" in every
+    assert "PPC_64K_PAGES" not in own
 
 
 def test_each_option_in_the_project_has_a_reason() -> None:
@@ -500,18 +503,52 @@ def test_fragment_lines(tmp_path: Path) -> None:
         '#@ every kernel\nCONFIG_C="text"\n'
     )
     fragment = Fragment.read([path])
-    assert fragment.options == {"A": "y", "B": "n", "C": '"text"'}
-    assert fragment.every == {"C": '"text"'}
+    assert fragment.values(own_tree=False) == {"A": "y", "B": "n", "C": '"text"'}
+    assert fragment.values(own_tree=True) == {"C": '"text"'}
     assert fragment.objects == 12
     assert fragment.text(own_tree=True) == 'CONFIG_C="text"\n'
     assert "# CONFIG_B is not set\n" in fragment.text(own_tree=False)
     other = tmp_path / "other"
     other.write_text("CONFIG_A=m\n# CONFIG_B is not set\n")
-    assert Fragment.read([path, other]).options["A"] == "m"
+    assert Fragment.read([path, other]).values(own_tree=False)["A"] == "m"
     assert Fragment.read([path, other]).digest != fragment.digest
 
 
-@pytest.mark.parametrize("line", ["CONFIG_A", "config A=y", "#@ nonsense", "#@ objects many"])
+def test_fragment_alternatives(tmp_path: Path) -> None:
+    path = tmp_path / "fragment"
+    path.write_text(
+        "CONFIG_A=y or # CONFIG_B is not set or CONFIG_C=y\n"
+        "CONFIG_D=y or nothing\n"
+        'CONFIG_E="this or nothing"\n'
+        "# Option CONFIG_F or CONFIG_G=y\n"
+    )
+    first, second, third = Fragment.read([path]).required(own_tree=True)
+    assert (first.options, first.optional) == ({"A": "y", "B": "n", "C": "y"}, False)
+    assert (second.options, second.optional) == ({"D": "y"}, True)
+    assert (third.options, third.optional) == ({"E": '"this or nothing"'}, False)
+    # kconfig takes the last of several options of one choice.
+    assert Fragment.read([path]).text(own_tree=True).splitlines()[:3] == [
+        "CONFIG_C=y",
+        "# CONFIG_B is not set",
+        "CONFIG_A=y",
+    ]
+    later = tmp_path / "later"
+    later.write_text("CONFIG_A=m\n")
+    assert Fragment.read([path, later]).required(own_tree=True)[0].options == {"A": "m"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "CONFIG_A",
+        "config A=y",
+        "#@ nonsense",
+        "#@ objects many",
+        "CONFIG_A=y or B",
+        "CONFIG_A=y or nothing or CONFIG_B=y",
+        "nothing",
+    ],
+)
 def test_bad_fragment_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "fragment"
     path.write_text(f"# first\n{line}\n")
@@ -528,8 +565,79 @@ def test_merge() -> None:
 
 
 def test_unmet() -> None:
-    wanted = {"A": "y", "B": "y", "C": "m", "D": "n", "E": "n"}
-    assert kconfig.unmet(wanted, {"A": "m", "C": "y", "D": "y"}) == ["B", "C", "D"]
+    required = [
+        Requirement(options)
+        for options in (
+            *({"A": "y"}, {"B": "y"}, {"C": "m"}, {"D": "n"}, {"E": "n"}),
+            *({"B": "y", "D": "y"}, {"D": "n", "F": "y"}),
+        )
+    ]
+    lost = kconfig.unmet(required, {"A": "m", "C": "y", "D": "y"})
+    assert lost == [required[1], required[2], required[3], required[6]]
+
+
+def test_lost_alternatives_are_named_together(tree: Path) -> None:
+    either = [Requirement({"PAPR_SCM": "y", "OTHER": "y"})]
+    for produced in ({"PAPR_SCM": "m"}, {"OTHER": "y"}):
+        kbuild._check(either, produced, tree, vital=None)
+    with pytest.raises(
+        ConfigError,
+        match=r"needed: CONFIG_PAPR_SCM \(depends on PPC_PSERIES, MEMORY_HOTPLUG, not set\) or "
+        r"CONFIG_OTHER \(this kernel has no such option\)$",
+    ):
+        kbuild._check(either, {}, tree, vital=None)
+
+
+def test_or_nothing_is_for_kernels_without_the_option(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kbuild._check([Requirement({"GADGET": "y"}, optional=True)], {}, tree, vital=[])
+    kbuild._check([Requirement({"GADGET": "y"}, optional=True)], {}, tree, vital=None)
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=r"CONFIG_PAPR_SCM \(depends on PPC_PSERIES"):
+        kbuild._check([Requirement({"PAPR_SCM": "y"}, optional=True)], {}, tree, vital=None)
+
+
+_CONFIGURATION = ("*/Kconfig*", "*/Kbuild*", "*/Makefile*", "*/scripts/*", "*/arch/powerpc/*")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["6.1", "6.12", "7.2"])
+def test_every_requirement_is_met(version: str, tmp_path: Path) -> None:
+    """The sources of Debian's suites, configured; those that an earlier build fetched."""
+    entries = Cache(Settings().cache_dir).entries()
+    packages = {one.fields.get("package"): one for one in entries if one.kind == "kernel-source"}
+    source = packages.get(f"linux-source-{version}")
+    if source is None:
+        pytest.skip(f"linux-source-{version} was not fetched")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    process.run(
+        [
+            *("tar", "--use-compress-program=xz -T0", "-xf", source.path / "linux.tar.xz"),
+            *("-C", tree, "--strip-components=1", "--wildcards", "--no-same-owner"),
+            *_CONFIGURATION,
+        ]
+    )
+    # With the preferred one last; kconfig must agree.
+    choice = tmp_path / "choice"
+    choice.write_text("CONFIG_HZ_100=y or CONFIG_HZ_300=y\n")
+
+    def configure(paths: Sequence[Path]) -> dict[str, str]:
+        fragment = Fragment.read(paths)
+        objects = tmp_path / "objects"
+        make = kbuild._Make(tree, objects, tmp_path / "log")
+        (objects / "fragment").write_text(fragment.text(own_tree=False))
+        make.run("allnoconfig", f"KCONFIG_ALLCONFIG={objects / 'fragment'}")
+        produced = parse_config((objects / ".config").read_text())
+        kbuild._check(fragment.required(own_tree=False), produced, tree, vital=None)
+        return produced
+
+    for page_size, debug in (("64k", False), ("4k", False), ("64k", True)):
+        configure(fragments(page_size, debug=debug))
+    modular = default_fragment().with_name("kernel-modular.config")
+    configure([default_fragment(), modular])
+    assert "HZ_100" in configure([choice])
 
 
 def test_explain(tmp_path: Path) -> None:

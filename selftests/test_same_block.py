@@ -17,6 +17,7 @@ from paprscm.same_block import (
     DONE,
     PROGRESS,
     SameBlock,
+    btt_sleep,
     expect_written,
     parse_same_block,
     traces,
@@ -117,3 +118,26 @@ def test_traces() -> None:
     assert traces(lines, re.compile("BUG")) == ["BUG: x\n1\n2", "BUG: y\n3"]
     assert traces(lines, re.compile("BUG"), length=2) == ["BUG: x\n1", "BUG: y\n3"]
     assert traces(lines, re.compile("Oops")) == []
+
+
+SLEEP = """\
+BUG: scheduling while atomic: dd/123/0x00000002
+Call Trace:
+[c00000000a1b7540] [c000000000c41e9c] schedule_timeout+0x8c/0x110
+[c00000000a1b7610] [c0000000001b8be8] msleep+0x40/0x60
+[c00000000a1b7640] [c00000000010f8b4] papr_scm_pmem_flush+0x94/0x150
+[c00000000a1b76d0] [c0000000008a7c40] nvdimm_flush+0x50/0xa0
+[c00000000a1b7820] [c0000000008b5b5c] btt_do_bvec+0x5ac/0xa10
+"""
+
+
+def test_btt_sleep() -> None:
+    assert btt_sleep(SLEEP) == "papr_scm_pmem_flush sleeps below btt_write_pg in atomic context"
+    lock = "3 locks held by dd/123:\n #2: c0 (&arena->map_locks[i].lock){+.+.}-{3:3}, at: btt\n"
+    assert btt_sleep(SLEEP + lock).endswith("with the lock of the block's map entry")
+
+
+@pytest.mark.parametrize("frame", ["] papr_scm_pmem_flush+", "] btt_do_bvec+"])
+def test_sleep_elsewhere(frame: str) -> None:
+    with pytest.raises(ContractError, match="not in a flush of the BTT"):
+        btt_sleep(SLEEP.replace(frame, "] other+"))

@@ -36,8 +36,9 @@ from paprscm.pmem import (
 from paprscm.probes import map_sync_cells
 from paprscm.testcase import PaprScmTest
 
-# What check_vma says of each mapping that it refuses.
-REFUSAL = r"^device_dax dax[0-9.]+: \S+ dax_mmap: fail, (?:attempted private mapping|unaligned vma)"
+# Message of check_vma for each mapping that it refuses, with the name of its caller: dax_mmap, and
+# dax_mmap_prepare in 7.2.
+REFUSAL = r"^device_dax dax[0-9.]+: \S+ \w+: fail, (?:attempted private mapping|unaligned vma)"
 
 
 def prove(reports: Iterable[CellReport]) -> None:
