@@ -131,7 +131,8 @@ def find(recipe: Recipe) -> Outcome | None:
 def ensure(recipe: Recipe) -> Outcome:
     """The snapshot; made and proven now if there is none.
 
-    What does not work with this QEMU is found out once, and kept too.
+    What does not work with this QEMU is found out once, and kept too; that guest tools could not be
+    compiled on a busy host is not.
 
     Raises:
         Error: the guest does not even boot.
@@ -141,7 +142,10 @@ def ensure(recipe: Recipe) -> Outcome:
         with log.step("making a snapshot of a guest"):
             _build(folder, recipe)
 
-    entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
+    try:
+        entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
+    except probes.ProbeError as error:
+        return Outcome(snapshot=None, why=error.message)
     recipe.cache.keep_newest(KIND, _KEEP)
     return _outcome(entry, recipe)
 
@@ -166,6 +170,8 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
+        except probes.ProbeError:
+            raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")
             log.logger.info("%s", failed[-1])
