@@ -180,4 +180,5 @@ class FlushHang(PaprScmTest):
         syncs.release()
         self.measure("ended after release, s", self.expect_end(guest, SOON_S))
         counts = syncs.counts()
-        self.assertEqual((counts.begun, counts.ended), (self.begun + 1, self.begun + 1))
+        self.assertEqual(counts.begun, counts.ended)
+        self.usual("flushes of a power-down", counts.begun - self.begun, 1)
