@@ -20,10 +20,12 @@ from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
 from paprscm.settings import OWN_KERNELS, Settings
 from paprscm.shim import Shim
+from paprscm.ssh import TimedOutError
 from paprscm.userland import Userland
 
 # Everything that the suite's tests call in the guest must start there.
@@ -212,7 +214,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     recipe = snapshot.Recipe(
         cache=cache, qemu=binary, equipment=made.equipment, machine=made.furnish(Machine())
     )
-    outcome = snapshot.ensure(recipe) if make_snapshot else snapshot.find(recipe)
+    try:
+        outcome = snapshot.ensure(recipe) if make_snapshot else snapshot.find(recipe)
+    except (TimedOutError, ProbeError) as error:
+        why = error.message.splitlines()[0]
+        log.logger.warning("no snapshot this time, so guests are booted: %s", why)
+        return made
     if outcome is not None and outcome.snapshot is None:
         log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
     return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)

@@ -21,6 +21,7 @@ from paprscm.guest import Equipment, Guest
 from paprscm.machine import PORT_NAME, Machine, Nvdimm, Payload, qemu_argv
 from paprscm.qemu import Qemu
 from paprscm.restore import Snapshot, save
+from paprscm.ssh import TimedOutError
 
 KIND = "snapshot"
 _FORMAT = "2"
@@ -131,21 +132,19 @@ def find(recipe: Recipe) -> Outcome | None:
 def ensure(recipe: Recipe) -> Outcome:
     """The snapshot; made and proven now if there is none.
 
-    What does not work with this QEMU is found out once, and kept too; that guest tools could not be
-    compiled on a busy host is not.
+    A QEMU whose restored guests do not work is remembered as well. A guest that was too slow is
+    not: that is the host's fault, and the next run tries again.
 
     Raises:
         Error: the guest does not even boot.
+        TimedOutError, ProbeError: a command, or gcc, did not end in time in the guest.
     """
 
     def build(folder: Path) -> None:
         with log.step("making a snapshot of a guest"):
             _build(folder, recipe)
 
-    try:
-        entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
-    except probes.ProbeError as error:
-        return Outcome(snapshot=None, why=error.message)
+    entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
     recipe.cache.keep_newest(KIND, _KEEP)
     return _outcome(entry, recipe)
 
@@ -170,7 +169,7 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
-        except probes.ProbeError:
+        except (TimedOutError, probes.ProbeError):
             raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")

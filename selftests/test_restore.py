@@ -10,19 +10,13 @@ import socket
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import cast
 
 import pytest
 
-from paprscm import snapshot
-from paprscm.cache import Cache
-from paprscm.errors import Error, GuestLostError, HostError
-from paprscm.guest import Equipment
+from paprscm.errors import GuestLostError, HostError
 from paprscm.machine import MIB, Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
-from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import SEED_BYTES, NotRestoredError, Port, Snapshot, load, save
-from paprscm.snapshot import Recipe
 from paprscm.vm import Command, Vm
 
 PLAIN = Machine(memory_mib=256)
@@ -210,24 +204,3 @@ def test_a_state_that_cannot_be_written_is_told(qemu: Qemu, tmp_path: Path) -> N
     memory = MemoryFile(path=tmp_path / "memory", restored=False)
     with machine(qemu, tmp_path, memory) as vm, pytest.raises(HostError, match="migrate failed"):
         save(vm.qmp, tmp_path / "nowhere" / "state")
-
-
-@pytest.mark.parametrize(
-    ("error", "kept"),
-    [(ProbeError("gcc did not end within 120 s"), False), (GuestLostError("it hangs"), True)],
-)
-def test_a_busy_host_says_nothing_about_snapshots(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Error, kept: bool
-) -> None:
-    def fails(folder: Path, recipe: Recipe, *, offline: bool) -> None:
-        raise error
-
-    monkeypatch.setattr(snapshot, "_save", fails)
-    monkeypatch.setattr(Recipe, "fields", lambda self: {"of": "a test"})
-    recipe = Recipe(
-        cache=Cache(tmp_path), qemu=cast(Qemu, None), equipment=cast(Equipment, None), machine=PLAIN
-    )
-    outcome = snapshot.ensure(recipe)
-    assert outcome.snapshot is None
-    assert error.message in outcome.why
-    assert (snapshot.find(recipe) is not None) is kept
