@@ -250,7 +250,8 @@ class BlockSize(PaprScmTest):
         message = f"XFS ({disk.name}): DAX not supported for blocksize. Turning off DAX."
         self.usual(f"in the log: {message}", message in always.messages, True)
         if always.errno_name is None:
-            options = dax_options(guest.succeed("grep /mnt /proc/self/mounts"))
+            # /mnt itself is a tmpfs, which was mounted earlier.
+            options = dax_options(guest.succeed("grep ' /mnt ' /proc/self/mounts | tail -n 1"))
             self.usual("option of XFS with small blocks", options, ["dax=never"])
             self.expect(guest, "xfs", "XFS, dax=always")
             guest.succeed("umount /mnt")
