@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from paprscm.errors import ContractError
+from paprscm.errors import ContractError, HostError
 from paprscm.map_sync_report import unbelievable
 from paprscm.probes import build
 from paprscm.strict_json import Fields, MalformedError, load_line
@@ -106,10 +106,26 @@ class HeldFile:
         """Let it go on behind "await"; returns at once."""
         self._guest.succeed(f"cd {self._folder} && echo 1<>go")
 
-    def blocked(self) -> bool:
-        """True if it sleeps and cannot be interrupted."""
-        state = self._guest.run(f"grep State: /proc/$(cat {self._folder}/pid)/status")
-        return "D (disk sleep)" in state.stdout
+    def wait_blocked(self) -> bool:
+        """Wait until it sleeps in the kernel or has ended; return True for the former.
+
+        Raises:
+            HostError: neither within 30 s.
+        """
+        found = self._guest.run(
+            f"pid=$(cat {self._folder}/pid)\n"
+            "for _ in $(seq 1500); do\n"
+            "    case $(grep State: /proc/$pid/status 2>&1) in\n"
+            '        *"(disk sleep)"*) exit 0 ;;\n'
+            '        *"(zombie)"* | *"No such"*) exit 1 ;;\n'
+            "    esac\n"
+            "    sleep 0.02\n"
+            "done\n"
+            "exit 2"
+        )
+        if found.status > 1:
+            raise HostError(f"{shlex.join(self._steps)} neither blocks nor ends within 30 s")
+        return not found.status
 
     def result(self) -> tuple[Step, ...]:
         """Let it go on unless it has, wait for its end, and return all its steps.

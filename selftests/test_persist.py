@@ -120,10 +120,10 @@ def test_a_held_file(tool: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     held = HeldFile(here(tool), str(file), "write=0:3:1", "await", "read=0:3")
     assert file.read_bytes() == b"\1\1\1"
-    assert not held.blocked()
     file.write_bytes(b"\2\2\2")
     written, waited, read = held.result()
     assert (written.result, waited.result, read.byte) == (3, 0, 2)
+    assert not held.wait_blocked()
     assert written.end_ns <= waited.begin_ns <= waited.end_ns <= read.begin_ns
 
 
