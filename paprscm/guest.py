@@ -34,9 +34,7 @@ from paprscm.vm import Lifetime, Vm
 from paprscm.wording import in_words, log_command, outcome, quoted, reporting
 
 # What a kernel without the drivers of our machine ends with.
-_NO_ROOT = re.compile(
-    r"Unable to mount root|No working init|Cannot open root device|initramfs: no root disk"
-)
+_NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: no root disk")
 _NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in or in modules=?"
 
 

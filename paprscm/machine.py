@@ -217,11 +217,7 @@ class Machine:
 class Payload:
     """What the machine boots: a vmlinux, an initramfs for its modules, and the root disk.
 
-    Attributes:
-        kernel: the vmlinux.
-        disk: the root disk.
-        initrd: the initramfs, if there is one.
-        words: what this kernel needs on its command line.
+    Its `words` are what this kernel needs on its command line.
     """
 
     kernel: Path

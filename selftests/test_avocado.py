@@ -279,7 +279,7 @@ def test_a_tests_own_parameter_is_registered_nowhere(tmp_path: Path) -> None:
     (tmp_path / "bases.py").write_text(BASES)
     module = tmp_path / "own.py"
     module.write_text(OWN_PARAMETERS)
-    tests = run_module(module, "-p", "cats=9", "-p", "seed=7", "-p", "kumquat=1")
+    tests, _ = run_module(module, "-p", "cats=9", "-p", "seed=7", "-p", "kumquat=1")
     assert tests["test_own"]["status"] == "PASS"
     figures = json.loads(tests["test_own"]["whiteboard"])
     assert (figures["cats"], figures["computed"]) == ("9", "1")
