@@ -22,7 +22,7 @@ import paramiko
 from paprscm import log
 from paprscm.boot import StartTimes, StuckError, wait_until_ready
 from paprscm.console import Console
-from paprscm.errors import ContractError, GuestLostError, HostError
+from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.kmsg import Trouble
 from paprscm.machine import Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
 from paprscm.process import describe_status
@@ -34,7 +34,9 @@ from paprscm.vm import Lifetime, Vm
 from paprscm.wording import in_words, log_command, outcome, quoted, reporting
 
 # What a kernel without the drivers of our machine ends with.
-_NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root device")
+_NO_ROOT = re.compile(
+    r"Unable to mount root|No working init|Cannot open root device|initramfs: no root disk"
+)
 _NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in or in modules=?"
 
 
@@ -281,13 +283,13 @@ class Guest(Lifetime):
             reason = f"QEMU {how}; it said:\n{self.vm.says()}"
         raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
 
-    def _report(self, trouble: Trouble) -> ContractError:
-        kind = GuestLostError if trouble.fatal else ContractError
+    def _report(self, trouble: Trouble) -> Error:
+        what = f"{trouble.text}\n  its console:\n{self.console.tail(30)}"
         no_root = any(_NO_ROOT.search(line) for line in self.console.lines)
-        return kind(
-            f"the guest's kernel reports: {trouble.text}\n  its console:\n{self.console.tail(30)}",
-            hint=_NO_ROOT_HINT if no_root else None,
-        )
+        if no_root and self.times.init is None:
+            return ConfigError(f"the guest's kernel has no root disk: {what}", hint=_NO_ROOT_HINT)
+        kind = GuestLostError if trouble.fatal else ContractError
+        return kind(f"the guest's kernel reports: {what}")
 
     def kill(self) -> None:
         """End QEMU with SIGKILL, as a power cut would; the backing files stay."""

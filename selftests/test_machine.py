@@ -112,6 +112,7 @@ def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
         machine="pseries-7.2",
         properties={"memory-backend-file": frozenset(), "spapr-nvdimm": frozenset()},
         has_kvm=False,
+        has_netdev_user=True,
         cpu_models=frozenset(),
         qmp_commands=frozenset(),
         migration_capabilities=frozenset(),
