@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from avocado.core.exceptions import JobError
@@ -18,6 +20,8 @@ from paprscm.settings import TEST_PARAMETERS
 
 # So many tests with guests save more time than it takes to make a snapshot.
 _WORTH_A_SNAPSHOT = 8
+_SUN_PATH_BYTES = 108
+"""unix(7)."""
 
 
 class Prepare(JobPre):
@@ -36,6 +40,7 @@ class Prepare(JobPre):
         ours = ours_of(job)
         if not ours:
             return
+        _check_socket_path()
         join_run()
         given = dict(job.config.get("run.test_parameters") or [])
         options = [
@@ -51,6 +56,17 @@ class Prepare(JobPre):
             status = _image("--only-qemu", *options)
         if status:
             raise JobError("there can be no guests; no test was started")
+
+
+def _check_socket_path() -> None:
+    """Raise JobError if Avocado cannot listen for its tests: it would wait for them for ever."""
+    # runner_nrunner.py: a folder of tempfile's, and this file in it; sun_path has 108 bytes.
+    path = Path(tempfile.gettempdir()) / "avocado_12345678" / ".status_server.sock"
+    if len(os.fsencode(path)) > _SUN_PATH_BYTES - 1:
+        raise JobError(
+            f"TMPDIR={path.parent.parent} is too long for Avocado's socket; "
+            "set TMPDIR to a shorter path"
+        )
 
 
 def _image(*options: str) -> int:
