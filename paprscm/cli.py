@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paprscm import (
+    bare,
     bench,
     bench_flush,
     bench_hcall,
@@ -24,13 +26,17 @@ from paprscm import (
     flush_plot,
     hcalls,
     host,
+    kernel_source,
     log,
     settings,
     shell,
+    shim,
+    transfer,
 )
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
-from paprscm.errors import ConfigError, Error, HostError
+from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error, HostError
 from paprscm.kbuild import build_default, build_tree, prune_trees
 from paprscm.machine import Machine, qemu_argv, require, script
 from paprscm.options import parse_nvdimm
@@ -41,12 +47,13 @@ DAY_S = 86400.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit status. An error is one sentence, a hint and status 2."""
+    """Run one verb; its exit status. An error is one sentence, a hint and status 2 or 3."""
     words = list(sys.argv[1:] if argv is None else argv)
     # What follows "--" is Avocado's, whatever it looks like.
     cut = words.index("--") if "--" in words else len(words)
     arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
+    _unwind_on(signal.SIGHUP, signal.SIGTERM)
     try:
         given = {name: getattr(arguments, name, None) for name in settings.names()}
         verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
@@ -55,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"paprscm: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
-        return 2
+        return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
     except OSError as error:
         # A disk, a permission, a terminal that went away: the user's to mend, as a rule.
         log.logger.debug("", exc_info=True)
@@ -65,6 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
         return 130
+
+
+def _unwind_on(*numbers: signal.Signals) -> None:
+    """Exit through every `finally` when a terminal closes, say; not if nohup(1) had it ignored."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -112,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     cache = verbs.add_parser("cache", help="What was built and fetched.")
     caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
     caches.add_parser("ls", help="List it.", parents=[common]).set_defaults(verb=_cache_ls)
+    for name, verb, text in (
+        ("export", _cache_export, "Write what these settings' guests are made of to one file."),
+        ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
+    ):
+        moved = caches.add_parser(name, help=text, description=text, parents=[common])
+        moved.add_argument("file", type=Path)
+        moved.set_defaults(verb=verb)
     prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
     prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
     prune.set_defaults(verb=_cache_prune)
@@ -170,7 +195,7 @@ def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
 
 def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
     if arguments.only_qemu:
-        found = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+        found = resolve(Archive.of(chosen), chosen.qemu)
         if not arguments.quiet:
             print(f"{found.version_text} {found.path}")
         return 0
@@ -243,14 +268,14 @@ def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
-    cache = Cache(chosen.cache_dir)
+    archive = Archive.of(chosen)
     if arguments.source is None:
         if arguments.config is not None:
             raise ConfigError("--config without --source", hint="give the tree that it belongs to")
-        built = build_default(cache, chosen)
+        built = build_default(archive, chosen)
     else:
         built = build_tree(
-            cache,
+            archive.cache,
             arguments.source,
             config=arguments.config,
             page_size=chosen.page_size,
@@ -286,8 +311,31 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
     entries = cache.prune(unused_for_s=unused_for_s)
     trees = prune_trees(cache, unused_for_s=unused_for_s)
+    Archive.of(chosen).prune(unused_for_s=unused_for_s)
     freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
     print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
+    return 0
+
+
+def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
+    cache = Cache(chosen.cache_dir)
+    started = time.time() - 1
+    prepare(chosen, make_snapshot=True)
+    bare.program(cache)
+    shim.build(cache)
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.used >= started and entry.kind != kernel_source.KIND
+    ]
+    size_bytes = transfer.export(entries, arguments.file)
+    print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")
+    return 0
+
+
+def _cache_import(arguments: argparse.Namespace, chosen: Settings) -> int:
+    added, present = transfer.restore(Cache(chosen.cache_dir), arguments.file)
+    print(f"{len(added)} entries added, {present} were there")
     return 0
 
 
@@ -333,7 +381,7 @@ def _bench_suite(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
     _check_rounds(arguments)
-    qemu = resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+    qemu = resolve(Archive.of(chosen), chosen.qemu)
     _show(arguments, bench_hcall.rates(qemu, chosen, arguments.n), bench_hcall.table)
     return 0
 

@@ -8,21 +8,24 @@ import dataclasses
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from paprscm import isa, kbuild, kernel, log, modules, qemu, snapshot, userland
+from paprscm import isa, kbuild, kernel, log, modules, process, qemu, snapshot, userland
 from paprscm.cache import Cache
+from paprscm.debian import Archive, Download, suites
 from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
-from paprscm.settings import OWN_KERNELS, Settings
+from paprscm.settings import OWN_KERNELS, Settings, expanded
 from paprscm.shim import Shim
+from paprscm.ssh import TimedOutError
 from paprscm.userland import Userland
 
 # Everything that the suite's tests call in the guest must start there.
@@ -46,6 +49,9 @@ class Environment:
         kernel: the kernel under test, as it was given or built.
         accel: "tcg" or "kvm".
         cpu: the -cpu model.
+        kernel_source: package and version of the source that the kernel was built from here; "" for
+            a user's kernel.
+        userland: the Debian suite of the root file system, and its C library's version.
         fixed_sites: how many instructions were rewritten for TCG.
         equipment: the same, as a guest takes it.
         snapshot: where guests begin that do not boot; None: all of them boot.
@@ -56,6 +62,8 @@ class Environment:
     kernel: Kernel
     accel: str
     cpu: str
+    kernel_source: str
+    userland: str
     fixed_sites: int
     equipment: Equipment
     snapshot: Snapshot | None = None
@@ -126,6 +134,8 @@ class Environment:
             "qemu_path": str(self.qemu.path),
             "kernel": self.kernel.release,
             "kernel_path": str(self.kernel.path),
+            "kernel_source": self.kernel_source or "none",
+            "userland": self.userland,
             "page_size": str(self.kernel.page_size),
             "accel": self.accel,
             "cpu": self.cpu,
@@ -147,15 +157,22 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     Raises:
         Error: something cannot be had; the message says what, the hint how.
     """
-    cache = Cache(settings.cache_dir)
-    binary = qemu.resolve(cache, settings.qemu, mirror=settings.mirror)
+    archive = Archive.of(settings)
+    cache = archive.cache
+    binary = qemu.resolve(archive, settings.qemu)
+    qemu.require_guests(binary)
     accel = qemu.accel(settings.accel, binary)
     if settings.firmware == "vof" and not binary.has_vof:
         raise ConfigError(f"{binary.path} has no x-vof machine option", hint="set firmware=slof")
     cpu = settings.cpu
     if cpu == "auto":
         cpu = "host" if accel == "kvm" else "POWER9"
-    under_test = _kernel(cache, settings)
+    with process.beside(
+        lambda proceed: userland.obtain(archive, suites(settings.userland_suite), proceed=proceed)
+    ) as obtaining:
+        # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
+        under_test, source = _kernel(archive, settings, obtaining.check)
+        obtained = obtaining.result()
     executes = {} if accel == "kvm" else _executes(cache, binary, cpu)
     vmlinux, sites = _fixed(cache, under_test, executes)
 
@@ -163,7 +180,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         return Equipment(
             settings=settings,
             qemu=binary.argv_prefix,
-            payload=Payload(kernel=vmlinux, disk=land.disk, initrd=initrd),
+            payload=Payload(
+                kernel=vmlinux,
+                disk=land.disk,
+                initrd=initrd,
+                words=under_test.words,
+            ),
             client_key=land.client_key,
             host_key=land.host_key_public,
         )
@@ -176,6 +198,8 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             kernel=under_test,
             accel=accel,
             cpu=cpu,
+            kernel_source=source,
+            userland=f"Debian {land.suite}, libc6 {land.versions.get('libc6')}",
             fixed_sites=sites,
             equipment=equipment(land, initrd),
         )
@@ -188,30 +212,42 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         ):
             guest.succeed(_BOOT_TEST)
 
-    made = environment(
-        userland.ensure(cache, suite=settings.suite, mirror=settings.mirror, boot_test=boot_test)
-    )
+    if isinstance(obtained, Download):
+        obtained = userland.build(cache, obtained, boot_test=boot_test)
+    made = environment(obtained)
     if settings.start == "cold":
         return made
-    recipe = snapshot.Recipe(qemu=binary, equipment=made.equipment, machine=made.furnish(Machine()))
-    outcome = snapshot.ensure(cache, recipe) if make_snapshot else snapshot.find(cache, recipe)
+    recipe = snapshot.Recipe(
+        cache=cache, qemu=binary, equipment=made.equipment, machine=made.furnish(Machine())
+    )
+    try:
+        outcome = snapshot.ensure(recipe) if make_snapshot else snapshot.find(recipe)
+    except (TimedOutError, ProbeError) as error:
+        why = error.message.splitlines()[0]
+        log.logger.warning("no snapshot this time, so guests are booted: %s", why)
+        return made
     if outcome is not None and outcome.snapshot is None:
         log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
     return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
 
 
-def _kernel(cache: Cache, settings: Settings) -> Kernel:
+def _kernel(
+    archive: Archive, settings: Settings, proceed: Callable[[], None]
+) -> tuple[Kernel, str]:
+    """The kernel under test, and the source that it was built from here; "" for a user's own."""
     if settings.kernel in OWN_KERNELS:
         if settings.modules is not None:
             raise ConfigError(
                 f"modules= without kernel=: the {settings.kernel} kernel needs none",
                 hint="give the vmlinux that they belong to",
             )
-        built = kbuild.build_default(cache, settings)
-        return kernel.inspect(built.vmlinux)
-    found = kernel.inspect(Path(settings.kernel).expanduser().absolute())
+        built = kbuild.build_default(archive, settings, proceed=proceed)
+        return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
+    found = kernel.inspect(expanded(Path(settings.kernel)).absolute())
+    if settings.modules is not None:
+        found = modules.with_config(found, settings.modules)
     kernel.check(found, has_modules=settings.modules is not None)
-    return found
+    return found, ""
 
 
 def _executes(cache: Cache, binary: Qemu, cpu: str) -> Mapping[str, bool]:
@@ -219,11 +255,6 @@ def _executes(cache: Cache, binary: Qemu, cpu: str) -> Mapping[str, bool]:
     name = f"instructions-{cpu}-{isa.probe_digest()}"
     answer = qemu.remember(cache, binary, name, lambda: isa.probe(binary.argv_prefix, cpu=cpu))
     return {str(name): bool(able) for name, able in answer.items()}
-
-
-def _identity(path: Path) -> str:
-    info = path.stat()
-    return f"{path.resolve()} {info.st_size} {info.st_mtime_ns}"
 
 
 def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
@@ -238,7 +269,7 @@ def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[P
         (folder / "sites.json").write_text(json.dumps(report.sites))
 
     fields = {
-        "kernel": _identity(found.path),
+        "kernel": cache.identity(found.path),
         "release": found.release,
         "rewritten": " ".join(instruction.name for instruction in lacking),
     }
@@ -258,9 +289,9 @@ def _initramfs(
     if folder_of_modules is None:
         return None
     files = modules.find_modules(found, folder_of_modules)
-    content = "\n".join(_identity(path) for _name, path in sorted(files.items()))
+    content = "\n".join(cache.identity(path) for _name, path in sorted(files.items()))
     fields = {
-        "kernel": _identity(found.path),
+        "kernel": cache.identity(found.path),
         "release": found.release,
         "modules": hashlib.sha256(content.encode()).hexdigest(),
         "rewritten": " ".join(instruction.name for instruction in isa.missing(executes)),

@@ -17,11 +17,13 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import debian, process, qemu
+from paprscm import debian, process, qemu, userland
+from paprscm.apt import UnavailableError
 from paprscm.budget import budget, resources
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error
-from paprscm.qemu_facts import BINARY
+from paprscm.qemu_facts import BINARY, sanitizers
 from paprscm.settings import Settings
 
 HOST_PACKAGES = Path(__file__).resolve().parents[1] / "images" / "host-packages"
@@ -45,7 +47,7 @@ class Finding:
             (it works, but not all of it, or not well).
         subject: what was looked at, in a word or two.
         text: what was found, for a person.
-        packages: Debian packages that would bring what is missing.
+        packages: packages of this host's distribution that provide what is missing.
     """
 
     grade: Grade
@@ -59,14 +61,16 @@ class HostPackage:
     """One line of images/host-packages.
 
     Attributes:
-        name: the Debian package.
+        name: the package of Debian and Ubuntu.
         proof: a command, an absolute path, or "module:" and a Python module.
         reason: what it is needed for.
+        fedora: the package of Fedora; "" where it has none and the suite runs without it.
     """
 
     name: str
     proof: str
     reason: str
+    fedora: str = ""
 
     @property
     def is_there(self) -> bool:
@@ -92,14 +96,31 @@ def parse_host_packages(text: str) -> list[HostPackage]:
         words = entry.split()
         if not words:
             continue
-        if len(words) != 2:
+        if len(words) not in (2, 3):
             raise ConfigError(f"host packages, line {number}: '{line}' is not: package proof")
-        found.append(HostPackage(words[0], words[1], reason.strip()))
+        fedora = words[2] if len(words) == 3 else words[0]
+        fedora = "" if fedora == "-" else fedora
+        found.append(HostPackage(words[0], words[1], reason.strip(), fedora))
     return found
 
 
+def system() -> Literal["debian", "fedora", "other"]:
+    """The family of this host's distribution, by its names for packages."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return "other"
+    names = {release.get("ID"), *release.get("ID_LIKE", "").split()}
+    if names & {"debian", "ubuntu"}:
+        return "debian"
+    return "fedora" if names & {"fedora", "rhel"} else "other"
+
+
 def doctor(settings: Settings) -> list[Finding]:
-    """Look at all that the suite needs of this machine; nothing is fetched or built."""
+    """Look at all that the suite needs of this machine; nothing is built.
+
+    Of what must be fetched, only the package index is.
+    """
     cache = Cache(settings.cache_dir)
     findings = _packages(parse_host_packages(HOST_PACKAGES.read_text()))
     findings += _python_packages()
@@ -108,7 +129,7 @@ def doctor(settings: Settings) -> list[Finding]:
     findings += _side_by_side(settings)
     findings.append(_folder("cache", settings.cache_dir, _CACHE_NEEDS_BYTES))
     findings.append(_folder("scratch", settings.scratch_dir, _SCRATCH_NEEDS_BYTES, durable=True))
-    findings.append(_mirror(settings))
+    findings += _userland(settings)
     return findings
 
 
@@ -119,8 +140,9 @@ def broken(findings: Sequence[Finding]) -> bool:
 
 def install_line(findings: Sequence[Finding]) -> str | None:
     """The command that installs every missing package, or None."""
-    packages = dict.fromkeys(name for finding in findings for name in finding.packages)
-    return "apt install " + " ".join(packages) if packages else None
+    packages = " ".join(dict.fromkeys(name for finding in findings for name in finding.packages))
+    tools = {"debian": "apt install", "fedora": "dnf install", "other": "Debian's names:"}
+    return f"{tools[system()]} {packages}" if packages else None
 
 
 def show(findings: Sequence[Finding], console: Console | None = None) -> None:
@@ -150,12 +172,25 @@ def _plain(text: str) -> str:
 
 
 def _packages(wanted: Sequence[HostPackage]) -> list[Finding]:
-    absent = [package for package in wanted if not package.is_there]
+    kind = system()
+    named = [(package, package.fedora if kind == "fedora" else package.name) for package in wanted]
+    absent = [(package, name) for package, name in named if name and not package.is_there]
     if not absent:
         return [Finding("ok", "host packages", f"all {len(wanted)} of them")]
+    if kind == "other":
+        return [
+            Finding(
+                "missing",
+                "tool",
+                f"{package.proof}: {package.reason} (Debian and Ubuntu: {name}, "
+                f"Fedora: {package.fedora or 'none'})",
+                (name,),
+            )
+            for package, name in absent
+        ]
     return [
-        Finding("missing", "package", f"{package.name}: {package.reason}", (package.name,))
-        for package in absent
+        Finding("missing", "package", f"{name}: {package.reason}", (name,))
+        for package, name in absent
     ]
 
 
@@ -189,7 +224,7 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
         # Named among the host packages already.
         return []
     try:
-        binary = qemu.resolve(cache, settings.qemu, mirror=settings.mirror)
+        binary = qemu.resolve(Archive.of(settings), settings.qemu)
     except Error as error:
         return [Finding("missing", "QEMU", str(error))]
     lacking = [
@@ -198,9 +233,17 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
             (binary.has_pmem, "no libpmem, so tests of pmem=on are cancelled"),
             (binary.has_pmem_override, "no pmem-override, so its tests are cancelled"),
             (binary.has_vof or settings.firmware == "slof", "no x-vof, so set firmware=slof"),
+            (
+                not binary.lacks_for_guests,
+                f"no {', '.join(binary.lacks_for_guests)}, so tests with guests are cancelled",
+            ),
         )
         if not present
     ]
+    try:
+        sanitizers(binary.path)
+    except Error as error:
+        lacking.append(f"{error.message}, so tests that need it are cancelled")
     what = "; ".join(lacking) if lacking else "spapr-nvdimm, pmem, pmem-override, x-vof"
     grade: Grade = "note" if lacking else "ok"
     findings = [Finding(grade, "QEMU", f"{binary.version_text}: {what}")]
@@ -274,9 +317,27 @@ def filesystem_type(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) 
     return kind
 
 
-def _mirror(settings: Settings) -> Finding:
-    try:
-        return Finding("ok", "mirror", debian.resolve_mirror(settings.mirror))
-    except Error as error:
-        # Nothing is fetched any more once the cache is full.
-        return Finding("note", "mirror", str(error))
+def _userland(settings: Settings) -> list[Finding]:
+    cache = Cache(settings.cache_dir)
+    wanted = debian.suites(settings.userland_suite)
+    for suite in wanted:
+        if userland.find(cache, suite=suite):
+            return [Finding("ok", "userland", f"Debian {suite}, in the cache")]
+    findings = []
+    for suite in wanted:
+        try:
+            size_bytes, absent = Archive.of(settings).absent_files(
+                userland.packages(), suite=suite, arch=debian.ARCH
+            )
+        except UnavailableError as error:
+            findings.append(Finding("note", "userland", str(error)))
+            continue
+        except Error as error:
+            return [*findings, Finding("missing", "mirror", str(error))]
+        if not absent:
+            text = f"Debian {suite} can be fetched, {size_bytes / 1e6:.0f} MB"
+            return [*findings, Finding("ok", "userland", text)]
+        text = f"Debian {suite}: the mirror lacks {', '.join(absent)}"
+        findings.append(Finding("note", "userland", text))
+    text = f"no suite of {', '.join(wanted)} is complete on the mirror; set mirror="
+    return [*findings, Finding("missing", "mirror", text)]

@@ -3,27 +3,28 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm import debian, process
+from paprscm import kbuild_host, kernel_source, process
 from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error, HostError
-from paprscm.kconfig import Fragment, explain, fragments, merge, unmet
+from paprscm.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
 from paprscm.log import Bar, logger, progress, step
-from paprscm.settings import Settings
+from paprscm.settings import Settings, expanded
 
 TOOLCHAIN = "powerpc64le-linux-gnu-"
 _TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
+_REFRESH_S = 0.5
 _BUILD_TOOLS_HINT = "apt install make gcc libc6-dev bison flex bc"
 
 # One line of make's output for each of these is one object of the progress bar.
@@ -34,18 +35,10 @@ _WRONG = re.compile(
 )
 # Without these of a fragment there is nothing to test.
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
+# Switched off in a given .config: a guest needs the command line that QEMU passes.
+_OFF = {"CMDLINE_FORCE": "n"}
 # What an unpacked source, its objects and the vmlinux take.
 _BUILD_BYTES = 1_200_000_000
-_SOURCE_BYTES = 400_000_000
-
-# Every architecture but powerpc.
-_OTHER_ARCHITECTURES = ("[a-o]*", "parisc", "[q-z]*")
-# The Kconfig files and Makefiles of both stay: every configuration reads them all.
-_CODE_NOT_BUILT = (
-    *("drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband", "drivers/media"),
-    *("drivers/net/ethernet", "drivers/net/wireless", "drivers/staging", "sound"),
-)
-_TEXT_SUFFIXES = ("rst", "txt", "yaml", "svg", "json", "dot", "py")
 
 
 @dataclass(frozen=True)
@@ -67,36 +60,54 @@ class Built:
     source: str
 
 
-def build_default(cache: Cache, settings: Settings, *, extra: Sequence[Path] = ()) -> Built:
+def build_default(
+    archive: Archive,
+    settings: Settings,
+    *,
+    extra: Sequence[Path] = (),
+    proceed: Callable[[], None] = lambda: None,
+) -> Built:
     """The default kernel, built now if it is not in the cache; asks the network for nothing else.
 
     Args:
-        cache: where source and kernel are kept, as two entries.
-        settings: kernel_source, suite and mirror say where the source comes from, page_size how
-            large its pages are, kernel whether it is the one that watches itself.
+        archive: where the source comes from; its cache keeps source and kernel, as two entries.
+        settings: kernel_source and kernel_suite name the source, page_size its page size, kernel
+            selects the debug kernel.
         extra: further fragments; a later one overrides.
+        proceed: called several times a second while something runs; ends it by raising.
 
     Raises:
         HostError: a tool is missing, or the source does not build.
         ConfigError: an option of the fragments did not survive; the message names it and why.
     """
+    cache = archive.cache
     debug = settings.kernel == "debug"
     fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
-    source = _source(cache, settings)
+    source = kernel_source.find(cache, settings)
+    any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
+    if any_source or shutil.which(TOOLCHAIN + "gcc") is None:
+        # As imported from another machine.
+        there = _find_without_source(cache, settings, fragment)
+        if there is not None:
+            return there
+    # Before the download: a tool that is missing is reported at once.
+    compiler = _compiler()
+    source = source or kernel_source.fetch(archive, settings, proceed)
     version = (source / "version").read_text().strip()
-    fields = {"source": version, "fragment": fragment.digest, "compiler": _compiler()}
+    fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
     log_file = cache.root / "logs" / "kernel-build.log"
 
     def build(entry: Path) -> None:
         tree, objects = entry / "tree", entry / "objects"
         with step(f"building the {settings.kernel} kernel ({version})"):
             _fresh_log(log_file)
-            _unpack(source / "linux.tar.xz", tree)
-            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm")
+            kernel_source.unpack(source / "linux.tar.xz", tree)
+            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
             (entry / "fragment").write_text(fragment.text(own_tree=False))
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
-            _check(fragment.options, produced, tree, vital=list(fragment.options))
+            _check(fragment.required(own_tree=False), produced, tree, vital=None)
+            kbuild_host.require(produced, tree)
             make.compile(produced, total=fragment.objects)
             _collect(make, entry, produced)
             (entry / "source-version").write_text(version + "\n")
@@ -134,7 +145,7 @@ def build_tree(
             given.
         HostError: a tool is missing.
     """
-    source = source.expanduser().resolve()
+    source = expanded(source).resolve()
     _check_tree(source)
     if config is not None and (debug or page_size != "64k"):
         what = "kernel=debug" if debug else f"page_size={page_size}"
@@ -157,12 +168,16 @@ def build_tree(
                 (folder / "fragment").write_text(fragment.text(own_tree=False))
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
             else:
-                text = merge(_read_config(config), fragment.every)
+                given = _read_config(config)
+                text = merge(given, {**fragment.values(own_tree=True), **_OFF})
                 (objects / ".config").write_text(text)
                 make.run("olddefconfig")
             produced = parse_config((objects / ".config").read_text())
-            wanted = fragment.options if config is None else fragment.every
-            _check(wanted, produced, source, vital=_VITAL)
+            required = fragment.required(own_tree=config is not None)
+            _check(required, produced, source, vital=_VITAL)
+            if config is not None:
+                _report_switched_off(parse_config(given), produced, config)
+            kbuild_host.require(produced, source)
             count = folder / "objects-count"
             known = count.read_text() if count.is_file() else ""
             total = int(known or fragment.objects) if config is None else int(known or 0)
@@ -192,25 +207,31 @@ def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
 class _Make:
     """One O= folder and the make that fills it."""
 
-    def __init__(self, source: Path, objects: Path, log_file: Path, *variables: str) -> None:
+    def __init__(
+        self,
+        source: Path,
+        objects: Path,
+        log_file: Path,
+        *variables: str,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> None:
         objects.mkdir(parents=True, exist_ok=True)
         self.source = source
         self.objects = objects
         self._log_file = log_file
+        self._proceed = proceed
         jobs = len(os.sched_getaffinity(0)) + 1
         self._argv = [
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
             *(f"CROSS_COMPILE={TOOLCHAIN}", *variables),
         ]
-        # We may run below `make suite`, whose job server is not ours, and in any language.
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("MAKE", "MFLAGS", "KBUILD", "KCONFIG", "LC_"))
-            and name not in ("ARCH", "CROSS_COMPILE", "O", "V")
-        }
+        passed, missed = kbuild_host.environment(os.environ)
+        if missed:
+            logger.warning(
+                "not passed on to the kernel build: %s of the environment", ", ".join(missed)
+            )
         self._env = {
-            **kept,
+            **passed,
             "LC_ALL": "C",
             "KBUILD_BUILD_USER": "paprscm",
             "KBUILD_BUILD_HOST": "paprscm",
@@ -237,7 +258,12 @@ class _Make:
 
         try:
             process.run(
-                [*self._argv, *targets], env=self._env, log_file=self._log_file, on_line=line
+                [*self._argv, *targets],
+                env=self._env,
+                log_file=self._log_file,
+                on_line=line,
+                idle_s=_REFRESH_S,
+                on_idle=self._proceed,
             )
         except HostError as error:
             if not wrong:
@@ -263,47 +289,20 @@ class _Make:
             raise blame(error.message, hint=error.hint) from error
 
 
-def _source(cache: Cache, settings: Settings) -> Path:
-    """The cache entry with the source package's archive and version."""
-    package = settings.kernel_source
-    fields = {"package": package, "suite": settings.suite, "mirror": settings.mirror}
-
-    def fetch(entry: Path) -> None:
-        root = entry / "root"
-        with step(f"fetching {package} from {settings.suite}"):
-            debian.extract(
-                [package],
-                suite=settings.suite,
-                mirror=debian.resolve_mirror(settings.mirror),
-                # The package is for all architectures; this one is certainly in the suite.
-                arch="amd64",
-                target=root,
-                title=package,
-            )
-            archives = sorted((root / "usr/src").glob("linux-source-*.tar.xz"))
-            if len(archives) != 1:
-                raise ConfigError(
-                    f"the package {package} of {settings.suite} holds no Linux source",
-                    hint="set kernel_source to a package such as linux-source-6.12",
-                )
-            (entry / "version").write_text(_package_version(root, package) + "\n")
-            archives[0].rename(entry / "linux.tar.xz")
-            shutil.rmtree(root)
-
-    return cache.ensure("kernel-source", fields, fetch, needs_bytes=_SOURCE_BYTES).path
-
-
-def _package_version(root: Path, package: str) -> str:
-    changelog = root / "usr/share/doc" / package / "changelog.Debian.gz"
-    try:
-        with gzip.open(changelog, "rt", encoding="utf-8", errors="replace") as file:
-            first = file.readline()
-    except (OSError, EOFError) as error:
-        raise HostError(f"the package {package} has no readable changelog: {error}") from error
-    found = re.match(r"\S+ \(([^)]+)\)", first)
-    if found is None:
-        raise HostError(f"the changelog of {package} does not begin with a version: {first!r}")
-    return found[1]
+def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -> Built | None:
+    """The newest kernel in the cache that was built from such a source, by any compiler."""
+    series = settings.kernel_source.removeprefix("linux-source-") + "."
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.kind == "kernel"
+        and entry.fields.get("fragment") == fragment.digest
+        and entry.fields.get("source", "").startswith(series)
+    ]
+    for entry in sorted(entries, key=lambda entry: entry.created, reverse=True):
+        if there := cache.find(entry.kind, entry.fields):
+            return _built(there.path, there.path / "build.log", entry.fields["source"])
+    return None
 
 
 def _compiler() -> str:
@@ -316,37 +315,41 @@ def _compiler() -> str:
     return process.run([TOOLCHAIN + "gcc", "--version"]).lines[0]
 
 
-def _unpack(archive: Path, tree: Path) -> None:
-    """Unpack the source without what a powerpc kernel never reads: half of its files."""
-    code = [f"arch/{name}" for name in _OTHER_ARCHITECTURES] + list(_CODE_NOT_BUILT)
-    excluded = [f"*/{folder}/*.{suffix}" for folder in code for suffix in ("[chS]", "dts", "dtsi")]
-    excluded += [f"*/Documentation/*.{suffix}" for suffix in _TEXT_SUFFIXES]
-    excluded += ["*/tools/testing", "*/tools/perf", "*/rust/*.rs"]
-    tree.mkdir()
-    with step("unpacking the kernel source"):
-        process.run(
-            [
-                # Debian compresses in blocks: xz can take several at a time.
-                *("tar", "--use-compress-program=xz -T0", "-xf", archive, "-C", tree),
-                *("--strip-components=1", "--wildcards"),
-                *("--no-anchored", "--no-same-owner"),
-                *(f"--exclude={pattern}" for pattern in excluded),
-            ]
-        )
-
-
 def _check(
-    wanted: dict[str, str], produced: dict[str, str], tree: Path, *, vital: Sequence[str]
+    required: Sequence[Requirement],
+    produced: dict[str, str],
+    tree: Path,
+    *,
+    vital: Sequence[str] | None,
 ) -> None:
-    """Name the options that did not survive; fatal where one of the vital ones is among them."""
-    lost = unmet(wanted, produced)
+    """Name the requirements that are not met; fatal for the vital ones, all of them if None."""
+    lost = unmet(required, produced)
     if not lost:
         return
-    reasons = explain(lost, produced, tree)
-    text = "; ".join(f"CONFIG_{name} ({reasons[name]})" for name in lost)
-    if any(name in vital for name in lost):
+    reasons = explain([name for one in lost for name in one.options], produced, tree)
+    lost = [
+        one
+        for one in lost
+        if not one.optional or any(reasons[name] != UNKNOWN for name in one.options)
+    ]
+    text = "; ".join(
+        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
+    )
+    if any(vital is None or name in vital for one in lost for name in one.options):
         raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
-    logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+    if lost:
+        logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+
+
+def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:
+    """Name what a given .config had and its kernel has not, where that is not the user's doing."""
+    for name, why in (
+        ("CMDLINE_FORCE", "guests need the command line that QEMU passes"),
+        # "depends on PAHOLE_VERSION >= 116", Linux lib/Kconfig.debug.
+        ("DEBUG_INFO_BTF", "pahole is missing or too old (apt install dwarves)"),
+    ):
+        if given.get(name) == "y" and name not in produced:
+            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, why)
 
 
 def _check_tree(source: Path) -> None:
@@ -370,7 +373,7 @@ def _check_tree(source: Path) -> None:
 
 def _read_config(path: Path) -> str:
     try:
-        text = path.expanduser().read_text()
+        text = expanded(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the kernel configuration {path} cannot be read: {error}") from error
     if "CONFIG_" not in text:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import (
@@ -26,11 +27,24 @@ from rich.progress import (
 logger = logging.getLogger("avocado.paprscm")
 
 _depth: ContextVar[int] = ContextVar("depth", default=0)
+_background: ContextVar[bool] = ContextVar("background", default=False)
+
+
+class _ToStderr(logging.StreamHandler[TextIO]):
+    """Writes to what sys.stderr is now: while a bar is shown, that prints lines above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        """The stream to write to."""
+        return sys.stderr
 
 
 def to_terminal(*, verbose: bool = False) -> None:
     """Send the steps to stderr, for commands that run outside Avocado."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _ToStderr()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
@@ -53,6 +67,16 @@ def step(text: str) -> Iterator[None]:
         logger.info("%s%s: %.1f s", indent, text, time.monotonic() - started)
     finally:
         _depth.reset(token)
+
+
+@contextmanager
+def in_background() -> Iterator[None]:
+    """Within, bars are lines in the log: a terminal shows one bar, that of the foreground."""
+    token = _background.set(True)
+    try:
+        yield
+    finally:
+        _background.reset(token)
 
 
 @contextmanager
@@ -84,7 +108,7 @@ class Bar:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         # Avocado puts an object in the place of a test's stderr that is no file.
-        if getattr(sys.stderr, "isatty", bool)():
+        if getattr(sys.stderr, "isatty", bool)() and not _background.get():
             count: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
             columns = (TextColumn("{task.description:<24}"), BarColumn(), count)
             self._progress = Progress(

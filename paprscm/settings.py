@@ -11,6 +11,7 @@ import configparser
 import dataclasses
 import difflib
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,20 +24,25 @@ SECTION = "paprscm"
 OWN_KERNELS = ("default", "debug")
 """What the setting `kernel` calls those that the suite builds for itself."""
 
-TEST_PARAMETERS = {
-    "cuts": "how often QEMU is killed to see what survives",
-    "seed": "of the random numbers of a test; each test says which it took",
-    "sequences": "how many random sequences of hcalls are tried",
-    "sync_s": "how long the longest sync of the host takes, s",
-    "timeout": "Avocado's own: a test's limit, s",
-    "timeout_factor": "Avocado's own: multiplies it",
-}
-"""What `-p name=value` of Avocado may say besides: it is a test's own, and nobody else's."""
-
 
 def _default_cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "paprscm"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else expanded(Path("~/.cache"))) / "paprscm"
+
+
+def expanded(path: Path) -> Path:
+    """The path with ~ replaced by the home folder.
+
+    Raises:
+        ConfigError: this user has no home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: user {os.getuid()} has no home folder",
+            hint="set HOME, or cache_dir to a folder that this user can write to",
+        ) from error
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -69,8 +75,14 @@ class Settings:
     modules: Path | None = _setting(None, "folder as modules_install leaves it, for that kernel")
     page_size: str = _setting("64k", "pages of the default or debug kernel: '64k' or '4k'")
     kernel_source: str = _setting("linux-source-6.12", "Debian package of these two kernels")
-    suite: str = _setting("trixie", "Debian suite of the userland and the kernel source")
+    kernel_suite: str = _setting(
+        "auto", "Debian suite of kernel_source; 'auto' is the first of a list that has it"
+    )
+    userland_suite: str = _setting(
+        "auto", "Debian suite of the userland; 'auto' is the first of a list that is complete"
+    )
     mirror: str = _setting("auto", "Debian mirror; 'auto' is the one that the host's apt uses")
+    offline: bool = _setting(False, "'yes': never ask the network; what is missing is named")
     cache_dir: Path = _setting(_default_cache_dir, "where everything built or fetched is kept")
     scratch_dir: Path = _setting(
         lambda: Path(os.environ.get("TMPDIR") or "/var/tmp"),  # noqa: S108
@@ -87,6 +99,12 @@ class Settings:
         _one_of("start", self.start, ("auto", "cold"))
         _one_of("firmware", self.firmware, ("vof", "slof"))
         _one_of("page_size", self.page_size, ("64k", "4k"))
+        for name in ("kernel_suite", "userland_suite"):
+            if not re.fullmatch(r"[a-z][a-z0-9-]*(,[a-z][a-z0-9-]*)*", getattr(self, name)):
+                raise ConfigError(
+                    f"{name}={getattr(self, name)} does not name a suite",
+                    hint="'auto', a codename such as trixie, or several in order: forky,sid",
+                )
         if self.page_size != "64k" and self.kernel not in OWN_KERNELS:
             raise ConfigError(
                 f"page_size={self.page_size} is for the default and the debug kernel only",
@@ -170,6 +188,9 @@ def _convert(name: str, text: str) -> Any:
             return float(text)
     except ValueError as error:
         raise ConfigError(f"{name}={text} is not a number") from error
+    if kind == "bool":
+        _one_of(name, text, ("yes", "no"))
+        return text == "yes"
     if kind.startswith("Path"):
-        return Path(text).expanduser() if text else None
+        return expanded(Path(text)) if text else None
     return text

@@ -10,18 +10,18 @@ import os
 import shutil
 import stat
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from paprscm import debian, log, process
+from paprscm import log, process
 from paprscm.cache import Cache
+from paprscm.debian import ARCH, Archive, Download, first_available
 from paprscm.errors import ConfigError, HostError
 
-ARCH = "ppc64el"
 IMAGES = Path(__file__).resolve().parents[1] / "images"
 
 _FORMAT = "1"
@@ -105,38 +105,76 @@ class Userland:
     versions: Mapping[str, str] = field(hash=False, repr=False)
 
 
-def ensure(
-    cache: Cache, *, suite: str, mirror: str, boot_test: Callable[[Userland], None] | None
+def obtain(
+    archive: Archive, suites: Sequence[str], *, proceed: Callable[[], None] = lambda: None
+) -> Userland | Download:
+    """The first suite's userland that is in the cache; else the packages of the first that has all.
+
+    Args:
+        archive: where packages come from, and the cache.
+        suites: Debian suites, best first.
+        proceed: called several times a second while packages are downloaded; ends that by raising.
+
+    Raises:
+        HostError: a tool that build() needs is missing.
+        UnavailableError: no suite can provide the packages.
+        Error: as Archive.download().
+    """
+    for suite in suites:
+        if there := find(archive.cache, suite=suite):
+            return there
+
+    for tool, package in (("fakeroot", "fakeroot"), ("mke2fs", "e2fsprogs")):
+        if shutil.which(tool, path=_tool_path()) is None:
+            raise HostError(f"{tool} is not installed", hint=f"apt install {package}")
+
+    def attempt(suite: str) -> Download:
+        with log.step(f"fetching the guest's userland (Debian {suite}, {ARCH})"):
+            return archive.download(
+                _recipe(suite)[0], suite=suite, arch=ARCH, title="userland", proceed=proceed
+            )
+
+    return first_available(suites, attempt, title="userland")
+
+
+def build(
+    cache: Cache, download: Download, *, boot_test: Callable[[Userland], None] | None
 ) -> Userland:
-    """The guest's root file system, made now if the cache has none of these packages and this init.
+    """The root file system made of the packages, which are deleted then.
 
     Args:
         cache: where it is kept.
-        suite: Debian suite.
-        mirror: the setting `mirror`; only looked at when something must be fetched.
+        download: what obtain() returned.
         boot_test: boots a guest on it and raises if that fails; called before it is published.
             None publishes it untested.
 
     Raises:
-        ConfigError: the suite or a package does not exist, or the list cannot be read.
-        HostError: a tool is missing, the download failed, no space.
+        HostError: no space.
     """
-    packages, unwanted, fields = _recipe(suite)
+    suite = download.suite
+    _, unwanted, fields = _recipe(suite)
 
-    def build(folder: Path) -> None:
+    def fill(folder: Path) -> None:
         with log.step(f"making the guest's userland (Debian {suite}, {ARCH})"):
-            _build(folder, packages, unwanted, suite, mirror)
+            _build(folder, download, unwanted)
             if boot_test is not None:
                 with log.step("boot test"):
                     boot_test(_load(folder, suite))
 
-    return _load(cache.ensure("userland", fields, build, needs_bytes=_NEEDS_BYTES).path, suite)
+    entry = cache.ensure("userland", fields, fill, needs_bytes=_NEEDS_BYTES)
+    download.remove()
+    return _load(entry.path, suite)
 
 
 def find(cache: Cache, *, suite: str) -> Userland | None:
     """The root file system, if the cache has it; nothing is built."""
     entry = cache.find("userland", _recipe(suite)[2])
     return _load(entry.path, suite) if entry else None
+
+
+def packages() -> list[str]:
+    """Names of the Debian packages that a userland is made of, without their dependencies."""
+    return parse_packages((IMAGES / "packages").read_text())[0]
 
 
 def parse_packages(text: str) -> tuple[list[str], list[str]]:
@@ -183,19 +221,9 @@ def _load(folder: Path, suite: str) -> Userland:
     )
 
 
-def _build(folder: Path, packages: list[str], unwanted: list[str], suite: str, mirror: str) -> None:
-    for tool, package in (("fakeroot", "fakeroot"), ("mke2fs", "e2fsprogs")):
-        if shutil.which(tool, path=_tool_path()) is None:
-            raise HostError(f"{tool} is not installed", hint=f"apt install {package}")
+def _build(folder: Path, download: Download, unwanted: list[str]) -> None:
     root = folder / "root"
-    versions = debian.extract(
-        packages,
-        suite=suite,
-        mirror=debian.resolve_mirror(mirror),
-        arch=ARCH,
-        target=root,
-        title="userland",
-    )
+    versions = download.unpack(root, title="userland")
     (folder / "versions.json").write_text(json.dumps(versions, indent=1, sort_keys=True))
     shutil.copy(root / "usr/bin/busybox", folder / "busybox")
     _prune(root, unwanted)
@@ -216,7 +244,7 @@ def _prune(root: Path, patterns: list[str]) -> None:
             else:
                 path.unlink()
     for path in (root / "dev").iterdir():
-        # mmdebstrap makes device nodes where it may.
+        # devtmpfs is mounted over it.
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -224,7 +252,7 @@ def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
     """Write what maintainer scripts and an administrator would have written."""
     for name in (*_MOUNT_POINTS, *(place.lstrip("/") for place in _WRITABLE)):
         (root / name).mkdir(parents=True, exist_ok=True)
-    # Copied from this host by mmdebstrap, or of no use in the guest.
+    # Of no use in the guest, or written here.
     for name in ("apt", "dpkg", *_ETC):
         path = root / "etc" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

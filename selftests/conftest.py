@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paprscm import settings
-from paprscm.cache import Cache
+from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
 from paprscm.guest import Guest
 from paprscm.machine import Machine
@@ -30,7 +30,7 @@ def environment() -> Environment:
 def qemu() -> Qemu:
     """The QEMU alone, as ./avocado.cfg has it."""
     chosen = settings.load(config=ROOT / "avocado.cfg")
-    return resolve(Cache(chosen.cache_dir), chosen.qemu, mirror=chosen.mirror)
+    return resolve(Archive.of(chosen), chosen.qemu)
 
 
 @pytest.fixture

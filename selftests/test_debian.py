@@ -16,37 +16,47 @@ from pathlib import Path
 
 import pytest
 
-from paprscm import debian
+from paprscm import apt, debian
+from paprscm.apt import UnavailableError
+from paprscm.cache import Cache
+from paprscm.debian import Archive, Download
 from paprscm.errors import ConfigError, Error, HostError
 
 SUITE, ARCH = "trixie", "ppc64el"
 
 needs_tools = pytest.mark.skipif(
-    not all(shutil.which(tool) for tool in ("mmdebstrap", "gpg", "dpkg-deb")),
-    reason="needs mmdebstrap, gpg and dpkg-deb",
+    not all(shutil.which(tool) for tool in ("apt-get", "gpg", "dpkg-deb")),
+    reason="needs apt, gpg and dpkg-deb",
 )
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Serves the archive; cuts packages short once `cut` is set on the server."""
+    """Serves the archive with ranges; cuts packages short while `cut` is set on the server."""
 
     def log_message(self, *_: object) -> None:
         """Keep quiet."""
 
     def do_GET(self) -> None:
         path = Path(self.translate_path(self.path))
-        if not (self.server.cut and path.suffix == ".deb"):  # type: ignore[attr-defined]
+        if path.suffix != ".deb" or not path.is_file():
             super().do_GET()
             return
         content = path.read_bytes()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        self.wfile.write(content[: len(content) // 2])
+        cut = self.server.cut  # type: ignore[attr-defined]
+        body = content[start : len(content) // 2 if cut else None]
+        self.server.sent.append((path.name, len(body)))  # type: ignore[attr-defined]
+        self.wfile.write(body)
         self.close_connection = True
 
 
-class Archive:
+class Served:
     """A signed Debian archive of two packages, on a port of this machine."""
 
     def __init__(self, root: Path) -> None:
@@ -77,6 +87,7 @@ class Archive:
             ("127.0.0.1", 0), lambda *args: Handler(*args, directory=str(root))
         )
         self.server.cut = False  # type: ignore[attr-defined]
+        self.server.sent = []  # type: ignore[attr-defined]
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         self.mirror = f"http://127.0.0.1:{self.server.server_port}"
 
@@ -117,12 +128,12 @@ class Archive:
 
 
 @pytest.fixture
-def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Archive]:
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
     root = tmp_path / "archive"
     root.mkdir()
-    served = Archive(root)
-    monkeypatch.setattr(debian, "KEYRING", served.keyring)
-    # Read by our apt-config, handed on to mmdebstrap: no waiting between tries.
+    served = Served(root)
+    monkeypatch.setattr(apt, "KEYRING", served.keyring)
+    # Read by apt-config and passed on: no second try.
     config = tmp_path / "apt.conf"
     config.write_text('Acquire::Retries "0";\nAcquire::http::Proxy "DIRECT";\n')
     monkeypatch.setenv("APT_CONFIG", str(config))
@@ -130,95 +141,179 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Archive
     served.close()
 
 
-def extract(target: Path, packages: list[str], mirror: str, suite: str = SUITE) -> dict[str, str]:
-    return debian.extract(
-        packages, suite=suite, mirror=mirror, arch=ARCH, target=target, title="test"
-    )
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache, 100%: of it")
+
+
+@pytest.fixture
+def mirror(archive: Served, cache: Cache) -> Archive:
+    return Archive(cache, archive.mirror)
+
+
+def download(mirror: Archive, packages: list[str], suite: str = SUITE) -> Download:
+    return mirror.download(packages, suite=suite, arch=ARCH, title="test")
 
 
 @needs_tools
 def test_packages_and_what_they_need_are_unpacked(
-    archive: Archive, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    mirror: Archive, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "made" / "root"
     with caplog.at_level(logging.INFO, "avocado.paprscm"):
-        versions = extract(target, ["second"], archive.mirror)
+        versions = mirror.extract(["second"], suite=SUITE, arch=ARCH, target=target, title="test")
     assert versions == {"libfirst": "2:1.0-1", "second": "3.5"}
     assert (target / "usr/share/libfirst/content").read_bytes() == b"library" * 100_000
     assert (target / "usr/share/second/content").read_bytes() == b"tool"
+    # As packages of Debian 12 hold it.
     assert (target / "usr/lib/x.so").read_bytes() == b"tool"
     assert (target / "lib").readlink() == Path("usr/lib")
-    assert [path.name for path in target.parent.iterdir()] == ["root"], "temporary files stay"
+    assert not (target / "lib64").is_symlink(), "nothing is in it"
     progress = [record.getMessage() for record in caplog.records]
     assert "test: download: 1 of 1 MB" in progress
     assert "test: unpack: 1 of 1 MB" in progress
+    left = [path.name for path in (mirror.cache.root / apt.FOLDER).iterdir()]
+    assert len(left) == 1, "packages stay after they were unpacked"
+    assert left[0].startswith("index-")
+    mirror.prune(unused_for_s=3600)
+    assert (mirror.cache.root / apt.FOLDER / left[0]).is_dir()
+    mirror.prune(unused_for_s=0)
+    assert not (mirror.cache.root / apt.FOLDER / left[0]).exists()
 
 
 @needs_tools
-def test_package_that_is_not_there(archive: Archive, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has no package gone, lost for ppc64el"):
-        extract(tmp_path / "root", ["second", "gone", "lost"], archive.mirror)
+def test_package_that_is_not_there(mirror: Archive) -> None:
+    with pytest.raises(
+        UnavailableError, match=r"Debian trixie .*ppc64el.* has no package gone, lo"
+    ):
+        download(mirror, ["second", "gone", "lost"])
 
 
 @needs_tools
-def test_suite_that_is_not_there(archive: Archive, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no suite potato"):
-        extract(tmp_path / "root", ["second"], archive.mirror, suite="potato")
+def test_suite_that_is_not_there(mirror: Archive) -> None:
+    with pytest.raises(UnavailableError, match="has no suite potato"):
+        download(mirror, ["second"], suite="potato")
 
 
 @needs_tools
-def test_mirror_that_does_not_answer(archive: Archive, tmp_path: Path) -> None:
+def test_files_that_the_index_names_and_the_mirror_lacks(
+    archive: Served, mirror: Archive, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a mirror's update the next suite is tried, and each file is named."""
+    archive.tool_package.unlink()
+    total, absent = mirror.absent_files(["second"], suite=SUITE, arch=ARCH)
+    assert absent == ["second_3.5_ppc64el.deb"]
+    assert total > 700_000
+    with pytest.raises(UnavailableError, match=r"lacks 1 package files .*: second_3.5_ppc64el.deb"):
+        download(mirror, ["second"])
+    with (
+        caplog.at_level(logging.INFO, "avocado.paprscm"),
+        pytest.raises(UnavailableError) as caught,
+    ):
+        debian.first_available(
+            [SUITE, "potato"], lambda suite: download(mirror, ["second"], suite), title="userland"
+        )
+    assert "no suite of trixie, potato can provide the userland" in caught.value.message
+    assert "second_3.5_ppc64el.deb" in caught.value.message
+    assert "has no suite potato" in caught.value.message
+    assert "mirror=" in str(caught.value.hint)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "trying the next suite" in line] == [
+        f"Debian trixie ({archive.mirror}, ppc64el) lacks 1 package files that its index names: "
+        "second_3.5_ppc64el.deb; trying the next suite"
+    ]
+
+
+def test_first_suite_that_has_it() -> None:
+    asked = []
+
+    def attempt(suite: str) -> str:
+        asked.append(suite)
+        if suite != "c":
+            raise UnavailableError(f"{suite} does not have it")
+        return suite.upper()
+
+    assert debian.first_available("abcd", attempt, title="x") == "C"
+    assert asked == ["a", "b", "c"]
+    # Another suite of a mirror that does not answer is no way out.
+    with pytest.raises(HostError, match="no network"):
+        debian.first_available(
+            "ab", lambda _: (_ for _ in ()).throw(HostError("no network")), title="x"
+        )
+    assert debian.suites("auto") == debian.AUTO_SUITES
+    assert debian.suites("sid,forky") == ("sid", "forky")
+
+
+def test_offline_names_what_is_missing(cache: Cache) -> None:
+    with pytest.raises(HostError, match=r"offline=yes, .* does not have the test") as caught:
+        download(Archive(cache, "http://127.0.0.1:9/debian", offline=True), ["second"])
+    assert "cache import" in str(caught.value.hint)
+
+
+@needs_tools
+def test_mirror_that_does_not_answer(archive: Served, mirror: Archive) -> None:
+    archive.server.shutdown()
     archive.server.server_close()
     with pytest.raises(HostError, match=r"cannot be reached: .*Connection refused") as caught:
-        extract(tmp_path / "root", ["second"], archive.mirror)
+        download(mirror, ["second"])
+    assert not isinstance(caught.value, UnavailableError)
     assert "mirror=" in str(caught.value.hint)
 
 
 @needs_tools
-def test_download_that_is_cut(archive: Archive, tmp_path: Path) -> None:
+def test_download_that_is_cut_continues_where_it_was(archive: Served, mirror: Archive) -> None:
     archive.server.cut = True  # type: ignore[attr-defined]
     with pytest.raises(HostError, match="broke off") as caught:
-        extract(tmp_path / "root", ["second"], archive.mirror)
-    assert "run it again" in str(caught.value.hint)
+        download(mirror, ["second"])
+    assert "run it again, it continues" in str(caught.value.hint)
+    archive.server.cut = False  # type: ignore[attr-defined]
+    sent: list[tuple[str, int]] = archive.server.sent  # type: ignore[attr-defined]
+    sent.clear()
+    done = download(mirror, ["second"])
+    sizes = {file.name: file.size_bytes for file in done.files}
+    for name, size_bytes in sizes.items():
+        assert (done.folder / name).stat().st_size == size_bytes
+    assert 0 < sum(count for _, count in sent) <= sum(sizes.values()) * 0.6
+    # What is complete is not fetched again.
+    sent.clear()
+    assert download(mirror, ["second"]).files == done.files
+    assert sent == []
 
 
 @needs_tools
-def test_package_that_was_changed_on_the_way(archive: Archive, tmp_path: Path) -> None:
+def test_download_that_is_stopped(mirror: Archive) -> None:
+    calls = []
+
+    def proceed() -> None:
+        calls.append(1)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        mirror.download(["second"], suite=SUITE, arch=ARCH, title="test", proceed=proceed)
+    assert calls == [1]
+
+
+@needs_tools
+def test_package_that_was_changed_on_the_way(archive: Served, mirror: Archive) -> None:
     data = bytearray(archive.tool_package.read_bytes())
     data[-600] ^= 1
     archive.tool_package.write_bytes(data)
-    with pytest.raises(HostError, match=r"is not what Debian trixie signed: .*[Hh]ash"):
-        extract(tmp_path / "root", ["second"], archive.mirror)
+    with pytest.raises(UnavailableError, match=r"not those that Debian trixie signed: .*[Hh]ash"):
+        download(mirror, ["second"])
 
 
 @needs_tools
 def test_archive_signed_by_a_stranger(
-    archive: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mirror: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
     other.mkdir()
-    stranger = Archive(other)
+    stranger = Served(other)
     stranger.close()
-    monkeypatch.setattr(debian, "KEYRING", stranger.keyring)
-    with pytest.raises(HostError, match="has no key that signed") as caught:
-        extract(tmp_path / "root", ["second"], archive.mirror)
+    monkeypatch.setattr(apt, "KEYRING", stranger.keyring)
+    with pytest.raises(UnavailableError, match="has no key that signed") as caught:
+        download(mirror, ["second"])
     assert "debian-archive-keyring" in str(caught.value.hint)
-
-
-def test_folders_are_merged_into_usr(tmp_path: Path) -> None:
-    for name in ("lib/a/real.so", "usr/lib/a/other.so", "sbin/tool", "usr/bin/sh"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    (tmp_path / "usr/lib/a/real.so").symlink_to("/lib/a/real.so")
-    (tmp_path / "lib/a/other.so").symlink_to("/usr/lib/a/other.so")
-    (tmp_path / "bin").symlink_to("usr/bin")
-    debian._merge_usr(tmp_path)
-    for name in ("lib/a/real.so", "lib/a/other.so", "sbin/tool", "bin/sh"):
-        file = tmp_path / "usr" / name
-        assert not file.is_symlink()
-        assert file.read_text() in (name, f"usr/{name}")
-        assert (tmp_path / name).samefile(file)
-    assert not (tmp_path / "lib64").exists()
 
 
 def fake_tool(folder: Path, name: str, script: str) -> None:
@@ -228,33 +323,41 @@ def fake_tool(folder: Path, name: str, script: str) -> None:
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
 
 
-def test_no_space_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What mmdebstrap 1.3.5 and tar print on a full disk.
+def test_no_space_left(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What apt 2.6 prints where the disk is full.
     fake_tool(
         tmp_path / "bin",
-        "mmdebstrap",
-        "echo 'tar: ./usr/bin/x: Cannot write: No space left on device' >&2\n"
-        "echo 'E: tar --extract failed: 512' >&2\nexit 1",
+        "apt-get",
+        "echo 'E: You don'\\''t have enough free space in /x/archives/.' >&2\nexit 100",
     )
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with pytest.raises(HostError, match="no space left") as caught:
-        extract(tmp_path / "root", ["x"], "http://127.0.0.1:9")
+        download(Archive(cache, "http://127.0.0.1:9"), ["x"])
     assert "cache_dir" in str(caught.value.hint)
 
 
 def test_failure_of_an_unknown_kind_shows_the_output(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_tool(tmp_path / "bin", "mmdebstrap", "echo 'something quite new' >&2; exit 7")
+    fake_tool(tmp_path / "bin", "apt-get", "echo 'something quite new' >&2; exit 7")
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     with pytest.raises(HostError, match=r"(?s)exit status 7.*something quite new"):
-        extract(tmp_path / "root", ["x"], "http://127.0.0.1:9")
+        download(Archive(cache, "http://127.0.0.1:9"), ["x"])
 
 
-def test_mmdebstrap_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@needs_tools
+def test_package_that_cannot_be_unpacked(mirror: Archive, tmp_path: Path) -> None:
+    done = download(mirror, ["second"])
+    (done.folder / done.files[0].name).write_bytes(b"not a package")
+    with pytest.raises(HostError, match=rf"{done.files[0].name} cannot be unpacked: dpkg-deb: "):
+        done.unpack(tmp_path / "root", title="test")
+
+
+def test_host_without_apt(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="apt install mmdebstrap"):
-        extract(tmp_path / "root", ["x"], "http://127.0.0.1:9")
+    with pytest.raises(HostError, match="no apt-get and dpkg-deb") as caught:
+        download(Archive(cache, "http://127.0.0.1:9"), ["x"])
+    assert "apt and dpkg" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

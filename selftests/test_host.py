@@ -5,21 +5,40 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from paprscm import host
+from paprscm import debian, host
+from paprscm.apt import UnavailableError
 from paprscm.budget import Resources
+from paprscm.debian import Archive
 from paprscm.errors import ConfigError
 from paprscm.host import Finding
+from paprscm.qemu_facts import BINARY
 from paprscm.settings import Settings
 
 
 @pytest.fixture
 def chosen(tmp_path: Path) -> Settings:
-    return Settings(cache_dir=tmp_path / "cache", scratch_dir=tmp_path, mirror="http://m.example/d")
+    mirror = "http://127.0.0.1:9/debian"
+    return Settings(cache_dir=tmp_path / "cache", scratch_dir=tmp_path, mirror=mirror)
+
+
+@pytest.fixture
+def complete(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """The files that the mirror's suites lack; a suite that is not there does not exist."""
+    lacking: dict[str, list[str]] = {suite: [] for suite in debian.AUTO_SUITES}
+
+    def absent(_: Archive, _packages: list[str], *, suite: str, arch: str) -> object:
+        if suite not in lacking:
+            raise UnavailableError(f"the mirror has no suite {suite}")
+        return 125_000_000, lacking[suite]
+
+    monkeypatch.setattr(Archive, "absent_files", absent)
+    return lacking
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:
@@ -27,11 +46,12 @@ def by_subject(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def test_package_list_names_package_proof_and_reason() -> None:
-    text = "# all\n\nmake  make  # builds\nkeys  /usr/share/keys.gpg  # trust\n"
+    text = "# all\n\nmake  make  # builds\nkeys  /k.gpg  keyring  # trust\ncross /x - # more\n"
     found = host.parse_host_packages(text)
-    assert [(p.name, p.proof, p.reason) for p in found] == [
-        ("make", "make", "builds"),
-        ("keys", "/usr/share/keys.gpg", "trust"),
+    assert [(p.name, p.proof, p.reason, p.fedora) for p in found] == [
+        ("make", "make", "builds", "make"),
+        ("keys", "/k.gpg", "trust", "keyring"),
+        ("cross", "/x", "more", ""),
     ]
     with pytest.raises(ConfigError, match="line 2: 'gcc # no proof'"):
         host.parse_host_packages("make make\ngcc # no proof\n")
@@ -67,18 +87,58 @@ def test_machine_without_tools(
     line = host.install_line(findings)
     assert line is not None
     assert line.startswith("apt install ")
-    assert {"qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "mmdebstrap"} <= set(line.split())
+    assert {"qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "apt"} <= set(line.split())
 
 
-def test_this_machine(chosen: Settings) -> None:
+@pytest.mark.parametrize(
+    ("release", "line"),
+    [
+        ({"ID": "debian"}, "apt install libc6-dev cross"),
+        ({"ID": "ubuntu", "ID_LIKE": "debian"}, "apt install libc6-dev cross"),
+        ({"ID": "fedora"}, "dnf install glibc-devel"),
+        ({"ID": "rocky", "ID_LIKE": "rhel centos fedora"}, "dnf install glibc-devel"),
+        ({"ID": "arch"}, "Debian's names: libc6-dev cross"),
+    ],
+)
+def test_packages_have_the_names_of_this_system(
+    monkeypatch: pytest.MonkeyPatch, release: dict[str, str], line: str
+) -> None:
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: release)
+    text = "libc6-dev /gone glibc-devel # headers\ncross /gone2 - # more\n"
+    findings = host._packages(host.parse_host_packages(text))
+    assert host.install_line(findings) == line
+    if release["ID"] == "arch":
+        assert "/gone: headers (Debian and Ubuntu: libc6-dev, Fedora: glibc" in findings[0].text
+        assert "Fedora: none" in findings[1].text
+
+
+def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
     findings = by_subject(host.doctor(chosen))
     assert findings["host packages"].grade == "ok"
     assert findings["python"].grade == "ok"
     assert "spapr-nvdimm" in findings["QEMU"].text
-    assert findings["mirror"].text == "http://m.example/d"
+    assert findings["userland"].text == "Debian trixie can be fetched, 125 MB"
     assert not host.broken(list(findings.values()))
     # It looks, and makes nothing but the record of what the QEMU answered.
     assert {path.name for path in chosen.cache_dir.iterdir()} <= {"qemu-facts", "locks"}
+
+
+def test_mirror_is_asked_for_the_packages(chosen: Settings, complete: dict[str, list[str]]) -> None:
+    complete["trixie"].append("libc6_2.41_ppc64el.deb")
+    findings = [f for f in host.doctor(chosen) if f.subject in ("userland", "mirror")]
+    assert [f.grade for f in findings] == ["note", "ok"]
+    assert findings[0].text == "Debian trixie: the mirror lacks libc6_2.41_ppc64el.deb"
+    assert findings[1].text.startswith("Debian bookworm")
+    only = dataclasses.replace(chosen, userland_suite="trixie,potato")
+    findings = [f for f in host.doctor(only) if f.subject in ("userland", "mirror")]
+    assert [f.grade for f in findings] == ["note", "note", "missing"]
+    assert "no suite of trixie, potato is complete" in findings[2].text
+
+
+def test_mirror_that_does_not_answer(chosen: Settings) -> None:
+    findings = by_subject(host.doctor(chosen))
+    assert findings["mirror"].grade == "missing"
+    assert "cannot be reached" in findings["mirror"].text
 
 
 def test_qemu_that_would_be_fetched_is_not(chosen: Settings) -> None:
@@ -91,6 +151,18 @@ def test_wrong_qemu_is_told(chosen: Settings) -> None:
     findings = by_subject(host.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
     assert findings["QEMU"].grade == "missing"
     assert "is not a QEMU" in findings["QEMU"].text
+
+
+def test_what_a_qemu_cannot_do_is_noted(chosen: Settings, tmp_path: Path) -> None:
+    script = tmp_path / "qemu"
+    real = shutil.which(BINARY)
+    edit = 's/"virtio-rng-pci"/"gone"/'
+    script.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {real} \"$@\"\n")
+    script.chmod(0o755)
+    noted = by_subject(host.doctor(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
+    assert noted.grade == "note"
+    assert "no virtio-rng-pci, so tests with guests are cancelled" in noted.text
+    assert "the flush shim must be preloaded into QEMU itself, so tests that need" in noted.text
 
 
 def test_kvm_that_cannot_be_had_is_told(chosen: Settings) -> None:

@@ -17,8 +17,10 @@ import paramiko
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from paprscm import debian, userland
+from paprscm import userland
+from paprscm.apt import UnavailableError
 from paprscm.cache import Cache
+from paprscm.debian import Archive, Download
 from paprscm.errors import ConfigError, HostError
 from paprscm.guest import Guest
 from paprscm.userland import Userland
@@ -35,25 +37,28 @@ def cache(tmp_path: Path) -> Cache:
 
 
 @pytest.fixture
-def extracted(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
-    """What debian.extract was asked for; it leaves a little of what it would leave."""
+def extracted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
+    """The packages and suites that were downloaded; a few files stand for their contents."""
     calls: list[tuple[list[str], str]] = []
 
-    def extract(packages: list[str], *, suite: str, target: Path, **_: Any) -> dict[str, str]:
+    def download(_: Archive, packages: list[str], *, suite: str, **__: Any) -> Download:
         calls.append((packages, suite))
+        return Download(suite, cache.root / "downloads/x", ())
+
+    def unpack(_: Download, target: Path, *, title: str) -> dict[str, str]:
         for name in ("usr/bin/busybox", "usr/bin/gzip", "usr/share/doc/a/b", "etc/apt/sources"):
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(name)
         (target / "usr/bin/busybox").chmod(0o755)
-        # mmdebstrap copies these from the host, and makes device nodes where it may.
+        # Nothing of these may be left.
         (target / "etc/resolv.conf").write_text("nameserver 192.0.2.1\n")
         (target / "etc/hostname").write_text("my-laptop\n")
         (target / "dev").mkdir()
         (target / "dev/null").touch()
         return {"ndctl": "81-1"}
 
-    monkeypatch.setattr(debian, "extract", extract)
-    monkeypatch.setattr(debian, "resolve_mirror", lambda _: "http://m.example/debian")
+    monkeypatch.setattr(Archive, "download", download)
+    monkeypatch.setattr(Download, "unpack", unpack)
     return calls
 
 
@@ -66,7 +71,10 @@ def own_umask() -> Iterator[None]:
 
 
 def ensure(cache: Cache, boot_test: Callable[[Userland], None] | None = None) -> Userland:
-    return userland.ensure(cache, suite="trixie", mirror="auto", boot_test=boot_test)
+    obtained = userland.obtain(Archive(cache), ["trixie"])
+    if isinstance(obtained, Userland):
+        return obtained
+    return userland.build(cache, obtained, boot_test=boot_test)
 
 
 def debugfs(disk: Path, request: str) -> str:
@@ -197,6 +205,28 @@ def test_made_once_and_anew_when_its_recipe_changes(
         file.write("gdb\n")
     assert ensure(cache).disk not in (first.disk, second.disk)
     assert extracted[-1][0][-1] == "gdb"
+
+
+@needs_tools
+def test_the_next_suite_is_taken_where_one_is_not_complete(
+    cache: Cache, extracted: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = Archive.download
+
+    def refuse(archive: Archive, packages: list[str], *, suite: str, **rest: Any) -> Download:
+        if suite == "trixie":
+            raise UnavailableError("trixie lacks libc6")
+        return download(archive, packages, suite=suite, **rest)
+
+    monkeypatch.setattr(Archive, "download", refuse)
+    obtained = userland.obtain(Archive(cache), ["trixie", "forky"])
+    assert isinstance(obtained, Download)
+    made = userland.build(cache, obtained, boot_test=None)
+    assert made.suite == "forky"
+    # What is in the cache is taken before anything is fetched.
+    monkeypatch.setattr(Archive, "download", download)
+    assert userland.obtain(Archive(cache), ["trixie", "forky"]) == made
+    assert [suite for _, suite in extracted] == ["forky"]
 
 
 @needs_tools
