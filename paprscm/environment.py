@@ -20,6 +20,7 @@ from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
 from paprscm.settings import OWN_KERNELS, Settings, expanded
@@ -221,7 +222,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     )
     try:
         outcome = snapshot.ensure(recipe) if make_snapshot else snapshot.find(recipe)
-    except TimedOutError as error:
+    except (TimedOutError, ProbeError) as error:
         why = error.message.splitlines()[0]
         log.logger.warning("no snapshot this time, so guests are booted: %s", why)
         return made

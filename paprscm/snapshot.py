@@ -140,7 +140,7 @@ def ensure(recipe: Recipe) -> Outcome:
 
     Raises:
         ConfigError: no guest of this kernel can boot.
-        TimedOutError: a command in the guest did not end in time.
+        TimedOutError, ProbeError: a command, or gcc, did not end in time in the guest.
     """
 
     def build(folder: Path) -> None:
@@ -172,7 +172,7 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
-        except (ConfigError, KilledError, TimedOutError):
+        except (ConfigError, KilledError, TimedOutError, probes.ProbeError):
             # None of them says anything about this way to save; it is not recorded.
             raise
         except Error as error:

@@ -214,6 +214,17 @@ class QemuTest(Test):
         self.log.info("%s", found)
         self.shown.append(found)
 
+    def usual(self, what: str, found: object, usual: object) -> None:
+        """Let the test end as WARN if what no contract fixes is not as on the versions seen so far.
+
+        Args:
+            what: the name of a text, a count or a state of QEMU or Linux.
+            found: its value.
+            usual: its value on those versions.
+        """
+        if found != usual:
+            self.remark(f"{what}: {found!r}, so far it was {usual!r}")
+
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:
         """Within, what the QEMU, kernel or host cannot do makes the test CANCEL."""

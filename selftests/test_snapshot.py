@@ -14,6 +14,7 @@ from paprscm.cache import Cache
 from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import Equipment
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.settings import Settings
 from paprscm.snapshot import Recipe
 from paprscm.ssh import TimedOutError
@@ -53,6 +54,7 @@ def test_same_content_in_another_folder(tmp_path: Path) -> None:
     "error",
     [
         TimedOutError("a command did not end within 120 s"),
+        ProbeError("gcc did not end within 120 s"),
         KilledError("QEMU was killed by SIGKILL"),
         ConfigError("the guest's kernel ignores QEMU's -append"),
     ],

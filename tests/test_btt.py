@@ -23,11 +23,12 @@ from paprscm.same_block import (
     PROGRESS,
     SLEEPS,
     WRITE_PATH,
-    SameBlock,
+    Running,
     btt_sleep,
     expect_written,
     first_write,
-    parse_same_block,
+    start,
+    state,
     traces,
 )
 from paprscm.testcase import PaprScmTest
@@ -91,38 +92,46 @@ class Btt(PaprScmTest):
         guest.succeed(f"dd if=/dev/zero of={disk.path} bs=4096 count=1 oflag=direct")
 
     def start(self, guest: Guest, *, seconds: int) -> None:
-        """Let the threads write; how far they are is on the console."""
+        """Start the writers; their progress is on the console."""
         disk = self.disk(guest)
-        tool = build(guest, "same_block")
-        guest.succeed(
-            f"echo {WATCHDOG_S} > /proc/sys/kernel/watchdog_thresh\n"
-            f"setsid {tool} --threads={THREADS} --seconds={seconds} --progress=/dev/kmsg "
-            f"{disk.path} > /tmp/same_block 2>&1 < /dev/null &"
-        )
+        limit = "/proc/sys/kernel/watchdog_thresh"
+        guest.succeed(f"[ ! -e {limit} ] || echo {WATCHDOG_S} > {limit}")
+        start(guest, build(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds)
 
-    def report(self, guest: Guest) -> SameBlock:
-        """What the threads did, when they have ended."""
-        found = parse_same_block(guest.succeed("cat /tmp/same_block"))
+    def ended(self, guest: Guest, after_s: float) -> int:
+        """The number of writes of threads that must have ended; their report counts, not the line.
+
+        Args:
+            guest: where.
+            after_s: how long they were waited for, s.
+        """
+        found = state(guest)
+        if isinstance(found, Running):
+            guest.check()
+            raise ContractError(
+                f"{len(found.states)} of {THREADS} writer threads still running after "
+                f"{after_s:g} s, states {' '.join(found.states)}, "
+                f"{_writes(guest.console.lines)} writes; no CPU is reported as stuck"
+            )
         self.measure("writes", sum(found.writes))
         self.measure("duration_s", found.duration_ns / 1e9)
         expect_written(found)
-        return found
+        return sum(found.writes)
 
     def test_same_block_off(self) -> None:
         """On pmem=off, four threads that write one block on two CPUs all come to their end."""
         self.two_cpus()
+        self.environment.kernel.require_option("SOFTLOCKUP_DETECTOR")
         allowed = [LOCKUP.pattern, SLEEPS.pattern, *STALLS]
         guest = self.boot(Machine(nvdimms=(Nvdimm(),)), allowed=allowed)
         self.start(guest, seconds=LIMIT_S)
+        limit_s = LIMIT_S + 20
         found = guest.console.wait_for(
             {"sleeps": SLEEPS, "wedged": LOCKUP, "done": DONE},
-            timeout_s=LIMIT_S + 20,
+            timeout_s=limit_s,
             silence_s=float("inf"),
         )
-        if found is None:
-            guest.check()
-            self.fail("the threads do not end, and no CPU is said to be taken")
-        if found[0] == "sleeps":
+        if found is not None and found[0] == "sleeps":
             # It is reported before it can wedge a CPU, and after it the counts are wrong.
             guest.console.settle(0.5, 3.0)
             trace = traces(guest.console.lines, SLEEPS)[0]
@@ -130,8 +139,8 @@ class Btt(PaprScmTest):
             self.measure("first message", trace)
             self.known_issue(BTT_ISSUE, shows=True, found=btt_sleep(trace))
             return
-        if found[0] == "done":
-            writes = sum(self.report(guest).writes)
+        if found is None or found[0] == "done":
+            writes = self.ended(guest, limit_s)
             guest.check()
             self.known_issue(BTT_ISSUE, shows=False, found=f"{writes} writes of one block")
             return
@@ -180,10 +189,8 @@ class Btt(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
         self.start(guest, seconds=LIMIT_S // 2)
         # The message's own line counts, however slow the host is.
-        if not guest.console.wait_for({"done": DONE}, timeout_s=60, silence_s=float("inf")):
-            guest.check()
-            self.fail("the threads do not end")
-        self.report(guest)
+        guest.console.wait_for({"done": DONE}, timeout_s=60, silence_s=float("inf"))
+        self.ended(guest, 60)
 
     def two_cpus(self) -> None:
         """CANCEL with one CPU: then nobody waits for a lock that its holder sleeps with."""
