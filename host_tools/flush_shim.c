@@ -72,6 +72,8 @@ struct file {
 	uint64_t drawn, matched;
 	/* By operation; the last is for all of them together. */
 	struct counts counts[OPERATIONS + 1];
+	/* Mappings made so far: none means that another process has the file. */
+	uint64_t mapped;
 };
 
 struct record {
@@ -211,8 +213,10 @@ EXPORT void *mmap(void *address, size_t length, int prot, int flags, int fd, off
 	map = REAL(mmap)(address, length, prot, flags, fd, offset);
 	if (map != MAP_FAILED) {
 		forget((uintptr_t)map, end_of(map, length));
-		if (file)
+		if (file) {
 			remember((uintptr_t)map, end_of(map, length), file);
+			add(&file->mapped, 1);
+		}
 	}
 	pthread_mutex_unlock(&ranges_lock);
 	return map;

@@ -29,6 +29,7 @@ from paprscm.flush_trace import count_hcalls
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.pmem import region
+from paprscm.qemu_facts import sanitizers
 
 THREADS = (1, 2, 4, 8, 16, 32, 64)
 DIMMS = (1, 2, 4, 8)
@@ -118,9 +119,11 @@ def rates(
     values: dict[str, list[float]] = defaultdict(list)
     others: dict[str, list[float]] = defaultdict(list)
     began = time.time()
+    before = sanitizers(environment.qemu.path)
+    library = shim.build(Cache(environment.settings.cache_dir))
     with (
         tempfile.TemporaryDirectory(prefix="paprscm-bench-") as folder,
-        shim.Shim(shim.build(Cache(environment.settings.cache_dir))) as watcher,
+        shim.Shim(library, before=before) as watcher,
         environment.guest(machine, folder=Path(folder), shim=watcher) as guest,
         log.quiet(),
         log.progress("flushes", rounds * len(cells), "cells") as bar,

@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ from paprscm import (
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
-from paprscm.errors import ConfigError, Error, HostError
+from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error, HostError
 from paprscm.kbuild import build_default, build_tree, prune_trees
 from paprscm.machine import Machine, qemu_argv, require, script
 from paprscm.options import parse_nvdimm
@@ -46,12 +47,13 @@ DAY_S = 86400.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit status. An error is one sentence, a hint and status 2."""
+    """Run one verb; its exit status. An error is one sentence, a hint and status 2 or 3."""
     words = list(sys.argv[1:] if argv is None else argv)
     # What follows "--" is Avocado's, whatever it looks like.
     cut = words.index("--") if "--" in words else len(words)
     arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
+    _unwind_on(signal.SIGHUP, signal.SIGTERM)
     try:
         given = {name: getattr(arguments, name, None) for name in settings.names()}
         verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"paprscm: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
-        return 2
+        return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
     except OSError as error:
         # A disk, a permission, a terminal that went away: the user's to mend, as a rule.
         log.logger.debug("", exc_info=True)
@@ -70,6 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
         return 130
+
+
+def _unwind_on(*numbers: signal.Signals) -> None:
+    """Exit through every `finally` when a terminal closes, say; not if nohup(1) had it ignored."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -20,9 +20,10 @@ from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
-from paprscm.settings import OWN_KERNELS, Settings
+from paprscm.settings import OWN_KERNELS, Settings, expanded
 from paprscm.shim import Shim
 from paprscm.ssh import TimedOutError
 from paprscm.userland import Userland
@@ -159,6 +160,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     archive = Archive.of(settings)
     cache = archive.cache
     binary = qemu.resolve(archive, settings.qemu)
+    qemu.require_guests(binary)
     accel = qemu.accel(settings.accel, binary)
     if settings.firmware == "vof" and not binary.has_vof:
         raise ConfigError(f"{binary.path} has no x-vof machine option", hint="set firmware=slof")
@@ -178,7 +180,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         return Equipment(
             settings=settings,
             qemu=binary.argv_prefix,
-            payload=Payload(kernel=vmlinux, disk=land.disk, initrd=initrd),
+            payload=Payload(
+                kernel=vmlinux,
+                disk=land.disk,
+                initrd=initrd,
+                words=under_test.words,
+            ),
             client_key=land.client_key,
             host_key=land.host_key_public,
         )
@@ -215,7 +222,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     )
     try:
         outcome = snapshot.ensure(recipe) if make_snapshot else snapshot.find(recipe)
-    except TimedOutError as error:
+    except (TimedOutError, ProbeError) as error:
         why = error.message.splitlines()[0]
         log.logger.warning("no snapshot this time, so guests are booted: %s", why)
         return made
@@ -236,7 +243,9 @@ def _kernel(
             )
         built = kbuild.build_default(archive, settings, proceed=proceed)
         return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
-    found = kernel.inspect(Path(settings.kernel).expanduser().absolute())
+    found = kernel.inspect(expanded(Path(settings.kernel)).absolute())
+    if settings.modules is not None:
+        found = modules.with_config(found, settings.modules)
     kernel.check(found, has_modules=settings.modules is not None)
     return found, ""
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+CAPABILITY_STATUS = 3
+"""Exit status of the `paprscm` command after a CapabilityError; other errors give 2."""
+
 
 class Error(Exception):
     """Something went wrong, said in one sentence, with a way out where one is known.
@@ -27,6 +30,10 @@ class ConfigError(Error):
 
 class HostError(Error):
     """This machine or our own machinery failed; says nothing about the product (ERROR)."""
+
+
+class KilledError(HostError):
+    """A program of ours was ended from outside: by the kernel's OOM killer, by a person."""
 
 
 class CapabilityError(Error):

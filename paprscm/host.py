@@ -23,7 +23,7 @@ from paprscm.budget import budget, resources
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error
-from paprscm.qemu_facts import BINARY
+from paprscm.qemu_facts import BINARY, sanitizers
 from paprscm.settings import Settings
 
 HOST_PACKAGES = Path(__file__).resolve().parents[1] / "images" / "host-packages"
@@ -47,7 +47,7 @@ class Finding:
             (it works, but not all of it, or not well).
         subject: what was looked at, in a word or two.
         text: what was found, for a person.
-        packages: Debian packages that would bring what is missing.
+        packages: packages of this host's distribution that provide what is missing.
     """
 
     grade: Grade
@@ -61,14 +61,16 @@ class HostPackage:
     """One line of images/host-packages.
 
     Attributes:
-        name: the Debian package.
+        name: the package of Debian and Ubuntu.
         proof: a command, an absolute path, or "module:" and a Python module.
         reason: what it is needed for.
+        fedora: the package of Fedora; "" where it has none and the suite runs without it.
     """
 
     name: str
     proof: str
     reason: str
+    fedora: str = ""
 
     @property
     def is_there(self) -> bool:
@@ -94,10 +96,24 @@ def parse_host_packages(text: str) -> list[HostPackage]:
         words = entry.split()
         if not words:
             continue
-        if len(words) != 2:
+        if len(words) not in (2, 3):
             raise ConfigError(f"host packages, line {number}: '{line}' is not: package proof")
-        found.append(HostPackage(words[0], words[1], reason.strip()))
+        fedora = words[2] if len(words) == 3 else words[0]
+        fedora = "" if fedora == "-" else fedora
+        found.append(HostPackage(words[0], words[1], reason.strip(), fedora))
     return found
+
+
+def system() -> Literal["debian", "fedora", "other"]:
+    """The family of this host's distribution, by its names for packages."""
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return "other"
+    names = {release.get("ID"), *release.get("ID_LIKE", "").split()}
+    if names & {"debian", "ubuntu"}:
+        return "debian"
+    return "fedora" if names & {"fedora", "rhel"} else "other"
 
 
 def doctor(settings: Settings) -> list[Finding]:
@@ -124,8 +140,9 @@ def broken(findings: Sequence[Finding]) -> bool:
 
 def install_line(findings: Sequence[Finding]) -> str | None:
     """The command that installs every missing package, or None."""
-    packages = dict.fromkeys(name for finding in findings for name in finding.packages)
-    return "apt install " + " ".join(packages) if packages else None
+    packages = " ".join(dict.fromkeys(name for finding in findings for name in finding.packages))
+    tools = {"debian": "apt install", "fedora": "dnf install", "other": "Debian's names:"}
+    return f"{tools[system()]} {packages}" if packages else None
 
 
 def show(findings: Sequence[Finding], console: Console | None = None) -> None:
@@ -155,12 +172,25 @@ def _plain(text: str) -> str:
 
 
 def _packages(wanted: Sequence[HostPackage]) -> list[Finding]:
-    absent = [package for package in wanted if not package.is_there]
+    kind = system()
+    named = [(package, package.fedora if kind == "fedora" else package.name) for package in wanted]
+    absent = [(package, name) for package, name in named if name and not package.is_there]
     if not absent:
         return [Finding("ok", "host packages", f"all {len(wanted)} of them")]
+    if kind == "other":
+        return [
+            Finding(
+                "missing",
+                "tool",
+                f"{package.proof}: {package.reason} (Debian and Ubuntu: {name}, "
+                f"Fedora: {package.fedora or 'none'})",
+                (name,),
+            )
+            for package, name in absent
+        ]
     return [
-        Finding("missing", "package", f"{package.name}: {package.reason}", (package.name,))
-        for package in absent
+        Finding("missing", "package", f"{name}: {package.reason}", (name,))
+        for package, name in absent
     ]
 
 
@@ -203,9 +233,17 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
             (binary.has_pmem, "no libpmem, so tests of pmem=on are cancelled"),
             (binary.has_pmem_override, "no pmem-override, so its tests are cancelled"),
             (binary.has_vof or settings.firmware == "slof", "no x-vof, so set firmware=slof"),
+            (
+                not binary.lacks_for_guests,
+                f"no {', '.join(binary.lacks_for_guests)}, so tests with guests are cancelled",
+            ),
         )
         if not present
     ]
+    try:
+        sanitizers(binary.path)
+    except Error as error:
+        lacking.append(f"{error.message}, so tests that need it are cancelled")
     what = "; ".join(lacking) if lacking else "spapr-nvdimm, pmem, pmem-override, x-vof"
     grade: Grade = "note" if lacking else "ok"
     findings = [Finding(grade, "QEMU", f"{binary.version_text}: {what}")]

@@ -22,9 +22,11 @@ from paprscm import log
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import CapabilityError, ConfigError, HostError
-from paprscm.qemu_facts import ASKED_TYPES, BINARY, FORMAT, JSON, ask
+from paprscm.qemu_facts import ASKED_TYPES, BINARY, FORMAT, GUEST_TYPES, JSON, ask
+from paprscm.settings import expanded
 
 INSTALL_HINT = "apt install qemu-system-ppc, or set qemu=debian:trixie to fetch one without root"
+_FETCH_HINT = "qemu=debian:trixie fetches one that has it"
 
 _FETCHED_FORMAT = "1"
 """Changes when the layout of a fetched QEMU does."""
@@ -48,6 +50,7 @@ class Qemu:
         properties: names of properties by type, for "machine" (pseries) and each of
             qemu_facts.ASKED_TYPES that this QEMU knows.
         has_kvm: it was built with KVM for its target.
+        has_netdev_user: it was built with libslirp, the network of guests (-netdev user).
         cpu_models: what -cpu takes.
         qmp_commands: QMP commands.
         migration_capabilities: what migrate-set-capabilities takes.
@@ -61,6 +64,7 @@ class Qemu:
     machine: str
     properties: Mapping[str, frozenset[str]] = field(hash=False, repr=False)
     has_kvm: bool
+    has_netdev_user: bool
     cpu_models: frozenset[str] = field(repr=False)
     qmp_commands: frozenset[str] = field(repr=False)
     migration_capabilities: frozenset[str] = field(repr=False)
@@ -91,6 +95,12 @@ class Qemu:
         """A spapr-nvdimm can ask for flushes although its backend is pmem=on."""
         return self.has("spapr-nvdimm", "pmem-override")
 
+    @property
+    def lacks_for_guests(self) -> tuple[str, ...]:
+        """Devices and backends of every guest that it was built without."""
+        absent = tuple(name for name in GUEST_TYPES if not self.has(name))
+        return absent if self.has_netdev_user else (*absent, "-netdev user (libslirp)")
+
 
 def resolve(archive: Archive, setting: str) -> Qemu:
     """Find, or fetch, the QEMU that the setting names, and ask what it can do.
@@ -111,12 +121,27 @@ def resolve(archive: Archive, setting: str) -> Qemu:
     facts = _remember(cache, key, f"capabilities-{FORMAT}", lambda: ask(argv_prefix, path))
     qemu = _from_facts(facts, argv_prefix, path, key)
     if not qemu.has("spapr-nvdimm"):
+        # QEMU commit 8601b4f11d47 (in v7.0).
+        why = "it came with QEMU 7.0" if qemu.version < (7, 0, 0) else "build it with CONFIG_NVDIMM"
         raise CapabilityError(
             f"{path} (version {qemu.version_text}) has no spapr-nvdimm device",
-            # QEMU commit 8601b4f11d47 (in v7.0).
-            hint="it came with QEMU 7.0; qemu=debian:trixie fetches one that has it",
+            hint=f"{why}; {_FETCH_HINT}",
         )
     return qemu
+
+
+def require_guests(qemu: Qemu) -> None:
+    """Raise unless the QEMU can run the guests of this suite.
+
+    Raises:
+        CapabilityError: it was built without some of their devices; the message names them.
+    """
+    if lacking := qemu.lacks_for_guests:
+        raise CapabilityError(
+            f"{qemu.path} (version {qemu.version_text}) cannot run the suite's guests: "
+            f"it is built without {', '.join(lacking)}",
+            hint=f"configure it with --enable-slirp and its default devices; {_FETCH_HINT}",
+        )
 
 
 def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -> JSON:
@@ -198,7 +223,7 @@ def _locate(archive: Archive, setting: str) -> tuple[tuple[str, ...], Path]:
             raise HostError(f"there is no {BINARY} on this host", hint=INSTALL_HINT)
         path = Path(found)
     else:
-        path = Path(setting).expanduser()
+        path = expanded(Path(setting))
         if "/" not in setting and (on_path := shutil.which(setting)):
             path = Path(on_path)
     # Absolute, because QEMU is started in other folders; links are kept, because a QEMU that is
@@ -319,6 +344,7 @@ def _from_facts(facts: JSON, argv_prefix: tuple[str, ...], path: Path, key: str)
         machine=facts["machine"],
         properties={name: frozenset(found) for name, found in facts["properties"].items()},
         has_kvm=facts["kvm"],
+        has_netdev_user=facts["netdev_user"],
         cpu_models=frozenset(facts["cpu_models"]),
         qmp_commands=frozenset(facts["qmp_commands"]),
         migration_capabilities=frozenset(facts["migration_capabilities"]),

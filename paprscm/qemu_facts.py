@@ -14,6 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
+from elftools.common.exceptions import ELFError
+from elftools.elf.dynamic import DynamicSegment
+from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import InterpSegment
+
 from paprscm import process
 from paprscm.errors import CapabilityError, ConfigError, Error, HostError
 
@@ -21,10 +26,19 @@ JSON: TypeAlias = Any
 """Whatever json.dumps() takes and json.loads() gives back."""
 
 BINARY = "qemu-system-ppc64"
-FORMAT = "1"
+FORMAT = "2"
 """Changes when `ask` returns something else."""
 
 _ANSWER_LIMIT_S = 20.0
+GUEST_TYPES = (
+    "spapr-vty",
+    "virtio-blk-pci",
+    "virtio-net-pci",
+    "virtio-rng-pci",
+    "virtio-serial-pci",
+    "virtserialport",
+)
+"""Devices of every guest; see machine.qemu_argv."""
 ASKED_TYPES = (
     "spapr-nvdimm",
     "nvdimm",
@@ -32,13 +46,14 @@ ASKED_TYPES = (
     "memory-backend-memfd",
     "memory-backend-ram",
     "main-loop",
-    "virtio-blk-pci",
-    "virtio-net-pci",
-    "virtio-serial-pci",
+    *GUEST_TYPES,
 )
 """Types whose properties are asked for. The list of all types (qom-list-types) is not: for it QEMU
 loads every module in its compiled-in folder, and a QEMU run from another place aborts at those of
 the host's (assertion in util/module.c:module_load_dso, seen with 10.0)."""
+
+# Runtimes of gcc and clang that must be the first library of their program.
+_SANITIZER = re.compile(r"lib(clang_rt\.)?(asan|hwasan|tsan)\b")
 
 
 def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
@@ -80,12 +95,41 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
             "machine": pseries[0],
             "properties": properties,
             "kvm": qmp.ask("query-kvm")["present"],
+            # The schema names the backend in every QEMU: only an attempt shows that it is built in.
+            "netdev_user": qmp.ask_or_none("netdev_add", type="user", id="asked") is not None,
             "cpu_models": _names(qmp.ask("query-cpu-definitions")),
             "qmp_commands": _names(qmp.ask("query-commands")),
             "migration_capabilities": [
                 item["capability"] for item in qmp.ask("query-migrate-capabilities")
             ],
         }
+
+
+def sanitizers(program: Path) -> tuple[str, ...]:
+    """Libraries that must be loaded into the program before the shim.
+
+    AddressSanitizer and its kin end a program in which another library comes before theirs.
+
+    Raises:
+        CapabilityError: the shim cannot be loaded into it: it is static, or a script.
+    """
+    hint = "set qemu= to a dynamically linked QEMU"
+    try:
+        with program.open("rb") as file:
+            segments = list(ELFFile(file).iter_segments())
+            if not any(isinstance(segment, InterpSegment) for segment in segments):
+                raise CapabilityError(
+                    f"{program} is static: the flush shim cannot be preloaded", hint=hint
+                )
+            dynamic = next(s for s in segments if isinstance(s, DynamicSegment))
+            # DynamicTag sets the attribute at run time.
+            needed = [str(vars(tag)["needed"]) for tag in dynamic.iter_tags("DT_NEEDED")]
+            return tuple(name for name in needed if _SANITIZER.match(name))
+    except (OSError, ELFError) as error:
+        raise CapabilityError(
+            f"{program} is not an ELF program: the flush shim must be preloaded into QEMU itself",
+            hint=hint,
+        ) from error
 
 
 def _names(items: JSON) -> list[str]:

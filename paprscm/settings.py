@@ -24,20 +24,25 @@ SECTION = "paprscm"
 OWN_KERNELS = ("default", "debug")
 """What the setting `kernel` calls those that the suite builds for itself."""
 
-TEST_PARAMETERS = {
-    "cuts": "how often QEMU is killed to see what survives",
-    "seed": "of the random numbers of a test; each test says which it took",
-    "sequences": "how many random sequences of hcalls are tried",
-    "sync_s": "how long the longest sync of the host takes, s",
-    "timeout": "Avocado's own: a test's limit, s",
-    "timeout_factor": "Avocado's own: multiplies it",
-}
-"""What `-p name=value` of Avocado may say besides: it is a test's own, and nobody else's."""
-
 
 def _default_cache_dir() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "paprscm"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else expanded(Path("~/.cache"))) / "paprscm"
+
+
+def expanded(path: Path) -> Path:
+    """The path with ~ replaced by the home folder.
+
+    Raises:
+        ConfigError: this user has no home folder.
+    """
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: user {os.getuid()} has no home folder",
+            hint="set HOME, or cache_dir to a folder that this user can write to",
+        ) from error
 
 
 def _setting(default: Any, meaning: str) -> Any:
@@ -187,5 +192,5 @@ def _convert(name: str, text: str) -> Any:
         _one_of(name, text, ("yes", "no"))
         return text == "yes"
     if kind.startswith("Path"):
-        return Path(text).expanduser() if text else None
+        return expanded(Path(text)) if text else None
     return text

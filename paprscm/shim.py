@@ -16,14 +16,14 @@ import platform
 import shutil
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, Self
 
 from paprscm.cache import Cache
-from paprscm.errors import ConfigError, ContractError, HostError
+from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.process import run
 
 _SOURCE = Path(__file__).resolve().parent.parent / "host_tools" / "flush_shim.c"
@@ -78,6 +78,7 @@ _FILE = _struct(
     (_RULE * 2, "rules"),
     (_U64, "drawn matched"),
     (_COUNTS * (len(Operation) + 1), "counts"),
+    (_U64, "mapped"),
 )
 _RECORD = _struct(
     (_U64, "state begin_ns end_ns"),
@@ -183,27 +184,23 @@ class Shim:
 
     Args:
         library: what `build` returned.
+        before: qemu_facts.sanitizers() of the QEMU.
         seed: of the random delays, which it makes repeatable.
-
-    Raises:
-        ConfigError: the dynamic loader cannot be told the library's path.
     """
 
-    def __init__(self, library: Path, *, seed: int = 0) -> None:
-        # ld.so(8): blanks and colons separate, $ begins a token.
-        if set(" \t\n:$") & set(str(library)):
-            raise ConfigError(
-                f"{library} cannot be preloaded: its path has a blank, a colon or a $",
-                hint="set cache_dir to a folder without",
-            )
+    def __init__(self, library: Path, *, before: Sequence[str] = (), seed: int = 0) -> None:
         self._library = library
+        # LD_PRELOAD cannot hold every path (ld.so(8): " :$"), nor a noexec mount a library.
+        self._copy = os.memfd_create("flush_shim.so")
+        os.write(self._copy, library.read_bytes())
+        self._preload = ":".join((*before, f"/proc/{os.getpid()}/fd/{self._copy}"))
         self._handle = os.memfd_create("paprscm-shim")
         os.ftruncate(self._handle, ctypes.sizeof(_PAGE))
         # Its fields are aligned, so each is read and written at once.
         self._page = _PAGE.from_buffer(mmap.mmap(self._handle, ctypes.sizeof(_PAGE)))
         self._page.magic, self._page.layout, self._page.seed = _MAGIC, _layout()[1], seed
         self._files: list[WatchedFile] = []
-        self._handles = [self._handle]
+        self._handles = [self._handle, self._copy]
 
     def __enter__(self) -> Self:
         return self
@@ -217,7 +214,7 @@ class Shim:
     def prefix(self) -> tuple[str, ...]:
         """What to put before QEMU's own command line, so that it and nobody else is preloaded."""
         env = shutil.which("env") or "/usr/bin/env"
-        return env, f"LD_PRELOAD={self._library}", f"PAPRSCM_SHIM={self._handle}"
+        return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={self._handle}"
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
@@ -234,10 +231,11 @@ class Shim:
         """Wait until QEMU has loaded the library, which it does before its main(); its pid.
 
         Raises:
-            HostError: it has not within `timeout_s`, or what it loaded is of another source.
+            CapabilityError: it has not within `timeout_s`.
+            HostError: what it loaded is of another source.
         """
         if not _until(lambda: self._page.loaded != 0, timeout_s):
-            raise HostError(
+            raise CapabilityError(
                 f"QEMU did not load the flush shim within {timeout_s:g} s",
                 hint="start it with prefix() and pass_fds; a static program cannot load it",
             )
@@ -332,6 +330,10 @@ class WatchedFile:
         self._entry = entry
         self._rule = _RULE()
         self._changing = threading.Lock()
+
+    def is_mapped(self) -> bool:
+        """Whether a process with the shim has mapped it."""
+        return bool(self._entry.mapped)
 
     def counts(self, operation: Operation | None = None) -> Counts:
         """The calls so far, of one operation or of all; raises as Shim.check does."""
@@ -429,11 +431,9 @@ class WatchedFile:
 def _until(done: Callable[[], bool], limit_s: float) -> bool:
     """Wait until it is done; whether it was in time."""
     deadline = time.monotonic() + limit_s
-    while not done():
-        if time.monotonic() >= deadline:
-            return False
+    while not (ready := done()) and time.monotonic() < deadline:
         time.sleep(0.0005)
-    return True
+    return ready
 
 
 def _mask(operations: Collection[Operation]) -> int:

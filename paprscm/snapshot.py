@@ -16,7 +16,7 @@ from pathlib import Path
 
 from paprscm import log, probes, process
 from paprscm.cache import Cache, Entry
-from paprscm.errors import ContractError, Error
+from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import Equipment, Guest
 from paprscm.machine import PORT_NAME, Machine, Nvdimm, Payload, qemu_argv
 from paprscm.qemu import Qemu
@@ -94,7 +94,10 @@ class Recipe:
         payload = self.equipment.payload
         # Where the files are makes no difference.
         names = Payload(
-            kernel=Path("kernel"), disk=Path("disk"), initrd=Path("i") if payload.initrd else None
+            kernel=Path("kernel"),
+            disk=Path("disk"),
+            initrd=Path("i") if payload.initrd else None,
+            words=payload.words,
         )
         argv = qemu_argv(("qemu",), self.machine, names, {}, None)
         files = [f for f in (payload.kernel, payload.disk, payload.initrd) if f]
@@ -136,8 +139,8 @@ def ensure(recipe: Recipe) -> Outcome:
     not: that is the host's fault, and the next run tries again.
 
     Raises:
-        Error: the guest does not even boot.
-        TimedOutError: a command in the guest did not end in time.
+        ConfigError: no guest of this kernel can boot.
+        TimedOutError, ProbeError: a command, or gcc, did not end in time in the guest.
     """
 
     def build(folder: Path) -> None:
@@ -169,7 +172,8 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
-        except TimedOutError:
+        except (ConfigError, KilledError, TimedOutError, probes.ProbeError):
+            # None of them says anything about this way to save; it is not recorded.
             raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from paprscm.errors import GuestLostError, HostError
+from paprscm.errors import CapabilityError, GuestLostError, HostError
 from paprscm.machine import Nvdimm, script
 from paprscm.process import Process, describe_status
 from paprscm.qmp import Qmp
@@ -25,6 +25,9 @@ from paprscm.wording import quoted
 Command = Callable[[Mapping[int, Path], int | None], list[str]]
 """Gives QEMU's command line for the files behind the DIMMs, by slot, and the monitor's descriptor;
 with None instead, one for a person who runs it by hand."""
+
+# A QEMU that has hung up has ended after so long, or does something else.
+_END_LIMIT_S = 2.0
 
 
 class Lifetime:
@@ -122,7 +125,7 @@ class Vm(Lifetime):
                 undo.callback(file.unlink)
             # Before QEMU maps it.
             watched = self._shim.watch(file) if self._shim else None
-            self._attach(nvdimm, file)
+            self._attach(nvdimm, file, watched)
             undo.pop_all()
         self._own(nvdimm.slot, file, watched)
 
@@ -132,12 +135,14 @@ class Vm(Lifetime):
         Raises:
             RefusedError: QEMU does not take it.
         """
-        self._attach(nvdimm, self._files[nvdimm.slot])
+        self._attach(nvdimm, self._files[nvdimm.slot], self._watched.get(nvdimm.slot))
 
-    def _attach(self, nvdimm: Nvdimm, file: Path) -> None:
+    def _attach(self, nvdimm: Nvdimm, file: Path, watched: WatchedFile | None) -> None:
         with contextlib.ExitStack() as undo:
             self.qmp.execute("object-add", **nvdimm.backend(file))
             undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
+            if watched is not None:
+                _require_mapped(watched)
             self.qmp.execute("device_add", **nvdimm.frontend())
             undo.pop_all()
 
@@ -186,12 +191,14 @@ class Vm(Lifetime):
                     *(shim.pass_fds if shim else ()),
                 ),
                 scratch=scratch,
+                output_file=Path(output.name),
             )
         stack.callback(self.process.kill)
         try:
-            self.qmp = Qmp(ours)
+            # One that was ended from outside is a KilledError.
+            self.qmp = Qmp(ours, on_gone=lambda: self.process.wait(_END_LIMIT_S))
         except GuestLostError as error:
-            status = self.process.wait(2.0)
+            status = self.process.wait(_END_LIMIT_S)
             how = "does not answer" if status is None else describe_status(status)
             raise HostError(
                 f"QEMU did not start as it should ({how}); it said:\n{self.says()}",
@@ -200,6 +207,10 @@ class Vm(Lifetime):
         stack.callback(self.qmp.close)
         if shim:
             shim.require_loaded()
+            backends = {memdev["id"] for memdev in self.qmp.execute("query-memdev")}
+            for slot, watched in self._watched.items():
+                if f"mem{slot}" in backends:
+                    _require_mapped(watched)
 
     def _own(self, slot: int, file: Path, watched: WatchedFile | None) -> None:
         self._files[slot] = file
@@ -222,3 +233,13 @@ class Vm(Lifetime):
         target = self.folder / "qemu.sh"
         target.write_text(script(self._command(self._files, None), sizes))
         target.chmod(0o755)
+
+
+def _require_mapped(file: WatchedFile) -> None:
+    """Raise CapabilityError if the shim is in a process other than the one that maps the file."""
+    if not file.is_mapped():
+        raise CapabilityError(
+            f"the flush shim does not see how QEMU uses {file.path}: it was loaded into another "
+            "process",
+            hint="set qemu= to the binary itself, not to a program that starts it",
+        )

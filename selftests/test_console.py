@@ -56,6 +56,8 @@ TROUBLE = [
         "[    5.123456] papr_scm ibm,persistent-memory:ibm,pmemory@90000000: flush error: -1",
         False,
     ),
+    ("xmon", "cpu 0x1: Vector: 300 (Data Access) at [c00000000587f8b0]", True),
+    ("xmon", "cpu 0x1: Vector: 0  at [c00000000508b828]", True),
     # Without PRINTK_TIME.
     ("warning", "WARNING: CPU: 1 PID: 77 at drivers/nvdimm/bus.c:12 f+0x1", False),
 ]

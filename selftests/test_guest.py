@@ -36,6 +36,10 @@ def test_verbs(boot: Boot, tmp_path: Path) -> None:
         guest.succeed("echo no; false")
     with pytest.raises(ContractError, match="expected it to fail"):
         guest.fail("true")
+    with pytest.raises(HostError, match="a program is missing"):
+        guest.fail("no-such-program")
+    with pytest.raises(HostError, match="crashed, SIGSEGV"):
+        guest.succeed("sh -c 'kill -SEGV $$'")
 
     begun = time.monotonic()
     guest.run("(sleep 1; touch /tmp/there) > /dev/null 2>&1 &")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from paprscm.budget import Resources
 from paprscm.debian import Archive
 from paprscm.errors import ConfigError
 from paprscm.host import Finding
+from paprscm.qemu_facts import BINARY
 from paprscm.settings import Settings
 
 
@@ -44,11 +46,12 @@ def by_subject(findings: list[Finding]) -> dict[str, Finding]:
 
 
 def test_package_list_names_package_proof_and_reason() -> None:
-    text = "# all\n\nmake  make  # builds\nkeys  /usr/share/keys.gpg  # trust\n"
+    text = "# all\n\nmake  make  # builds\nkeys  /k.gpg  keyring  # trust\ncross /x - # more\n"
     found = host.parse_host_packages(text)
-    assert [(p.name, p.proof, p.reason) for p in found] == [
-        ("make", "make", "builds"),
-        ("keys", "/usr/share/keys.gpg", "trust"),
+    assert [(p.name, p.proof, p.reason, p.fedora) for p in found] == [
+        ("make", "make", "builds", "make"),
+        ("keys", "/k.gpg", "trust", "keyring"),
+        ("cross", "/x", "more", ""),
     ]
     with pytest.raises(ConfigError, match="line 2: 'gcc # no proof'"):
         host.parse_host_packages("make make\ngcc # no proof\n")
@@ -85,6 +88,28 @@ def test_machine_without_tools(
     assert line is not None
     assert line.startswith("apt install ")
     assert {"qemu-system-ppc", "gcc-powerpc64le-linux-gnu", "apt"} <= set(line.split())
+
+
+@pytest.mark.parametrize(
+    ("release", "line"),
+    [
+        ({"ID": "debian"}, "apt install libc6-dev cross"),
+        ({"ID": "ubuntu", "ID_LIKE": "debian"}, "apt install libc6-dev cross"),
+        ({"ID": "fedora"}, "dnf install glibc-devel"),
+        ({"ID": "rocky", "ID_LIKE": "rhel centos fedora"}, "dnf install glibc-devel"),
+        ({"ID": "arch"}, "Debian's names: libc6-dev cross"),
+    ],
+)
+def test_packages_have_the_names_of_this_system(
+    monkeypatch: pytest.MonkeyPatch, release: dict[str, str], line: str
+) -> None:
+    monkeypatch.setattr("platform.freedesktop_os_release", lambda: release)
+    text = "libc6-dev /gone glibc-devel # headers\ncross /gone2 - # more\n"
+    findings = host._packages(host.parse_host_packages(text))
+    assert host.install_line(findings) == line
+    if release["ID"] == "arch":
+        assert "/gone: headers (Debian and Ubuntu: libc6-dev, Fedora: glibc" in findings[0].text
+        assert "Fedora: none" in findings[1].text
 
 
 def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
@@ -126,6 +151,18 @@ def test_wrong_qemu_is_told(chosen: Settings) -> None:
     findings = by_subject(host.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
     assert findings["QEMU"].grade == "missing"
     assert "is not a QEMU" in findings["QEMU"].text
+
+
+def test_what_a_qemu_cannot_do_is_noted(chosen: Settings, tmp_path: Path) -> None:
+    script = tmp_path / "qemu"
+    real = shutil.which(BINARY)
+    edit = 's/"virtio-rng-pci"/"gone"/'
+    script.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {real} \"$@\"\n")
+    script.chmod(0o755)
+    noted = by_subject(host.doctor(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
+    assert noted.grade == "note"
+    assert "no virtio-rng-pci, so tests with guests are cancelled" in noted.text
+    assert "the flush shim must be preloaded into QEMU itself, so tests that need" in noted.text
 
 
 def test_kvm_that_cannot_be_had_is_told(chosen: Settings) -> None:

@@ -129,6 +129,12 @@ def test_slof_and_kvm_take_no_tcg_words() -> None:
     assert after(words, "-accel") == ["kvm"]
 
 
+def test_words_of_the_kernel_come_before_those_of_the_machine() -> None:
+    payload = Payload(kernel=Path("/k"), disk=Path("/d"), words=("xmon=off",))
+    words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), payload, {}, WIRING)
+    assert after(words, "-append")[0].endswith(" panic=-1 xmon=off xmon=on")
+
+
 def test_with_modules_the_network_is_left_to_init() -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"), initrd=Path("/i"))
     words = qemu_argv(("qemu",), Machine(), payload, {}, WIRING)

@@ -59,6 +59,17 @@ for line in sys.stdin:
 """
 
 
+GUEST_TYPES = tuple(qemu_facts.GUEST_TYPES)
+
+
+def real_qemu_without(folder: Path, edit: str) -> Path:
+    """The host's QEMU behind a filter of its monitor, which asks it for what it does not have.
+
+    So the answer is QEMU's own, as that of a QEMU that was built without.
+    """
+    return program(folder / "qemu", f"sed -u '{edit}' | exec {HOST_QEMU} \"$@\"")
+
+
 def fake_qemu(
     folder: Path,
     *,
@@ -137,7 +148,7 @@ def test_changed_binary_is_asked_again(cache: Cache, tmp_path: Path) -> None:
 
 def test_qemu_without_spapr_nvdimm(cache: Cache, tmp_path: Path) -> None:
     path = fake_qemu(tmp_path / "q", types=("pseries-4.2-machine",))
-    with pytest.raises(CapabilityError, match=r"4\.2\.1\) has no spapr-nvdimm"):
+    with pytest.raises(CapabilityError, match=r"4\.2\.1\) has no .* QEMU 7\.0; "):
         resolve(cache, path)
 
 
@@ -149,6 +160,44 @@ def test_qemu_without_pseries(cache: Cache, tmp_path: Path) -> None:
 def test_qemu_for_another_target(cache: Cache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is a QEMU for x86_64, not for ppc64"):
         resolve(cache, fake_qemu(tmp_path / "q", target="x86_64"))
+
+
+@needs_qemu
+def test_this_hosts_qemu_can_run_guests(cache: Cache) -> None:
+    found = resolve(cache, "auto")
+    assert found.lacks_for_guests == ()
+    qemu.require_guests(found)
+
+
+@needs_qemu
+def test_qemu_without_libslirp(cache: Cache, tmp_path: Path) -> None:
+    # In its enumeration, and not compiled in: what "user" is there for such a QEMU.
+    edit = 's/"type": "user"/"type": "netmap", "ifname": "x"/'
+    argv = [HOST_QEMU, "-M", "none", "-display", "none", "-netdev", "netmap,id=n,ifname=x"]
+    tried = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if "not compiled into this" not in tried.stderr:
+        pytest.skip("this QEMU has netmap")
+    found = resolve(cache, real_qemu_without(tmp_path, edit))
+    assert found.lacks_for_guests == ("-netdev user (libslirp)",)
+    with pytest.raises(CapabilityError, match=r"without -netdev user .*--enable-slirp"):
+        qemu.require_guests(found)
+
+
+@needs_qemu
+@pytest.mark.parametrize("name", GUEST_TYPES)
+def test_qemu_without_a_device_of_guests(cache: Cache, tmp_path: Path, name: str) -> None:
+    found = resolve(cache, real_qemu_without(tmp_path, f's/"{name}"/"{name}-gone"/'))
+    assert found.lacks_for_guests == (name,)
+    with pytest.raises(CapabilityError, match=f"cannot run the suite's guests: .* {name} "):
+        qemu.require_guests(found)
+
+
+@needs_qemu
+def test_new_qemu_without_spapr_nvdimm(cache: Cache, tmp_path: Path) -> None:
+    """As configured with --without-default-devices."""
+    edit = 's/"typename": "spapr-nvdimm"/"typename": "gone"/'
+    with pytest.raises(CapabilityError, match=r"no spapr-nvdimm device \(build it with CONFIG_NV"):
+        resolve(cache, real_qemu_without(tmp_path, edit))
 
 
 @pytest.mark.parametrize(

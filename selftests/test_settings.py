@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pwd
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,24 @@ def test_bad_settings_are_refused(tmp_path: Path, text: str, message: str) -> No
 def test_a_file_that_is_no_ini_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"avocado\.cfg cannot be read"):
         settings.load(config=write(tmp_path, "smp = 1\n"))
+
+
+def test_a_user_without_home_needs_a_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+    def unknown(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    nowhere = Path("nonexistent.cfg")
+    with pytest.raises(ConfigError, match=r"has no home folder \(set HOME, or cache_dir"):
+        settings.load(config=nowhere)
+    with pytest.raises(ConfigError, match=r"^~/c: user \d+ has no home"):
+        settings.load({"cache_dir": "~/c"}, config=nowhere)
+    assert settings.load({"cache_dir": "/c"}, config=nowhere).cache_dir == Path("/c")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert settings.load(config=nowhere).cache_dir == Path("/x/paprscm")
 
 
 def test_every_setting_says_what_it_means() -> None:

@@ -12,6 +12,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 # What Debian's essential packages bring, and setup may rely on.
+DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nID=debian\n'
+FEDORA = 'NAME="Fedora Linux"\nID=fedora\nPRETTY_NAME="Fedora Linux 43 (Workstation Edition)"\n'
+ROCKY = 'ID="rocky"\nID_LIKE="rhel centos fedora"\nPRETTY_NAME="Rocky Linux 9.5"\n'
+UBUNTU = 'PRETTY_NAME="Ubuntu 24.04.2 LTS"\nID=ubuntu\nID_LIKE=debian\n'
+ARCH = 'PRETTY_NAME="Arch Linux"\nID=arch\n'
 ESSENTIAL = ("cat", "dirname", "env", "flock", "mkdir", "mv", "rm", "sh", "sha256sum", "sleep")
 
 PYTHON = """\
@@ -59,9 +64,11 @@ class Machine:
             (self.tools / name).symlink_to(found)
         self.tool("python3", PYTHON)
         self.user(0)
+        self.os_release = folder / "os-release"
+        self.os_release.write_text(DEBIAN)
 
     def packages(self, lines: str) -> None:
-        head = "# a comment\n\npython3-venv  module:ensurepip  # why\n"
+        head = "# a comment\n\npython3-venv  module:ensurepip  python3  # why\n"
         (self.checkout / "images/host-packages").write_text(head + lines)
 
     def tool(self, name: str, script: str) -> None:
@@ -78,6 +85,7 @@ class Machine:
             "LOG": str(self.log),
             "TOOLS": str(self.tools),
             "PYTHON": "python3",
+            "OS_RELEASE": str(self.os_release),
             **env,
         }
         argv = [self.checkout / "tools/setup"]
@@ -145,17 +153,78 @@ def test_user_with_sudo_uses_it(machine: Machine) -> None:
     assert len(machine.called("sudo env DEBIAN_FRONTEND=noninteractive apt-get")) == 2
 
 
-def test_system_without_apt(machine: Machine) -> None:
+def test_debian_without_apt(machine: Machine) -> None:
     machine.packages("the-thing thing # why\n")
     said = machine.run(1)
     assert "missing packages: the-thing" in said
-    assert "no apt-get" in said
+    assert "no apt-get here; run as root: apt-get install" in said
+
+
+LIST = "the-thing thing # makes things\nlib /gone/x.h lib-devel # why\ncross /gone/y.h - # also\n"
+
+
+@pytest.mark.parametrize("release", [FEDORA, ROCKY])
+def test_fedora(machine: Machine, release: str) -> None:
+    machine.packages(LIST)
+    machine.os_release.write_text(release)
+    # Fedora has an apt, which the suite needs, and which installs nothing there.
+    machine.tool("apt-get", APT)
+    said = machine.run(1)
+    assert "  thing: makes things (Debian and Ubuntu: the-thing, Fedora: the-thing)\n" in said
+    assert "  /gone/x.h: why (Debian and Ubuntu: lib, Fedora: lib-devel)\n" in said
+    assert said.endswith("run as root: dnf install the-thing lib-devel\n")
+    assert not machine.called("apt-get")
+    machine.packages("cross /gone/y.h - # it runs without\n")
+    machine.run()
+
+
+def test_other_systems(machine: Machine) -> None:
+    machine.packages(LIST)
+    machine.tool("apt-get", APT)
+    machine.os_release.write_text(ARCH)
+    said = machine.run(1)
+    assert "setup: Arch Linux lacks these tools:\n  thing: makes things (Debian and" in said
+    assert "  /gone/y.h: also (Debian and Ubuntu: cross, Fedora has none)\n" in said
+    assert said.endswith("install them, and run it again\n")
+    machine.os_release.unlink()
+    assert "this system lacks these tools" in machine.run(1)
+    assert not machine.called("apt-get")
+
+
+def test_ubuntu_is_like_debian(machine: Machine) -> None:
+    machine.packages("the-thing thing # why\n")
+    machine.tool("apt-get", APT)
+    machine.os_release.write_text(UBUNTU)
+    machine.run()
+    assert len(machine.called("apt-get")) == 2
 
 
 def test_no_fitting_python_asks_for_the_package(machine: Machine) -> None:
     machine.tool("apt-get", APT)
-    said = machine.run(1, TOO_OLD="yes", PYTHON="python3")
+    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.14.0")
+    assert "python3 is Python 3.14.0: the suite needs 3.11 to 3.13" in said
     assert "missing packages: python3-venv" in said
+    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.13.1")
+    assert "python3 is Python 3.13.1, without venv" in said
+
+
+def test_newer_python_beside_a_usable_one(machine: Machine) -> None:
+    machine.tool("python3.12", PYTHON)
+    machine.tool("python3", f"TOO_OLD=yes VERSION=3.14.0\n{PYTHON}")
+    assert "making .venv with Python 3.12.3 (python3.12)" in machine.run(
+        VERSION="3.12.3", PYTHON=""
+    )
+
+
+def test_checkout_below_a_colon(machine: Machine, tmp_path: Path) -> None:
+    machine.checkout = machine.checkout.rename(tmp_path / "a:b")
+    assert "below a path with a colon; move the checkout" in machine.run(1)
+
+
+def test_checkout_with_odd_name(machine: Machine, tmp_path: Path) -> None:
+    machine.checkout = machine.checkout.rename(tmp_path / "a b,c%d'e")
+    machine.run()
+    assert machine.run() == ""
 
 
 def test_environment_made_by_hand_is_kept(machine: Machine) -> None:

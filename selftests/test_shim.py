@@ -20,8 +20,9 @@ from elftools.elf.elffile import ELFFile
 from paprscm import qemu, shim
 from paprscm.cache import Cache
 from paprscm.debian import Archive
-from paprscm.errors import ConfigError, ContractError, HostError
+from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.process import Process
+from paprscm.qemu_facts import sanitizers
 from paprscm.shim import FALLIBLE, Injected, Operation, Shim, WatchedFile
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -751,7 +752,7 @@ def test_inert_with_a_page_that_is_not_ours(flushes: Shim, program: Path, path: 
     driver = Driver(*flushes.prefix(), program, pass_fds=flushes.pass_fds)
     assert driver.call(Operation.FDATASYNC, path) == [0]
     driver.end()
-    with pytest.raises(HostError, match="did not load the flush shim within 0 s"):
+    with pytest.raises(CapabilityError, match="did not load the flush shim within 0 s"):
         flushes.require_loaded(0)
 
 
@@ -770,7 +771,7 @@ def test_a_library_of_another_source_is_refused(flushes: Shim, program: Path, pa
 
 def test_loaded_tells_the_pid(flushes: Shim, program: Path) -> None:
     assert flushes.loaded is None
-    with pytest.raises(HostError, match=r"within 0\.01 s"):
+    with pytest.raises(CapabilityError, match=r"within 0\.01 s"):
         flushes.require_loaded(0.01)
     driver = Driver(*flushes.prefix(), program, pass_fds=flushes.pass_fds)
     assert flushes.require_loaded() == driver.process.pid == flushes.loaded
@@ -813,10 +814,88 @@ def test_both_sides_have_one_layout(
         shim.build(Cache(tmp_path))
 
 
-@pytest.mark.parametrize("name", ["a b", "a:b", "$LIB"])
-def test_a_path_that_cannot_be_preloaded(name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot be preloaded"):
-        Shim(Path("/cache") / name / "flush_shim.so")
+@pytest.mark.parametrize("name", ["a b", "a:b", "$LIB", "a,b%s"])
+def test_a_library_at_any_path(name: str, library: Path, program: Path, tmp_path: Path) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    copy = shutil.copy(library, folder)
+    with Shim(Path(copy)) as flushes:
+        driver = Driver(*flushes.prefix(), program, pass_fds=flushes.pass_fds)
+        assert flushes.require_loaded() == driver.process.pid
+        driver.end()
+
+
+SANITIZED = """
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+int main(int argc, char **argv)
+{
+	int fd = open(argv[argc - 1], O_RDWR);
+	char *map = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+
+	map[0] = 'x';
+	return msync(map, 4096, MS_SYNC) || fdatasync(fd);
+}
+"""
+
+
+def compiled(folder: Path, *flags: str) -> Path:
+    (folder / "program.c").write_text(SANITIZED)
+    argv = ["cc", *flags, "-o", folder / "program", folder / "program.c"]
+    if subprocess.run(argv, check=False, capture_output=True).returncode:
+        pytest.skip(f"this compiler cannot do {' '.join(flags)}")
+    return folder / "program"
+
+
+@pytest.mark.parametrize("flag", ["-fsanitize=address", "-fsanitize=undefined", "-O2"])
+def test_a_program_with_a_sanitizer(
+    library: Path, path: Path, tmp_path: Path, flag: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    program = compiled(tmp_path, flag)
+    before = sanitizers(program)
+    assert [name.partition(".")[0] for name in before] == (["libasan"] if "addr" in flag else [])
+    with Shim(library, before=before) as flushes:
+        file = flushes.watch(path)
+        argv = [*flushes.prefix(), program, path]
+        done = subprocess.run(argv, pass_fds=flushes.pass_fds, check=False)
+        assert (done.returncode, capfd.readouterr().err) == (0, "")
+        assert [r.operation for r in flushes.records()] == [Operation.MSYNC, Operation.FDATASYNC]
+        assert file.is_mapped()
+    if before:
+        with Shim(library) as flushes:
+            argv = [*flushes.prefix(), program, path]
+            subprocess.run(argv, pass_fds=flushes.pass_fds, check=False)
+        assert "runtime does not come first" in capfd.readouterr().err, "the order does not matter"
+
+
+@pytest.mark.parametrize("flag", ["-static", "-static-pie"])
+def test_a_static_program_cannot_load_it(
+    library: Path, path: Path, tmp_path: Path, flag: str
+) -> None:
+    program = compiled(tmp_path, flag)
+    with pytest.raises(CapabilityError, match=r"program is static: .*\(set qemu= to a dynamic"):
+        sanitizers(program)
+    with Shim(library) as flushes:
+        argv = [*flushes.prefix(), program, path]
+        subprocess.run(argv, pass_fds=flushes.pass_fds, check=True)
+        with pytest.raises(CapabilityError, match="did not load"):
+            flushes.require_loaded(0)
+
+
+def test_a_script_that_starts_the_program(library: Path, path: Path, tmp_path: Path) -> None:
+    """The shim is loaded into its shell, and lost there."""
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\nexec {compiled(tmp_path)} "$@"\n')
+    script.chmod(0o755)
+    with pytest.raises(CapabilityError, match="script is not an ELF program"):
+        sanitizers(script)
+    with Shim(library) as flushes:
+        file = flushes.watch(path)
+        argv = [*flushes.prefix(), script, path]
+        subprocess.run(argv, pass_fds=flushes.pass_fds, check=True)
+        flushes.require_loaded(0)
+        assert not file.is_mapped()
 
 
 # H_SCM_FLUSH of the DIMM in slot 0, five times; each is asked for until it is no longer busy. Then

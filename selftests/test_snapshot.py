@@ -11,9 +11,10 @@ import pytest
 
 from paprscm import snapshot
 from paprscm.cache import Cache
-from paprscm.errors import HostError
+from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import Equipment
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.settings import Settings
 from paprscm.snapshot import Recipe
 from paprscm.ssh import TimedOutError
@@ -49,13 +50,24 @@ def test_same_content_in_another_folder(tmp_path: Path) -> None:
     assert first.fields()["files"] != other.fields()["files"]
 
 
-def test_slow_host_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def slow(*_: Any, **__: Any) -> None:
-        raise TimedOutError("a command did not end within 120 s")
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimedOutError("a command did not end within 120 s"),
+        ProbeError("gcc did not end within 120 s"),
+        KilledError("QEMU was killed by SIGKILL"),
+        ConfigError("the guest's kernel ignores QEMU's -append"),
+    ],
+)
+def test_what_is_not_the_qemus_fault_is_not_remembered(
+    error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
 
     wanted = recipe(tmp_path)
-    monkeypatch.setattr(snapshot, "_save", slow)
-    with pytest.raises(TimedOutError):
+    monkeypatch.setattr(snapshot, "_save", refuse)
+    with pytest.raises(type(error)):
         snapshot.ensure(wanted)
     assert snapshot.find(wanted) is None
 

@@ -8,6 +8,7 @@ stands there wins. It is an int of a type of its own: so a job can tell that nob
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from avocado.core.job import Job
@@ -19,7 +20,7 @@ from avocado.core.suite import TestSuite
 from paprscm import settings
 from paprscm.budget import budget, resources
 from paprscm.errors import Error
-from paprscm.plugins.prepare import ours_of
+from paprscm.plugins.classes import ask
 
 OPTION = "run.max_parallel_tasks"
 _AVOCADO: Any = avocado_settings
@@ -42,8 +43,8 @@ class Propose(Init):
         try:
             chosen = settings.load()
         except Error:
-            # What is wrong with avocado.cfg is said when a job wants its guests.
-            chosen = settings.Settings()
+            # A job with tests of this suite reports what is wrong; no default is at fault here.
+            chosen = settings.Settings(cache_dir=Path())
         _AVOCADO.update_option(OPTION, Proposed(budget(resources(), chosen).tests))
 
 
@@ -55,11 +56,11 @@ class Decide(JobPre):
 
     def pre(self, job: Job) -> None:
         """Take `-p memory_mib=…` into account; give back Avocado's number where no test is ours."""
-        ours = {id(test) for test in ours_of(job)}
+        ours = {uri for uri, facts in ask(job).items() if facts.ours}
         for suite in job.test_suites:
             if not isinstance(suite.config[OPTION], Proposed):
                 continue
-            if ours.isdisjoint(map(id, suite.tests)):
+            if ours.isdisjoint(str(test.uri) for test in suite.tests):
                 suite.config[OPTION] = _AVOCADO.as_full_dict()[OPTION]["default"]
                 continue
             decided = budget(resources(), _settings(suite))
@@ -69,4 +70,4 @@ class Decide(JobPre):
 
 def _settings(suite: TestSuite) -> settings.Settings:
     given = dict(suite.config.get("run.test_parameters") or [])
-    return settings.load({k: v for k, v in given.items() if k not in settings.TEST_PARAMETERS})
+    return settings.load({k: v for k, v in given.items() if k in settings.names()})
