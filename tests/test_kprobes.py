@@ -60,8 +60,11 @@ class Kprobes(PaprScmTest):
             guest.kill()
         else:
             guest.check()
+        kind = "ftrace's" if "[FTRACE]" in probe else "optimized"
         self.known_issue(
-            ISSUE, shows=bool(end), found=f"{probe.strip()}: {end or f'{MOVES} moves'}"
+            ISSUE,
+            shows=bool(end),
+            found=f"return probe on read_zero, {kind}: {end or f'{MOVES} moves'}",
         )
 
     def move(self, guest: Guest) -> str:
@@ -78,4 +81,4 @@ class Kprobes(PaprScmTest):
         if found is None:
             return f"the guest hangs for {LIMIT_S:.0f} s"
         _name, line, _when = found
-        return "" if line.endswith("moved: status 0") else line.strip()
+        return "" if line.endswith("moved: status 0") else (line.partition("] ")[2] or line).strip()
