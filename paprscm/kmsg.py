@@ -27,7 +27,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
         ("oops", r"BUG: Unable to handle kernel ", False),
         ("soft lockup", r"watchdog: BUG: soft lockup", False),
         ("hard lockup", r"watchdog: .*(?:hard LOCKUP|Hard LOCKUP)", False),
-        ("hung task", r"INFO: task .* blocked for more than ", False),
+        ("hung task", r"INFO: task .* blocked.* for more than ", False),
         ("rcu stall", r"(?:rcu: )?INFO: .*(?:self-detected stall|detected stalls)", False),
         # Lockdep has one in brackets: "[ BUG: Invalid wait context ]".
         ("bug", r"(?:kernel |\[ )?BUG[: ]", False),

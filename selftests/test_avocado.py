@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,35 @@ def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path
     assert "built without virtio-rng-pci" in said
     assert "no test was started" in said
     assert "STARTED" not in said
+
+
+def test_a_temporary_folder_that_is_too_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Avocado cannot bind its socket there, and would wait for its tests for ever."""
+    (tmp_path / "known.py").write_text(KNOWN)
+    words = (
+        "run",
+        "--job-results-dir",
+        str(tmp_path / "results"),
+        f"{tmp_path}/known.py:Known.test_gone",
+    )
+    # The longest that fits: 107 bytes with what Avocado adds.
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="x"))
+    try:
+        fits = folder / (
+            "y" * (107 - len("/avocado_12345678/.status_server.sock") - len(str(folder)) - 1)
+        )
+        longer = Path(f"{fits}y")
+        fits.mkdir()
+        longer.mkdir()
+        monkeypatch.setenv("TMPDIR", str(fits))
+        assert "PASS 1" in avocado(*words)
+        monkeypatch.setenv("TMPDIR", str(longer))
+        said = avocado(*words)
+        assert "is too long for Avocado's socket; set TMPDIR" in said
+    finally:
+        shutil.rmtree(folder)
 
 
 def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> None:

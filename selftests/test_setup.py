@@ -201,16 +201,16 @@ def test_ubuntu_is_like_debian(machine: Machine) -> None:
 
 def test_no_fitting_python_asks_for_the_package(machine: Machine) -> None:
     machine.tool("apt-get", APT)
-    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.14.0")
-    assert "python3 is Python 3.14.0: the suite needs 3.11 to 3.13" in said
+    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.15.0")
+    assert "python3 is Python 3.15.0: the suite needs 3.11 to 3.14" in said
     assert "missing packages: python3-venv" in said
-    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.13.1")
-    assert "python3 is Python 3.13.1, without venv" in said
+    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.14.1")
+    assert "python3 is Python 3.14.1, without venv" in said
 
 
 def test_newer_python_beside_a_usable_one(machine: Machine) -> None:
     machine.tool("python3.12", PYTHON)
-    machine.tool("python3", f"TOO_OLD=yes VERSION=3.14.0\n{PYTHON}")
+    machine.tool("python3", f"TOO_OLD=yes VERSION=3.15.0\n{PYTHON}")
     assert "making .venv with Python 3.12.3 (python3.12)" in machine.run(
         VERSION="3.12.3", PYTHON=""
     )

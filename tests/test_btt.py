@@ -36,7 +36,7 @@ from paprscm.testcase import PaprScmTest
 # kernel/watchdog.c, watchdog_timer_fn.
 LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(\d+) stuck for (\d+)s!")
 # What such a CPU leads to.
-STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked for more than")
+STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked.* for more than")
 SPINS = re.compile(r"NIP \[[0-9a-f]+\] (?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+)\+")
 THREADS = 4
 LIMIT_S = 8

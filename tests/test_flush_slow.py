@@ -30,7 +30,8 @@ LARGE = Nvdimm(slot=2)
 FLUSH = "dwrite=0:1:49"
 """What writes "1" to deep_flush."""
 POLL_S = 0.010
-HUNG_TASK = r"INFO: task \S+:\d+ blocked for more than"
+# Linux 7.2 adds " in I/O wait" after "blocked" where that is so.
+HUNG_TASK = r"INFO: task \S+:\d+ blocked.* for more than"
 # include/uapi/asm-generic/signal.h; bit 8 of a mask is SIGKILL's.
 SIGKILL_MASK = 1 << 8
 

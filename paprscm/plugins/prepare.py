@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import difflib
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Collection
+from pathlib import Path
 
 from avocado.core.exceptions import JobError
 from avocado.core.job import Job
@@ -23,6 +26,8 @@ from paprscm.process import join_run
 _WORTH_A_SNAPSHOT = 8
 # "sead" and "seed", "memory" and "memory_mib"; not "cuts" and "cpu".
 _ALIKE = 0.75
+_SUN_PATH_BYTES = 108
+"""unix(7)."""
 
 
 class Prepare(JobPre):
@@ -41,6 +46,7 @@ class Prepare(JobPre):
         ours = [facts[test.uri] for test in tests if test.uri in facts and facts[test.uri].ours]
         if not ours:
             return
+        _check_socket_path()
         join_run()
         # The end of a terminal is a ^C, also for Avocado; but nohup(1) has it ignored.
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
@@ -61,6 +67,17 @@ class Prepare(JobPre):
             status = _image("--only-qemu", *options)
         if status:
             raise JobError("there can be no guests; no test was started")
+
+
+def _check_socket_path() -> None:
+    """Raise JobError if Avocado cannot listen for its tests: it would wait for them for ever."""
+    # runner_nrunner.py: a folder of tempfile's, and this file in it; sun_path has 108 bytes.
+    path = Path(tempfile.gettempdir()) / "avocado_12345678" / ".status_server.sock"
+    if len(os.fsencode(path)) > _SUN_PATH_BYTES - 1:
+        raise JobError(
+            f"TMPDIR={path.parent.parent} is too long for Avocado's socket; "
+            "set TMPDIR to a shorter path"
+        )
 
 
 def _image(*options: str) -> int:
