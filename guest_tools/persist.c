@@ -12,10 +12,13 @@
  *	msync=OFFSET:LENGTH         msync(2) with MS_SYNC, of a shared mapping made for it
  *	fsync, fdatasync, syncfs    on the descriptor
  *	read=OFFSET:LENGTH          pread(2); what all the bytes are, or null if they differ
+ *	await                       closes descriptor 3 and waits for a byte on stdin
  *
- * The file is opened O_RDWR, O_WRONLY where that is refused (sysfs), and made if it is not there.
- * It stays open throughout, so that errors which the kernel keeps for a descriptor are seen. A step
- * that fails does not stop those after it; a mapping that cannot be stored to ends as errno EFAULT.
+ * The file is opened O_RDWR, O_WRONLY where that is refused (sysfs), O_RDONLY if it is a directory,
+ * and made if it is not there. All descriptors are opened first and stay open, so a file system
+ * that refuses open(2) later can still be asked, and errors that the kernel keeps for a descriptor
+ * are seen. A step that fails does not stop those after it; a mapping that cannot be stored to ends
+ * as errno EFAULT.
  *
  * One line of JSON on stdout; "steps" has what was done, with the errno of what failed and
  * CLOCK_MONOTONIC at begin and end. Status 0; 2 when called wrongly, and nothing on stdout then.
@@ -43,6 +46,7 @@ struct step {
 
 static sigjmp_buf bus;
 static int steps;
+static int dsync_fd = -1, dsync_errno;
 
 static long long now(void)
 {
@@ -80,18 +84,20 @@ static long long write_to(int fd, const struct step *step)
 	return result;
 }
 
-static long long write_synchronously(const char *path, const struct step *step)
+static long long write_synchronously(const struct step *step)
 {
-	int fd = open(path, O_WRONLY | O_DSYNC | O_CLOEXEC), number;
-	long long result;
+	if (dsync_fd >= 0)
+		return write_to(dsync_fd, step);
+	errno = dsync_errno;
+	return -1;
+}
 
-	if (fd < 0)
-		return -1;
-	result = write_to(fd, step);
-	number = errno;
-	close(fd);
-	errno = number;
-	return result;
+static long long await(void)
+{
+	char byte;
+
+	close(3);
+	return read(0, &byte, 1) < 0 ? -1 : 0;
 }
 
 static long long in_mapping(int fd, const struct step *step)
@@ -132,12 +138,12 @@ static long long read_from(int fd, struct step *step)
 	return result;
 }
 
-static long long make(const char *path, int fd, struct step *step)
+static long long make(int fd, struct step *step)
 {
 	if (!strcmp(step->name, "write"))
 		return write_to(fd, step);
 	if (!strcmp(step->name, "dwrite"))
-		return write_synchronously(path, step);
+		return write_synchronously(step);
 	if (!strcmp(step->name, "read"))
 		return read_from(fd, step);
 	if (!strcmp(step->name, "fsync"))
@@ -146,6 +152,8 @@ static long long make(const char *path, int fd, struct step *step)
 		return fdatasync(fd);
 	if (!strcmp(step->name, "syncfs"))
 		return syncfs(fd);
+	if (!strcmp(step->name, "await"))
+		return await();
 	return in_mapping(fd, step);
 }
 
@@ -167,7 +175,7 @@ static void tell(const struct step *step, long long result, int number, long lon
 /* How many numbers a step wants; -1: there is no such step. */
 static int numbers(const char *name)
 {
-	static const char *const names[] = { ",fsync,fdatasync,syncfs,", "", ",msync,read,",
+	static const char *const names[] = { ",fsync,fdatasync,syncfs,await,", "", ",msync,read,",
 					     ",write,dwrite,store," };
 	char word[16];
 
@@ -214,14 +222,22 @@ int main(int argc, char **argv)
 	fd = open(argv[1], O_RDWR | O_CREAT | O_CLOEXEC, 0644);
 	if (fd < 0 && errno == EACCES)
 		fd = open(argv[1], O_WRONLY | O_CLOEXEC);
+	if (fd < 0 && errno == EISDIR)
+		fd = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	printf("{\"tool\":\"persist\",\"version\":1,\"steps\":[");
 	tell(&opened, fd < 0 ? -1 : 0, errno, begin);
+	for (int i = 0; fd >= 0 && dsync_fd < 0 && i < argc - 2; i++) {
+		if (strcmp(list[i].name, "dwrite"))
+			continue;
+		dsync_fd = open(argv[1], O_WRONLY | O_DSYNC | O_CLOEXEC);
+		dsync_errno = errno;
+	}
 	for (int i = 0; fd >= 0 && i < argc - 2; i++) {
 		long long result;
 
 		begin = now();
 		errno = 0;
-		result = make(argv[1], fd, &list[i]);
+		result = make(fd, &list[i]);
 		tell(&list[i], result, errno, begin);
 	}
 	puts("]}");

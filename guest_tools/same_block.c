@@ -9,11 +9,14 @@
  *   do: that still gets out where nothing else does. At the end the block is read: it must be one
  *   thread's, and whole.
  *
+ *   FILE gets each line with one write(2). stdio may want to seek first (dprintf() of glibc before
+ *   2.37 does), and /dev/kmsg refuses that.
+ *
  * It reports in one line of JSON. Exit status:
  *   0  all was as it must be
  *   1  a write failed, or the block is not whole; the report says so
  *   2  the command line was wrong, nothing was tried
- *   4  it could not be set up
+ *   4  it could not be set up, or a line or the report could not be written
  */
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
@@ -24,6 +27,7 @@
 #include <inttypes.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <stdbool.h>
 #include <stdio.h>
@@ -69,6 +73,23 @@ static void __attribute__((noreturn)) fail(const char *stage)
 {
 	fprintf(stderr, "same_block: %s: %d %s\n", stage, errno, strerror(errno));
 	exit(EXIT_FAILED);
+}
+
+/* One line for the progress file. */
+static void __attribute__((format(printf, 2, 3))) report(int log, const char *format, ...)
+{
+	char line[64];
+	va_list arguments;
+	int length;
+
+	if (log < 0)
+		return;
+	va_start(arguments, format);
+	length = vsnprintf(line, sizeof(line), format, arguments);
+	va_end(arguments);
+	errno = EIO; /* of a short write */
+	if (write(log, line, (size_t)length) != length)
+		fail(progress);
 }
 
 static uint64_t now_ns(void)
@@ -129,7 +150,7 @@ static uint64_t all_writes(void)
 static uint64_t move_threads(int log, uint64_t end_ns)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-	uint64_t moves = 0, told_ns = 0, random = 88172645463325252ULL;
+	uint64_t moves = 0, reported_ns = 0, random = 88172645463325252ULL;
 
 	for (uint64_t now = now_ns(); now < end_ns; now = now_ns()) {
 		struct timespec pause = { 0, 0 };
@@ -144,9 +165,9 @@ static uint64_t move_threads(int log, uint64_t end_ns)
 		if (!pthread_setaffinity_np(workers[random % thread_count].thread, sizeof(set),
 					    &set))
 			moves++;
-		if (log >= 0 && now - told_ns >= REPORT_NS) {
-			dprintf(log, "<1>same_block: %" PRIu64 " writes\n", all_writes());
-			told_ns = now;
+		if (now - reported_ns >= REPORT_NS) {
+			report(log, "<1>same_block: %" PRIu64 " writes\n", all_writes());
+			reported_ns = now;
 		}
 		pause.tv_nsec = 1000000 + (long)(random >> 32) % 29000000;
 		nanosleep(&pause, NULL);
@@ -231,9 +252,8 @@ int main(int argc, char **argv)
 		printf("%s%llu", i ? "," : "", atomic_load(&workers[i].writes));
 	printf("],\"errno\":%d,\"whole\":%s}\n", error, whole ? "true" : "false");
 	if (fflush(stdout))
-		return EXIT_FAILED;
+		fail("report");
 	/* Last, so that the report is there when this is read. */
-	if (log >= 0)
-		dprintf(log, "<1>same_block: done\n");
+	report(log, "<1>same_block: done\n");
 	return error || !whole ? EXIT_WRONG : EXIT_FINE;
 }

@@ -110,7 +110,13 @@ def attempt(
             theirs, ours = os.pipe()
             try:
                 process = Process(
-                    argv, cwd=cwd, stdin=theirs, stdout=output.fileno(), stderr=errors.fileno()
+                    argv,
+                    cwd=cwd,
+                    stdin=theirs,
+                    stdout=output.fileno(),
+                    stderr=errors.fileno(),
+                    scratch=Path(folder),
+                    output_file=said,
                 )
             finally:
                 os.close(theirs)

@@ -167,6 +167,7 @@ class Bare(Lifetime):
         Raises:
             ValueError: the vCPU does not run, or has another batch.
             GuestLostError: QEMU ended meanwhile; names the call in progress.
+            KilledError: it was ended from outside.
             ContractError: a call does not return in time.
             HostError: the program in the machine failed.
         """

@@ -8,7 +8,9 @@ import time
 from dataclasses import dataclass
 
 from paprscm.console import Console
-from paprscm.errors import GuestLostError
+from paprscm.errors import ConfigError, GuestLostError
+from paprscm.kmsg import text_of
+from paprscm.machine import BASE_CMDLINE
 from paprscm.settings import Settings
 
 _MARKS = {
@@ -16,6 +18,13 @@ _MARKS = {
     "init": re.compile(r"^paprscm: init"),
     "ready": re.compile(r"^paprscm: ready"),
     "failed": re.compile(r"^paprscm: failed: "),
+    # Linux, init/main.c:print_kernel_cmdline; not printed under "quiet".
+    "command line": re.compile(r"^(?:\[.*\])? ?Kernel command line: "),
+    # Linux, kernel/module/: signing.c, main.c, version.c.
+    "module": re.compile(
+        r"Loading of .* is rejected$|: version magic '.*' should be '|"
+        r": disagrees about version of symbol |: Unknown symbol "
+    ),
 }
 
 
@@ -63,6 +72,7 @@ def wait_until_ready(
 
     Raises:
         GuestLostError: /init says that it cannot do its work.
+        ConfigError: the kernel ignores its command line, or refuses one of its modules.
         StuckError: a limit was reached; the message names it.
     """
     deadline = exec_s + settings.boot_limit_s
@@ -87,6 +97,19 @@ def wait_until_ready(
         mark, line, when = found
         if mark == "failed":
             raise GuestLostError(f"the guest cannot boot: {line}\n{console.tail()}")
-        setattr(times, mark, when - exec_s)
+        if mark == "module":
+            raise ConfigError(
+                f"the guest's kernel refuses a module: {text_of(line)}",
+                hint="modules= must come from the build of the vmlinux, with the signatures that "
+                "its modules_install made",
+            )
+        if mark == "command line":
+            if BASE_CMDLINE not in line:
+                raise ConfigError(
+                    f"the guest's kernel ignores QEMU's -append; it prints: {text_of(line)}",
+                    hint="build it without CONFIG_CMDLINE_FORCE; `paprscm kernel build` does",
+                )
+        else:
+            setattr(times, mark, when - exec_s)
         del wanted[mark]
     return True

@@ -102,6 +102,49 @@ class Cache:
         """The entry, if it is there and whole; nothing is built."""
         return self._usable(self._place(kind, fields), kind)
 
+    def get(self, kind: str, key: str) -> Entry:
+        """The entry of that key.
+
+        Raises:
+            HostError: it is not there.
+        """
+        entry = self._read(self.root / kind / key, kind)
+        if entry is None:
+            raise HostError(f"the cache {self.root} has no entry {kind}/{key}")
+        return entry
+
+    @contextmanager
+    def adopt(self, kind: str, key: str) -> Iterator[Path | None]:
+        """An empty folder for an entry that comes complete from elsewhere, with its manifest.
+
+        It is published when the body of the `with` ends, and removed if that raises; None where
+        the cache has the entry.
+        """
+        place = self.root / kind / key
+        with self.lock(f"{kind}-{key}", what=f"imports the {kind}"):
+            if self._usable(place, kind):
+                yield None
+                return
+            with self._work_folder(place) as work:
+                yield work
+                os.sync()
+
+    def identity(self, path: Path) -> str:
+        """A text that changes when the file's content does.
+
+        Of a file in the cache it is the same in the cache of every machine: the digest in the
+        manifest. Of any other file it is made of path, size and time.
+        """
+        path = path.resolve()
+        root = self.root.resolve()
+        if path.is_relative_to(root):
+            kind, key, *rest = path.relative_to(root).parts
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                files = json.loads((root / kind / key / MANIFEST).read_bytes())["files"]
+                return f"{kind} {files['/'.join(rest)]['sha256']}"
+        info = path.stat()
+        return f"{path} {info.st_size} {info.st_mtime_ns}"
+
     def entries(self) -> list[Entry]:
         """All entries, the one used last first."""
         manifests = self.root.glob(f"*/*/{MANIFEST}")
@@ -161,9 +204,14 @@ class Cache:
         finally:
             os.close(handle)
 
-    def _place(self, kind: str, fields: Mapping[str, str]) -> Path:
+    @staticmethod
+    def key(fields: Mapping[str, str]) -> str:
+        """The name of the folder of an entry with these fields."""
         text = json.dumps(dict(fields), sort_keys=True)
-        return self.root / kind / hashlib.sha256(text.encode()).hexdigest()[:16]
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _place(self, kind: str, fields: Mapping[str, str]) -> Path:
+        return self.root / kind / self.key(fields)
 
     def _make(
         self,
@@ -174,8 +222,6 @@ class Cache:
     ) -> None:
         with self._write_errors():
             _make_private(place.parent)
-            for stale in place.parent.glob(f".{place.name}-*"):
-                _remove_tree(stale)
             free = shutil.disk_usage(place.parent).free
             if free < needs_bytes:
                 raise HostError(
@@ -183,12 +229,22 @@ class Cache:
                     f"the {place.parent.name} needs {needs_bytes / 1e9:.1f} GB",
                     hint="free some, `paprscm cache prune`, or set cache_dir",
                 )
+        with self._work_folder(place) as work:
+            build(work)
+            _seal(work, fields)
+
+    @contextmanager
+    def _work_folder(self, place: Path) -> Iterator[Path]:
+        """A folder beside an entry's place that becomes the entry when the body has ended."""
+        with self._write_errors():
+            _make_private(place.parent)
+            for stale in place.parent.glob(f".{place.name}-*"):
+                _remove_tree(stale)
             work = place.parent / f".{place.name}-{os.getpid()}"
             work.mkdir(mode=0o700)
         try:
             with self._write_errors():
-                build(work)
-                _seal(work, fields)
+                yield work
                 if place.exists():
                     self._discard(place)
                 work.rename(place)

@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from paprscm import (
+    bare,
     bench,
     bench_flush,
     bench_hcall,
@@ -24,9 +26,12 @@ from paprscm import (
     flush_plot,
     hcalls,
     host,
+    kernel_source,
     log,
     settings,
     shell,
+    shim,
+    transfer,
 )
 from paprscm.cache import Cache
 from paprscm.debian import Archive
@@ -48,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cut = words.index("--") if "--" in words else len(words)
     arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
+    _unwind_on(signal.SIGHUP, signal.SIGTERM)
     try:
         given = {name: getattr(arguments, name, None) for name in settings.names()}
         verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
@@ -66,6 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
         return 130
+
+
+def _unwind_on(*numbers: signal.Signals) -> None:
+    """Exit through every `finally` when a terminal closes, say; not if nohup(1) had it ignored."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -113,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     cache = verbs.add_parser("cache", help="What was built and fetched.")
     caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
     caches.add_parser("ls", help="List it.", parents=[common]).set_defaults(verb=_cache_ls)
+    for name, verb, text in (
+        ("export", _cache_export, "Write what these settings' guests are made of to one file."),
+        ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
+    ):
+        moved = caches.add_parser(name, help=text, description=text, parents=[common])
+        moved.add_argument("file", type=Path)
+        moved.set_defaults(verb=verb)
     prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
     prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
     prune.set_defaults(verb=_cache_prune)
@@ -290,6 +314,28 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     Archive.of(chosen).prune(unused_for_s=unused_for_s)
     freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
     print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
+    return 0
+
+
+def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
+    cache = Cache(chosen.cache_dir)
+    started = time.time() - 1
+    prepare(chosen, make_snapshot=True)
+    bare.program(cache)
+    shim.build(cache)
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.used >= started and entry.kind != kernel_source.KIND
+    ]
+    size_bytes = transfer.export(entries, arguments.file)
+    print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")
+    return 0
+
+
+def _cache_import(arguments: argparse.Namespace, chosen: Settings) -> int:
+    added, present = transfer.restore(Cache(chosen.cache_dir), arguments.file)
+    print(f"{len(added)} entries added, {present} were there")
     return 0
 
 

@@ -20,10 +20,12 @@ from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
 from paprscm.machine import Machine, Payload
+from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot
 from paprscm.settings import OWN_KERNELS, Settings, expanded
 from paprscm.shim import Shim
+from paprscm.ssh import TimedOutError
 from paprscm.userland import Userland
 
 # Everything that the suite's tests call in the guest must start there.
@@ -178,7 +180,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         return Equipment(
             settings=settings,
             qemu=binary.argv_prefix,
-            payload=Payload(kernel=vmlinux, disk=land.disk, initrd=initrd),
+            payload=Payload(
+                kernel=vmlinux,
+                disk=land.disk,
+                initrd=initrd,
+                words=under_test.words,
+            ),
             client_key=land.client_key,
             host_key=land.host_key_public,
         )
@@ -210,8 +217,15 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     made = environment(obtained)
     if settings.start == "cold":
         return made
-    recipe = snapshot.Recipe(qemu=binary, equipment=made.equipment, machine=made.furnish(Machine()))
-    outcome = snapshot.ensure(cache, recipe) if make_snapshot else snapshot.find(cache, recipe)
+    recipe = snapshot.Recipe(
+        cache=cache, qemu=binary, equipment=made.equipment, machine=made.furnish(Machine())
+    )
+    try:
+        outcome = snapshot.ensure(recipe) if make_snapshot else snapshot.find(recipe)
+    except (TimedOutError, ProbeError) as error:
+        why = error.message.splitlines()[0]
+        log.logger.warning("no snapshot this time, so guests are booted: %s", why)
+        return made
     if outcome is not None and outcome.snapshot is None:
         log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
     return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
@@ -230,6 +244,8 @@ def _kernel(
         built = kbuild.build_default(archive, settings, proceed=proceed)
         return kernel.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
     found = kernel.inspect(expanded(Path(settings.kernel)).absolute())
+    if settings.modules is not None:
+        found = modules.with_config(found, settings.modules)
     kernel.check(found, has_modules=settings.modules is not None)
     return found, ""
 
@@ -239,11 +255,6 @@ def _executes(cache: Cache, binary: Qemu, cpu: str) -> Mapping[str, bool]:
     name = f"instructions-{cpu}-{isa.probe_digest()}"
     answer = qemu.remember(cache, binary, name, lambda: isa.probe(binary.argv_prefix, cpu=cpu))
     return {str(name): bool(able) for name, able in answer.items()}
-
-
-def _identity(path: Path) -> str:
-    info = path.stat()
-    return f"{path.resolve()} {info.st_size} {info.st_mtime_ns}"
 
 
 def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
@@ -258,7 +269,7 @@ def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[P
         (folder / "sites.json").write_text(json.dumps(report.sites))
 
     fields = {
-        "kernel": _identity(found.path),
+        "kernel": cache.identity(found.path),
         "release": found.release,
         "rewritten": " ".join(instruction.name for instruction in lacking),
     }
@@ -278,9 +289,9 @@ def _initramfs(
     if folder_of_modules is None:
         return None
     files = modules.find_modules(found, folder_of_modules)
-    content = "\n".join(_identity(path) for _name, path in sorted(files.items()))
+    content = "\n".join(cache.identity(path) for _name, path in sorted(files.items()))
     fields = {
-        "kernel": _identity(found.path),
+        "kernel": cache.identity(found.path),
         "release": found.release,
         "modules": hashlib.sha256(content.encode()).hexdigest(),
         "rewritten": " ".join(instruction.name for instruction in isa.missing(executes)),

@@ -32,6 +32,10 @@ class HostError(Error):
     """This machine or our own machinery failed; says nothing about the product (ERROR)."""
 
 
+class KilledError(HostError):
+    """A program of ours was ended from outside: by the kernel's OOM killer, by a person."""
+
+
 class CapabilityError(Error):
     """The QEMU, kernel or host lacks something that was asked of it (CANCEL)."""
 

@@ -4,6 +4,9 @@
 Read from kprobes on plpar_hcall (arch/powerpc/platforms/pseries/hvCall.S), through which all
 hypervisor calls with results go, so nothing of it depends on what papr_scm says of itself; and
 counted by HCALL_STATS (hvCall_inst.c), which shares no code with kprobes.
+
+The probes stay traps: a probe that the kernel has turned into a branch corrupts a kernel that
+preempts itself (known_issues/linux-kprobe-restores-paca.md).
 """
 
 from __future__ import annotations
@@ -16,34 +19,43 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from paprscm.errors import CapabilityError, ContractError, HostError
-from paprscm.papr import LONG_BUSY_MS, Hcall, ReturnCode, return_code_name
+from paprscm.papr import LONG_BUSY_MS, MAX_SLOTS, Hcall, ReturnCode, drc_index, return_code_name
 
 if TYPE_CHECKING:
     from paprscm.guest import Guest
 
 _FLUSH = int(Hcall.H_SCM_FLUSH)
+_DRCS = range(drc_index(0), drc_index(MAX_SLOTS - 1) + 1)
 _BUSY = {int(ReturnCode.H_BUSY), *map(int, LONG_BUSY_MS)}
 
 _ENOUGH_WAITS = 20
 
 _PREPARE = f"""
-T=/sys/kernel/tracing D=/sys/kernel/debug
+T=/sys/kernel/tracing D=/sys/kernel/debug O=/proc/sys/debug/kprobes-optimization
 [ -d $T/events ] || mount -t tracefs tracefs $T || exit 10
 [ -d $D/hcall_inst ] || exit 11
 [ -e $T/kprobe_events ] || exit 12
+# Absent without CONFIG_OPTPROBES. The probe on which all kretprobes return is optimized at boot.
+[ ! -e $O ] || echo 0 > $O || exit 10
 I=$T/instances/paprscm
 mkdir $I || exit 10
+# Behind the entry, which is ftrace's where it is compiled in; 16 bytes is as far as that goes
+# (kprobe_lookup_name in arch/powerpc/kernel/kprobes.c). The function has not even a frame there.
+echo 'p:paprscm/flush papr_scm_pmem_flush+16' > $T/kprobe_events || exit 13
 # Numbers of registers, not names of arguments: a function written in assembler has none.
-echo 'p:paprscm/flush papr_scm_pmem_flush' > $T/kprobe_events || exit 13
-echo 'p:paprscm/call plpar_hcall op=%gpr3:u64' >> $T/kprobe_events || exit 14
-fields='op=$arg1:u64 drc=$arg3:x64 sent=$arg4:u64 token=+0($arg2):u64 code=$retval:s64'
-echo "r:paprscm/answer plpar_hcall $fields" >> $T/kprobe_events || exit 14
+fields='op=%gpr3:u64 buffer=%gpr4:x64 drc=%gpr5:x64 sent=%gpr6:u64'
+echo "p:paprscm/call plpar_hcall $fields" >> $T/kprobe_events || exit 14
+# With HCALL_STATS plpar_hcall saves its arguments in its caller's frame (HCALL_INST_PRECALL).
+# They are there on return as well, but for the first, and Linux before 6.9 has them nowhere else.
+# Threads can be preempted between the two probes, so more of them than CPUs.
+fields='buffer=+40(%gpr1):x64 drc=+48(%gpr1):x64 token=+0(+40(%gpr1)):u64 code=$retval:s64'
+echo "r256:paprscm/answer plpar_hcall $fields" >> $T/kprobe_events || exit 14
 echo mono_raw > $I/trace_clock || exit 10
 echo 4096 > $I/buffer_size_kb || exit 10
-for event in call answer; do
-	echo 'op == {_FLUSH}' > $I/events/paprscm/$event/filter || exit 10
-done
+echo 'op == {_FLUSH}' > $I/events/paprscm/call/filter || exit 10
+echo 'drc >= {_DRCS.start} && drc < {_DRCS.stop}' > $I/events/paprscm/answer/filter || exit 10
 echo 1 > $I/events/paprscm/enable || exit 10
+! grep 'OPTIMIZED\\|FTRACE' $D/kprobes/list >&2 || exit 10
 """
 
 # The pipe's readers take what they read, so nothing is read twice. dd ends at EAGAIN.
@@ -58,7 +70,7 @@ _LACKING = {
     11: "no HCALL_STATS: the guest's kernel does not count its hcalls",
     12: "no KPROBE_EVENTS: the guest's kernel cannot be probed",
     13: "the guest's kernel has no papr_scm_pmem_flush to probe",
-    14: "probes of the guest's kernel cannot read arguments (Linux 6.9 can)",
+    14: "the guest's kernel has no plpar_hcall to probe",
 }
 
 _COUNT = f"""
@@ -146,7 +158,7 @@ class FlushTrace:
 
     def __init__(self, guest: Guest) -> None:
         self._guest = guest
-        self._begun: dict[int, int] = {}
+        self._begun: dict[int, tuple[int, dict[str, int]]] = {}
         self._flushes: dict[int, list[FlushHcall]] = defaultdict(list)
         self._first = self._calls = self._ended = 0
         result = guest.run(_PREPARE)
@@ -192,19 +204,26 @@ class FlushTrace:
         pid, us = int(found["pid"]), int(found["seconds"]) * 1_000_000 + int(found["us"])
         if found["event"] == "flush":
             return None
-        if found["event"] == "call":
-            self._begun[pid] = us
-            return None
         fields = {k: int(v, 0) for k, v in (f.split("=") for f in found["fields"].split())}
+        if found["event"] == "call":
+            if fields["drc"] not in _DRCS:
+                raise ContractError(f"H_SCM_FLUSH of drc {fields['drc']:#x}, which is not a DIMM's")
+            if pid in self._begun:
+                raise HostError(f"no answer was traced to the hcall before this one: {line!r}")
+            self._begun[pid] = us, fields
+            return None
         if pid not in self._begun:
-            raise HostError(f"an hcall ended that never began: {line!r}")
+            return None  # the answer to another hcall on a DIMM
+        begin_us, sent = self._begun.pop(pid)
+        if any(fields[name] != sent[name] for name in ("buffer", "drc")):
+            raise HostError(f"the answer to an hcall with other arguments, {sent}: {line!r}")
         call = FlushHcall(
             pid=pid,
-            drc=fields["drc"],
-            sent=fields["sent"],
+            drc=sent["drc"],
+            sent=sent["sent"],
             token=fields["token"],
             code=fields["code"],
-            begin_us=self._begun.pop(pid),
+            begin_us=begin_us,
             end_us=us,
         )
         self._first += call.sent == 0

@@ -22,7 +22,7 @@ import paramiko
 from paprscm import log
 from paprscm.boot import StartTimes, StuckError, wait_until_ready
 from paprscm.console import Console
-from paprscm.errors import ContractError, GuestLostError, HostError
+from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.kmsg import Trouble
 from paprscm.machine import Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
 from paprscm.process import describe_status
@@ -31,10 +31,12 @@ from paprscm.settings import Settings
 from paprscm.shim import Shim
 from paprscm.ssh import CommandResult, Ssh, TimedOutError
 from paprscm.vm import Lifetime, Vm
-from paprscm.wording import in_words, log_command, outcome, quoted
+from paprscm.wording import in_words, log_command, outcome, quoted, reporting
 
 # What a kernel without the drivers of our machine ends with.
-_NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root device")
+_NO_ROOT = re.compile(
+    r"Unable to mount root|No working init|Cannot open root device|initramfs: no root disk"
+)
 _NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in or in modules=?"
 
 
@@ -165,7 +167,7 @@ class Guest(Lifetime):
         Raises:
             ContractError: it failed.
         """
-        result = self.run(command, timeout_s=timeout_s, stdin=stdin)
+        result = reporting(self.run(command, timeout_s=timeout_s, stdin=stdin))
         if result.status:
             raise ContractError(f"{outcome(result)}, expected 0")
         return result.stdout.removesuffix("\n")
@@ -178,7 +180,7 @@ class Guest(Lifetime):
         Raises:
             ContractError: it succeeded.
         """
-        result = self.run(command, timeout_s=timeout_s, stdin=stdin)
+        result = reporting(self.run(command, timeout_s=timeout_s, stdin=stdin))
         if not result.status:
             raise ContractError(f"{outcome(result)}, expected it to fail")
         return result
@@ -192,12 +194,12 @@ class Guest(Lifetime):
         # The guest's own clock: 20 ms between two tries cost nothing there.
         loop = (
             "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
-            'while :; do out=$(sh -c "$2" 2>&1) && { printf "%s\\n" "$out"; exit 0; }; '
-            "[ $(cut -d. -f1 /proc/uptime) -ge $end ] && "
-            '{ printf "%s\\n" "$out"; exit 99; }; sleep 0.02; done'
+            'until out=$(sh -c "$2" 2>&1); status=$?; case $status in 0|126|127) ;; *) status=99; '
+            "[ $(cut -d. -f1 /proc/uptime) -ge $end ];; esac; do sleep 0.02; done; "
+            'printf "%s\\n" "$out"; exit $status'
         )
         line = shlex.join(["sh", "-c", loop, "wait_until", str(int(timeout_s) + 1), command])
-        result = self.run(line, timeout_s=timeout_s * 2 + 10)
+        result = reporting(self.run(line, timeout_s=timeout_s * 2 + 10))
         if result.status:
             raise ContractError(
                 f"`{command}` still fails after {timeout_s:g} s; its output:\n"
@@ -219,7 +221,7 @@ class Guest(Lifetime):
 
     def get(self, path: str) -> bytes:
         """Read a file of the guest, byte for byte."""
-        result = self.run(f"cat -- {shlex.quote(path)}")
+        result = reporting(self.run(f"cat -- {shlex.quote(path)}"))
         if result.status:
             raise ContractError(f"{outcome(result)}, expected 0")
         return result.stdout_bytes
@@ -265,6 +267,7 @@ class Guest(Lifetime):
         Raises:
             ContractError: an Oops, a warning, … that nobody announced.
             GuestLostError: a panic, a hang, or QEMU is gone.
+            KilledError: QEMU was ended from outside.
         """
         if not self._event.is_set():
             return
@@ -280,13 +283,13 @@ class Guest(Lifetime):
             reason = f"QEMU {how}; it said:\n{self.vm.says()}"
         raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
 
-    def _report(self, trouble: Trouble) -> ContractError:
-        kind = GuestLostError if trouble.fatal else ContractError
+    def _report(self, trouble: Trouble) -> Error:
+        what = f"{trouble.text}\n  its console:\n{self.console.tail(30)}"
         no_root = any(_NO_ROOT.search(line) for line in self.console.lines)
-        return kind(
-            f"the guest's kernel reports: {trouble.text}\n  its console:\n{self.console.tail(30)}",
-            hint=_NO_ROOT_HINT if no_root else None,
-        )
+        if no_root and self.times.init is None:
+            return ConfigError(f"the guest's kernel has no root disk: {what}", hint=_NO_ROOT_HINT)
+        kind = GuestLostError if trouble.fatal else ContractError
+        return kind(f"the guest's kernel reports: {what}")
 
     def kill(self) -> None:
         """End QEMU with SIGKILL, as a power cut would; the backing files stay."""
@@ -422,9 +425,8 @@ class Guest(Lifetime):
             log.logger.info("%d regions of %d DIMMs have their driver", there, wanted)
 
     def _expect_not_killed(self, error: NotRestoredError) -> None:
-        """Raise if QEMU was killed: that says nothing about the snapshot, which is kept then."""
-        status = self.process.wait(1.0)
-        if status is not None and status < 0:
+        """Raise if a signal ended QEMU: that says nothing about the snapshot, which is kept."""
+        if (status := self.process.wait(1.0)) is not None and status < 0:
             how = describe_status(status)
             raise GuestLostError(f"QEMU ended, {how}, while it was restored") from error
 

@@ -90,6 +90,12 @@ def require(kernel: Kernel) -> None:
         CapabilityError: it was built without.
     """
     for name in _OPTIONS:
+        if kernel.config is None:
+            raise CapabilityError(
+                f"the kernel {kernel.release} does not hold its configuration, so CONFIG_{name} "
+                "is unknown",
+                hint="build it with CONFIG_IKCONFIG=y, or give modules= with its configs.ko",
+            )
         if kernel.option(name) == "n":
             raise CapabilityError(
                 f"the kernel {kernel.release} was built without CONFIG_{name}",

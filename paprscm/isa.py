@@ -31,7 +31,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import Section, SymbolTableSection
 
-from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.errors import CapabilityError, ConfigError, HostError, KilledError
 from paprscm.process import run
 
 _TOOLS = "powerpc64le-linux-gnu-"
@@ -162,6 +162,13 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
     target.write_bytes(data)
     shutil.copymode(source, target)
     return FixReport(target, how, dict(functions), dict(instructions), dropped)
+
+
+def is_signed(path: Path) -> bool:
+    """Whether an uncompressed module ends with a signature (scripts/sign-file.c)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_SIGNATURE_MARK)))
+        return file.read() == _SIGNATURE_MARK
 
 
 def read_object(path: Path) -> bytes:
@@ -339,6 +346,8 @@ def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) 
         ]
         try:
             output = run(argv, timeout_s=timeout_s).text
+        except KilledError:
+            raise
         except HostError as error:
             raise CapabilityError(
                 f"{qemu[-1]} gave no answer to the instruction probe: {error.message}"

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm import kernel_source, process
+from paprscm import kbuild_host, kernel_source, process
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import ConfigError, Error, HostError
-from paprscm.kconfig import Fragment, explain, fragments, merge, unmet
+from paprscm.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
 from paprscm.log import Bar, logger, progress, step
 from paprscm.places import require_make
@@ -36,6 +36,8 @@ _WRONG = re.compile(
 )
 # Without these of a fragment there is nothing to test.
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
+# Switched off in a given .config: a guest needs the command line that QEMU passes.
+_OFF = {"CMDLINE_FORCE": "n"}
 # What an unpacked source, its objects and the vmlinux take.
 _BUILD_BYTES = 1_200_000_000
 
@@ -107,7 +109,8 @@ def build_default(
             (entry / "fragment").write_text(fragment.text(own_tree=False))
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
-            _check(fragment.options, produced, tree, vital=list(fragment.options))
+            _check(fragment.required(own_tree=False), produced, tree, vital=None)
+            kbuild_host.require(produced, tree)
             make.compile(produced, total=fragment.objects)
             _collect(make, entry, produced)
             (entry / "source-version").write_text(version + "\n")
@@ -168,12 +171,16 @@ def build_tree(
                 (folder / "fragment").write_text(fragment.text(own_tree=False))
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
             else:
-                text = merge(_read_config(config), fragment.every)
+                given = _read_config(config)
+                text = merge(given, {**fragment.values(own_tree=True), **_OFF})
                 (objects / ".config").write_text(text)
                 make.run("olddefconfig")
             produced = parse_config((objects / ".config").read_text())
-            wanted = fragment.options if config is None else fragment.every
-            _check(wanted, produced, source, vital=_VITAL)
+            required = fragment.required(own_tree=config is not None)
+            _check(required, produced, source, vital=_VITAL)
+            if config is not None:
+                _report_switched_off(parse_config(given), produced, config)
+            kbuild_host.require(produced, source)
             count = folder / "objects-count"
             known = count.read_text() if count.is_file() else ""
             total = int(known or fragment.objects) if config is None else int(known or 0)
@@ -223,15 +230,13 @@ class _Make:
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
             *(f"CROSS_COMPILE={TOOLCHAIN}", *variables),
         ]
-        # We may run below `make suite`, whose job server is not ours, and in any language.
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("MAKE", "MFLAGS", "KBUILD", "KCONFIG", "LC_"))
-            and name not in ("ARCH", "CROSS_COMPILE", "O", "V")
-        }
+        passed, missed = kbuild_host.environment(os.environ)
+        if missed:
+            logger.warning(
+                "not passed on to the kernel build: %s of the environment", ", ".join(missed)
+            )
         self._env = {
-            **kept,
+            **passed,
             "LC_ALL": "C",
             "KBUILD_BUILD_USER": "paprscm",
             "KBUILD_BUILD_HOST": "paprscm",
@@ -316,17 +321,40 @@ def _compiler() -> str:
 
 
 def _check(
-    wanted: dict[str, str], produced: dict[str, str], tree: Path, *, vital: Sequence[str]
+    required: Sequence[Requirement],
+    produced: dict[str, str],
+    tree: Path,
+    *,
+    vital: Sequence[str] | None,
 ) -> None:
-    """Name the options that did not survive; fatal where one of the vital ones is among them."""
-    lost = unmet(wanted, produced)
+    """Name the requirements that are not met; fatal for the vital ones, all of them if None."""
+    lost = unmet(required, produced)
     if not lost:
         return
-    reasons = explain(lost, produced, tree)
-    text = "; ".join(f"CONFIG_{name} ({reasons[name]})" for name in lost)
-    if any(name in vital for name in lost):
+    reasons = explain([name for one in lost for name in one.options], produced, tree)
+    lost = [
+        one
+        for one in lost
+        if not one.optional or any(reasons[name] != UNKNOWN for name in one.options)
+    ]
+    text = "; ".join(
+        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
+    )
+    if any(vital is None or name in vital for one in lost for name in one.options):
         raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
-    logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+    if lost:
+        logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+
+
+def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:
+    """Name what a given .config had and its kernel has not, where that is not the user's doing."""
+    for name, why in (
+        ("CMDLINE_FORCE", "guests need the command line that QEMU passes"),
+        # "depends on PAHOLE_VERSION >= 116", Linux lib/Kconfig.debug.
+        ("DEBUG_INFO_BTF", "pahole is missing or too old (apt install dwarves)"),
+    ):
+        if given.get(name) == "y" and name not in produced:
+            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, why)
 
 
 def _check_tree(source: Path) -> None:

@@ -11,11 +11,29 @@ from pathlib import Path
 
 from paprscm.errors import ConfigError
 
-_OPTION = re.compile(r"CONFIG_(\w+)=(\S.*)")
+_OPTION = re.compile(r"CONFIG_(\w+)=(\".*\"|\S+)")
 _OFF = re.compile(r"# CONFIG_(\w+) is not set")
+_OR = re.compile(r" or (?=(?:# )?CONFIG_|nothing$)")
 _DIRECTIVE = re.compile(r"#@\s*(.*)")
 _BLOCK = re.compile(r"^(?:menu)?config (\w+)\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
 _DEPENDS = re.compile(r"^\s+depends on (.*)$", re.MULTILINE)
+
+UNKNOWN = "this kernel has no such option"
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """One line of a fragment: the options of which a kernel must have one.
+
+    Attributes:
+        options: name without "CONFIG_" and value of each, in order of preference; "n" means off.
+        optional: met by a kernel that knows none of these options.
+        every_kernel: also merged over the .config of an own source tree.
+    """
+
+    options: dict[str, str]
+    optional: bool = False
+    every_kernel: bool = True
 
 
 @dataclass(frozen=True)
@@ -23,13 +41,11 @@ class Fragment:
     """Options that a kernel must have, and for which kernels.
 
     Attributes:
-        options: all of them, without "CONFIG_"; "n" means off.
-        every: those that are also merged over an own tree's .config.
-        objects: how many the default kernel compiles, 0 where nobody measured it.
+        requirements: by the name of their first option.
+        objects: number of objects that the default kernel compiles, 0 where it is not known.
     """
 
-    options: dict[str, str]
-    every: dict[str, str]
+    requirements: dict[str, Requirement]
     objects: int
 
     @classmethod
@@ -39,44 +55,59 @@ class Fragment:
         Raises:
             ConfigError: a file cannot be read, or a line of it is no option, comment or directive.
         """
-        options: dict[str, str] = {}
-        every: dict[str, str] = {}
+        requirements: dict[str, Requirement] = {}
         objects = 0
         for path in paths:
-            everywhere = True
+            every_kernel = True
             for number, line in enumerate(_lines(path), start=1):
                 if found := _DIRECTIVE.fullmatch(line):
                     words = found[1].split()
                     if words == ["every", "kernel"]:
-                        everywhere = True
+                        every_kernel = True
                     elif words == ["default", "kernel"]:
-                        everywhere = False
+                        every_kernel = False
                     elif len(words) == 2 and words[0] == "objects" and words[1].isdecimal():
                         objects = int(words[1])
                     else:
                         raise ConfigError(f"{path}:{number}: unknown directive: {line}")
                     continue
-                if found := _OPTION.fullmatch(line):
-                    name, value = found[1], found[2]
-                elif found := _OFF.fullmatch(line):
-                    name, value = found[1], "n"
-                elif not line or line.startswith("#"):
-                    continue
-                else:
+                *first, last = _OR.split(line)
+                optional = bool(first) and last == "nothing"
+                texts = first if optional else [*first, last]
+                options = dict(option for text in texts if (option := _option(text)))
+                if len(options) == len(texts):
+                    name = next(iter(options))
+                    before = requirements.get(name)
+                    everywhere = every_kernel or (before is not None and before.every_kernel)
+                    requirements[name] = Requirement(options, optional, everywhere)
+                elif line and not line.startswith("#"):
                     raise ConfigError(f"{path}:{number}: not an option or a comment: {line}")
-                options[name] = value
-                if everywhere or name in every:
-                    every[name] = value
-        return cls(options, every, objects)
+        return cls(requirements, objects)
 
     @property
     def digest(self) -> str:
         """Names what the fragment asks for; comments and order do not count."""
-        return hashlib.sha256(_text(dict(sorted(self.options.items()))).encode()).hexdigest()[:16]
+        ordered = _text(sorted(self.values(own_tree=False).items()))
+        return hashlib.sha256(ordered.encode()).hexdigest()[:16]
+
+    def required(self, *, own_tree: bool) -> list[Requirement]:
+        """What a kernel must have: the default one, or one with an own .config."""
+        return [one for one in self.requirements.values() if one.every_kernel or not own_tree]
+
+    def values(self, *, own_tree: bool) -> dict[str, str]:
+        """All options, alternatives too. Of a choice the preferred one is last: kconfig takes that.
+
+        A kernel ignores those that it does not know.
+        """
+        return {
+            name: value
+            for one in self.required(own_tree=own_tree)
+            for name, value in reversed(one.options.items())
+        }
 
     def text(self, *, own_tree: bool) -> str:
         """The options as lines of a .config."""
-        return _text(self.every if own_tree else self.options)
+        return _text(self.values(own_tree=own_tree).items())
 
 
 def default_fragment() -> Path:
@@ -112,15 +143,18 @@ def merge(base: str, options: Mapping[str, str]) -> str:
             continue
         kept.append(line)
     values = {name: "m" if name in modules else value for name, value in options.items()}
-    return "\n".join(kept) + "\n" + _text(values)
+    return "\n".join(kept) + "\n" + _text(values.items())
 
 
-def unmet(wanted: Mapping[str, str], produced: Mapping[str, str]) -> list[str]:
-    """Names of the wanted options that `produced` does not have; a module will do for built in."""
+def unmet(requirements: Iterable[Requirement], produced: Mapping[str, str]) -> list[Requirement]:
+    """The requirements of which `produced` has no option; a module will do for built in."""
     return [
-        name
-        for name, value in wanted.items()
-        if (got := produced.get(name, "n")) != value and (value, got) != ("y", "m")
+        one
+        for one in requirements
+        if not any(
+            (got := produced.get(name, "n")) == value or (value, got) == ("y", "m")
+            for name, value in one.options.items()
+        )
     ]
 
 
@@ -147,7 +181,7 @@ def explain(names: Iterable[str], produced: Mapping[str, str], tree: Path) -> di
 
 def _reason(entry: str | None, produced: Mapping[str, str], name: str) -> str:
     if entry is None:
-        return "this kernel has no such option"
+        return UNKNOWN
     needed = [
         symbol
         for line in _DEPENDS.findall(entry)
@@ -161,10 +195,17 @@ def _reason(entry: str | None, produced: Mapping[str, str], name: str) -> str:
     return f"it came out as {produced.get(name, 'n')}"
 
 
-def _text(options: Mapping[str, str]) -> str:
+def _option(text: str) -> tuple[str, str] | None:
+    """Name and value of an option as a .config has it."""
+    if found := _OPTION.fullmatch(text):
+        return found[1], found[2]
+    return (found[1], "n") if (found := _OFF.fullmatch(text)) else None
+
+
+def _text(options: Iterable[tuple[str, str]]) -> str:
     return "".join(
         f"# CONFIG_{name} is not set\n" if value == "n" else f"CONFIG_{name}={value}\n"
-        for name, value in options.items()
+        for name, value in options
     )
 
 

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Run one program for as long as the run that wants it lives, and not a moment longer.
 
-A test process can be killed with SIGKILL, and so can `avocado`, `make` or this keeper. Whoever
+A test process can be killed with SIGKILL, and so can `avocado`, `make` or this keeper. Whichever
 dies, the program must die too:
 
-* The keeper watches, through pidfds, its parent, every ancestor in the parent's process group (that
-  is what one `make suite` or `avocado run` is), and those that process.py names as the run's: one
-  that died before we came is no ancestor any more. It also watches a pipe whose other end its
-  parent holds. When one of them ends, it kills the program's whole process group and removes the
-  scratch folder.
+* The keeper watches, through pidfds, its parent and the processes that have declared themselves
+  part of the run (process.py lists them); no other ancestor, because a shell that only started the
+  run may end. It also watches a pipe whose other end its parent holds. When one of them ends, it
+  kills the program's whole process group and removes the scratch folder.
 * The program asks the kernel to be killed when the keeper dies (prctl(2), PR_SET_PDEATHSIG). Of
   the threads of the parent that setting would notice the wrong one: the signal comes when the
   *thread* that forked ends, and Avocado runs setUp and tearDown in different threads. The keeper
   has one thread.
+
+Where pidfd_open(2) is refused (by the seccomp profile of Docker before 20.10), it reads /proc every
+100 ms instead.
 
 Run by path, isolated and without site, so that it starts in some 15 ms: it imports nothing of ours.
 """
@@ -31,34 +33,64 @@ from pathlib import Path
 # What the parent writes to the lifeline when it wants the program's end.
 END = b"k"
 
+# The last report's "end": the program ended without the keeper's help; the parent asked for it; a
+# process of the run has ended.
+OWN, ASKED, RUN = "own", "asked", "run"
+
+# How often to look for processes of which no pidfd can be had.
+POLL_MS = 100
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def ancestors(group: int) -> list[int]:
-    """Our parent, and its forebears as long as they are in process group `group`."""
-    found: list[int] = []
-    pid = os.getppid()
-    while pid > 1:
-        try:
-            # pid (comm) state ppid pgrp …; comm may hold anything, so look behind its last ')'.
-            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
-            break
-        if found and int(fields[2]) != group:
-            break
-        found.append(pid)
-        pid = int(fields[1])
-    return found
+def start_time(pid: int) -> str:
+    """Clock ticks from boot to the start of a process, as digits; empty if it has ended.
 
-
-def open_pidfds(pids: list[int]) -> list[int]:
-    """A pidfd of each process, which polls readable when it ends.
-
-    Raises:
-        ProcessLookupError: one of them has ended already.
+    A process id is used again; with its start time it names one process.
     """
-    return [os.pidfd_open(pid) for pid in pids]
+    try:
+        # pid (comm) state ppid pgrp …; comm may hold anything, so look behind its last ')'.
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+class Watch:
+    """Processes of which none may end.
+
+    Args:
+        run: process id and start time of each.
+
+    Attributes:
+        pidfds: they poll readable when their process ends.
+        interval_ms: how often to ask lost() in addition; None: never.
+        ended: the process that had ended already; None: they all live.
+    """
+
+    def __init__(self, run: list[tuple[int, str]]) -> None:
+        self.pidfds: list[int] = []
+        self.interval_ms: int | None = None
+        self._run = run
+        for pid, _start in run:
+            try:
+                self.pidfds.append(os.pidfd_open(pid))
+            except ProcessLookupError:
+                break
+            except (OSError, AttributeError):  # EPERM, ENOSYS; a Python built with old headers.
+                self.interval_ms = POLL_MS
+        self.ended = self.lost()
+
+    def lost(self) -> int | None:
+        """One that has ended; None: they all live."""
+        return next((pid for pid, start in self._run if start_time(pid) != start), None)
+
+
+def has_ended(child: int) -> bool:
+    """Whether a child has ended; it is not waited for, so that its process id stays its own."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def kill_all(program: subprocess.Popen[bytes]) -> int:
@@ -76,10 +108,15 @@ def kill_all(program: subprocess.Popen[bytes]) -> int:
     return status
 
 
+def tell(report: int, **words: int | str) -> None:
+    """Write a line of JSON to the parent, which may be gone."""
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report, json.dumps(words).encode() + b"\n")
+
+
 def main() -> None:
     spec = json.loads(sys.argv[1])
     lifeline, report = spec["lifeline"], spec["report"]
-    parent = spec["parent"]
     # ^C goes to everyone in the terminal's foreground group; what it means the parent decides,
     # and says so through the lifeline.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
@@ -88,13 +125,15 @@ def main() -> None:
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     me = os.getpid()
 
-    try:
-        watched = open_pidfds([*ancestors(os.getpgrp()), *spec["run"]])
-    except ProcessLookupError:
-        os.write(report, b'{"error": "the run that wants it was killed"}\n')
+    watch = Watch([(pid, start) for pid, start in spec["run"]])
+    if watch.ended is not None:
+        tell(report, ended=watch.ended)
         return
-    if os.getppid() != parent:
-        return
+    # A pipe that is readable when a child has ended.
+    woken, wake = os.pipe()
+    os.set_blocking(wake, False)
+    signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
 
     def in_program() -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -114,26 +153,34 @@ def main() -> None:
             preexec_fn=in_program,  # One thread: nothing to deadlock with.
         )
     except OSError as error:
-        os.write(report, json.dumps({"error": f"{error.strerror}"}).encode() + b"\n")
+        tell(report, error=str(error.strerror))
         return
     for handle in spec["pass_fds"]:
         os.close(handle)
-    os.write(report, json.dumps({"pid": program.pid}).encode() + b"\n")
+    tell(report, pid=program.pid)
 
-    ended = os.pidfd_open(program.pid)
     poll = select.poll()
-    for handle in (ended, lifeline, *watched):
+    for handle in (woken, lifeline, *watch.pidfds):
         poll.register(handle, select.POLLIN)
-    ready = {handle for handle, _events in poll.poll()}
+    ready: set[int] = set()
+    end = ""
+    while not end:
+        ready = {handle for handle, _events in poll.poll(watch.interval_ms)}
+        if woken in ready:
+            os.read(woken, 4096)
+        if has_ended(program.pid):
+            end = OWN
+        elif lifeline in ready:
+            # A parent that wants the end says so before it hangs up; one that was killed only hangs
+            # up, and its pidfd may tell of it a moment later than the pipe does.
+            end = ASKED if os.read(lifeline, 1) == END else RUN
+        elif ready - {woken} or (watch.interval_ms is not None and watch.lost() is not None):
+            end = RUN
     status = kill_all(program)
-    # A parent that wants the end says so before it hangs up. One that was killed only hangs up, and
-    # its pidfd may tell of it a moment later than the pipe does.
-    wanted = lifeline in ready and os.read(lifeline, 1) == END
-    if ended not in ready and not wanted and spec["scratch"]:
+    if end == RUN and spec["scratch"]:
         # Nobody else is left to do it.
         shutil.rmtree(spec["scratch"], ignore_errors=True)
-    with contextlib.suppress(BrokenPipeError):
-        os.write(report, json.dumps({"status": status}).encode() + b"\n")
+    tell(report, status=status, end=end)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import mmap
 import re
 import struct
@@ -59,6 +60,11 @@ class Kernel:
         """The value of CONFIG_`name`, "n" where it is off; None without a configuration."""
         return None if self.config is None else self.config.get(name, "n")
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What its command line must have: xmon would wait for a person where a panic ends QEMU."""
+        return () if self.option("XMON_DEFAULT") == "n" else ("xmon=off",)
+
     def require_option(self, name: str) -> None:
         """Insist on CONFIG_`name` being built in or a module; unknown is taken as there.
 
@@ -106,7 +112,7 @@ def inspect(path: Path) -> Kernel:
         banner = _search(_BANNER, data, spans)
         if banner is None:
             raise ConfigError(f"{path} is a ppc64le ELF file, but no kernel", hint=_WANT_VMLINUX)
-        config = _embedded_config(data, spans)
+        config = embedded_config(data, spans)
         return Kernel(
             path=path,
             release=banner[1].decode(errors="replace"),
@@ -127,9 +133,23 @@ def check(kernel: Kernel, *, has_modules: bool) -> None:
         has_modules: a folder of its modules was given too.
 
     Raises:
-        ConfigError: papr_scm is not in it, or is a module and no modules were given.
+        ConfigError: papr_scm is not in it, or is a module and no modules were given; or it ignores
+            the command line that it is given.
     """
-    if kernel.papr_scm == ABSENT or (kernel.papr_scm == UNKNOWN and not has_modules):
+    if kernel.option("CMDLINE_FORCE") == "y":
+        raise ConfigError(
+            f"the kernel {kernel.release} ({kernel.path}) ignores QEMU's -append: it was built "
+            f"with CONFIG_CMDLINE_FORCE and boots with {kernel.option('CMDLINE')}",
+            hint="build it without; `paprscm kernel build` switches it off",
+        )
+    if kernel.papr_scm == UNKNOWN and not has_modules:
+        raise ConfigError(
+            f"the kernel {kernel.release} ({kernel.path}) has neither papr_scm nor its "
+            "configuration (CONFIG_IKCONFIG=y) built in",
+            hint="if papr_scm is a module of it, set modules= to the INSTALL_MOD_PATH of its `make "
+            "modules_install`; else `paprscm kernel build --source DIR` builds one with papr_scm",
+        )
+    if kernel.papr_scm == ABSENT:
         raise ConfigError(
             f"the kernel {kernel.release} ({kernel.path}) has no papr_scm",
             hint="it needs CONFIG_PAPR_SCM; `paprscm kernel build --source DIR` sets it",
@@ -142,6 +162,16 @@ def check(kernel: Kernel, *, has_modules: bool) -> None:
         )
 
 
+def configured(kernel: Kernel, config: Mapping[str, str]) -> Kernel:
+    """The same kernel with a configuration that is not in its vmlinux."""
+    return dataclasses.replace(
+        kernel,
+        config=config,
+        page_size=_configured_page_size(config),
+        papr_scm=_configured_papr_scm(config),
+    )
+
+
 def parse_config(text: str) -> dict[str, str]:
     """The options of a .config, without "CONFIG_"; those that are off are left out."""
     found = re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE)
@@ -151,6 +181,8 @@ def parse_config(text: str) -> dict[str, str]:
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ConfigError(f"the kernel {path} is not a regular file", hint=_WANT_VMLINUX)
         with path.open("rb") as file:
             size = file.seek(0, 2)
             if size == 0:
@@ -164,7 +196,9 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
             hint=f"for a source tree: `paprscm kernel build --source {path}`",
         ) from error
     except OSError as error:
-        raise ConfigError(f"the kernel {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"the kernel {path} cannot be read: {error.strerror}", hint=_WANT_VMLINUX
+        ) from error
     with mapping:
         yield mapping
 
@@ -221,12 +255,18 @@ def _machine(name: str | int) -> str:
 
 
 def _search(
-    pattern: re.Pattern[bytes], data: mmap.mmap, spans: list[tuple[int, int]]
+    pattern: re.Pattern[bytes], data: mmap.mmap | bytes, spans: list[tuple[int, int]]
 ) -> re.Match[bytes] | None:
     return next((m for start, end in spans if (m := pattern.search(data, start, end))), None)
 
 
-def _embedded_config(data: mmap.mmap, spans: list[tuple[int, int]]) -> dict[str, str] | None:
+def embedded_config(data: mmap.mmap | bytes, spans: list[tuple[int, int]]) -> dict[str, str] | None:
+    """The configuration that CONFIG_IKCONFIG puts into a vmlinux or configs.ko, if it is there.
+
+    Args:
+        data: the ELF file.
+        spans: the parts of it to search, as (start, end).
+    """
     found = _search(re.compile(re.escape(_CONFIG_START + b"\x1f\x8b")), data, spans)
     if found is None:
         return None
@@ -239,11 +279,19 @@ def _embedded_config(data: mmap.mmap, spans: list[tuple[int, int]]) -> dict[str,
     return parse_config(text.decode(errors="replace"))
 
 
+def _configured_page_size(config: Mapping[str, str]) -> int | None:
+    return next((1024 * k for k in (4, 16, 64, 256) if f"PPC_{k}K_PAGES" in config), None)
+
+
+def _configured_papr_scm(config: Mapping[str, str]) -> str:
+    return {"y": BUILT_IN, "m": MODULE}.get(config.get("PAPR_SCM", "n"), ABSENT)
+
+
 def _page_size(
     config: Mapping[str, str] | None, symbols: SymbolTableSection | None, data: mmap.mmap
 ) -> int | None:
     if config is not None:
-        return next((1024 * k for k in (4, 16, 64, 256) if f"PPC_{k}K_PAGES" in config), None)
+        return _configured_page_size(config)
     if symbols is None:
         return None
     # One page of zeroes: arch/powerpc/mm/mem.c, unsigned long empty_zero_page[].
@@ -263,7 +311,7 @@ def _papr_scm(
     config: Mapping[str, str] | None, data: mmap.mmap, spans: list[tuple[int, int]]
 ) -> str:
     if config is not None:
-        return {"y": BUILT_IN, "m": MODULE}.get(config.get("PAPR_SCM", "n"), ABSENT)
+        return _configured_papr_scm(config)
     # The driver's name, in papr_scm.c. "ibm,pmemory" proves nothing: iommu.c has it too.
     name = re.compile(rb"\0papr_scm\0")
     return BUILT_IN if _search(name, data, spans) else UNKNOWN

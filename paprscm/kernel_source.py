@@ -16,7 +16,9 @@ from paprscm.errors import ConfigError, HostError
 from paprscm.log import step
 from paprscm.settings import Settings
 
-_KIND = "kernel-source"
+KIND = "kernel-source"
+"""Kind of its cache entry."""
+
 _NEEDS_BYTES = 400_000_000
 
 # Every architecture but powerpc.
@@ -36,7 +38,7 @@ def _source_fields(settings: Settings, suite: str) -> dict[str, str]:
 def find(cache: Cache, settings: Settings) -> Path | None:
     """The cache entry with the source package's archive and version, of the first suite."""
     for suite in suites(settings.kernel_suite):
-        if entry := cache.find(_KIND, _source_fields(settings, suite)):
+        if entry := cache.find(KIND, _source_fields(settings, suite)):
             return entry.path
     return None
 
@@ -81,7 +83,7 @@ def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> 
                 download.remove()
 
         fields = _source_fields(settings, suite)
-        return archive.cache.ensure(_KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
+        return archive.cache.ensure(KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
 
     return first_available(suites(settings.kernel_suite), attempt, title=package)
 

@@ -19,12 +19,15 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
     for kind, pattern, fatal in (
         ("panic", r"Kernel panic - not syncing", True),
         ("panic", r"OS terminated: ", True),
+        # xmon stops the guest before the kernel prints its Oops, and waits for a person
+        # (arch/powerpc/xmon/xmon.c:excprint).
+        ("xmon", r"cpu 0x[0-9a-f]+: Vector: [0-9a-f]+ ", True),
         ("oops", r"Oops: ", False),
         ("oops", r"Unable to handle kernel ", False),
         ("oops", r"BUG: Unable to handle kernel ", False),
         ("soft lockup", r"watchdog: BUG: soft lockup", False),
         ("hard lockup", r"watchdog: .*(?:hard LOCKUP|Hard LOCKUP)", False),
-        ("hung task", r"INFO: task .* blocked for more than ", False),
+        ("hung task", r"INFO: task .* blocked.* for more than ", False),
         ("rcu stall", r"(?:rcu: )?INFO: .*(?:self-detected stall|detected stalls)", False),
         # Lockdep has one in brackets: "[ BUG: Invalid wait context ]".
         ("bug", r"(?:kernel |\[ )?BUG[: ]", False),
@@ -76,6 +79,11 @@ class Trouble:
     fatal: bool
 
 
+def text_of(line: str) -> str:
+    """The message of a line of the console, without time stamp and caller."""
+    return _STAMP.sub("", line.rstrip(), count=1)
+
+
 def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | None:
     """What is wrong according to one line of the console, or None.
 
@@ -83,7 +91,7 @@ def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | No
         line: without its line end.
         allowed: patterns of messages that the test has announced; searched in the message.
     """
-    message = _STAMP.sub("", line.rstrip(), count=1)
+    message = text_of(line)
     for kind, pattern, fatal in _PATTERNS:
         if pattern.match(message):
             if any(always.match(message) for always in _ALWAYS_LOGGED):

@@ -29,6 +29,8 @@ TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 type_names = ("spapr-nvdimm", "nvdimm")
 
+BASE_CMDLINE = "console=hvc0 root=/dev/vda ro init=/init"
+"""Begins the command line of each guest's kernel."""
 PORT_NAME = "paprscm"
 """The guest finds the port of its restoring by this name, in /sys/class/virtio-ports/*/name."""
 
@@ -213,22 +215,31 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """What the machine boots: a vmlinux, an initramfs for its modules, and the root disk."""
+    """What the machine boots: a vmlinux, an initramfs for its modules, and the root disk.
+
+    Attributes:
+        kernel: the vmlinux.
+        disk: the root disk.
+        initrd: the initramfs, if there is one.
+        words: what this kernel needs on its command line.
+    """
 
     kernel: Path
     disk: Path
     initrd: Path | None = None
+    words: tuple[str, ...] = ()
 
     def cmdline(self, machine: Machine) -> str:
         """The kernel's command line."""
         return " ".join(
             (
-                "console=hvc0 root=/dev/vda ro init=/init",
+                BASE_CMDLINE,
                 # A kernel whose virtio_net is a module would wait 12 s for eth0 before it loads any
                 # (net/ipv4/ipconfig.c, CONF_CARRIER_TIMEOUT); then /init configures it.
                 *(() if self.initrd else ("ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off",)),
                 # A panic ends QEMU at once (-no-reboot): an event instead of a timeout.
                 "panic=-1",
+                *self.words,
                 *machine.cmdline,
             )
         )

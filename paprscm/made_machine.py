@@ -49,17 +49,28 @@ def judge(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | 
         ContractError: the tree, or an answer, cannot be read.
     """
     if prediction.reasons:
-        if found.refused and any(reason.said_in(found.text) for reason in prediction.reasons):
+        if found.refused:
             return None
         wanted = " or ".join(sorted(reason.name for reason in prediction.reasons))
         return f"it must be refused ({wanted}), and was: {found}"
     if not found.accepted:
         return f"it must be accepted, and was not: {found}"
-    strange = [line for line in found.text.splitlines() if not _HARMLESS.search(line)]
-    if strange:
-        return "it is accepted with a message:\n" + quoted("\n".join(strange))
     said = [*_accepted(machine, prediction.placed, found)]
     return "it came out wrong:\n" + quoted("\n".join(said)) if said else None
+
+
+def unusual(prediction: Prediction, found: Attempt) -> str | None:
+    """What QEMU says of a machine that it treats as predicted, in words that were not seen so far.
+
+    No contract fixes the words, nor which of several reasons is given.
+    """
+    if prediction.reasons:
+        if any(reason.said_in(found.text) for reason in prediction.reasons):
+            return None
+        wanted = " or ".join(sorted(reason.name for reason in prediction.reasons))
+        return f"a refusal ({wanted}) in other words:\n{quoted(found.text)}"
+    strange = [line for line in found.text.splitlines() if not _HARMLESS.search(line)]
+    return "accepted with a message:\n" + quoted("\n".join(strange)) if strange else None
 
 
 def _accepted(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> Iterator[str]:

@@ -18,8 +18,8 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from paprscm.errors import ConfigError
-from paprscm.isa import fix_file, read_object
-from paprscm.kernel import UNKNOWN, Kernel
+from paprscm.isa import fix_file, is_signed, read_object
+from paprscm.kernel import UNKNOWN, Kernel, configured, embedded_config
 from paprscm.process import run
 
 # Module name and the option that makes it one, in the order in which they are loaded. Only what is
@@ -121,8 +121,8 @@ def build_initramfs(
         also: names of further modules to load where they are there.
 
     Raises:
-        ConfigError: the modules belong to another kernel, one that is needed is not there, or one
-            is damaged.
+        ConfigError: the modules belong to another kernel, one that is needed is not there, one is
+            damaged, or one needs a fix-up that the kernel's check of signatures forbids.
     """
     found = find_modules(kernel, modules)
     missing = [
@@ -142,14 +142,25 @@ def build_initramfs(
     files: dict[str, tuple[int, bytes]] = {}
     sites = 0
     with tempfile.TemporaryDirectory(prefix="paprscm-modules-") as folder:
-        copies = []
+        copies, unsigned = [], []
         for position, name in enumerate(order):
             copy = Path(folder) / f"{position:02}-{name}.ko"
-            sites += fix_file(found[name], copy, executes).sites
+            report = fix_file(found[name], copy, executes)
+            sites += report.sites
+            if report.signature_dropped and kernel.option("MODULE_SIG_FORCE") == "y":
+                raise ConfigError(
+                    f"{found[name]} has instructions that this QEMU cannot execute "
+                    f"({', '.join(report.instructions)}); rewritten, it loses its signature, and "
+                    f"the kernel {kernel.release} has CONFIG_MODULE_SIG_FORCE",
+                    hint=f"build {name} in, or the kernel without CONFIG_MODULE_SIG_FORCE",
+                )
             copies.append(copy)
-        if copies and shutil.which(_STRIP):
-            # A distribution's xfs.ko has 30 MB of debug information.
-            run([_STRIP, "--strip-debug", *copies])
+            if not is_signed(copy):
+                unsigned.append(copy)
+        if unsigned and shutil.which(_STRIP):
+            # A distribution's xfs.ko has 30 MB of debug information. strip drops a signature, which
+            # the kernel may insist on (CONFIG_MODULE_SIG_FORCE, lockdown).
+            run([_STRIP, "--strip-debug", *unsigned])
         for copy in copies:
             files[f"modules/{copy.name}"] = (0o100644, copy.read_bytes())
         names = "".join(f"{copy.name}\n" for copy in copies)
@@ -159,6 +170,20 @@ def build_initramfs(
     files["bin/busybox"] = (0o100755, busybox.read_bytes())
     write_cpio(target, files, folders=("dev", "proc", "sys", "root"))
     return Initramfs(target, tuple(order), sites)
+
+
+def with_config(kernel: Kernel, modules: Path) -> Kernel:
+    """The kernel with the configuration from its configs.ko, where CONFIG_IKCONFIG is a module.
+
+    Raises:
+        ConfigError: the modules belong to another kernel.
+    """
+    path = find_modules(kernel, modules).get("configs")
+    if kernel.config is not None or path is None:
+        return kernel
+    data = read_object(path)
+    config = embedded_config(data, [(0, len(data))])
+    return kernel if config is None else configured(kernel, config)
 
 
 def find_modules(kernel: Kernel, modules: Path) -> dict[str, Path]:

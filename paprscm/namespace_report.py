@@ -135,15 +135,17 @@ def parse_namespaces(dump: Dump, region: Region) -> tuple[Namespace, ...]:
         told: Any = json.loads(dump.blobs["ndctl"] or "[]")
         entries = [told] if isinstance(told, dict) else [dict(entry) for entry in told]
         found = [_namespace(dump, region, entry) for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ContractError(f"ndctl said of {region.name}: {blob!r}") from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise HostError(
+            f"ndctl's output for {region.name} is not as expected ({error!r}): {blob!r}"
+        ) from error
     return tuple(sorted(found, key=lambda ns: [int(n) for n in re.findall("[0-9]+", ns.name)]))
 
 
 def _namespace(dump: Dump, region: Region, told: dict[str, Any]) -> Namespace:
     name, mode = str(told["dev"]), str(told["mode"])
     if not re.fullmatch(r"namespace[0-9]+\.[0-9]+", name) or mode not in PERSONALITIES:
-        raise ContractError(f"ndctl made of {region.name}: {told}")
+        raise HostError(f"ndctl names a namespace of {region.name} as no ndctl should: {told}")
     if "blockdev" in told:
         device: BlockDevice | CharacterDevice = _block_device(dump, region, str(told["blockdev"]))
     else:
@@ -156,7 +158,7 @@ def _namespace(dump: Dump, region: Region, told: dict[str, Any]) -> Namespace:
         raise ContractError(f"{name} is {mode} for ndctl, but its {device.name} is on {owner}")
     map_ = told["map"] if mode in ("fsdax", "devdax") else None
     if map_ not in (None, "dev", "mem"):
-        raise ContractError(f"{name} has its page structures in {map_!r}")
+        raise HostError(f"ndctl has {name}'s page structures in {map_!r}")
     return Namespace(
         name=name, region=region.name, mode=mode, map=map_, uuid=str(told["uuid"]), device=device
     )
@@ -195,7 +197,7 @@ def _character_device(dump: Dump, region: Region, name: str) -> CharacterDevice:
 def _belongs(dump: Dump, region: Region, name: str) -> None:
     """ndctl was told the region's name; what counts is whose child the device is."""
     if not re.fullmatch(r"[a-z0-9.]+", name):
-        raise ContractError(f"ndctl names a device {name!r}")
+        raise HostError(f"ndctl names a device {name!r}")
     owner = PurePosixPath(dump.text(f"{name}/device"))
     if not owner.is_relative_to(region.device) or owner == PurePosixPath(region.device):
         raise ContractError(f"{name} is {owner}, which is not below {region.device}")

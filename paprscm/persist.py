@@ -10,7 +10,7 @@ import shlex
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from paprscm.errors import ContractError
+from paprscm.errors import ContractError, HostError
 from paprscm.map_sync_report import unbelievable
 from paprscm.probes import build
 from paprscm.strict_json import Fields, MalformedError, load_line
@@ -18,7 +18,10 @@ from paprscm.strict_json import Fields, MalformedError, load_line
 if TYPE_CHECKING:
     from paprscm.guest import Guest
 
-STEPS: Final = ("open", "write", "dwrite", "store", "msync", "fsync", "fdatasync", "syncfs", "read")
+STEPS: Final = (
+    *("open", "write", "dwrite", "store", "msync", "fsync", "fdatasync", "syncfs", "read"),
+    "await",
+)
 """What can be done; FILE is opened first, without being asked."""
 
 
@@ -74,6 +77,66 @@ def persist(
     tool = build(guest, "persist")
     result = guest.run(shlex.join([str(tool), path, *steps]), timeout_s=timeout_s)
     return parse_persist(result.stdout, result.status, steps, result.stderr)
+
+
+class HeldFile:
+    """A program in the guest that has made its steps up to "await", and keeps its file open.
+
+    Args:
+        guest: where it runs.
+        path: the file; created if it does not exist.
+        steps: as for `persist`, with one "await" among them.
+
+    Raises:
+        ProbeError: the program does not compile in the guest.
+    """
+
+    def __init__(self, guest: Guest, path: str, *steps: str) -> None:
+        self._guest, self._steps = guest, steps
+        words = shlex.join([str(build(guest, "persist")), path, *steps])
+        # The end of the program releases the lock; "await", or its end, closes "ready".
+        self._folder = guest.succeed(
+            "folder=$(mktemp -d) && cd $folder && mkfifo go ready && echo $folder\n"
+            f"flock --no-fork lock {words} <>go >out 2>err 3>ready &\n"
+            "echo $! > pid\n"
+            "cat ready"
+        )
+
+    def go(self) -> None:
+        """Let it go on behind "await"; returns at once."""
+        self._guest.succeed(f"cd {self._folder} && echo 1<>go")
+
+    def wait_blocked(self) -> bool:
+        """Wait until it sleeps in the kernel or has ended; return True for the former.
+
+        Raises:
+            HostError: neither within 30 s.
+        """
+        found = self._guest.run(
+            f"pid=$(cat {self._folder}/pid)\n"
+            "for _ in $(seq 1500); do\n"
+            "    case $(grep State: /proc/$pid/status 2>&1) in\n"
+            '        *"(disk sleep)"*) exit 0 ;;\n'
+            '        *"(zombie)"* | *"No such"*) exit 1 ;;\n'
+            "    esac\n"
+            "    sleep 0.02\n"
+            "done\n"
+            "exit 2"
+        )
+        if found.status > 1:
+            raise HostError(f"{shlex.join(self._steps)} neither blocks nor ends within 30 s")
+        return not found.status
+
+    def result(self) -> tuple[Step, ...]:
+        """Let it go on unless it has, wait for its end, and return all its steps.
+
+        Raises:
+            ProbeError: it gave no valid report.
+            ContractError: the file could not be opened.
+        """
+        wait = "echo 1<>go; flock lock cat out && cat err >&2"
+        result = self._guest.run(f"cd {self._folder} && {wait}")
+        return parse_persist(result.stdout, result.status, self._steps, result.stderr)
 
 
 def parse_persist(

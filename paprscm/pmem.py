@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from paprscm.errors import ContractError
+from paprscm.errors import ContractError, HostError
 from paprscm.namespace_report import (
     BlockDevice,
     CharacterDevice,
@@ -296,6 +296,7 @@ def dax_mount(
 
     Raises:
         RegionError: no region.
+        HostError: a program is missing or crashed, or its output is not as it should be.
         ContractError: ndctl, mkfs or mount failed; the message says which, and what it said. Or
             there is not exactly one namespace to reuse.
     """
@@ -375,11 +376,15 @@ def _run(
             f"no region of slot {slot} (drc {drc_index(slot):#x}) within {timeout_s:g} s; "
             f"there are: {there or 'none'}{_said(dump)}"
         )
-    if result.status or not dump.complete:
+    message = result.stderr.strip() or "(no message)"
+    if result.tool_failure:
+        raise HostError(f"{what}: step '{dump.step}': {result.tool_failure}:\n{message}")
+    if result.status:
         raise ContractError(
-            f"{what}: step '{dump.step}' ended with status {result.status}:\n"
-            f"{result.stderr.strip() or '(no message)'}"
+            f"{what}: step '{dump.step}' ended with status {result.status}:\n{message}"
         )
+    if not dump.complete:
+        raise HostError(f"{what}: the output ends in step '{dump.step}':\n{message}")
     return dump
 
 

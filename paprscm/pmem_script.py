@@ -13,7 +13,8 @@ Run as `env drc=… wait_s=… … sh -s STEP…`, it prints lines that `pmem` p
 The step "find" exits with 3 if there is no region of that DRC index; the others end with the
 status of whatever failed. Settings: drc (in hex), wait_s; ns_mode, ns_map, ns_size, ns_align of a
 namespace (the last three may be empty: ndctl's default); disk, fstype, block_size (empty: the page
-size), mountpoint, options; table, the last 66 bytes of an MBR as printf takes them.
+size), mkfs_configs (the folder with mkfs.xfs's files, if not its usual one), mountpoint, options;
+table, the last 66 bytes of an MBR as printf takes them.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ devices() {
 	printf '%s' "$1" | od -An -v -tx1
 	disks=0
 	names=$(printf '%s\n' "$1" |
-		sed -n -e 's/.*"blockdev":"\([^"]*\)".*/\1/p' -e 's/.*"chardev":"\([^"]*\)".*/\1/p')
+		sed -n -e 's/.*"blockdev" *: *"\([^"]*\)".*/\1/p' \
+			-e 's/.*"chardev" *: *"\([^"]*\)".*/\1/p')
 	for name in $names; do
 		if at "@SYSFS@/block/$name/device"; then
 			for key in ro size queue/fua queue/dax queue/write_cache queue/logical_block_size; do
@@ -165,11 +167,45 @@ look_at_page() {
 	page_size=$((size * 1024))
 }
 
+# Sets number: of "6.12.117-rc1+" it is 6012.
+to_number() {
+	number=${1#*.}
+	number=$((${1%%.*} * 1000 + ${number%%[!0-9]*}))
+}
+
+# Sets features, words of mkfs.xfs. One that is newer than the kernel may make by default what the
+# kernel cannot mount; it brings the defaults of each long-term kernel as a file. One that is not
+# newer gets none of them: that of xfsprogs 6.1.0 for Linux 6.1 is broken.
+choose_features() {
+	features=
+	version=$(mkfs.xfs -V)
+	version=${version##* }
+	case $version in [0-9]*.[0-9]*) ;; *) echo "mkfs.xfs -V: $version" >&2; exit 1 ;; esac
+	read -r release < /proc/sys/kernel/osrelease
+	to_number "$release"
+	kernel=$number
+	to_number "$version"
+	[ $number -gt $kernel ] || return 0
+	newest=0
+	for file in "${mkfs_configs:-/usr/share/xfsprogs/mkfs}"/lts_[0-9]*.conf; do
+		[ -e "$file" ] || continue
+		version=${file##*/lts_}
+		to_number "${version%.conf}"
+		if [ $number -le $kernel ] && [ $number -gt $newest ]; then
+			newest=$number
+			features="-c options=$file"
+		fi
+	done
+}
+
 step_filesystem() {
 	look_at_page
 	block_size=${block_size:-$page_size}
 	case $fstype in
-	xfs) mkfs.xfs -q -f -b size="$block_size" "$disk" >&2 ;;
+	xfs)
+		choose_features
+		mkfs.xfs -q -f $features -b size="$block_size" "$disk" >&2
+		;;
 	# Not lazily: the kernel would go on writing, and flushing, in the background.
 	ext4) mkfs.ext4 -q -F -b "$block_size" -E lazy_itable_init=0,lazy_journal_init=0 "$disk" >&2 ;;
 	*) echo "no mkfs for $fstype" >&2; exit 1 ;;

@@ -22,6 +22,7 @@ from paprscm.map_sync_report import (
     judge,
     parse_map_sync,
 )
+from paprscm.ssh import TimedOutError
 
 if TYPE_CHECKING:
     from paprscm.guest import Guest
@@ -63,17 +64,24 @@ def build(guest: Guest, name: str) -> PurePosixPath:
     """Compile guest_tools/NAME.c in the guest, unless this very source already is; its path there.
 
     Raises:
-        ProbeError: there is no such tool, or gcc does not take it.
+        ProbeError: there is no such tool, or gcc does not take it, or not in time.
     """
     content, target = _tool(name)
     base = shlex.quote(str(target))
-    result = guest.run(
-        f"[ -x {base} ] && {{ cat > /dev/null; exit; }}\n"
-        f"mkdir -p {_TARGET} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
-        f"&& mv {base}.$$ {base} && rm {base}.$$.c",
-        stdin=content,
-        timeout_s=_GCC_LIMIT_S,
-    )
+    try:
+        result = guest.run(
+            f"[ -x {base} ] && {{ cat > /dev/null; exit; }}\n"
+            f"mkdir -p {_TARGET} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
+            f"&& mv {base}.$$ {base} && rm {base}.$$.c",
+            stdin=content,
+            timeout_s=_GCC_LIMIT_S,
+        )
+    except TimedOutError as error:
+        # gcc touches no DIMM: on a host that is too busy it takes so long.
+        raise ProbeError(
+            f"gcc in the guest did not compile guest_tools/{name}.c within {_GCC_LIMIT_S:g} s",
+            hint="run fewer tests at the same time, or on an idle host",
+        ) from error
     if result.status:
         raise ProbeError(
             f"guest_tools/{name}.c does not compile in the guest (status {result.status}):\n"

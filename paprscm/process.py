@@ -7,6 +7,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import select
 import shlex
 import signal
@@ -21,16 +22,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from paprscm import keeper, log
-from paprscm.errors import HostError
+from paprscm import keeper, log, oom
+from paprscm.errors import HostError, KilledError
 
 _KEEPER = Path(keeper.__file__)
 _KILL_LIMIT_S = 10.0
 
 T = TypeVar("T")
 
-# Process ids, with spaces between; the Makefile begins it with that of make.
+# PID:START of each process of the run (see keeper.start_time), with spaces between. The Makefile
+# begins it with that of make.
 _RUN = "PAPRSCM_RUN"
+
+# Signals that a program raises itself, by what it does; any other one comes from outside.
+_OWN_SIGNALS = {
+    *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL),
+    *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS),
+}
+
+# QEMU catches SIGINT, SIGHUP and SIGTERM, prints this and exits with status 0.
+_TERMINATED = re.compile(r"terminating on (signal \d+(?: from pid \d+ \(.*\))?)")
 
 
 def join_run() -> None:
@@ -38,17 +49,32 @@ def join_run() -> None:
 
     The processes that it starts from now on know it through their environment.
     """
-    os.environ[_RUN] = f"{os.environ.get(_RUN, '')} {os.getpid()}".strip()
+    own = f"{os.getpid()}:{keeper.start_time(os.getpid())}"
+    os.environ[_RUN] = " ".join(dict.fromkeys([*os.environ.get(_RUN, "").split(), own]))
 
 
-def _run_pids() -> list[int]:
-    """Processes that must live for as long as anything that we start."""
-    pids = [int(word) for word in os.environ.get(_RUN, "").split() if word.isdecimal()]
+def _run_members() -> list[tuple[int, str]]:
+    """Processes that must live for as long as anything that we start: id and start time.
+
+    Raises:
+        HostError: PAPRSCM_RUN does not hold what the Makefile and join_run() write there.
+    """
+    words = os.environ.get(_RUN, "").split()
+    if not all(re.fullmatch(r"\d+:\d+", word) for word in words):
+        raise HostError(f"{_RUN} is {os.environ[_RUN]!r}, not PID:START …", hint=f"unset {_RUN}")
+    members = [(int(pid), start) for pid, start in (word.split(":") for word in words)]
+    pids = [os.getpid()]
     # Avocado runs a test in a child of its runner that multiprocessing forked.
     runner = multiprocessing.parent_process()
     if runner is not None and runner.pid is not None:
         pids.append(runner.pid)
-    return pids
+    return members + [(pid, keeper.start_time(pid)) for pid in pids]
+
+
+def _name(argv: Sequence[str]) -> str:
+    """The name of the program that a command line starts, also through env(1)."""
+    names = (Path(word).name for word in argv if "=" not in word)
+    return next((name for name in names if name != "env"), argv[0])
 
 
 def describe_status(status: int) -> str:
@@ -71,6 +97,7 @@ class Process:
         stdin, stdout, stderr: as for subprocess.Popen; a file descriptor or a subprocess constant.
         pass_fds: descriptors that it inherits under the same numbers.
         scratch: a folder that is removed if we die before we could do so ourselves.
+        output_file: where its output goes, if it is a QEMU: a signal that ended it is named there.
 
     Raises:
         HostError: the program cannot be started.
@@ -87,11 +114,17 @@ class Process:
         stderr: int | None = None,
         pass_fds: Sequence[int] = (),
         scratch: Path | None = None,
+        output_file: Path | None = None,
     ) -> None:
         self.argv = [str(word) for word in argv]
         self.status: int | None = None
         """The exit status, negative for a signal; None while it runs."""
+        self._output_file = output_file
+        self._signalled = False
+        self._killed: KilledError | None = None
+        self._oom_kills = oom.kills()
         self._waiting = threading.Lock()
+        run_members = _run_members()
         lifeline_r, self._lifeline = os.pipe()
         self._report, report_w = os.pipe()
         spec = {
@@ -100,8 +133,7 @@ class Process:
             "pass_fds": list(pass_fds),
             "lifeline": lifeline_r,
             "report": report_w,
-            "parent": os.getpid(),
-            "run": _run_pids(),
+            "run": run_members,
             "scratch": str(scratch) if scratch else None,
         }
         try:
@@ -126,8 +158,11 @@ class Process:
             raise
         if "pid" not in first:
             self._close()
-            reason = first.get("error", "its keeper was killed")
-            raise HostError(f"cannot start {self.argv[0]}: {reason}")
+            reason, hint = first.get("error", "its keeper was killed"), None
+            if "ended" in first:
+                reason = f"process {first['ended']} of this run has ended"
+                hint = f"if it was of another run, unset {_RUN}"
+            raise HostError(f"cannot start {self.argv[0]}: {reason}", hint=hint)
         self.pid: int = first["pid"]
         """The program's own process id."""
 
@@ -143,7 +178,11 @@ class Process:
         return self._report
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait for the end; the exit status, or None if it still runs after `timeout_s`."""
+        """Wait for the end; the exit status, or None if it still runs after `timeout_s`.
+
+        Raises:
+            KilledError: it was ended from outside, and not through kill() or send_signal().
+        """
         with self._waiting:
             if self.status is None:
                 report = self._next_report(timeout_s)
@@ -151,21 +190,52 @@ class Process:
                     return None
                 # No report at all: the keeper itself was killed, and the kernel killed the program.
                 self.status = report.get("status", -signal.SIGKILL)
+                self._killed = self._judge_end(report.get("end", ""), self.status)
                 self._close()
-            return self.status
+        if self._killed is not None:
+            raise self._killed
+        return self.status
 
     def kill(self) -> int:
         """Kill the program and all it started; return only when they are gone.
 
         Raises:
+            KilledError: it had been ended from outside before.
             HostError: something did not die within 10 s (a process in uninterruptible sleep).
         """
         if self.status is None:
             self._hang_up()
-            if self.wait(_KILL_LIMIT_S) is None:
-                raise HostError(f"process {self.pid} ({self.argv[0]}) does not die")
-        assert self.status is not None  # noqa: S101
-        return self.status
+        status = self.wait(_KILL_LIMIT_S)
+        if status is None:
+            raise HostError(f"process {self.pid} ({self.argv[0]}) does not die")
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send the program a signal; if that ends it, it is not taken for one from outside."""
+        self._signalled = True
+        os.kill(self.pid, number)
+
+    def _judge_end(self, end: str, status: int) -> KilledError | None:
+        """What ended the program from outside; None: it ended by itself, or we ended it."""
+        if end == keeper.ASKED or self._signalled:
+            return None
+        program = f"{_name(self.argv)} (process {self.pid})"
+        if end == keeper.RUN:
+            return KilledError(f"{program} was ended because a process of its run has ended")
+        if not end:
+            facts, by_oom = oom.evidence(self._keeper.pid, self._oom_kills)
+            text = f"the keeper of {program} was killed from outside: {facts}"
+            return KilledError(text, hint=oom.HINT if by_oom else None)
+        if status == -signal.SIGKILL:
+            facts, by_oom = oom.evidence(self.pid, self._oom_kills)
+            text = f"{program} was killed by SIGKILL from outside: {facts}"
+            return KilledError(text, hint=oom.HINT if by_oom else None)
+        if status < 0 and -status not in _OWN_SIGNALS:
+            return KilledError(f"{program} was {describe_status(status)} from outside")
+        if status == 0 and self._output_file is not None:
+            told = _TERMINATED.search(self._output_file.read_text(errors="replace"))
+            return KilledError(f"{program} was ended from outside by {told[1]}") if told else None
+        return None
 
     def _hang_up(self) -> None:
         """Tell the keeper that the program is wanted no more."""

@@ -118,7 +118,7 @@ def resolve(archive: Archive, setting: str) -> Qemu:
     """
     cache = archive.cache
     argv_prefix, path = _locate(archive, setting)
-    key = _binary_key(path)
+    key = _binary_key(cache, path)
     facts = _remember(cache, key, f"capabilities-{FORMAT}", lambda: ask(argv_prefix, path))
     qemu = _from_facts(facts, argv_prefix, path, key)
     if not qemu.has("spapr-nvdimm"):
@@ -306,11 +306,8 @@ def _inside(root: Path, path: Path) -> Path:
     return path
 
 
-def _binary_key(path: Path) -> str:
-    real = path.resolve()
-    info = real.stat()
-    text = f"{real} {info.st_size} {info.st_mtime_ns} {info.st_ino}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _binary_key(cache: Cache, path: Path) -> str:
+    return hashlib.sha256(cache.identity(path).encode()).hexdigest()[:16]
 
 
 def _remember(cache: Cache, key: str, name: str, compute: Callable[[], JSON]) -> JSON:

@@ -36,15 +36,24 @@ class Qmp:
     Args:
         sock: our end of the monitor's socket; the client owns it from now on.
         timeout_s: how long QEMU may take to answer.
+        on_gone: called when QEMU has hung up, which it does a moment before it ends; may raise a
+            better reason than ours.
 
     Raises:
         GuestLostError: QEMU does not greet us in time.
     """
 
-    def __init__(self, sock: socket.socket, *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        timeout_s: float = 30.0,
+        on_gone: Callable[[], object] = lambda: None,
+    ) -> None:
         # It logs every disconnect of a killed QEMU as a warning; we know.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self._timeout_s = timeout_s
+        self._on_gone = on_gone
         self._client = QMPClient("paprscm")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
@@ -150,4 +159,5 @@ class Qmp:
             future.cancel()
             raise GuestLostError(f"QEMU's monitor does not answer {what} in time") from error
         except (QMPError, OSError, EOFError, concurrent.futures.CancelledError) as error:
+            self._on_gone()
             raise GuestLostError(f"QEMU's monitor is gone (at {what})") from error

@@ -91,7 +91,10 @@ class Refusal:
     def difference(
         self, found: Attempt, version: Sequence[int], places: Mapping[str, str]
     ) -> str | None:
-        """What is not as it must be, with both texts; None when QEMU refused as expected."""
+        """Both texts where QEMU did not refuse in the expected words; else None.
+
+        Only that QEMU refuses, and gives a reason, is its contract (`Attempt.refused`).
+        """
         wanted = self.expected(version, places)
         said = without_option(found.text, filled(self.words, places))
         if found.refused and said == wanted:

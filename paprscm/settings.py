@@ -24,16 +24,6 @@ SECTION = "paprscm"
 OWN_KERNELS = ("default", "debug")
 """What the setting `kernel` calls those that the suite builds for itself."""
 
-TEST_PARAMETERS = {
-    "cuts": "how often QEMU is killed to see what survives",
-    "seed": "of the random numbers of a test; each test says which it took",
-    "sequences": "how many random sequences of hcalls are tried",
-    "sync_s": "how long the longest sync of the host takes, s",
-    "timeout": "Avocado's own: a test's limit, s",
-    "timeout_factor": "Avocado's own: multiplies it",
-}
-"""What `-p name=value` of Avocado may say besides: it is a test's own, and nobody else's."""
-
 
 def _default_cache_dir() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from paprscm import log, probes, process
 from paprscm.cache import Cache, Entry
-from paprscm.errors import ContractError, Error
+from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import Equipment, Guest
-from paprscm.machine import PORT_NAME, Machine, Nvdimm, qemu_argv
+from paprscm.machine import PORT_NAME, Machine, Nvdimm, Payload, qemu_argv
 from paprscm.qemu import Qemu
 from paprscm.restore import Snapshot, save
+from paprscm.ssh import TimedOutError
 
 KIND = "snapshot"
 _FORMAT = "2"
@@ -77,11 +78,13 @@ class Recipe:
     """What a snapshot is made of.
 
     Attributes:
+        cache: where it is kept.
         qemu: the QEMU under test.
         equipment: what the guest is made of.
         machine: what it looks like; without DIMMs.
     """
 
+    cache: Cache
     qemu: Qemu
     equipment: Equipment
     machine: Machine
@@ -89,7 +92,14 @@ class Recipe:
     def fields(self) -> dict[str, str]:
         """Everything that the snapshot depends on: QEMU must be started just so to load it."""
         payload = self.equipment.payload
-        argv = qemu_argv(self.equipment.qemu, self.machine, payload, {}, None)
+        # Where the files are makes no difference.
+        names = Payload(
+            kernel=Path("kernel"),
+            disk=Path("disk"),
+            initrd=Path("i") if payload.initrd else None,
+            words=payload.words,
+        )
+        argv = qemu_argv(("qemu",), self.machine, names, {}, None)
         files = [f for f in (payload.kernel, payload.disk, payload.initrd) if f]
         return {
             "qemu": self.qemu.key,
@@ -97,7 +107,7 @@ class Recipe:
             "machine": f"{self.machine.cpu} {self.machine.accel} {self.machine.firmware}, "
             f"{self.machine.smp} CPUs, {self.machine.memory_mib} MiB",
             "command": _digest("\0".join(argv)),
-            "files": _digest("\n".join(map(_identity, files))),
+            "files": _digest("\n".join(map(self.cache.identity, files))),
             "tools": probes.digest("warm", *probes.TOOLS),
             "format": _FORMAT,
         }
@@ -116,27 +126,29 @@ class Outcome:
     why: str
 
 
-def find(cache: Cache, recipe: Recipe) -> Outcome | None:
+def find(recipe: Recipe) -> Outcome | None:
     """The snapshot, if one was made or found to be impossible; nothing is made."""
-    entry = cache.find(KIND, recipe.fields())
+    entry = recipe.cache.find(KIND, recipe.fields())
     return _outcome(entry, recipe) if entry else None
 
 
-def ensure(cache: Cache, recipe: Recipe) -> Outcome:
+def ensure(recipe: Recipe) -> Outcome:
     """The snapshot; made and proven now if there is none.
 
-    What does not work with this QEMU is found out once, and kept too.
+    A QEMU whose restored guests do not work is remembered as well. A guest that was too slow is
+    not: that is the host's fault, and the next run tries again.
 
     Raises:
-        Error: the guest does not even boot.
+        ConfigError: no guest of this kernel can boot.
+        TimedOutError, ProbeError: a command, or gcc, did not end in time in the guest.
     """
 
     def build(folder: Path) -> None:
         with log.step("making a snapshot of a guest"):
             _build(folder, recipe)
 
-    entry = cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
-    cache.keep_newest(KIND, _KEEP)
+    entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
+    recipe.cache.keep_newest(KIND, _KEEP)
     return _outcome(entry, recipe)
 
 
@@ -160,6 +172,9 @@ def _build(folder: Path, recipe: Recipe) -> None:
             _save(folder, recipe, offline=how != "as it is")
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
+        except (ConfigError, KilledError, TimedOutError, probes.ProbeError):
+            # None of them says anything about this way to save; it is not recorded.
+            raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")
             log.logger.info("%s", failed[-1])
@@ -240,11 +255,6 @@ def _check(answer: str, smp: int, seen: set[str]) -> None:
         if value is None or value in seen:
             raise ContractError(f"two restored guests have the same {name}, {value}")
         seen.add(value)
-
-
-def _identity(path: Path) -> str:
-    info = path.stat()
-    return f"{path.resolve()} {info.st_size} {info.st_mtime_ns}"
 
 
 def _digest(text: str) -> str:

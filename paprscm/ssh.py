@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import select
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import paramiko
 from paprscm.errors import GuestLostError
 
 _CHUNK = 32768
+_CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,21 @@ class CommandResult:
     stderr: str
     stdout_bytes: bytes
     duration_s: float
+
+    @property
+    def tool_failure(self) -> str:
+        """The reason why the status says nothing about the kernel under test; empty: it may.
+
+        POSIX's shell ends with 126 and 127 for a program that it cannot execute or find. A program
+        that dies of one of _CRASHES has a bug of its own, or holds an instruction that the CPU does
+        not have; SIGBUS is not among them, it is what a DAX mapping raises, nor is SIGKILL.
+        """
+        if self.status in (126, 127):
+            what = "is missing" if self.status == 127 else "cannot be executed"
+            return f"a program {what} in the guest's userland"
+        if self.status - 128 in _CRASHES:
+            return f"a program in the guest crashed, {signal.Signals(self.status - 128).name}"
+        return ""
 
 
 class TimedOutError(GuestLostError):

@@ -21,6 +21,7 @@ from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest import Guest
+from paprscm.known import RECORD, State
 from paprscm.known import load as load_known
 from paprscm.machine import Machine, Nvdimm, bare_argv, require
 from paprscm.qemu import Qemu
@@ -168,33 +169,61 @@ class QemuTest(Test):
         return {"QEMU": ".".join(map(str, self.qemu.version))}
 
     def known_issue(self, issue: str, *, shows: bool, found: str) -> None:
-        """Say of a known issue that it shows itself, or that it is gone.
+        """Report that a known issue shows, or that the test looked and it is not there.
+
+        The file of the issue decides about the version under test. Listed as fixed, an issue that
+        shows is a regression (FAIL); else the test ends as WARN. An issue that is gone where no
+        fix is listed, or shows before its 'Since', is named at the end of the job: its file wants
+        an update.
 
         Args:
             issue: the name of its file in known_issues/, without the suffix.
-            shows: whether this QEMU or kernel has it. Then the test ends as WARN; or as FAIL, if
-                the file does not list this version.
-            found: what was seen, in one sentence.
+            shows: whether this QEMU or kernel has it.
+            found: the observation, in one sentence.
+
+        Raises:
+            ContractError: it shows, and is listed as fixed.
         """
         known = load_known(issue)
-        version = self.versions()[known.product]
-        self.measure(f"known issue {issue}", "shows" if shows else "gone")
+        number = self.versions()[known.product]
+        version = f"{known.product} {number}"
+        state = known.state(number)
+        file = f"known_issues/{issue}.md"
+        update = None
+        if shows and state is State.BEFORE:
+            update = f"known issue {issue} shows on {version}: update 'Since' of {file}"
+        elif not shows and state is State.PRESENT:
+            update = (
+                f"known issue {issue} no longer shows on {version}: if it is fixed there, update "
+                f"'Fixed in' of {file}"
+            )
+        self.measure(RECORD + issue, {"version": version, "shows": shows, "update": update})
+        self.log.info("known issue %s %s: %s", issue, "shows" if shows else "does not show", found)
         if not shows:
-            if known.lists(version):
-                self.log.info("known issue %s is gone: %s", issue, found)
             return
-        if not known.lists(version):
+        if state is State.FIXED:
+            fixed_in = ", ".join(map(str, known.fixed_in))
             raise ContractError(
                 f"{found}: {known.title}",
-                hint=f"known_issues/{issue}.md does not list {known.product} {version}",
+                hint=f"a regression on {version}: {file} lists it as fixed in {fixed_in}",
             )
-        self.log.info("known issue %s: %s", issue, found)
         self.shown.append(f"known issue {issue}: {found}")
 
     def remark(self, found: str) -> None:
         """Let the test end as WARN, for what is not as it was, and yet breaks no contract."""
         self.log.info("%s", found)
         self.shown.append(found)
+
+    def usual(self, what: str, found: object, usual: object) -> None:
+        """Let the test end as WARN if what no contract fixes is not as on the versions seen so far.
+
+        Args:
+            what: the name of a text, a count or a state of QEMU or Linux.
+            found: its value.
+            usual: its value on those versions.
+        """
+        if found != usual:
+            self.remark(f"{what}: {found!r}, so far it was {usual!r}")
 
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:

@@ -26,6 +26,9 @@ Command = Callable[[Mapping[int, Path], int | None], list[str]]
 """Gives QEMU's command line for the files behind the DIMMs, by slot, and the monitor's descriptor;
 with None instead, one for a person who runs it by hand."""
 
+# A QEMU that has hung up has ended after so long, or does something else.
+_END_LIMIT_S = 2.0
+
 
 class Lifetime:
     """What is made on entering and gone on leaving: a context manager that leaves nothing behind.
@@ -188,12 +191,14 @@ class Vm(Lifetime):
                     *(shim.pass_fds if shim else ()),
                 ),
                 scratch=scratch,
+                output_file=Path(output.name),
             )
         stack.callback(self.process.kill)
         try:
-            self.qmp = Qmp(ours)
+            # One that was ended from outside is a KilledError.
+            self.qmp = Qmp(ours, on_gone=lambda: self.process.wait(_END_LIMIT_S))
         except GuestLostError as error:
-            status = self.process.wait(2.0)
+            status = self.process.wait(_END_LIMIT_S)
             how = "does not answer" if status is None else describe_status(status)
             raise HostError(
                 f"QEMU did not start as it should ({how}); it said:\n{self.says()}",

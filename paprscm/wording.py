@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from paprscm import log
+from paprscm.errors import HostError
 from paprscm.machine import Nvdimm
 from paprscm.ssh import CommandResult
 
@@ -36,6 +37,17 @@ def outcome(result: CommandResult) -> str:
         f"`{result.command}` ended with status {result.status}\n  stdout:\n"
         f"{quoted(result.stdout)}\n  stderr:\n{quoted(result.stderr)}"
     )
+
+
+def reporting(result: CommandResult) -> CommandResult:
+    """The same result, if it may say something about the kernel under test.
+
+    Raises:
+        HostError: a program is missing in the userland, or crashed.
+    """
+    if result.tool_failure:
+        raise HostError(f"{result.tool_failure}: {outcome(result)}")
+    return result
 
 
 def quoted(text: str, *, last: int = 20) -> str:

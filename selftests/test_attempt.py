@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.attempt import attempt
-from paprscm.errors import ContractError, HostError
+from paprscm.errors import ContractError, HostError, KilledError
 from paprscm.qemu import Qemu
 
 FDT_MAGIC = bytes.fromhex("d00dfeed")
@@ -55,6 +55,15 @@ def test_an_accident_is_neither(qemu: Qemu, tmp_path: Path, text: str, status: i
     """A signal, another status, or a refusal that does not say why."""
     found = attempt(script(qemu, tmp_path, text), ["-m", "256M"])
     assert (found.status, found.accepted, found.refused) == (status, False, False)
+
+
+@pytest.mark.parametrize(
+    "text", ["kill -KILL $$", "echo 'qemu: terminating on signal 15 from pid 1 (init)' >&2"]
+)
+def test_one_that_is_ended_from_outside_says_nothing(qemu: Qemu, tmp_path: Path, text: str) -> None:
+    """It neither took nor refused the machine; and after a SIGTERM QEMU's status is 0."""
+    with pytest.raises(KilledError, match="from outside"):
+        attempt(script(qemu, tmp_path, text), ["-m", "256M"])
 
 
 def test_a_qemu_that_leaves_no_tree_has_made_nothing(qemu: Qemu, tmp_path: Path) -> None:

@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
 
 VERDICTS = '''
+import os
+import signal
+
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.testcase import PaprScmTest
 
@@ -47,6 +50,11 @@ class Guests(PaprScmTest):
         guest = self.boot()
         guest.run("echo '<1>WARNING: CPU: 0 PID: 1 at last.c:1 f' > /dev/kmsg")
 
+    def test_killed(self):
+        guest = self.boot()
+        os.kill(guest.process.pid, signal.SIGKILL)
+        guest.run("sleep 60")
+
     def test_ends_with_the_test(self):
         self.measure("pid", self.boot().process.pid)
 '''
@@ -54,11 +62,15 @@ class Guests(PaprScmTest):
 
 KNOWN = '''
 import dataclasses
+import os
+import signal
 
+from paprscm.errors import GuestLostError
 from paprscm.machine import Machine, Nvdimm
 from paprscm.testcase import QemuTest
 
 ISSUE = "qemu-unbind-mem-aborts"
+FIXED = "qemu-label-write-to-read-only-backend"
 
 
 class Known(QemuTest):
@@ -66,16 +78,32 @@ class Known(QemuTest):
     :avocado: tags=device
     """
 
-    def test_listed(self):
-        self.qemu = dataclasses.replace(self.qemu, version=(7, 2, 0))
+    def on(self, *version):
+        self.qemu = dataclasses.replace(self.qemu, version=version)
+
+    def test_present(self):
+        self.on(99, 0, 0)
         self.known_issue(ISSUE, shows=True, found="it ended")
 
-    def test_not_listed(self):
-        self.qemu = dataclasses.replace(self.qemu, version=(99, 0, 0))
-        self.known_issue(ISSUE, shows=True, found="it ended")
+    def test_regression(self):
+        self.on(8, 2, 1)
+        self.known_issue(FIXED, shows=True, found="it ended")
 
     def test_gone(self):
+        self.on(99, 1, 0)
         self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_elsewhere_it_shows(self):
+        self.on(99, 0, 0)
+        self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_fixed(self):
+        self.on(8, 2, 1)
+        self.known_issue(FIXED, shows=False, found="it lives")
+
+    def test_before_since(self):
+        self.on(6, 2, 0)
+        self.known_issue(ISSUE, shows=True, found="it ended")
 
     def test_fails_besides(self):
         self.known_issue(ISSUE, shows=True, found="it ended")
@@ -86,6 +114,26 @@ class Known(QemuTest):
         self.measure("pid", vm.process.pid)
         (device,) = vm.qmp.execute("query-memory-devices")
         assert (device["data"]["slot"], vm.file(3).is_file()) == (3, True)
+
+    def test_ended_by_another(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGTERM)
+        while True:
+            vm.qmp.execute("query-status")
+
+    def test_killed_is_no_known_issue(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGKILL)
+        try:
+            vm.qmp.execute("query-status")
+        except GuestLostError as error:
+            self.qemu = dataclasses.replace(self.qemu, version=(7, 2, 0))
+            self.known_issue(ISSUE, shows=True, found=str(error))
+
+    def test_crashes(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGSEGV)
+        vm.qmp.execute("query-status")
 '''
 
 
@@ -97,12 +145,13 @@ def avocado(*words: str, cwd: Path = ROOT) -> str:
     return done.stdout + done.stderr
 
 
-def run_module(module: Path, *words: str) -> dict[str, dict[str, Any]]:
-    """What became of each test of a file, by its method's name."""
+def run_module(module: Path, *words: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """Results of the tests of a file, by method name, and what Avocado prints."""
     results = module.parent / "results"
-    avocado("run", "--job-results-dir", str(results), *words, str(module))
+    said = avocado("run", "--job-results-dir", str(results), *words, str(module))
     (job,) = results.glob("job-*/results.json")
-    return {test["id"].rpartition(".")[2]: test for test in json.loads(job.read_text())["tests"]}
+    tests = json.loads(job.read_text())["tests"]
+    return {test["id"].rpartition(".")[2]: test for test in tests}, said
 
 
 def test_the_configuration_is_in_force_without_a_flag() -> None:
@@ -182,36 +231,110 @@ def test_a_temporary_folder_that_is_too_long_is_refused(
 
 def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "test_other.py").write_text(
+        "# Not paprscm.testcase, which only a comment names.\n"
         "from avocado import Test\nclass A(Test):\n    def test(self):\n        pass\n"
     )
-    said = avocado("run", "-p", "kernel=/nonexistent", "test_other.py", cwd=tmp_path)
+    # A setting of ours, and a slip of the pen, are other tests' own parameters.
+    given = ("-p", "kernel=/nonexistent", "-p", "qemu=/nonexistent", "-p", "sead=7")
+    said = avocado("run", *given, "test_other.py", cwd=tmp_path)
     assert "PASS 1" in said
 
 
-def test_a_known_issue_is_a_warning_only_where_it_is_listed(tmp_path: Path) -> None:
+def test_a_known_issue_is_judged_by_the_version_and_updates_are_asked_for(tmp_path: Path) -> None:
     """And tests of QEMU alone need no kernel, not even one that can be had."""
     module = tmp_path / "known.py"
     module.write_text(KNOWN)
-    tests = run_module(module, "-p", "kernel=/nonexistent")
+    tests, said = run_module(module, "-p", "kernel=/nonexistent")
     assert {name: test["status"] for name, test in tests.items()} == {
-        "test_listed": "WARN",
-        "test_not_listed": "FAIL",
+        "test_present": "WARN",
+        "test_regression": "FAIL",
         "test_gone": "PASS",
+        "test_elsewhere_it_shows": "PASS",
+        "test_fixed": "PASS",
+        "test_before_since": "WARN",
         "test_fails_besides": "FAIL",
         "test_stopped_machine": "PASS",
+        "test_ended_by_another": "ERROR",
+        "test_killed_is_no_known_issue": "ERROR",
+        "test_crashes": "FAIL",
     }
-    assert tests["test_listed"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
-    assert "does not list QEMU" in tests["test_not_listed"]["fail_reason"]
+    for name, reason in (
+        ("test_ended_by_another", "was ended from outside by signal 15 from pid "),
+        ("test_killed_is_no_known_issue", "was killed by SIGKILL from outside: the OOM killer"),
+    ):
+        assert reason in tests[name]["fail_reason"]
+    assert tests["test_present"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
+    assert "it as fixed in 8.2" in tests["test_regression"]["fail_reason"]
     assert "something else" in tests["test_fails_besides"]["fail_reason"]
     pid = json.loads(tests["test_stopped_machine"]["whiteboard"])["pid"]
     assert not Path(f"/proc/{pid}").exists()
+    # At the end of the job, behind the results, and in the whiteboards.
+    lines = said[said.index("RESULTS ") :].splitlines()
+    updates = [line.partition(": ")[2] for line in lines if line.startswith("UPDATE")]
+    file = "known_issues/qemu-unbind-mem-aborts.md"
+    assert updates == [
+        "known issue qemu-unbind-mem-aborts no longer shows on QEMU 99.1.0: if it is fixed there, "
+        f"update 'Fixed in' of {file}",
+        f"known issue qemu-unbind-mem-aborts shows on QEMU 6.2.0: update 'Since' of {file}",
+    ]
+    whiteboard = json.loads(tests["test_gone"]["whiteboard"])
+    assert whiteboard["known issue qemu-unbind-mem-aborts"] == {
+        "version": "QEMU 99.1.0",
+        "shows": False,
+        "update": updates[0],
+    }
 
 
-def test_a_tests_own_parameters_are_no_settings(tmp_path: Path) -> None:
+OWN_PARAMETERS = """
+from bases import Base
+
+
+class Own(Base):
+    def test_own(self):
+        self.measure("cats", self.params.get("cats"))
+        self.measure("computed", self.params.get("ku" + "mquat"))
+"""
+
+# Only the base names the suite, and it is not in the file that Avocado is given.
+BASES = """
+from paprscm.testcase import QemuTest
+
+
+class Base(QemuTest):
+    pass
+"""
+
+
+def test_a_tests_own_parameter_is_registered_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "bases.py").write_text(BASES)
+    module = tmp_path / "own.py"
+    module.write_text(OWN_PARAMETERS)
+    tests = run_module(module, "-p", "cats=9", "-p", "seed=7", "-p", "kumquat=1")
+    assert tests["test_own"]["status"] == "PASS"
+    figures = json.loads(tests["test_own"]["whiteboard"])
+    assert (figures["cats"], figures["computed"]) == ("9", "1")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "meant"),
+    [("sead=7", "seed"), ("catz=9", "cats"), ("memory=512", "memory_mib")],
+)
+def test_a_parameter_with_a_slip_of_the_pen_is_refused(
+    tmp_path: Path, parameter: str, meant: str
+) -> None:
+    (tmp_path / "bases.py").write_text(BASES)
+    (tmp_path / "own.py").write_text(OWN_PARAMETERS)
+    said = avocado("run", "-p", parameter, str(tmp_path / "own.py"))
+    assert f"did you mean {meant}?" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_parameter_that_no_test_asks_for_is_mentioned(tmp_path: Path) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
-    words = "run", "-p", "seed=7", "-p", "sequences=3", f"{tmp_path}/known.py:Known.test_gone"
-    assert "PASS 1" in avocado(*words)
-    assert "no test was started" in avocado("run", "-p", "sead=7", str(tmp_path / "known.py"))
+    said = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
+    assert "-p kumquat=: it is not a setting, and no test of this job asks for it" in said
+    assert "PASS 1" in said
 
 
 def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
@@ -221,12 +344,19 @@ def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
     assert "no test was started" in avocado(*words, str(tmp_path / "verdicts.py"))
 
 
+def test_a_guest_is_a_matter_of_the_class_and_not_of_tags(tmp_path: Path) -> None:
+    tagged = VERDICTS.replace("(PaprScmTest):", '(PaprScmTest):\n    """:avocado: tags=device"""')
+    (tmp_path / "tagged.py").write_text(tagged)
+    said = avocado("run", "-p", "kernel=/nonexistent", str(tmp_path / "tagged.py"))
+    assert "no test was started" in said
+
+
 @pytest.mark.guest
 def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_path: Path) -> None:
     del environment  # Made before the job's time runs.
     module = tmp_path / "verdicts.py"
     module.write_text(VERDICTS)
-    tests = run_module(module)
+    tests, _ = run_module(module)
     assert {name: test["status"] for name, test in tests.items()} == {
         "test_pass": "PASS",
         "test_fail": "FAIL",
@@ -234,12 +364,14 @@ def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_pat
         "test_cancel": "CANCEL",
         "test_command": "FAIL",
         "test_last_words": "FAIL",
+        "test_killed": "ERROR",
         "test_ends_with_the_test": "PASS",
     }
     assert "the kernel lied (look)" in tests["test_fail"]["fail_reason"]
     assert "status 7" in tests["test_command"]["fail_reason"]
     assert "said" in tests["test_command"]["fail_reason"]
     assert "last.c:1" in tests["test_last_words"]["fail_reason"]
+    assert "was killed by SIGKILL from outside" in tests["test_killed"]["fail_reason"]
     figures = json.loads(tests["test_pass"]["whiteboard"])
     assert figures["answer"] == 42
     assert figures["environment"]["page_size"] == "65536"

@@ -15,7 +15,7 @@ import pytest
 
 from paprscm.bare import FREE, TIMEBASE_HZ, Answer, Bare, Call, program
 from paprscm.cache import Cache
-from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError
+from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError, KilledError
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.mailbox import MAX_CALLS
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, Health, ReturnCode, drc_index
@@ -231,9 +231,9 @@ def test_the_call_that_a_qemu_died_of_is_named(start: Start) -> None:
     bare.start([Call(Hcall.H_SCM_HEALTH, (drc_index(0),)), ENDLESS])
     bare.start([Call(UNKNOWN), Call(0x7FF, (9,), times=1 << 62)], cpu=1)
     wait_until(lambda: bare.in_progress(0) == bare.in_progress(1) == 1)
-    os.kill(bare.process.pid, signal.SIGKILL)
+    os.kill(bare.process.pid, signal.SIGSEGV)
     said = (
-        r"QEMU ended, killed by SIGKILL, while it executed "
+        r"QEMU ended, killed by SIGSEGV, while it executed "
         r"H_SCM_QUERY_BLOCK_MEM_BINDING\(0x1, 0x2\) on vCPU 0 and "
         r"hypervisor call 0x7ff \(0x9\) on vCPU 1; it said"
     )
@@ -246,10 +246,31 @@ def test_the_call_that_a_qemu_died_of_is_named(start: Start) -> None:
 def test_an_idle_qemu_that_died_is_noticed(start: Start) -> None:
     bare = start()
     assert bare.call(UNKNOWN).code == ReturnCode.H_FUNCTION
-    os.kill(bare.process.pid, signal.SIGKILL)
+    os.kill(bare.process.pid, signal.SIGSEGV)
     bare.process.wait(10)
-    with pytest.raises(GuestLostError, match="SIGKILL, while it had no call to execute; it said"):
+    with pytest.raises(GuestLostError, match="SIGSEGV, while it had no call to execute; it said"):
         bare.call(UNKNOWN)
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "was killed by SIGKILL from outside: the OOM killer's count "),
+        (signal.SIGTERM, f"was ended from outside by signal 15 from pid {os.getpid()} "),
+    ],
+)
+def test_a_qemu_that_is_ended_from_outside_has_not_failed(
+    qemu: Qemu, hcalls: Path, tmp_path: Path, number: int, said: str
+) -> None:
+    """Not in a call, and not for a caller that takes a lost guest for an answer."""
+    machine = Machine(memory_mib=256, smp=1)
+    began = Bare(qemu, hcalls, machine, folder=tmp_path / "qemu", scratch_dir=tmp_path)
+    with pytest.raises(KilledError, match=said), began as bare:
+        os.kill(bare.process.pid, number)
+        with pytest.raises(KilledError, match=said):
+            bare.batch([ENDLESS])
+        with pytest.raises(GuestLostError):
+            bare.qmp.execute("query-status")
 
 
 def test_a_call_that_does_not_return_is_named(start: Start) -> None:

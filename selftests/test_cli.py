@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -119,6 +120,47 @@ def test_settings_furnish_the_machine(environment: Environment) -> None:
     )
     assert (machine.smp, machine.memory_mib, machine.cpu) == (1, 768, environment.cpu)
     assert machine.nvdimms[0].size_bytes == 256 * MIB
+
+
+# A verb with a temporary folder that waits for ever.
+WAITS = """
+import signal, sys, tempfile
+from paprscm import cli
+
+def waits(arguments, chosen):
+    with tempfile.TemporaryDirectory() as folder:
+        print(folder, flush=True)
+        signal.pause()
+
+cli._doctor = waits
+sys.exit(cli.main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_signal_ends_the_command_through_its_clean_up(
+    number: signal.Signals, nohup: bool
+) -> None:
+    """A terminal that closes, `kill`, ^C; and nohup(1) keeps its promise."""
+    command = subprocess.Popen(
+        [*(["nohup"] if nohup else []), sys.executable, "-c", WAITS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with command:
+        assert command.stdout is not None
+        folder = Path(command.stdout.readline().strip())
+        assert folder.is_dir()
+        command.send_signal(number)
+        if nohup and number is signal.SIGHUP:
+            with pytest.raises(subprocess.TimeoutExpired):
+                command.wait(0.5)
+            command.terminate()
+            number = signal.SIGTERM
+        assert command.wait(30) == 128 + number
+    assert not folder.exists()
 
 
 @pytest.mark.guest

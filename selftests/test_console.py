@@ -48,6 +48,13 @@ TROUBLE = [
     ("soft lockup", "[   25.123456] watchdog: BUG: soft lockup - CPU#0 stuck for 22s!", False),
     ("hard lockup", "[   25.123456] watchdog: CPU 1 self-detected hard LOCKUP @ x+0x1", False),
     ("hung task", "[  125.123456] INFO: task fio:88 blocked for more than 120 seconds.", False),
+    # Linux 7.2.
+    (
+        "hung task",
+        "[ 9.123456] INFO: task fio:88 blocked in I/O wait for more than 9 seconds.",
+        False,
+    ),
+    ("warning", "[    5.123456] WARNING: drivers/nvdimm/bus.c:12 at f+0x1, CPU#1: fio/77", False),
     ("rcu stall", "[   25.123456] rcu: INFO: rcu_sched self-detected stall on CPU", False),
     ("sanitizer", "[    5.123456] UBSAN: array-index-out-of-bounds in x.c:1:2", False),
     ("bug", "[    5.123456] BUG: KASAN: slab-use-after-free in papr_scm_pmem_flush", False),
@@ -56,6 +63,8 @@ TROUBLE = [
         "[    5.123456] papr_scm ibm,persistent-memory:ibm,pmemory@90000000: flush error: -1",
         False,
     ),
+    ("xmon", "cpu 0x1: Vector: 300 (Data Access) at [c00000000587f8b0]", True),
+    ("xmon", "cpu 0x1: Vector: 0  at [c00000000508b828]", True),
     # Without PRINTK_TIME.
     ("warning", "WARNING: CPU: 1 PID: 77 at drivers/nvdimm/bus.c:12 f+0x1", False),
 ]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The reader of device trees, and the model of machines, on cases with known answers."""
 
+import re
 import struct
 from dataclasses import replace
 
@@ -22,7 +23,7 @@ from paprscm.device_tree import (
 )
 from paprscm.errors import ContractError
 from paprscm.machine import GIB, MIB
-from paprscm.made_machine import judge
+from paprscm.made_machine import judge, unusual
 from paprscm.random_machine import FLAWS
 from paprscm.raw_machine import RawBackend, RawDimm, RawMachine
 from paprscm.valid_machine import Refusal, predict
@@ -326,11 +327,11 @@ def refused(text: str, *, status: int = 1) -> Attempt:
     ("machine", "found", "message"),
     [
         (dimm(slot=4), refused("-device …: invalid slot number 4, valid range is [0-3]"), None),
-        (dimm(slot=4), refused("-device …: slot 1 is busy"), "must be refused"),
+        (dimm(slot=4), refused("-device …: slot 1 is busy"), None),
         (dimm(slot=4), refused(""), "must be refused"),
         (dimm(slot=4), refused("invalid slot number 4, valid range is", status=-6), "SIGABRT"),
         (RIGHT, refused("no room"), "must be accepted"),
-        (RIGHT, Attempt(0, "what?", (), b"", 0.1), "accepted with a message:\n +what"),
+        (dimm(slot=4), Attempt(0, "", (), b"", 0.1), "must be refused"),
     ],
 )
 def test_attempts_are_judged(machine: RawMachine, found: Attempt, message: str | None) -> None:
@@ -341,6 +342,24 @@ def test_attempts_are_judged(machine: RawMachine, found: Attempt, message: str |
         assert wrong is not None
         with pytest.raises(AssertionError, match=message):
             raise AssertionError(wrong)
+
+
+@pytest.mark.parametrize(
+    ("machine", "found", "message"),
+    [
+        (dimm(slot=4), refused("-device …: invalid slot number 4, valid range is [0-3]"), None),
+        (dimm(slot=4), refused("-device …: slot 1 is busy"), "SLOT_OUT_OF_RANGE.*\n +.*is busy"),
+        (RIGHT, Attempt(0, "", (), b"", 0.1), None),
+        (RIGHT, Attempt(0, "what?", (), b"", 0.1), "accepted with a message:\n +what"),
+    ],
+)
+def test_other_words_are_unusual(machine: RawMachine, found: Attempt, message: str | None) -> None:
+    other = unusual(predict(machine), found)
+    if message is None:
+        assert other is None
+    else:
+        assert other is not None
+        assert re.search(message, other)
 
 
 def test_no_message_gives_two_reasons() -> None:

@@ -178,12 +178,23 @@ def test_the_wait_that_was_asked_for() -> None:
 # --- trace and accounts ----------------------------------------------------------------------
 
 
-def lines(pid: int, us: int, sent: int, token: int, code: int) -> list[str]:
-    head = f"           flush-{pid}   [000] d....  "
+BUFFER = 0xC00000000A1B2C00
+HEAD = "           flush-{}   [000] d....  "
+
+
+def answer(pid: int, us: int, token: int, code: int, buffer: int = BUFFER, drc: int = DRC) -> str:
+    return (
+        f"{HEAD.format(pid)}12.{us:06}: answer: (papr_scm_pmem_flush+0x6c/0x124 <- plpar_hcall) "
+        f"buffer={buffer:#x} drc={drc:#x} token={token} code={code}"
+    )
+
+
+def lines(pid: int, us: int, sent: int, token: int, code: int, drc: int = DRC) -> list[str]:
+    head = HEAD.format(pid)
     return [
-        f"{head}12.{us:06}: call: (plpar_hcall+0x8/0x60) op=1100",
-        f"{head}12.{us + 9:06}: answer: (papr_scm_pmem_flush+0x6c/0x124 <- plpar_hcall) op=1100 "
-        f"drc={DRC:#x} sent={sent} token={token} code={code}",
+        f"{head}12.{us:06}: call: (plpar_hcall+0x8/0x60) op=1100 buffer={BUFFER:#x} drc={drc:#x} "
+        f"sent={sent}",
+        answer(pid, us + 9, token, code),
     ]
 
 
@@ -289,17 +300,35 @@ def test_a_flush_of_no_dimm(guest: Guest) -> None:
         books.take(limit_s=0)
 
 
+CALL = lines(3, 0, 0, 0, 0)[0]
+
+
 @pytest.mark.parametrize(
-    ("line", "what"),
+    ("traced", "what"),
     [
-        ("CPU:0 [LOST 5 EVENTS]", "cannot be understood"),
-        (lines(3, 0, 0, 0, 0)[1], "an hcall ended that never began"),
+        (["CPU:0 [LOST 5 EVENTS]"], "cannot be understood"),
+        ([CALL, CALL], "no answer was traced"),
+        ([CALL, answer(3, 9, 5, BUSY, buffer=BUFFER + 8)], "with other arguments"),
+        ([CALL, answer(3, 9, 5, BUSY, drc=DRC + 1)], "with other arguments"),
     ],
 )
-def test_a_trace_with_holes(guest: Guest, line: str, what: str) -> None:
+def test_a_trace_with_holes(guest: Guest, traced: list[str], what: str) -> None:
     trace = FlushTrace(guest)  # type: ignore[arg-type]
-    guest.pending = [line]
+    guest.pending = traced
     with pytest.raises(HostError, match=what):
+        trace.read()
+
+
+def test_the_answer_to_another_hcall_on_a_dimm(guest: Guest) -> None:
+    trace = FlushTrace(guest)  # type: ignore[arg-type]
+    guest.pending = [answer(3, 9, 0, 0)]
+    assert trace.read().traced == (0, 0)
+
+
+def test_a_flush_of_no_dimms_type(guest: Guest) -> None:
+    trace = FlushTrace(guest)  # type: ignore[arg-type]
+    guest.pending = lines(3, 0, 0, 5, BUSY, drc=7)
+    with pytest.raises(ContractError, match="drc 0x7, which is not a DIMM's"):
         trace.read()
 
 

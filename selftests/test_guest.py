@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.errors import ContractError, GuestLostError, HostError
+from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError
 from paprscm.guest import Guest
 from paprscm.machine import Machine, Nvdimm
 from paprscm.qmp import RefusedError
@@ -36,6 +36,10 @@ def test_verbs(boot: Boot, tmp_path: Path) -> None:
         guest.succeed("echo no; false")
     with pytest.raises(ContractError, match="expected it to fail"):
         guest.fail("true")
+    with pytest.raises(HostError, match="a program is missing"):
+        guest.fail("no-such-program")
+    with pytest.raises(HostError, match="crashed, SIGSEGV"):
+        guest.succeed("sh -c 'kill -SEGV $$'")
 
     begun = time.monotonic()
     guest.run("(sleep 1; touch /tmp/there) > /dev/null 2>&1 &")
@@ -112,6 +116,12 @@ def test_a_panic_is_an_event(boot: Boot) -> None:
         guest.run("echo c > /proc/sysrq-trigger; sleep 1000")
     assert time.monotonic() - begun < 15
     assert guest.process.wait(5) is not None, "QEMU goes on after a panic"
+
+
+def test_a_kernel_that_finds_no_root_disk_is_the_users_fault(boot: Boot) -> None:
+    with pytest.raises(ConfigError, match="has no root disk: Kernel panic") as caught:
+        boot(Machine(cmdline=("root=/dev/vdz",)))
+    assert "virtio_blk" in str(caught.value.hint)
 
 
 def test_a_qemu_that_dies_is_an_event(boot: Boot) -> None:

@@ -142,3 +142,9 @@ def test_a_kernel_without_it_is_refused(lacking: str | None) -> None:
         return
     with pytest.raises(CapabilityError, match=rf"without CONFIG_{lacking} \(-p kernel=debug"):
         injection.require(kernel)
+
+
+def test_a_kernel_of_unknown_configuration_is_refused() -> None:
+    kernel = Kernel(Path("x"), "6.12.1", 65536, None, "built in", True, 1, 1)
+    with pytest.raises(CapabilityError, match=r"does not hold its configuration.*IKCONFIG=y"):
+        injection.require(kernel)

@@ -15,7 +15,7 @@ import pytest
 import zstandard
 
 from paprscm import isa
-from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.errors import CapabilityError, ConfigError, HostError, KilledError
 
 TOOLS = "powerpc64le-linux-gnu-"
 LACKS_ALL = {i.name: False for i in isa.INSTRUCTIONS}
@@ -283,6 +283,14 @@ def test_probe_refuses_an_untrustworthy_answer(tmp_path: Path) -> None:
     liar.chmod(0o755)
     with pytest.raises(HostError, match="not to be trusted"):
         isa.probe([str(liar)])
+
+
+def test_probe_that_is_killed_says_nothing_about_the_qemu(tmp_path: Path) -> None:
+    killed = tmp_path / "killed"
+    killed.write_text("#!/bin/sh\nkill -KILL $$\n")
+    killed.chmod(0o755)
+    with pytest.raises(KilledError, match="from outside"):
+        isa.probe([str(killed)])
 
 
 def test_probe_says_when_there_is_no_answer(tmp_path: Path) -> None:

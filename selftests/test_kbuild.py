@@ -12,16 +12,17 @@ import lzma
 import os
 import tarfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from paprscm import kbuild, kconfig, kernel_source
+from paprscm import kbuild, kbuild_host, kconfig, kernel_source, process
 from paprscm.apt import UnavailableError
 from paprscm.cache import Cache
 from paprscm.debian import Archive, Download
 from paprscm.errors import ConfigError, HostError
-from paprscm.kconfig import Fragment, default_fragment, fragments
+from paprscm.kconfig import Fragment, Requirement, default_fragment, fragments
 from paprscm.kernel import parse_config
 from paprscm.settings import Settings
 
@@ -95,6 +96,77 @@ def test_builds_in_its_own_folder(
     data = built.vmlinux.read_bytes()
     assert b".debug_info" not in data
     assert b".symtab" in data
+
+
+def test_the_environment_of_a_build_is_a_list_of_what_passes(
+    tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = ("LLVM", "LLVM_IAS", "KCFLAGS", "KAFLAGS", "KCPPFLAGS", "LOCALVERSION", "HOSTCFLAGS")
+    foreign += ("LDFLAGS_vmlinux", "CFLAGS_MODULE", "INSTALL_MOD_DIR", "KBUILD_BUILD_TIMESTAMP")
+    for name in (*foreign, "CC", "W", "C", "DEPMOD", "CONFIG_SHELL", "MAKEFILES", "LANG"):
+        monkeypatch.setenv(name, "/foreign")
+    monkeypatch.setenv("CCACHE_DIR", "/ccache")
+    makefile = tree / "Makefile"
+    makefile.write_text(
+        makefile.read_text().replace("allnoconfig:\n", "allnoconfig:\n\t@env > $(O)/environment\n")
+    )
+    built = kbuild.build_tree(cache, tree)
+    text = (built.vmlinux.parent / "objects/environment").read_text()
+    assert "/foreign" not in text
+    assert "CCACHE_DIR=/ccache\n" in text
+    (line,) = (line for line in caplog.messages if line.startswith("not passed on"))
+    names = set(line.removesuffix(" of the environment").partition(": ")[2].split(", "))
+    assert names == set(foreign)
+
+
+def test_a_command_line_that_is_forced_is_switched_off(
+    tree: Path, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = tmp_path / "config"
+    own.write_text('CONFIG_CMDLINE="quiet"\nCONFIG_CMDLINE_FORCE=y\n')
+    produced = parse_config(kbuild.build_tree(cache, tree, config=own).config.read_text())
+    assert produced["CMDLINE"] == '"quiet"'
+    assert "CMDLINE_FORCE" not in produced
+    assert f"CONFIG_CMDLINE_FORCE of {own} is switched off" in caplog.text
+
+
+def test_what_the_host_lacks_for_a_configuration_is_named_before_it_is_compiled(
+    tree: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "config"
+    own.write_text("CONFIG_OBJTOOL=y\nCONFIG_DEBUG_INFO_BTF=y\n")
+    monkeypatch.setattr(kbuild_host._Need, "is_met", lambda need: need.part == "zlib.h")
+    with pytest.raises(HostError) as caught:
+        kbuild.build_tree(cache, tree, config=own)
+    assert caught.value.message == (
+        "the kernel's configuration needs what this machine lacks: "
+        "gelf.h (for CONFIG_OBJTOOL, CONFIG_DEBUG_INFO_BTF), pahole (for CONFIG_DEBUG_INFO_BTF)"
+    )
+    assert caught.value.hint == (
+        "apt install libelf-dev dwarves (Fedora: dnf install elfutils-libelf-devel dwarves), "
+        "or switch the options off"
+    )
+    calls = next((cache.root / "kbuild").glob("*/objects/calls")).read_text().split()
+    assert calls == ["olddefconfig"]
+
+
+def test_parts_of_the_host_are_looked_for() -> None:
+    def is_met(part: str) -> bool:
+        return kbuild_host._Need("X", part, "debian", "fedora", "no-such-library").is_met()
+
+    assert (is_met("make"), is_met("no-such-tool")) == (True, False)
+    assert (is_met("stdio.h"), is_met("no/such.h")) == (True, False)
+
+
+def test_keys_of_a_distribution(tmp_path: Path) -> None:
+    for name in ("", "certs/signing_key.pem", "pkcs11:token=x"):
+        kbuild_host.require({"MODULE_SIG_KEY": f'"{name}"', "SYSTEM_TRUSTED_KEYS": '""'}, tmp_path)
+    produced = {"SYSTEM_TRUSTED_KEYS": '"debian/certs/uefi.pem"'}
+    with pytest.raises(ConfigError, match=r"SYSTEM_TRUSTED_KEYS names debian/certs/uefi\.pem"):
+        kbuild_host.require(produced, tmp_path)
+    (tmp_path / "debian/certs").mkdir(parents=True)
+    (tmp_path / "debian/certs/uefi.pem").touch()
+    kbuild_host.require(produced, tmp_path)
 
 
 def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(
@@ -347,7 +419,8 @@ def test_debug_kernel_differs_in_its_own_options_only(
     after = parse_config(debug.config.read_text())
     added = {name: value for name, value in after.items() if name not in before}
     assert before.items() <= after.items()
-    own = Fragment.read([default_fragment().with_name("kernel-debug.config")]).options
+    fragment = Fragment.read([default_fragment().with_name("kernel-debug.config")])
+    own = fragment.values(own_tree=False)
     assert added == {name: value for name, value in own.items() if value != "n"}
     assert {"DEBUG_ATOMIC_SLEEP", "PROVE_LOCKING", "DEBUG_LIST", "FAILSLAB"} <= set(added)
     assert kbuild.build_default(Archive(cache), settings(page_size, "debug")) == debug
@@ -408,9 +481,10 @@ def test_unpacking_leaves_out_what_powerpc_does_not_read(
 def test_fragment_in_the_project_is_sound() -> None:
     fragment = Fragment.read([default_fragment()])
     assert fragment.objects > 500
-    assert {"PAPR_SCM", "BLK_DEV_PMEM", "LIBNVDIMM", "FS_DAX"} <= set(fragment.every)
-    assert "PPC_64K_PAGES" in fragment.options
-    assert "PPC_64K_PAGES" not in fragment.every
+    every, own = (fragment.values(own_tree=own_tree) for own_tree in (False, True))
+    assert {"PAPR_SCM", "BLK_DEV_PMEM", "LIBNVDIMM", "FS_DAX"} <= set(own)
+    assert "PPC_64K_PAGES" in every
+    assert "PPC_64K_PAGES" not in own
 
 
 def test_each_option_in_the_project_has_a_reason() -> None:
@@ -429,18 +503,52 @@ def test_fragment_lines(tmp_path: Path) -> None:
         '#@ every kernel\nCONFIG_C="text"\n'
     )
     fragment = Fragment.read([path])
-    assert fragment.options == {"A": "y", "B": "n", "C": '"text"'}
-    assert fragment.every == {"C": '"text"'}
+    assert fragment.values(own_tree=False) == {"A": "y", "B": "n", "C": '"text"'}
+    assert fragment.values(own_tree=True) == {"C": '"text"'}
     assert fragment.objects == 12
     assert fragment.text(own_tree=True) == 'CONFIG_C="text"\n'
     assert "# CONFIG_B is not set\n" in fragment.text(own_tree=False)
     other = tmp_path / "other"
     other.write_text("CONFIG_A=m\n# CONFIG_B is not set\n")
-    assert Fragment.read([path, other]).options["A"] == "m"
+    assert Fragment.read([path, other]).values(own_tree=False)["A"] == "m"
     assert Fragment.read([path, other]).digest != fragment.digest
 
 
-@pytest.mark.parametrize("line", ["CONFIG_A", "config A=y", "#@ nonsense", "#@ objects many"])
+def test_fragment_alternatives(tmp_path: Path) -> None:
+    path = tmp_path / "fragment"
+    path.write_text(
+        "CONFIG_A=y or # CONFIG_B is not set or CONFIG_C=y\n"
+        "CONFIG_D=y or nothing\n"
+        'CONFIG_E="this or nothing"\n'
+        "# Option CONFIG_F or CONFIG_G=y\n"
+    )
+    first, second, third = Fragment.read([path]).required(own_tree=True)
+    assert (first.options, first.optional) == ({"A": "y", "B": "n", "C": "y"}, False)
+    assert (second.options, second.optional) == ({"D": "y"}, True)
+    assert (third.options, third.optional) == ({"E": '"this or nothing"'}, False)
+    # kconfig takes the last of several options of one choice.
+    assert Fragment.read([path]).text(own_tree=True).splitlines()[:3] == [
+        "CONFIG_C=y",
+        "# CONFIG_B is not set",
+        "CONFIG_A=y",
+    ]
+    later = tmp_path / "later"
+    later.write_text("CONFIG_A=m\n")
+    assert Fragment.read([path, later]).required(own_tree=True)[0].options == {"A": "m"}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "CONFIG_A",
+        "config A=y",
+        "#@ nonsense",
+        "#@ objects many",
+        "CONFIG_A=y or B",
+        "CONFIG_A=y or nothing or CONFIG_B=y",
+        "nothing",
+    ],
+)
 def test_bad_fragment_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "fragment"
     path.write_text(f"# first\n{line}\n")
@@ -457,8 +565,79 @@ def test_merge() -> None:
 
 
 def test_unmet() -> None:
-    wanted = {"A": "y", "B": "y", "C": "m", "D": "n", "E": "n"}
-    assert kconfig.unmet(wanted, {"A": "m", "C": "y", "D": "y"}) == ["B", "C", "D"]
+    required = [
+        Requirement(options)
+        for options in (
+            *({"A": "y"}, {"B": "y"}, {"C": "m"}, {"D": "n"}, {"E": "n"}),
+            *({"B": "y", "D": "y"}, {"D": "n", "F": "y"}),
+        )
+    ]
+    lost = kconfig.unmet(required, {"A": "m", "C": "y", "D": "y"})
+    assert lost == [required[1], required[2], required[3], required[6]]
+
+
+def test_lost_alternatives_are_named_together(tree: Path) -> None:
+    either = [Requirement({"PAPR_SCM": "y", "OTHER": "y"})]
+    for produced in ({"PAPR_SCM": "m"}, {"OTHER": "y"}):
+        kbuild._check(either, produced, tree, vital=None)
+    with pytest.raises(
+        ConfigError,
+        match=r"needed: CONFIG_PAPR_SCM \(depends on PPC_PSERIES, MEMORY_HOTPLUG, not set\) or "
+        r"CONFIG_OTHER \(this kernel has no such option\)$",
+    ):
+        kbuild._check(either, {}, tree, vital=None)
+
+
+def test_or_nothing_is_for_kernels_without_the_option(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    kbuild._check([Requirement({"GADGET": "y"}, optional=True)], {}, tree, vital=[])
+    kbuild._check([Requirement({"GADGET": "y"}, optional=True)], {}, tree, vital=None)
+    assert not caplog.records
+    with pytest.raises(ConfigError, match=r"CONFIG_PAPR_SCM \(depends on PPC_PSERIES"):
+        kbuild._check([Requirement({"PAPR_SCM": "y"}, optional=True)], {}, tree, vital=None)
+
+
+_CONFIGURATION = ("*/Kconfig*", "*/Kbuild*", "*/Makefile*", "*/scripts/*", "*/arch/powerpc/*")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["6.1", "6.12", "7.2"])
+def test_every_requirement_is_met(version: str, tmp_path: Path) -> None:
+    """The sources of Debian's suites, configured; those that an earlier build fetched."""
+    entries = Cache(Settings().cache_dir).entries()
+    packages = {one.fields.get("package"): one for one in entries if one.kind == "kernel-source"}
+    source = packages.get(f"linux-source-{version}")
+    if source is None:
+        pytest.skip(f"linux-source-{version} was not fetched")
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    process.run(
+        [
+            *("tar", "--use-compress-program=xz -T0", "-xf", source.path / "linux.tar.xz"),
+            *("-C", tree, "--strip-components=1", "--wildcards", "--no-same-owner"),
+            *_CONFIGURATION,
+        ]
+    )
+    # With the preferred one last; kconfig must agree.
+    choice = tmp_path / "choice"
+    choice.write_text("CONFIG_HZ_100=y or CONFIG_HZ_300=y\n")
+
+    def configure(paths: Sequence[Path]) -> dict[str, str]:
+        fragment = Fragment.read(paths)
+        objects = tmp_path / "objects"
+        make = kbuild._Make(tree, objects, tmp_path / "log")
+        (objects / "fragment").write_text(fragment.text(own_tree=False))
+        make.run("allnoconfig", f"KCONFIG_ALLCONFIG={objects / 'fragment'}")
+        produced = parse_config((objects / ".config").read_text())
+        kbuild._check(fragment.required(own_tree=False), produced, tree, vital=None)
+        return produced
+
+    for page_size, debug in (("64k", False), ("4k", False), ("64k", True)):
+        configure(fragments(page_size, debug=debug))
+    modular = default_fragment().with_name("kernel-modular.config")
+    configure([default_fragment(), modular])
+    assert "HZ_100" in configure([choice])
 
 
 def test_explain(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import subprocess
 import time
@@ -96,8 +97,9 @@ def test_unknown_stays_unknown(make: Make) -> None:
     found = kernel.inspect(path)
     assert (found.page_size, found.papr_scm, found.has_symbols) == (None, kernel.UNKNOWN, False)
     kernel.check(found, has_modules=True)
-    with pytest.raises(ConfigError, match="has no papr_scm"):
+    with pytest.raises(ConfigError, match="neither papr_scm nor its configuration") as caught:
         kernel.check(found, has_modules=False)
+    assert "set modules=" in str(caught.value.hint)
 
 
 def test_papr_scm_absent_or_a_module(make: Make) -> None:
@@ -111,6 +113,20 @@ def test_papr_scm_absent_or_a_module(make: Make) -> None:
         with pytest.raises(ConfigError, match="has no papr_scm") as caught:
             kernel.check(found, has_modules=has_modules)
         assert "paprscm kernel build" in str(caught.value.hint)
+
+
+def test_a_debugger_that_waits_for_a_person_is_switched_off(make: Make) -> None:
+    assert kernel.inspect(make(config="CONFIG_XMON=y\n")).words == ()
+    assert kernel.inspect(make(config="CONFIG_XMON_DEFAULT=y\n")).words == ("xmon=off",)
+    assert kernel.inspect(make(config=None, driver=True)).words == ("xmon=off",)
+
+
+def test_a_forced_command_line(make: Make) -> None:
+    config = 'CONFIG_PAPR_SCM=y\nCONFIG_CMDLINE="console=hvc0 quiet"\nCONFIG_CMDLINE_FORCE=y\n'
+    with pytest.raises(ConfigError, match='CONFIG_CMDLINE_FORCE and boots with "console=hvc0 qu'):
+        kernel.check(kernel.inspect(make(config=config)), has_modules=False)
+    config = config.replace("FORCE", "EXTEND")
+    kernel.check(kernel.inspect(make(config=config)), has_modules=False)
 
 
 def refuse(path: Path, message: str) -> None:
@@ -128,6 +144,8 @@ def test_missing_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     refuse(tmp_path / "empty", "is empty$")
     refuse(tmp_path, "is a folder$")
+    os.mkfifo(tmp_path / "fifo")
+    refuse(tmp_path / "fifo", "is not a regular file$")
 
 
 @pytest.mark.parametrize(

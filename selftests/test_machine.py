@@ -112,6 +112,7 @@ def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
         machine="pseries-7.2",
         properties={"memory-backend-file": frozenset(), "spapr-nvdimm": frozenset()},
         has_kvm=False,
+        has_netdev_user=True,
         cpu_models=frozenset(),
         qmp_commands=frozenset(),
         migration_capabilities=frozenset(),
@@ -127,6 +128,12 @@ def test_slof_and_kvm_take_no_tcg_words() -> None:
     words = argv(Machine(firmware="slof", accel="kvm", cpu="host"))
     assert after(words, "-machine") == ["pseries"]
     assert after(words, "-accel") == ["kvm"]
+
+
+def test_words_of_the_kernel_come_before_those_of_the_machine() -> None:
+    payload = Payload(kernel=Path("/k"), disk=Path("/d"), words=("xmon=off",))
+    words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), payload, {}, WIRING)
+    assert after(words, "-append")[0].endswith(" panic=-1 xmon=off xmon=on")
 
 
 def test_with_modules_the_network_is_left_to_init() -> None:

@@ -27,6 +27,7 @@ from paprscm.map_sync_cells import (
     Cell,
     CellReport,
     FileKind,
+    as_documented,
     at_offsets,
     differences,
     expected,
@@ -143,7 +144,10 @@ NO_SF = frozenset({"rd", "wr", "sh", "mr", "mw", "ms"})
 WRONG: dict[str, tuple[Cell, dict[str, Any]]] = {
     "another errno": (SYNC, {"errno": 22, "errno_name": "EINVAL"}),
     "an error of another step": (SYNC, {"result": Result.ERROR, "stage": "open"}),
-    "no sf": (Cell(type="private", sync=True), {"vm_flags": frozenset({"rd", "wr", "mr", "mw"})}),
+    "neither sf nor as without MAP_SYNC": (
+        Cell(type="private", sync=True),
+        {"vm_flags": frozenset({"rd", "wr", "mr"})},
+    ),
     "sf unasked": (PLAIN, {"vm_flags": NO_SF | {"sf"}}),
     "not shared": (PLAIN, {"vm_flags": NO_SF - {"sh"}}),
     "may be written": (
@@ -175,6 +179,37 @@ def test_what_differs_is_noticed(
     lying = dataclasses.replace(honest, mapping=dataclasses.replace(honest.mapping, **changes))
     [text] = differences([lying], FileKind.UNAWARE)
     assert text.startswith(f"{cell}: ")
+
+
+def test_what_mmap_2_says_is_no_difference(on_tmpfs: tuple[CellReport, ...]) -> None:
+    assert as_documented(on_tmpfs, FileKind.UNAWARE) == []
+    mapped = [r for r in on_tmpfs if "sf" in (r.mapping.vm_flags or ())]
+    assert len(mapped) > 8
+    for honest in mapped:
+        assert honest.mapping.vm_flags is not None
+        ignored = dataclasses.replace(honest.mapping, vm_flags=honest.mapping.vm_flags - {"sf"})
+        report = dataclasses.replace(honest, mapping=ignored)
+        for kind in (FileKind.GRANTS, FileKind.REFUSES, FileKind.UNAWARE):
+            assert differences([report], kind) == []
+        assert as_documented([report], FileKind.UNAWARE) == [str(honest.cell)]
+    # Granted where it must not be is neither.
+    granted = find(on_tmpfs, Cell(type="shared", sync=True))
+    assert len(differences([granted], FileKind.REFUSES)) == 1
+    assert as_documented([granted], FileKind.REFUSES) == []
+
+
+def test_a_mapping_is_as_long_as_its_pages(on_tmpfs: tuple[CellReport, ...]) -> None:
+    """On a device whose alignment is a page, half a page is mapped as a whole one."""
+    report = find(on_tmpfs, PLAIN)
+    half = dataclasses.replace(
+        report,
+        mapping=dataclasses.replace(
+            report.mapping, length=PAGE // 2, pages_accessed=1, store_in_file=None, pread_errno=22
+        ),
+    )
+    assert half.mapped_bytes == PAGE
+    assert differences([half], FileKind.DEVICE, align_bytes=PAGE) == []
+    assert len(differences([half], FileKind.DEVICE, align_bytes=2 * PAGE)) == 1
 
 
 def test_flags_that_are_not_judged_may_be_there(on_tmpfs: tuple[CellReport, ...]) -> None:

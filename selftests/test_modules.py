@@ -19,6 +19,10 @@ from paprscm.kernel import MODULE, UNKNOWN, Kernel
 
 TOOLS = "powerpc64le-linux-gnu-"
 RELEASE = "6.12.9-test"
+# A PKCS#7 signature of 40 bytes, scripts/sign-file.c.
+SIGNATURE = (
+    b"S" * 40 + struct.pack(">BBBBB3xI", 0, 0, 2, 0, 0, 40) + b"~Module signature appended~\n"
+)
 LACKS_ALL = {i.name: False for i in INSTRUCTIONS}
 
 
@@ -168,6 +172,53 @@ def test_initramfs_holds_fixed_modules_and_the_way_on(tmp_path: Path) -> None:
     }
     (tmp_path / "init").write_bytes(entries["init"][1])
     subprocess.run(["sh", "-n", tmp_path / "init"], check=True)
+
+
+def test_a_signature_is_kept(tmp_path: Path) -> None:
+    """strip would drop it, and a kernel with MODULE_SIG_FORCE then refuses the module."""
+    signed, plain = add_module(tmp_path, "virtio_blk"), add_module(tmp_path, "papr_scm")
+    content = signed.read_bytes() + SIGNATURE
+    signed.write_bytes(content)
+    made = modules.build_initramfs(
+        make_kernel({"PAPR_SCM": "m", "MODULE_SIG_FORCE": "y"}),
+        tmp_path,
+        plain,
+        tmp_path / "initramfs",
+        executes={},
+    )
+    entries = read_cpio(made.path.read_bytes())
+    assert entries["modules/00-virtio_blk.ko"][1] == content
+    assert len(entries["modules/01-papr_scm.ko"][1]) < plain.stat().st_size
+
+
+def test_a_signature_that_a_fix_up_breaks(tmp_path: Path) -> None:
+    signed = add_module(tmp_path, "papr_scm")
+    signed.write_bytes(signed.read_bytes() + SIGNATURE)
+
+    def build(**config: str) -> modules.Initramfs:
+        one = make_kernel({"PAPR_SCM": "m", **config})
+        return modules.build_initramfs(
+            one, tmp_path, signed, tmp_path / "initramfs", executes=LACKS_ALL
+        )
+
+    with pytest.raises(
+        ConfigError, match=r"papr_scm\.ko .* loses its signature.*SIG_FORCE"
+    ) as found:
+        build(MODULE_SIG_FORCE="y")
+    assert "build papr_scm in" in str(found.value.hint)
+    assert build().sites == 1
+
+
+def test_the_configuration_of_a_kernel_that_has_it_as_a_module(tmp_path: Path) -> None:
+    unknown = make_kernel(None, UNKNOWN)
+    add_module(tmp_path, "papr_scm")
+    assert modules.with_config(unknown, tmp_path) == unknown
+    config = gzip.compress(b"CONFIG_PAPR_SCM=m\nCONFIG_PPC_4K_PAGES=y\nCONFIG_IKCONFIG=m\n")
+    path = add_module(tmp_path, "configs")
+    path.write_bytes(path.read_bytes() + b"IKCFG_ST" + config + b"IKCFG_ED")
+    found = modules.with_config(unknown, tmp_path)
+    assert (found.option("IKCONFIG"), found.option("XFS_FS")) == ("m", "n")
+    assert (found.papr_scm, found.page_size) == (MODULE, 4096)
 
 
 def test_a_needed_module_that_is_not_there_is_named(tmp_path: Path) -> None:

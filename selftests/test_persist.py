@@ -7,13 +7,16 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
+from paprscm import persist
 from paprscm.errors import ContractError
+from paprscm.guest import Guest
 from paprscm.map_sync_report import ProbeError
-from paprscm.persist import parse_persist
+from paprscm.persist import HeldFile, parse_persist
 
 SOURCE = Path(__file__).resolve().parent.parent / "guest_tools" / "persist.c"
 FINE = {"offset": 0, "length": 0, "byte": None, "errno": 0, "error": "", "begin_ns": 1, "end_ns": 3}
@@ -73,6 +76,61 @@ def test_a_file_that_cannot_be_opened(tool: Path, tmp_path: Path) -> None:
     done = run(tool, tmp_path / "none" / "file", "fsync")
     with pytest.raises(ContractError, match="cannot be opened: ENOENT"):
         parse_persist(done.stdout, done.returncode, ("fsync",))
+
+
+def test_a_folder_is_opened_to_be_synced(tool: Path, tmp_path: Path) -> None:
+    done = run(tool, tmp_path, "fsync", "write=0:1:1")
+    made = parse_persist(done.stdout, done.returncode, ("fsync", "write=0:1:1"), done.stderr)
+    assert [step.error for step in made] == ["", "EBADF"]
+
+
+def test_o_dsync_needs_no_open_later(tool: Path, tmp_path: Path) -> None:
+    """The descriptor with O_DSYNC is as old as the other: what is written goes to the old file."""
+    (tmp_path / "next").write_bytes(b"\1")
+    held = HeldFile(here(tool), str(tmp_path / "file"), "await", "dwrite=0:1:2")
+    (tmp_path / "next").rename(tmp_path / "file")
+    assert [step.error for step in held.result()] == ["", ""]
+    assert (tmp_path / "file").read_bytes() == b"\1"
+
+
+def here(tool: Path) -> Guest:
+    """This host as a guest that runs shell commands."""
+
+    def run(command: str) -> SimpleNamespace:
+        argv = ["env", f"TMPDIR={tool.parent}", "sh", "-c", command]
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
+        return SimpleNamespace(status=done.returncode, stdout=done.stdout, stderr=done.stderr)
+
+    def succeed(command: str) -> str:
+        done = run(command)
+        assert done.status == 0, done
+        return str(done.stdout).rstrip("\n")
+
+    return cast("Guest", SimpleNamespace(run=run, succeed=succeed, tool=tool))
+
+
+@pytest.fixture(autouse=True)
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tool of this host instead of one that is compiled in the guest."""
+    monkeypatch.setattr(persist, "build", lambda guest, _name: guest.tool)
+
+
+def test_a_held_file(tool: Path, tmp_path: Path) -> None:
+    """Steps before "await" are made when it exists, those behind it when it may go on."""
+    file = tmp_path / "file"
+    held = HeldFile(here(tool), str(file), "write=0:3:1", "await", "read=0:3")
+    assert file.read_bytes() == b"\1\1\1"
+    file.write_bytes(b"\2\2\2")
+    written, waited, read = held.result()
+    assert (written.result, waited.result, read.byte) == (3, 0, 2)
+    assert not held.wait_blocked()
+    assert written.end_ns <= waited.begin_ns <= waited.end_ns <= read.begin_ns
+
+
+def test_a_held_file_that_cannot_be_opened(tool: Path, tmp_path: Path) -> None:
+    held = HeldFile(here(tool), str(tmp_path / "none" / "file"), "await", "fsync")
+    with pytest.raises(ContractError, match="cannot be opened: ENOENT"):
+        held.result()
 
 
 @pytest.mark.parametrize(

@@ -191,7 +191,7 @@ LIES: list[tuple[str, str, type[Error], str]] = [
     (r"^text deep_flush_mode 444$", "text deep_flush_mode rw-", HostError, "deep_flush is 'rw-'"),
     (r"^text nstype 5$", "text size 1", HostError, "text size 1"),
     (r"^done$", "done\ntext more 1", HostError, "after the end"),
-    (r"^done\n", "", ContractError, "step 'find' ended"),
+    (r"^done\n", "", HostError, "the output ends in step 'find'"),
     (r"^step find$", "Segmentation fault", HostError, "Segmentation fault"),
     (r"^prop 8 ibm,block-size$", "prop 9 ibm,block-size", HostError, "bytes of properties"),
     (r"^prop 8 ibm,block-size$", "prop x ibm,block-size", HostError, "prop x"),
@@ -219,14 +219,24 @@ DISK_LIES = [
     # What ndctl calls fsdax is a BTT, or has no personality at all.
     ("region3/pfn3.0$", "region3/btt3.0", "is fsdax for ndctl, but its pmem3 is on btt3.0"),
     ("region3/pfn3.0$", "region3/namespace3.0", "but its pmem3 is on namespace3.0"),
-    (r"^ 7b 0a 20", " 7c 0a 20", "ndctl said"),
-    (r"^blob ndctl$", "blob other", "ndctl said"),
+]
+
+# Output of ndctl that is not as every version has it, which says nothing about the kernel.
+OTHER_OUTPUT = [
+    (r"^ 7b 0a 20", " 7c 0a 20", "ndctl's output for region3 is not as expected"),
+    (r"^blob ndctl$", "blob other", "ndctl's output for region3 is not as expected"),
     # "fsdax" becomes "fsdaw", "namespace3" "nam/space3", "pmem3" "p/em3", "dev" "dew".
-    (r"66 73 64 61 78", "66 73 64 61 77", "ndctl made of region3"),
-    (r"6e 61 6d 65 73", "6e 61 6d 2f 73", "ndctl made of region3"),
+    (r"66 73 64 61 78", "66 73 64 61 77", "names a namespace of region3"),
+    (r"6e 61 6d 65 73", "6e 61 6d 2f 73", "names a namespace of region3"),
     (r"70 6d 65 6d 33", "70 2f 65 6d 33", "names a device 'p/em3'"),
     (r"3a 22 64 65 76 22", "3a 22 64 65 77 22", "page structures in 'dew'"),
 ]
+
+
+@pytest.mark.parametrize(("pattern", "replacement", "message"), OTHER_OUTPUT)
+def test_output_of_another_ndctl(pattern: str, replacement: str, message: str) -> None:
+    with pytest.raises(HostError, match=message):
+        pmem.dax_mount(altered("dax-mount-xfs", pattern, replacement), 0, "xfs", "/mnt1")
 
 
 @pytest.mark.parametrize(("pattern", "replacement", "message"), DISK_LIES)
@@ -416,7 +426,8 @@ def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path], *told: dict[s
     device = sysfs.add(0, drc_index(0))
     log = sysfs.root / "log"
     for name in ("mkfs.xfs", "mkfs.ext4", "mount", "ndctl"):
-        sysfs.tool(name, f'echo "{name} $*" >> {log}')
+        version = '[ "$1" != -V ] || { echo mkfs.xfs version 1.0.0; exit; }; '
+        sysfs.tool(name, f'{version}echo "{name} $*" >> {log}')
     said = told or (_MADE,)
     for entry in said:
         sysfs.add_disk(entry["blockdev"], made_on(device) / entry["dev"])
@@ -601,6 +612,63 @@ def test_page_size(text: str, size: int | None) -> None:
             pmem.page_size(cast(Guest, Answers()))
     else:
         assert pmem.page_size(cast(Guest, Answers())) == size
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (127, "a program is missing in the guest's userland"),
+        (126, "a program cannot be executed in the guest's userland"),
+        (139, "a program in the guest crashed, SIGSEGV"),
+        (132, "a program in the guest crashed, SIGILL"),
+    ],
+)
+def test_a_tool_that_could_not_report(sysfs: FakeSysfs, status: int, message: str) -> None:
+    _with_tools(sysfs, lambda device: device / "pfn0.0")
+    sysfs.tool("mkfs.ext4", f"echo it said so >&2; exit {status}")
+    with pytest.raises(HostError, match=f"step 'filesystem': {message}:\nit said so"):
+        pmem.make_filesystem(cast(Guest, sysfs), "/dev/pmem9", "ext4", 4096)
+
+
+def test_output_that_is_cut() -> None:
+    text = (DATA / "pmem" / "dax-mount-xfs.txt").read_text().partition("step mount")[0]
+    guest = cast(Guest, Recorded(text, 0, ""))
+    with pytest.raises(HostError, match="the output ends in step 'filesystem'"):
+        pmem.dax_mount(guest, 0, "xfs", "/mnt1")
+
+
+@pytest.mark.parametrize(
+    ("version", "configs", "features"),
+    [
+        # Of a file for each kernel, that of the newest one that is not newer than this.
+        ("999.1.0", ("0.9", "1.2", "2.5", "2.10", "998.0"), "lts_2.10.conf"),
+        ("999.1.0", ("998.0",), None),
+        ("999.1.0", (), None),
+        # Not newer than this kernel.
+        ("0.9.0", ("0.9", "1.2"), None),
+    ],
+)
+def test_features_that_the_kernel_knows(
+    sysfs: FakeSysfs,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    configs: tuple[str, ...],
+    features: str | None,
+) -> None:
+    log = _with_tools(sysfs, lambda device: device / "pfn0.0")
+    sysfs.tool(
+        "mkfs.xfs",
+        f'[ "$1" != -V ] || {{ echo mkfs.xfs version {version}; exit; }}; echo "$*" >> {log}',
+    )
+    folder = tmp_path / "mkfs"
+    folder.mkdir()
+    for name in configs:
+        (folder / f"lts_{name}.conf").touch()
+    monkeypatch.setattr(pmem, "script", lambda: f"mkfs_configs={folder}\n{script(str(sysfs.root))}")
+    pmem.make_filesystem(cast(Guest, sysfs), "/dev/pmem9", "xfs", 4096)
+    chosen = f"-c options={folder}/{features} " if features else ""
+    assert log.read_text() == f"-q -f {chosen}-b size=4096 /dev/pmem9\n"
 
 
 def test_make_filesystem_alone(sysfs: FakeSysfs) -> None:

@@ -16,7 +16,7 @@ from paprscm.errors import ContractError, HostError
 from paprscm.guest import Guest
 from paprscm.map_sync_report import STATX_ATTR_DAX, Verdict, expect, judge, parse_map_sync
 from paprscm.probes import ProbeError
-from paprscm.ssh import CommandResult
+from paprscm.ssh import CommandResult, TimedOutError
 
 PAGE = 65536
 XFS = 0x58465342
@@ -436,6 +436,17 @@ def test_a_tool_that_does_not_compile(
         probes.map_sync(cast(Guest, shell), str(tmp_path / "file"))
     with pytest.raises(ProbeError, match=r"no_such_tool\.c: No such file"):
         probes.build(cast(Guest, shell), "no_such_tool")
+
+
+def test_a_compiler_that_takes_too_long(
+    shell: _HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(command: str, **_limits: object) -> CommandResult:
+        raise TimedOutError("`gcc` did not end within 120 s")
+
+    monkeypatch.setattr(shell, "run", run)
+    with pytest.raises(ProbeError, match=r"did not compile guest_tools/map_sync\.c within 120 s"):
+        probes.build(cast(Guest, shell), "map_sync")
 
 
 def test_an_answer_to_another_question(shell: _HostShell, tmp_path: Path) -> None:

@@ -1,30 +1,37 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A program that we start dies with us, whoever of the run is killed, and with its children."""
+"""A program that we start dies with each process of the run, and is judged by its own end only."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-from paprscm import process
-from paprscm.errors import HostError
-from paprscm.process import Process, run
+from paprscm import keeper, process
+from paprscm.errors import HostError, KilledError
+from paprscm.process import Process, join_run, run
 
-# A stand-in for avocado -> runner -> test: each level is a process in the same group.
+# A stand-in for shell -> avocado -> runner -> test: each level is a process in the same group. The
+# first one has only started the run.
 RUN = """
 import os, subprocess, sys, time
 from pathlib import Path
-from paprscm.process import Process
+from paprscm.process import Process, join_run
 level = int(sys.argv[1])
 print(f"level{level} {os.getpid()}", flush=True)
+if level < 3:
+    join_run()
 if level:
     # One that is killed must not be waited for by its parent with subprocess' help.
     subprocess.Popen([sys.executable, __file__, str(level - 1), sys.argv[2]]).wait()
@@ -36,6 +43,66 @@ else:
     process.wait()
     time.sleep(1000)
 """
+
+# include/uapi/linux/{filter,seccomp,prctl}.h
+LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
+SECCOMP_ERRNO, SECCOMP_ALLOW = 0x00050000, 0x7FFF0000
+PR_SET_SECCOMP, SECCOMP_MODE_FILTER, PR_SET_NO_NEW_PRIVS = 22, 2, 38
+PIDFD_OPEN = 434  # On every architecture.
+
+
+def refuse_pidfd_open(number: int) -> None:
+    """Let the seccomp filter of this process answer pidfd_open(2) with an errno."""
+    rows = (
+        (LOAD, 0, 0, 0),  # seccomp_data.nr
+        (JUMP_IF_EQUAL, 0, 1, PIDFD_OPEN),
+        (RETURN, 0, 0, SECCOMP_ERRNO | number),
+        (RETURN, 0, 0, SECCOMP_ALLOW),
+    )
+    code = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *row) for row in rows))
+    program = struct.pack("@HP", len(rows), ctypes.addressof(code))
+    libc = ctypes.CDLL(None)
+    assert libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0
+    assert libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, program, 0, 0) == 0
+
+
+class Run(NamedTuple):
+    """The stand-in: its first process, the ids of all by name, the program with its child."""
+
+    first: subprocess.Popen[str]
+    pids: dict[str, int]
+    started: list[int]
+    scratch: Path
+
+
+@pytest.fixture(params=[0, errno.EPERM, errno.ENOSYS], ids=["pidfds", "EPERM", "ENOSYS"])
+def stand_in(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
+    """The stand-in at work, also where pidfd_open(2) is refused."""
+    number = request.param
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "backing").write_text("x")
+    script = tmp_path / "run.py"
+    script.write_text(RUN)
+    first = subprocess.Popen(
+        [sys.executable, str(script), "3", str(scratch)],
+        stdout=subprocess.PIPE,
+        text=True,
+        process_group=0,
+        preexec_fn=(lambda: refuse_pidfd_open(number)) if number else None,
+    )
+    try:
+        assert first.stdout is not None
+        words = [first.stdout.readline().split() for _ in range(6)]
+        pids = {name: int(pid) for name, pid in words}
+        deadline = time.monotonic() + 5
+        while len(started := members_of_group(pids["program"])) < 2:
+            assert time.monotonic() < deadline, "the program and its background child"
+            time.sleep(0.01)
+        yield Run(first, pids, started, scratch)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
 
 
 def wait_gone(pids: list[int], limit_s: float = 2.0) -> list[int]:
@@ -68,37 +135,66 @@ def members_of_group(group: int) -> list[int]:
 
 
 @pytest.mark.parametrize("victim", ["level2", "level1", "level0", "keeper", "program"])
-def test_nothing_outlives_a_killed_process_of_the_run(tmp_path: Path, victim: str) -> None:
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    (scratch / "backing").write_text("x")
-    program = tmp_path / "run.py"
-    program.write_text(RUN)
-    first = subprocess.Popen(
-        [sys.executable, str(program), "2", str(scratch)],
-        stdout=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-    try:
-        assert first.stdout is not None
-        pids = dict(first.stdout.readline().split() for _ in range(5))
-        deadline = time.monotonic() + 5
-        while len(started := members_of_group(int(pids["program"]))) < 2:
-            assert time.monotonic() < deadline, "the program and its background child"
-            time.sleep(0.01)
-        os.kill(int(pids[victim]), signal.SIGKILL)
-        alone = victim == "keeper"
-        # Of a killed keeper's program the kernel kills only the program itself.
-        assert wait_gone([int(pids["program"])] if alone else started) == []
-        if victim.startswith("level"):
-            assert wait_gone([int(pids["keeper"])]) == []
-            assert not scratch.exists()
-        if alone:
-            os.killpg(int(pids["program"]), signal.SIGKILL)
-    finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+def test_nothing_outlives_a_killed_process_of_the_run(stand_in: Run, victim: str) -> None:
+    pids, started = stand_in.pids, stand_in.started
+    os.kill(pids[victim], signal.SIGKILL)
+    alone = victim == "keeper"
+    # Of a killed keeper's program the kernel kills only the program itself.
+    assert wait_gone([pids["program"]] if alone else started) == []
+    if victim.startswith("level"):
+        assert wait_gone([pids["keeper"]]) == []
+        assert not stand_in.scratch.exists()
+    if alone:
+        os.killpg(pids["program"], signal.SIGKILL)
+
+
+def test_a_process_that_only_started_the_run_may_end(stand_in: Run) -> None:
+    """A shell, a wrapper of a CI: it is an ancestor in the same process group."""
+    stand_in.first.kill()
+    stand_in.first.wait()
+    # Its end was noticed, or will not be: the keeper looks ten times a second, or sees a pidfd.
+    assert wait_gone(stand_in.started, 0.5) == stand_in.started
+    assert stand_in.scratch.exists()
+    os.kill(stand_in.pids["level2"], signal.SIGKILL)
+    assert wait_gone([*stand_in.started, stand_in.pids["keeper"]]) == []
+    assert not stand_in.scratch.exists()
+
+
+def test_nothing_starts_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the id of its process is another one's by now: here it is our own."""
+    own = keeper.start_time(os.getpid())
+    monkeypatch.setenv("PAPRSCM_RUN", f"{os.getpid()}:{own}")
+    assert Process(["true"]).wait() == 0
+    monkeypatch.setenv("PAPRSCM_RUN", f"{os.getpid()}:{int(own) - 1}")
+    with pytest.raises(HostError) as caught:
+        Process(["true"])
+    said = f"cannot start true: process {os.getpid()} of this run has ended"
+    assert caught.value.message == said
+    assert caught.value.hint == "if it was of another run, unset PAPRSCM_RUN"
+
+
+@pytest.mark.parametrize("value", ["1", "make", "1:2:3", "1:2 x"])
+def test_a_foreign_value_of_the_variable_is_one_sentence(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("PAPRSCM_RUN", value)
+    with pytest.raises(HostError, match=f"PAPRSCM_RUN is '{value}', not PID:START"):
+        Process(["true"])
+
+
+def test_a_process_joins_a_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PAPRSCM_RUN", "1:2")
+    for _ in range(2):
+        join_run()
+    assert os.environ["PAPRSCM_RUN"] == f"1:2 {os.getpid()}:{keeper.start_time(os.getpid())}"
+
+
+def test_the_start_time_of_a_process_that_has_ended_is_empty() -> None:
+    process = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert keeper.start_time(process.pid) == "", "a zombie has ended"
+    process.wait()
+    assert keeper.start_time(process.pid) == ""
 
 
 def test_kill_takes_grandchildren_with_it() -> None:
@@ -134,6 +230,54 @@ def test_an_interrupt_while_it_starts_leaves_nothing(
 def test_exit_status_is_passed_on() -> None:
     assert Process(["sh", "-c", "exit 7"]).wait() == 7
     assert Process(["sh", "-c", "kill -SEGV $$"]).wait() == -signal.SIGSEGV
+
+
+OWN = ("SEGV", "ABRT", "BUS", "ILL", "FPE", "TRAP", "SYS")
+
+
+@pytest.mark.parametrize("name", [*OWN, "KILL", "TERM", "HUP", "INT", "QUIT", "USR1", "ALRM"])
+def test_only_a_signal_that_a_program_raises_itself_is_its_own_end(name: str) -> None:
+    process = Process(["sh", "-c", f"kill -{name} $$"])
+    number = signal.Signals[f"SIG{name}"]
+    if name in OWN:
+        assert process.wait() == -number
+        assert process.kill() == -number
+        return
+    said = rf"^sh \(process {process.pid}\) was killed by SIG{name} from outside"
+    with pytest.raises(KilledError, match=said):
+        process.wait()
+    # Whoever has caught that does not go on as if nothing was.
+    with pytest.raises(KilledError, match=said):
+        process.kill()
+
+
+def test_what_we_end_ourselves_is_not_ended_from_outside() -> None:
+    assert Process(["sleep", "1000"]).kill() == -signal.SIGKILL
+    process = Process(["sleep", "1000"])
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == -signal.SIGTERM
+
+
+def test_the_end_of_the_keeper_is_named() -> None:
+    process = Process(["sleep", "1000"])
+    stat = Path(f"/proc/{process.pid}/stat").read_text()
+    os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
+    said = rf"the keeper of sleep \(process {process.pid}\) was killed from outside: the OOM killer"
+    with pytest.raises(KilledError, match=said):
+        process.wait()
+
+
+def test_a_qemu_that_was_terminated_says_so(tmp_path: Path) -> None:
+    """QEMU catches the signal and exits with status 0 (system/runstate.c, qemu_kill_report())."""
+    output = tmp_path / "output"
+    line = "qemu-system-ppc64: terminating on signal 15 from pid 5136 (/usr/bin/bash)"
+    for status, text in ((1, line), (0, "all is well")):
+        output.write_text(f"{text}\n")
+        assert Process(["sh", "-c", f"exit {status}"], output_file=output).wait() == status
+    output.write_text(f"warning: x\n{line}\n")
+    said = r"was ended from outside by signal 15 from pid 5136 \(/usr/bin/bash\)"
+    with pytest.raises(KilledError, match=said):
+        Process(["env", "A=1", "sh", "-c", "exit 0"], output_file=output).wait()
 
 
 def test_wait_gives_up_in_time() -> None:

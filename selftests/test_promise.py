@@ -281,24 +281,23 @@ def test_nothing_promised_has_no_force() -> None:
         expect_force(tallies)
 
 
+# Of 6.1, 6.12 and of one that is not there yet.
 WELL = """\
-[    0.530000] SGI XFS with security attributes, no debug enabled
-[    1.000000] EXT4-fs (vda): mounted filesystem 5e9fa66e-2c0e-4b4c-8f44-2ac7b2f5b6ea ro with \
+<6>[    0.530000] SGI XFS with security attributes, no debug enabled
+<6>[    1.000000] EXT4-fs (vda): mounted filesystem with ordered data mode. Quota mode: disabled.
+<6>[    1.000000] EXT4-fs (vda): mounted filesystem 5e9fa66e-2c0e-4b4c-8f44-2ac7b2f5b6ea ro with \
 ordered data mode. Quota mode: disabled.
-[    3.000000] XFS (pmem4): DAX enabled. Warning: EXPERIMENTAL, use at your own risk
-[    3.000000] XFS (pmem4): Mounting V5 Filesystem 70e898c5-c085-48c1-8081-61f5aa1f6f4e
-[    3.100000] XFS (pmem4): Starting recovery (logdev: internal)
-[    3.200000] XFS (pmem4): Ending recovery (logdev: internal)
-[    3.200000] XFS (pmem4): Torn write (CRC failure) detected at log block 0x80. Truncating head \
-block from 0x100.
-[    3.300000] XFS (pmem3): Ending clean mount
-[    4.000000] EXT4-fs (pmem2): DAX enabled. Warning: EXPERIMENTAL, use at your own risk
-[    4.000000] EXT4-fs (pmem2): 3 orphan inodes deleted
-[    4.000000] EXT4-fs (pmem2): 1 truncate cleaned up
-[    4.000000] EXT4-fs (pmem2): recovery complete
-[    5.000000] EXT4-fs (pmem2): unmounting filesystem 5e9fa66e-2c0e-4b4c-8f44-2ac7b2f5b6ea.
-[    5.000000] XFS (pmem4): Unmounting Filesystem 70e898c5-c085-48c1-8081-61f5aa1f6f4e
-[    6.000000] systemd: nothing of ours
+<4>[    3.000000] XFS (pmem4): DAX enabled. Warning: EXPERIMENTAL, use at your own risk
+<5>[    3.000000] XFS (pmem4): Mounting V5 Filesystem
+<5>[    3.000000] XFS (pmem4): Mounting V5 Filesystem 70e898c5-c085-48c1-8081-61f5aa1f6f4e
+<5>[    3.100000] XFS (pmem4): Starting recovery (logdev: internal)
+<4>[    3.200000] XFS (pmem4): Torn write (CRC failure) detected at log block 0x80. Truncating \
+head block from 0x100.
+<6>[    3.300000] XFS (pmem3): a mount in other words
+<12>[    3.300000] XFS (pmem3): EXPERIMENTAL atomic writes feature in use. Use at your own risk!
+<4>[    4.000000] EXT4-fs (pmem2): DAX enabled. Warning: EXPERIMENTAL, use at your own risk
+<6>[    4.000000] EXT4-fs (pmem2): 3 orphan inodes deleted
+<3>[    6.000000] systemd: nothing of ours
 """
 
 
@@ -319,7 +318,8 @@ def test_healthy_file_systems() -> None:
         "EXT4-fs warning (device pmem2): dx_probe:890: inode #2",
         "EXT4-fs (pmem2): Delayed block allocation failed for inode 12",
         "EXT4-fs (pmem2): error count since last fsck: 3",
-        "EXT4-fs (pmem2): recovery complete, or so it seems",
+        "EXT4-fs (pmem2): initial error at time 1700000000: ext4_lookup:1812: inode 2",
+        "EXT4-fs (pmem2): DAX unsupported by block device.",
         "JBD2: Invalid checksum recovering data block 3 in log",
         "JBD2: recovery failed",
         "Buffer I/O error on dev pmem2, logical block 0, lost async page write",
@@ -327,6 +327,8 @@ def test_healthy_file_systems() -> None:
     ],
 )
 def test_complaints(text: str) -> None:
+    level = 5 if "error count" in text or "initial error" in text else 4
+    assert complaints(f"{WELL}<{level}>[    7.000000] {text}\n") == [text]
     assert complaints(f"{WELL}[    7.000000] {text}\n") == [text]
     with pytest.raises(ContractError, match="a file system complains"):
         expect_no_complaints(text)

@@ -12,9 +12,11 @@ import os
 import shlex
 from dataclasses import dataclass
 
+from paprscm.errors import ContractError, HostError
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.pmem import (
+    BlockDevice,
     FsType,
     create_fsdax,
     dax_mount,
@@ -29,6 +31,7 @@ from paprscm.probes import MapSyncReport, Verdict, judge, map_sync
 from paprscm.testcase import PaprScmTest
 
 EINVAL = os.strerror(errno.EINVAL)
+FIEMAP_EXTENT_SHARED = 0x2000
 
 
 def by_backend(nvdimm: Nvdimm) -> Verdict:
@@ -153,6 +156,12 @@ class DaxModes(PaprScmTest):
 
 MODES = ("always", "inode", "never")
 
+
+def dax_options(line: str) -> list[str]:
+    """The options about DAX in a line of /proc/self/mounts."""
+    return [option for option in line.split()[3].split(",") if option.startswith("dax=")]
+
+
 # With "" for no option at all, ext4 has none of its three bits: even dax=inode, which means the
 # same, is a change (ext4_check_opt_consistency; EXT4_MOUNT2_DAX_INODE is "strictly for printing").
 ALLOWED = {("always", "always"), ("inode", "inode"), ("never", "never")}
@@ -166,10 +175,11 @@ class Remount(PaprScmTest):
     """
 
     def test_dax_stays(self) -> None:
-        """A remount changes no DAX mode: ext4 says EINVAL, XFS says nothing; MAP_SYNC stays as is.
+        """A remount changes no DAX mode, refused or not: options and MAP_SYNC stay as they are.
 
-        fs/ext4/super.c, ext4_check_opt_consistency ("can't change dax mount option while
-        remounting"); fs/xfs/xfs_super.c, xfs_fs_reconfigure, which ignores what it cannot change.
+        So far ext4 refuses, with EINVAL and a message (fs/ext4/super.c, ext4_check_opt_consistency:
+        "can't change dax mount option while remounting"), and XFS ignores what it cannot change
+        (fs/xfs/xfs_super.c, xfs_fs_reconfigure).
         """
         dimms = (Nvdimm(slot=0, pmem=True), Nvdimm(slot=1, pmem=True))
         guest = self.boot(Machine(nvdimms=dimms))
@@ -181,34 +191,35 @@ class Remount(PaprScmTest):
             self.fail("\n  ".join(["remounting:", *wrong]))
 
     def judge(self, guest: Guest, slot: int, fstype: FsType) -> list[str]:
-        """All changes from each mode, and the verdict after them; what is wrong with it."""
+        """Try all changes from each mode; what is wrong with options and verdict after them."""
         mountpoint = f"/mnt/{fstype}"
         disk = dax_mount(guest, slot, fstype, mountpoint).device.path
         wrong = []
         for first in (*MODES, ""):
-            # Each line: the mode asked for, dmesg's complaints, what mount said, the options after.
-            lines = guest.succeed(
+            # The options; then each line: the mode asked for, dmesg's complaints, mount's message,
+            # the options after.
+            before, *lines = guest.succeed(
                 f"umount {mountpoint}; mount -t {fstype} {f'-o dax={first}' if first else ''} "
-                f"{disk} {mountpoint} || exit; for then in {' '.join(MODES)}; do dmesg -C; "
+                f"{disk} {mountpoint} || exit; grep {mountpoint} /proc/self/mounts; "
+                f"for then in {' '.join(MODES)}; do dmesg -C; "
                 f"said=$(busybox mount -o remount,dax=$then {disk} {mountpoint} 2>&1); "
                 'echo "$then|$(dmesg -t | grep -c "can.t change dax mount option")|$said|'
                 f'$(grep {mountpoint} /proc/self/mounts)"; done'
             ).splitlines()
+            # XFS does not print dax=inode.
+            printed = bool(first) and (fstype, first) != ("xfs", "inode")
+            what = f"{fstype} mounted with '{first}'"
+            self.usual(f"options of {what}", dax_options(before), [f"dax={first}"] * printed)
             for then, line in zip(MODES, lines, strict=True):
                 asked, complaints, said, mounted = line.split("|")
-                options = mounted.split()[3].split(",")
-                dax = [option for option in options if option.startswith("dax=")]
+                if asked != then:
+                    raise HostError(f"{then!r} was asked for: {line}")
+                if dax_options(mounted) != dax_options(before):
+                    wrong.append(f"{fstype}, from '{first}' to '{then}': {before}, then {line}")
                 refused = fstype == "ext4" and (first, then) not in ALLOWED
-                # XFS does not print dax=inode.
-                printed = bool(first) and (fstype, first) != ("xfs", "inode")
-                if (
-                    asked != then
-                    or complaints != str(int(refused))
-                    or said.endswith(EINVAL) is not refused
-                    or (not refused and said)
-                    or dax != [f"dax={first}"] * printed
-                ):
-                    wrong.append(f"{fstype}, from '{first}' to '{then}': {line}")
+                answer = (said.endswith(EINVAL), bool(said), complaints)
+                usual = (refused, refused, str(int(refused)))
+                self.usual(f"{what}, then '{then}': EINVAL, a message, complaints", answer, usual)
             report = map_sync(guest, f"{mountpoint}/file")
             wanted = Verdict.ACCEPTED if first == "always" else Verdict.NOT_DAX
             if problem := differs(report, fstype, wanted):
@@ -224,7 +235,7 @@ class BlockSize(PaprScmTest):
     """
 
     def test_small_blocks(self) -> None:
-        """With blocks smaller than a page no file is DAX: XFS says so in the log, ext4 refuses.
+        """With blocks smaller than a page a file is not DAX, so far; if it is, MAP_SYNC is granted.
 
         fs/xfs/xfs_super.c, xfs_setup_dax_always: dax=always becomes dax=never, and the mount
         succeeds. fs/ext4/super.c, ext4_check_feature_compatibility: EINVAL; without the option it
@@ -235,37 +246,46 @@ class BlockSize(PaprScmTest):
         disk = create_fsdax(guest, wait_for_region(guest, 0, 10))
         make_filesystem(guest, disk, "xfs", small)
         always = try_mount(guest, disk, "xfs", "/mnt", options="dax=always")
-        self.assertIsNone(always.errno_name, "XFS with small blocks and dax=always")
-        name = f"XFS ({disk.name})"
-        self.assertIn(f"{name}: DAX not supported for blocksize. Turning off DAX.", always.messages)
-        self.assertIn(",dax=never,", guest.succeed("grep /mnt /proc/self/mounts"))
-        self.expect(guest, "xfs", "XFS, dax=always")
-        self.remount(guest, "xfs", disk.path)
+        self.usual("XFS with small blocks and dax=always", always.errno_name, None)
+        message = f"XFS ({disk.name}): DAX not supported for blocksize. Turning off DAX."
+        self.usual(f"in the log: {message}", message in always.messages, True)
+        if always.errno_name is None:
+            # /mnt itself is a tmpfs, which was mounted earlier.
+            options = dax_options(guest.succeed("grep ' /mnt ' /proc/self/mounts | tail -n 1"))
+            self.usual("option of XFS with small blocks", options, ["dax=never"])
+            self.expect(guest, "xfs", "XFS, dax=always")
+            guest.succeed("umount /mnt")
+        self.mount_flagged(guest, "xfs", disk)
         self.expect(guest, "xfs", "XFS, dax=inode, flag set")
         guest.succeed("umount /mnt")
 
         make_filesystem(guest, disk, "ext4", small)
         always = try_mount(guest, disk, "ext4", "/mnt", options="dax=always")
-        self.assertEqual(always.errno_name, "EINVAL", "ext4 with small blocks and dax=always")
+        self.usual("ext4 with small blocks and dax=always", always.errno_name, "EINVAL")
         name = f"EXT4-fs ({disk.name})"
         wanted = (f"{name}: unsupported blocksize for DAX",)
-        self.assertEqual(always.messages, (*wanted, f"{name}: DAX unsupported by block device."))
-        mount(guest, disk, "ext4", "/mnt", options="dax=inode")
-        self.remount(guest, "ext4", disk.path)
+        wanted = (*wanted, f"{name}: DAX unsupported by block device.")
+        self.usual("the log then", always.messages, wanted)
+        if always.errno_name is None:
+            self.expect(guest, "ext4", "ext4, dax=always")
+            guest.succeed("umount /mnt")
+        self.mount_flagged(guest, "ext4", disk)
         self.expect(guest, "ext4", "ext4, dax=inode, flag set")
 
-    def remount(self, guest: Guest, fstype: FsType, disk: str) -> None:
-        """Mount it anew with dax=inode and a flagged file."""
-        guest.succeed(
-            f"set -e; umount /mnt; mount -o dax=inode {disk} /mnt; cd /mnt; touch file\n"
-            + flag(fstype, "file")
-        )
+    def mount_flagged(self, guest: Guest, fstype: FsType, disk: BlockDevice) -> None:
+        """Mount with dax=inode, a file, and its flag set before its inode is loaded again."""
+        mount(guest, disk, fstype, "/mnt", options="dax=inode")
+        guest.succeed("set -e; cd /mnt; touch file\n" + flag(fstype, "file"))
+        guest.succeed(f"umount /mnt && mount -o dax=inode {disk.path} /mnt")
 
     def expect(self, guest: Guest, fstype: FsType, what: str) -> None:
-        """The file is not DAX."""
+        """The file is not DAX; or it is, and the DIMM has pmem=on."""
         report = map_sync(guest, "/mnt/file")
         self.measure(what, report.line)
-        if problem := differs(report, fstype, Verdict.NOT_DAX):
+        verdict = judge(report).verdict
+        self.usual(f"{what}: verdict", verdict.value, Verdict.NOT_DAX.value)
+        wanted = Verdict.NOT_DAX if verdict is Verdict.NOT_DAX else Verdict.ACCEPTED
+        if problem := differs(report, fstype, wanted):
             self.fail(f"{what}: {problem}")
 
 
@@ -286,11 +306,14 @@ class Reflink(PaprScmTest):
         (part,) = partition(guest, disk, [(MIB, disk.size_bytes - 2 * MIB)])
         make_filesystem(guest, part, "xfs", page_size(guest))
         always = try_mount(guest, part, "xfs", "/mnt", options="dax=always")
-        self.assertEqual(always.errno_name, "EINVAL", "dax=always on a partition with reflink")
+        self.usual("dax=always on a partition with reflink", always.errno_name, "EINVAL")
         name = f"XFS ({part.removeprefix('/dev/')})"
         said = f"{name}: DAX and reflink cannot work with multi-partitions!"
-        self.assertIn(said, always.messages)
-        # Only dax=always is looked at: a flagged file is DAX all the same.
+        self.usual(f"in the log: {said}", said in always.messages, True)
+        if always.errno_name is None:
+            self.expect(guest, nvdimm, "/mnt/new", truncate=True)
+            guest.succeed("umount /mnt")
+        # Only dax=always is looked at: a flagged file is DAX anyway.
         mount(guest, part, "xfs", "/mnt", options="dax=inode")
         guest.succeed("cd /mnt; mkdir dir; " + flag("xfs", "dir"))
         self.expect(guest, nvdimm, "/mnt/dir/file", truncate=True)
@@ -302,8 +325,12 @@ class Reflink(PaprScmTest):
             "set -e; cd /mnt; cp --reflink=always file clone; busybox cmp file clone; sync; "
             "cksum < clone; xfs_io -r -c 'fiemap -v' clone"
         ).splitlines()
-        # The flags of the first extent, FIEMAP_EXTENT_SHARED among them.
-        self.assertTrue(int(before[3].split()[-1], 16) & 0x2000, before)
+        # The flags of each extent (include/uapi/linux/fiemap.h).
+        flags = [int(word, 16) for line in before for word in line.split()[-1:] if word[:2] == "0x"]
+        if not flags:
+            raise HostError(f"xfs_io prints no flags: {before}")
+        if not flags[0] & FIEMAP_EXTENT_SHARED:
+            raise ContractError(f"the clone shares no blocks: {before}")
         self.expect(guest, nvdimm, "/mnt/file", truncate=False)
         after = guest.succeed("cd /mnt; cksum < clone; cksum < file").splitlines()
         self.assertEqual(after[0], before[0], "a store into a file reached its clone")
@@ -318,13 +345,13 @@ class Reflink(PaprScmTest):
             self.fail(problem)
 
     def test_pmem_on(self) -> None:
-        """XFS on pmem=on grants MAP_SYNC on a clone; on a partition dax=always is refused.
+        """XFS on pmem=on grants MAP_SYNC on a clone; on a partition too, where it has DAX.
 
-        fs/xfs/xfs_super.c, xfs_setup_dax_always: EINVAL for a partition, unless mkfs had
-        reflink=0. The store's fault copies the shared block (xfs_dax_write_iomap_ops).
+        fs/xfs/xfs_super.c, xfs_setup_dax_always: so far dax=always is EINVAL on a partition, unless
+        mkfs had reflink=0. The store's fault copies the shared block (xfs_dax_write_iomap_ops).
         """
         self.judge(Nvdimm(pmem=True))
 
     def test_pmem_off(self) -> None:
-        """XFS on pmem=off has DAX on a clone, refuses MAP_SYNC; dax=always on a partition too."""
+        """XFS on pmem=off has DAX on a clone and refuses MAP_SYNC; on a partition too."""
         self.judge(Nvdimm())

@@ -11,7 +11,7 @@ another file's block, or a block that nobody frees.
 from __future__ import annotations
 
 from paprscm.faults import expect_load, expect_verified, parse_load, parse_verify
-from paprscm.fs_health import check_offline, expect_no_complaints
+from paprscm.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.guest import Guest
 from paprscm.machine import Machine, Nvdimm
 from paprscm.pmem import FsType, dax_mount
@@ -52,7 +52,7 @@ class Faults(PaprScmTest):
         verified = parse_verify(result.stdout, result.status, result.stderr)
         self.measure(f"verify {fstype}", result.stdout)
         expect_verified(verified, load)
-        expect_no_complaints(guest.succeed("dmesg"))
+        expect_no_complaints(guest.succeed(KERNEL_LOG))
         check_offline(guest, [mounted])
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:

@@ -13,7 +13,7 @@ import shlex
 
 from paprscm.errors import ConfigError
 from paprscm.flush_trace import count_hcalls
-from paprscm.fs_health import check_offline, expect_no_complaints
+from paprscm.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.persist import parse_persist, persist
@@ -30,7 +30,8 @@ LARGE = Nvdimm(slot=2)
 FLUSH = "dwrite=0:1:49"
 """What writes "1" to deep_flush."""
 POLL_S = 0.010
-HUNG_TASK = r"INFO: task \S+:\d+ blocked for more than"
+# Linux 7.2 adds " in I/O wait" after "blocked" where that is so.
+HUNG_TASK = r"INFO: task \S+:\d+ blocked.* for more than"
 # include/uapi/asm-generic/signal.h; bit 8 of a mask is SIGKILL's.
 SIGKILL_MASK = 1 << 8
 
@@ -141,6 +142,7 @@ class FlushSlow(PaprScmTest):
 
         Behind is an fsync on ext4, which waits for the journal's thread.
         """
+        self.environment.kernel.require_option("DETECT_HUNG_TASK")
         guest = self.machine(LARGE, allowed=(HUNG_TASK,))
         found = dax_mount(guest, LARGE.slot, "ext4", "/mnt/pm")
         persist(guest, "/mnt/pm/file", f"write=0:{PAGE}:1", "fsync")
@@ -175,9 +177,10 @@ class FlushSlow(PaprScmTest):
         )
 
     def test_killed(self) -> None:
-        """A process that waits for a flush cannot be killed; when that ends nothing of it is left.
+        """When a process was killed while it waited for a flush, nothing of it is left afterwards.
 
-        There is no way out of the loop in papr_scm_pmem_flush but an answer of the hypervisor.
+        So far it cannot be killed earlier: there is no way out of the loop in papr_scm_pmem_flush
+        but an answer of the hypervisor.
         """
         guest = self.machine(LARGE)
         found, file = dax_mount(guest, LARGE.slot, "xfs", "/mnt/pm"), "/mnt/pm/file"
@@ -190,17 +193,21 @@ class FlushSlow(PaprScmTest):
         guest.succeed(f"kill -KILL {pid}")
         polls = count_hcalls(guest)
         guest.succeed("sleep 2")
-        state, pending = self.state(guest, pid)
-        self.assertEqual((state, pending & SIGKILL_MASK), ("D", SIGKILL_MASK))
-        self.assertGreater(count_hcalls(guest), polls + 10)
+        if guest.run(f"test -d /proc/{pid}").status:
+            self.remark("a process that waits for a flush can be killed; so far it could not")
+        else:
+            state, pending = self.state(guest, pid)
+            self.usual("the state of the killed process", state, "D")
+            self.assertEqual(pending & SIGKILL_MASK, SIGKILL_MASK)
+            self.assertGreater(count_hcalls(guest), polls + 10)
         self.assertEqual(syncs.counts().ended, before.ended)
         syncs.release()
         guest.wait_until(f"! test -d /proc/{pid}")
         # It was killed on its way out of the kernel, before it could print anything.
         self.assertEqual(guest.succeed("cat /tmp/killed"), "")
         after = syncs.counts()
-        self.assertEqual((after.begun, after.ended), (before.begun + 1, before.ended + 1))
-        self.assertEqual(after.failed, 0)
+        self.assertEqual((after.begun, after.failed), (after.ended, 0))
+        self.usual("flushes of the killed fdatasync", after.begun - before.begun, 1)
         polls = count_hcalls(guest)
         self.assertEqual(count_hcalls(guest), polls, "somebody goes on polling")
         # The file system goes on, and what the dead had stored is as good as synced.
@@ -208,5 +215,5 @@ class FlushSlow(PaprScmTest):
         mount(guest, found.device, "xfs", "/mnt/pm")
         made = persist(guest, file, f"read=0:{PAGE}", f"write={PAGE}:{PAGE}:3", "fsync")
         self.assertEqual((made[0].byte, [step.errno for step in made]), (2, [0] * 3))
-        expect_no_complaints(guest.succeed("dmesg"))
+        expect_no_complaints(guest.succeed(KERNEL_LOG))
         check_offline(guest, [found.mount])

@@ -10,6 +10,7 @@ or need more, which is reported and no failure, as long as what must be durable 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paprscm.errors import ContractError
@@ -18,6 +19,7 @@ from paprscm.flush_trace import expect_protocol
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.pmem import Region, create_fsdax, page_size, wait_for_region
+from paprscm.same_block import BTT_ISSUE, SLEEPS, btt_sleep, first_write
 from paprscm.testcase import PaprScmTest
 
 PINNED = "6.12."
@@ -140,10 +142,12 @@ class FlushTable(PaprScmTest):
     :avocado: tags=flush
     """
 
-    def machine(self, size_bytes: int) -> tuple[Guest, Region]:
+    def machine(self, size_bytes: int, allowed: Sequence[str] = ()) -> tuple[Guest, Region]:
         """A guest with one DIMM, whose flushes are counted."""
         guest = self.boot(
-            Machine(nvdimms=(Nvdimm(slot=SLOT, size_bytes=size_bytes),)), shim=self.shim()
+            Machine(nvdimms=(Nvdimm(slot=SLOT, size_bytes=size_bytes),)),
+            shim=self.shim(),
+            allowed=allowed,
         )
         region = wait_for_region(guest, SLOT, 10)
         # XFS writes its log every 30 s unasked.
@@ -199,10 +203,11 @@ class FlushTable(PaprScmTest):
 
     def test_sector(self) -> None:
         """A BTT is flushed with each write of its own: four for each sector."""
-        if self.environment.kernel.option("DEBUG_ATOMIC_SLEEP") == "y":
-            # known_issues/linux-btt-sleeps-under-spinlock.md
-            self.cancel(
-                "this kernel stumbles over the first write to a BTT; test_btt.py judges that"
-            )
-        guest, region = self.machine(256 * MIB)
-        self.judge(guest, region, SECTOR)
+        guest, region = self.machine(256 * MIB, allowed=[SLEEPS.pattern])
+        self.judge(guest, region, SECTOR[:1])
+        # A kernel that counts preemption reports the known issue at the first write; what it
+        # counts and prints after that is meaningless.
+        if trace := first_write(guest, guest.succeed("echo -n /dev/pmem*s")):
+            self.known_issue(BTT_ISSUE, shows=True, found=btt_sleep(trace))
+            return
+        self.judge(guest, region, SECTOR[1:])

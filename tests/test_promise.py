@@ -23,8 +23,8 @@ import re
 import time
 from dataclasses import dataclass
 
-from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError
-from paprscm.fs_health import check_offline, expect_no_complaints
+from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
+from paprscm.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.guest import Guest
 from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.pmem import DaxMount, dax_mount, make_filesystem, mount
@@ -192,7 +192,7 @@ class Promise(PaprScmTest):
             if target is not None and now and now.done >= target:
                 break
             if time.monotonic() > deadline:
-                raise GuestLostError(f"the program makes no progress: {entries}")
+                raise self.stalled(guest, entries)
             # There is no event to wait for: the guest stores to the file, and that is all.
             time.sleep(0.001)
         time.sleep(delay_s)
@@ -207,6 +207,15 @@ class Promise(PaprScmTest):
             assert entry is not None
             ended[side] = dataclasses.replace(run, done=entry.done, phase=entry.phase)
         return ended
+
+    def stalled(self, guest: Guest, entries: dict[Side, Entry | None]) -> Error:
+        """The error for programs that have not all made a step: theirs, or the kernel's."""
+        for side in [side for side, entry in entries.items() if entry is None]:
+            # Its output is its errors; the ledger has the rest.
+            if said := guest.succeed(f"cat /tmp/store{side.slot}"):
+                return HostError(f"{side}: promise could not start: {said}")
+        steps = ", ".join(f"{side}: {e.done if e else 'none'}" for side, e in entries.items())
+        return GuestLostError(f"after {START_LIMIT_S:g} s not every program made a step: {steps}")
 
     def entry(self, ledger: Ledger, side: Side, run: Run) -> Entry | None:
         """What one side has done so far."""
@@ -225,7 +234,7 @@ class Promise(PaprScmTest):
             f"{run.folder}; echo status $?"
             for side, run in runs.items()
         ]
-        printed = guest.succeed("\n".join([*lines, "echo kernel", "dmesg"]))
+        printed = guest.succeed("\n".join([*lines, "echo kernel", KERNEL_LOG]))
         parts, _, messages = printed.partition("kernel\n")
         expect_no_complaints(messages)
         found = re.findall(r"side (\d+)\n(.*\n)status (\d+)\n", parts)

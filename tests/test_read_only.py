@@ -137,24 +137,26 @@ class ReadOnly(PaprScmTest):
             region = wait_for_region(guest, nvdimm.slot, 10)
             self.same(f"{what}: region read_only", region.read_only, True)
             flags = region.dimm.papr_flags if region.dimm else None
-            self.same(f"{what}: papr flags", flags, {"not_armed"})
+            self.same(f"{what}: not_armed in papr/flags", "not_armed" in (flags or ()), True)
+            self.usual(f"{what}: papr/flags", flags, {"not_armed"})
             (found,) = find_namespaces(guest, region)
             self.same(f"{what}: uuid", found.uuid, before.uuid)
             disk = found.disk
             self.same(f"{what}: disk read-only", disk.read_only, True)
             said = f"{region.name} read-only, marking {disk.name} read-only"
-            self.same(f"{what}: '{said}'", any(line.endswith(said) for line in log), True)
+            self.usual(f"{what}: '{said}'", any(line.endswith(said) for line in log), True)
             # What is not read-only must not be written to: it holds what the rest is about.
             self.done()
             told = guest.run(f"dd if=/dev/zero of={disk.path} bs=4096 count=1 oflag=direct")
-            refused = told.status != 0 and "Operation not permitted" in told.stderr
-            self.same(f"{what}: a write to the disk", refused, True)
+            self.same(f"{what}: a write to the disk succeeds", told.status == 0, False)
+            reason = told.stderr.strip().rpartition(": ")[2]
+            self.usual(f"{what}: a write to the disk", reason, "Operation not permitted")
 
             # fs/super.c, setup_bdev_super: EACCES; mount programs then try again with ro.
-            writable = try_mount(guest, disk, fstype, "/mnt", options="rw,dax=always")
-            self.same(f"{what}: mount read-write", writable.errno_name, "EACCES")
-            again = try_mount(guest, disk, fstype, "/mnt", options="remount,rw,dax=always")
-            self.same(f"{what}: remount read-write", again.errno_name, "EACCES")
+            for how in ("rw", "remount,rw"):
+                answer = try_mount(guest, disk, fstype, "/mnt", options=f"{how},dax=always")
+                self.same(f"{what}: mount with {how} succeeds", answer.errno_name is None, False)
+                self.usual(f"{what}: mount with {how}", answer.errno_name, "EACCES")
             guest.succeed("umount /mnt")
             mounted = mount(guest, disk, fstype, "/mnt", options="ro,dax=always")
             self.same(f"{what}: mounted", mounted.options[0], "ro")
@@ -247,11 +249,16 @@ class ReadOnly(PaprScmTest):
         self.same("region read_only", region.read_only, True)
         (found,) = find_namespaces(guest, region)
         self.same("map", (found.map, found.disk.read_only), ("dev", True))
+        page = page_size(guest)
         guest.kill()
         self.same("the data", digest(file, data - start), before[1])
         self.done()
+        shows = digest(file) != before[0]
+        if not shows and page != 4096:
+            # With larger pages so few are needed that they are in memory: it says nothing.
+            return
         self.known_issue(
             "linux-page-structures-on-read-only-dimm",
-            shows=digest(file) != before[0],
+            shows=shows,
             found="the kernel wrote to a DIMM with unarmed=on, outside the data of its namespace",
         )

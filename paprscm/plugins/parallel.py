@@ -20,7 +20,7 @@ from avocado.core.suite import TestSuite
 from paprscm import settings
 from paprscm.budget import budget, resources
 from paprscm.errors import Error
-from paprscm.plugins.prepare import ours_of
+from paprscm.plugins.classes import ask
 
 OPTION = "run.max_parallel_tasks"
 _AVOCADO: Any = avocado_settings
@@ -56,11 +56,11 @@ class Decide(JobPre):
 
     def pre(self, job: Job) -> None:
         """Take `-p memory_mib=…` into account; give back Avocado's number where no test is ours."""
-        ours = {id(test) for test in ours_of(job)}
+        ours = {uri for uri, facts in ask(job).items() if facts.ours}
         for suite in job.test_suites:
             if not isinstance(suite.config[OPTION], Proposed):
                 continue
-            if ours.isdisjoint(map(id, suite.tests)):
+            if ours.isdisjoint(str(test.uri) for test in suite.tests):
                 suite.config[OPTION] = _AVOCADO.as_full_dict()[OPTION]["default"]
                 continue
             decided = budget(resources(), _settings(suite))
@@ -70,4 +70,4 @@ class Decide(JobPre):
 
 def _settings(suite: TestSuite) -> settings.Settings:
     given = dict(suite.config.get("run.test_parameters") or [])
-    return settings.load({k: v for k, v in given.items() if k not in settings.TEST_PARAMETERS})
+    return settings.load({k: v for k, v in given.items() if k in settings.names()})

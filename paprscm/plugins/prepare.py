@@ -3,23 +3,29 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from avocado.core.exceptions import JobError
 from avocado.core.job import Job
-from avocado.core.nrunner.runnable import Runnable
+from avocado.core.output import LOG_UI
 from avocado.core.plugin_interfaces import JobPre
 
+from paprscm import settings
 from paprscm.errors import CAPABILITY_STATUS
+from paprscm.plugins.classes import ask
 from paprscm.process import join_run
-from paprscm.settings import TEST_PARAMETERS
 
 # So many tests with guests save more time than it takes to make a snapshot.
 _WORTH_A_SNAPSHOT = 8
+# "sead" and "seed", "memory" and "memory_mib"; not "cuts" and "cpu".
+_ALIKE = 0.75
 _SUN_PATH_BYTES = 108
 """unix(7)."""
 
@@ -33,22 +39,27 @@ class Prepare(JobPre):
     def pre(self, job: Job) -> None:
         """Run `paprscm image`; a job that cannot have its guests fails at once.
 
-        In a process of its own: Avocado's finder of tests has put the folders of all modules that
-        it looked at on the front of this one's sys.path, so that here `import qemu.qmp` would
-        find our qemu.py (known_issues/avocado-safeloader-sys-path).
+        In a process of its own, for the reason that paprscm/plugins/classes.py gives.
         """
-        ours = ours_of(job)
+        facts = ask(job)
+        tests = [test for suite in job.test_suites for test in suite.tests]
+        ours = [facts[test.uri] for test in tests if test.uri in facts and facts[test.uri].ours]
         if not ours:
             return
         _check_socket_path()
         join_run()
+        # The end of a terminal is a ^C, also for Avocado; but nohup(1) has it ignored.
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+            signal.signal(signal.SIGHUP, signal.default_int_handler)
         given = dict(job.config.get("run.test_parameters") or [])
+        asked_for = {name for known in facts.values() for name in known.parameters}
+        _check_names(given, asked_for)
         options = [
             f"--{name.replace('_', '-')}={value}"
             for name, value in given.items()
-            if name not in TEST_PARAMETERS
+            if name in settings.names()
         ]
-        guests = sum(not _needs_no_guest(test) for test in ours)
+        guests = sum(known.needs_guest for known in ours)
         less = ["--no-snapshot"] if guests < _WORTH_A_SNAPSHOT else []
         status = _image(*(less if guests else ["--only-qemu"]), *options)
         if status == CAPABILITY_STATUS and guests < len(ours):
@@ -74,22 +85,18 @@ def _image(*options: str) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-def ours_of(job: Job) -> list[Runnable]:
-    """The job's tests that are of this suite: the plugin is loaded for every job in the venv."""
-    tests = [test for suite in job.test_suites for test in suite.tests]
-    modules = {str(test.uri).partition(":")[0] for test in tests}
-    texts = {
-        module: Path(module).read_text(errors="replace")
-        for module in modules
-        if module.endswith(".py") and Path(module).is_file()
-    }
-    return [
-        test
-        for test in tests
-        if "paprscm.testcase" in texts.get(str(test.uri).partition(":")[0], "")
-    ]
+def _check_names(given: Collection[str], asked_for: Collection[str]) -> None:
+    """Refuse `-p NAME=VALUE` whose name is a slip of the pen; mention one that no test asks for.
 
-
-def _needs_no_guest(test: Runnable) -> bool:
-    """Whether it judges QEMU alone: it may then start on a machine without kernel and userland."""
-    return bool({"device", "hcall"} & set(test.tags or ()))
+    A test may ask for a name that it computes, so a name that is unlike all others is no error.
+    """
+    known = sorted({*settings.names(), *asked_for})
+    for name in given:
+        if name in known:
+            continue
+        if close := difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE):
+            raise JobError(
+                f"-p {name}=: there is no setting '{name}', and no test of this job asks for it "
+                f"(did you mean {close[0]}?); no test was started"
+            )
+        LOG_UI.warning("-p %s=: it is not a setting, and no test of this job asks for it", name)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Facts about the classes of a job's tests, asked in a process of its own.
+
+Not in the job's process: Avocado's finder of tests has put the folders of all modules that it
+looked at on the front of its sys.path, so that there `import qemu.qmp` would find our qemu.py
+(known_issues/avocado-safeloader-sys-path).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+from avocado.core.exceptions import JobError
+from avocado.core.job import Job
+
+_LIMIT_S = 120
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Facts about one test's class.
+
+    Attributes:
+        ours: it is a QemuTest.
+        needs_guest: it is a PaprScmTest; the others start without kernel and userland.
+        parameters: the names that it, and its bases, ask `self.params` for.
+    """
+
+    ours: bool
+    needs_guest: bool
+    parameters: tuple[str, ...]
+
+
+def ask(job: Job) -> dict[str, Facts]:
+    """The facts about each Python test of a job, by its URI; the plugin is loaded for every job.
+
+    A test whose module cannot be imported has none; Avocado reports it when the test runs.
+
+    Raises:
+        JobError: an import ended the process or took too long.
+    """
+    tests = [test for suite in job.test_suites for test in suite.tests]
+    uris = {str(test.uri) for test in tests if test.kind == "avocado-instrumented"}
+    named = {uri: uri.rpartition(".")[0] for uri in uris}
+    answers = _ask(tuple(sorted(set(named.values()))))
+    return {uri: answers[name] for uri, name in named.items() if name in answers}
+
+
+@functools.lru_cache(maxsize=1)
+def _ask(names: tuple[str, ...]) -> dict[str, Facts]:
+    """The facts by "path:Class"; several plugins ask about the same job."""
+    if not names:
+        return {}
+    argv = [sys.executable, "-P", "-m", __name__]
+    try:
+        done = subprocess.run(
+            argv,
+            input=json.dumps(names),
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            timeout=_LIMIT_S,
+        )
+    except subprocess.SubprocessError as error:
+        raise JobError(f"the classes of the job's tests cannot be read: {error}") from error
+    answers = json.loads(done.stdout)
+    return {
+        name: Facts(**{**facts, "parameters": tuple(facts["parameters"])})
+        for name, facts in answers.items()
+    }
+
+
+def main() -> None:
+    """Answer, as JSON, the question that is on standard input."""
+    from paprscm.testcase import PaprScmTest, QemuTest
+
+    answers = {}
+    names = json.load(sys.stdin)
+    # Standard output is for the answer alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in names:
+            path, _, class_name = name.rpartition(":")
+            # Any exception, and sys.exit(): the module is not ours to judge.
+            with contextlib.suppress(Exception, SystemExit):
+                one = getattr(_module(path), class_name)
+                answers[name] = Facts(
+                    ours=issubclass(one, QemuTest),
+                    needs_guest=issubclass(one, PaprScmTest),
+                    parameters=tuple(sorted(_parameters(one.__mro__))),
+                )
+    json.dump({name: asdict(facts) for name, facts in answers.items()}, sys.stdout)
+
+
+@functools.cache
+def _module(path: str) -> ModuleType:
+    """Import a file as Avocado does (avocado/core/utils/loader.py, load_test)."""
+    name, folder = Path(path).name.split(".")[0], str(Path(path).resolve().parent)
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, folder)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(folder)
+    return module
+
+
+def _parameters(classes: Iterable[type]) -> set[str]:
+    return {name for one in classes if one is not object for name in _asked_for(one.__module__)}
+
+
+@functools.cache
+def _asked_for(module: str) -> frozenset[str]:
+    """The constant names in a module's calls of `….params.get(name)`."""
+    names = set()
+    for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
+        match node:
+            case ast.Call(
+                func=ast.Attribute(value=ast.Attribute(attr="params"), attr="get"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                names.add(name)
+    return frozenset(names)
+
+
+if __name__ == "__main__":
+    main()
