@@ -20,6 +20,7 @@ from paprscm.errors import ConfigError, Error, HostError
 from paprscm.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
 from paprscm.kernel import parse_config
 from paprscm.log import Bar, logger, progress, step
+from paprscm.places import require_make
 from paprscm.settings import Settings, expanded
 
 TOOLCHAIN = "powerpc64le-linux-gnu-"
@@ -92,6 +93,8 @@ def build_default(
             return there
     # Before the download: a tool that is missing is reported at once.
     compiler = _compiler()
+    if source is None:
+        require_make(cache.root)
     source = source or kernel_source.fetch(archive, settings, proceed)
     version = (source / "version").read_text().strip()
     fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
@@ -215,6 +218,8 @@ class _Make:
         *variables: str,
         proceed: Callable[[], None] = lambda: None,
     ) -> None:
+        require_make(objects)
+        require_make(source)
         objects.mkdir(parents=True, exist_ok=True)
         self.source = source
         self.objects = objects

@@ -22,6 +22,7 @@ from paprscm import log
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.places import require_loader
 from paprscm.qemu_facts import ASKED_TYPES, BINARY, FORMAT, GUEST_TYPES, JSON, ask
 from paprscm.settings import expanded
 
@@ -247,6 +248,8 @@ def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
             f"qemu=debian:{suite}: Debian has no packages for this host ({platform.machine()})",
             hint="give the path of a QEMU",
         )
+
+    require_loader(archive.cache.root)
 
     def build(folder: Path) -> None:
         with log.step(f"fetching QEMU of Debian {suite}"):

@@ -188,7 +188,7 @@ def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path
     wrapper.chmod(0o755)
     words = "-p", f"qemu={wrapper}", "-p", f"cache_dir={tmp_path}/cache"
     one = tmp_path / "known.py:Known.test_gone"
-    tests = run_module(tmp_path / "verdicts.py", *words, str(one))
+    tests, _ = run_module(tmp_path / "verdicts.py", *words, str(one))
     assert tests.pop("test_gone")["status"] == "PASS"
     assert {test["status"] for test in tests.values()} == {"CANCEL"}
     assert "without virtio-rng-pci" in tests["test_pass"]["fail_reason"]
