@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paprscm.argv import TCG_CAPS
 from paprscm.errors import ContractError, HostError
-from paprscm.machine import TCG_CAPS
 from paprscm.process import Process, describe_status
 from paprscm.qemu import Qemu
 from paprscm.wording import quoted

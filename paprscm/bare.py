@@ -16,9 +16,10 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
+from paprscm.argv import bare_argv
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
-from paprscm.machine import MIB, Machine, Nvdimm, bare_argv
+from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.mailbox import MAILBOX_SIZE, MAILBOXES, Mailbox, Memory
 from paprscm.mailbox import TIMEBASE_HZ as TIMEBASE_HZ
 from paprscm.mailbox import Answer as Answer

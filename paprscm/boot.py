@@ -7,10 +7,10 @@ import re
 import time
 from dataclasses import dataclass
 
+from paprscm.argv import BASE_CMDLINE
 from paprscm.console import Console
 from paprscm.errors import ConfigError, GuestLostError
 from paprscm.kmsg import text_of
-from paprscm.machine import BASE_CMDLINE
 from paprscm.settings import Settings
 
 _MARKS = {

@@ -33,12 +33,13 @@ from paprscm import (
     shim,
     transfer,
 )
+from paprscm.argv import qemu_argv, script
 from paprscm.cache import Cache
 from paprscm.debian import Archive
 from paprscm.environment import Environment, prepare
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error, HostError
 from paprscm.kbuild import build_default, build_tree, prune_trees
-from paprscm.machine import Machine, qemu_argv, require, script
+from paprscm.machine import Machine, require
 from paprscm.options import parse_nvdimm
 from paprscm.qemu import resolve
 from paprscm.settings import Settings

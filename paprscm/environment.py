@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import TextIO
 
 from paprscm import isa, kbuild, kernel, log, modules, process, qemu, snapshot, userland
+from paprscm.argv import Payload
 from paprscm.cache import Cache
 from paprscm.debian import Archive, Download, suites
 from paprscm.errors import ConfigError
 from paprscm.guest import Equipment, Guest
 from paprscm.kernel import Kernel
-from paprscm.machine import Machine, Payload
+from paprscm.machine import Machine
 from paprscm.map_sync_report import ProbeError
 from paprscm.qemu import Qemu
 from paprscm.restore import NotRestoredError, Snapshot

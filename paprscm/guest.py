@@ -20,11 +20,12 @@ from typing import TextIO
 import paramiko
 
 from paprscm import log
+from paprscm.argv import MemoryFile, Payload, Wiring, qemu_argv
 from paprscm.boot import StartTimes, StuckError, wait_until_ready
 from paprscm.console import Console
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.kmsg import Trouble
-from paprscm.machine import Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
+from paprscm.machine import Machine, Nvdimm
 from paprscm.process import describe_status
 from paprscm.restore import NotRestoredError, Port, Snapshot, load
 from paprscm.settings import Settings
@@ -299,8 +300,8 @@ class Guest(Lifetime):
 
     def hang_up(self) -> None:
         """Close the ssh connection; connect() makes a new one."""
-        assert self._ssh is not None  # noqa: S101
-        self._ssh.close()
+        if self._ssh is not None:
+            self._ssh.close()
 
     def connect(self) -> None:
         """Call the guest's ssh server until it answers.
@@ -420,15 +421,13 @@ class Guest(Lifetime):
                     self.process.kill()
                 raise
         connecting.result()
-        wanted = len(self.machine.nvdimms)
-        if there != wanted:
+        if there != (wanted := len(self.machine.nvdimms)):
             log.logger.info("%d regions of %d DIMMs have their driver", there, wanted)
 
     def _expect_not_killed(self, error: NotRestoredError) -> None:
         """Raise if a signal ended QEMU: that says nothing about the snapshot, which is kept."""
         if (status := self.process.wait(1.0)) is not None and status < 0:
-            how = describe_status(status)
-            raise GuestLostError(f"QEMU ended, {how}, while it was restored") from error
+            raise GuestLostError(f"QEMU ended in its restore, {describe_status(status)}") from error
 
     def _note(self, mark: str) -> None:
         setattr(self.times, mark, time.monotonic() - self.vm.exec_s)
@@ -442,10 +441,9 @@ class Guest(Lifetime):
         return int(found[1])
 
     def _on_event(self) -> None:
-        """Something happened on the console: wake whoever waits for a command's end."""
+        """Something happened on the console: wake the caller that waits for a command's end."""
         self._event.set()
-        if self._ssh is not None:
-            self._ssh.close()
+        self.hang_up()
 
     def _lose(self, why: str) -> None:
         self._lost_why = self._lost_why or why

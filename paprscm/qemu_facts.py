@@ -38,7 +38,7 @@ GUEST_TYPES = (
     "virtio-serial-pci",
     "virtserialport",
 )
-"""Devices of every guest; see machine.qemu_argv."""
+"""Devices of every guest; see argv.qemu_argv."""
 ASKED_TYPES = (
     "spapr-nvdimm",
     "nvdimm",

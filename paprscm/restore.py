@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from paprscm.argv import MemoryFile
 from paprscm.errors import GuestLostError, HostError
-from paprscm.machine import Machine, MemoryFile
+from paprscm.machine import Machine
 from paprscm.qmp import Qmp
 
 SEED_BYTES = 64

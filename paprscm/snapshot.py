@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm import log, probes, process
+from paprscm.argv import PORT_NAME, Payload, qemu_argv
 from paprscm.cache import Cache, Entry
 from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import Equipment, Guest
-from paprscm.machine import PORT_NAME, Machine, Nvdimm, Payload, qemu_argv
+from paprscm.machine import Machine, Nvdimm
 from paprscm.qemu import Qemu
 from paprscm.restore import Snapshot, save
 from paprscm.ssh import TimedOutError

@@ -15,6 +15,7 @@ from avocado import Test
 from avocado.core.exceptions import TestWarn
 
 from paprscm import qemu, settings
+from paprscm.argv import bare_argv
 from paprscm.bare import Bare, program
 from paprscm.cache import Cache
 from paprscm.debian import Archive
@@ -23,7 +24,7 @@ from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest import Guest
 from paprscm.known import RECORD, State
 from paprscm.known import load as load_known
-from paprscm.machine import Machine, Nvdimm, bare_argv, require
+from paprscm.machine import Machine, Nvdimm, require
 from paprscm.qemu import Qemu
 from paprscm.qemu_facts import sanitizers
 from paprscm.shim import Shim, build

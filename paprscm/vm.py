@@ -15,8 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from paprscm.argv import script
 from paprscm.errors import CapabilityError, GuestLostError, HostError
-from paprscm.machine import Nvdimm, script
+from paprscm.machine import Nvdimm
 from paprscm.process import Process, describe_status
 from paprscm.qmp import Qmp
 from paprscm.shim import Shim, WatchedFile

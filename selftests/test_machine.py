@@ -10,18 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.argv import Payload, Wiring, bare_argv, qemu_argv, script
 from paprscm.errors import CapabilityError, ConfigError
-from paprscm.machine import (
-    MIB,
-    Machine,
-    Nvdimm,
-    Payload,
-    Wiring,
-    bare_argv,
-    qemu_argv,
-    require,
-    script,
-)
+from paprscm.machine import MIB, Machine, Nvdimm, require
 from paprscm.qemu import Qemu
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))

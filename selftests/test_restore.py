@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.argv import MemoryFile, Payload, Wiring, qemu_argv
 from paprscm.errors import GuestLostError, HostError
-from paprscm.machine import MIB, Machine, MemoryFile, Nvdimm, Payload, Wiring, qemu_argv
+from paprscm.machine import MIB, Machine, Nvdimm
 from paprscm.qemu import Qemu
 from paprscm.restore import SEED_BYTES, NotRestoredError, Port, Snapshot, load, save
 from paprscm.vm import Command, Vm

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from paprscm import snapshot
+from paprscm.argv import Payload
 from paprscm.cache import Cache
 from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import Equipment
-from paprscm.machine import Machine, Payload
+from paprscm.machine import Machine
 from paprscm.map_sync_report import ProbeError
 from paprscm.settings import Settings
 from paprscm.snapshot import Recipe
