@@ -112,18 +112,24 @@ class Source:
             (self._index / "apt.conf").write_text(self._configuration())
             self._apt("update")
 
-    def plan(self, packages: Sequence[str]) -> tuple[File, ...]:
-        """The files of the packages and of all their dependencies."""
+    def plan(self, packages: Sequence[str], *, alone: bool = False) -> tuple[File, ...]:
+        """The files of the packages and of all their dependencies; alone: without those."""
         with self._locked():
-            lines = self._apt("install", "-qq", "--print-uris", *packages)
+            if alone:
+                self._claim_dependencies(packages)
+            lines = self._apt(
+                *("install", "-qq", "--print-uris", *self._status(packages, alone), *packages)
+            )
         found = (re.fullmatch(r"'([^']+)' (\S+\.deb) (\d+) \S*", line) for line in lines)
         files = tuple(File(m[1], m[2], int(m[3])) for m in found if m)
         if not files:
             raise HostError(f"apt names no file for {', '.join(packages)} of {self._where}")
         return files
 
-    def fetch(self, packages: Sequence[str], files: Sequence[File], folder: Path) -> None:
-        """Download the files into `folder`; what is there already is kept."""
+    def fetch(
+        self, packages: Sequence[str], files: Sequence[File], folder: Path, *, alone: bool = False
+    ) -> None:
+        """Download the files of such a plan into `folder`; what is there already is kept."""
         total = sum(file.size_bytes for file in files)
         with log.progress(f"{self._title}: download", total, unit="bytes") as bar:
 
@@ -131,10 +137,12 @@ class Source:
                 self._proceed()
                 bar.update(min(total, _present_bytes(files, folder)))
 
-            archives = f"Dir::Cache::archives={folder}"
             try:
                 self._apt(
-                    *("install", "--yes", "--download-only", "-o", archives, *packages),
+                    *("install", "--yes", "--download-only"),
+                    *("-o", f"Dir::Cache::archives={folder}"),
+                    *self._status(packages, alone),
+                    *packages,
                     proceed=proceed,
                     stop=re.compile(r"^\s+404\s"),
                 )
@@ -146,6 +154,27 @@ class Source:
             proceed()
         if missing := [file.name for file in files if not (folder / file.name).is_file()]:
             raise HostError(f"apt did not download {', '.join(missing)}")
+
+    def _status(self, packages: Sequence[str], alone: bool) -> tuple[str, ...]:
+        """The option that names a status file of dpkg, for packages without their dependencies."""
+        if not alone:
+            return ()
+        return "-o", f"Dir::State::status={self._index / f'status-{self.key(packages)}'}"
+
+    def _claim_dependencies(self, packages: Sequence[str]) -> None:
+        """Write a status file in which all that the packages depend on is installed.
+
+        `apt-get download` would not need it, but does not continue a download that was cut off.
+        """
+        shown = self._apt("show", *packages, tool="apt-cache")
+        relations = [line.partition(":")[2] for line in shown if re.match(r"(Pre-)?Depends:", line)]
+        names = sorted({word.split()[0] for line in relations for word in re.split("[,|]", line)})
+        stanza = (
+            "Package: {}\nStatus: install ok installed\nArchitecture: {}\nVersion: 99999:0\n"
+            "Maintainer: none\nDescription: none\n\n"
+        )
+        text = "".join(stanza.format(name.partition(":")[0], self._arch) for name in names)
+        (self._index / f"status-{self.key(packages)}").write_text(text)
 
     @property
     def _where(self) -> str:
@@ -191,6 +220,7 @@ class Source:
     def _apt(
         self,
         *words: str,
+        tool: str = "apt-get",
         proceed: Callable[[], None] | None = None,
         stop: re.Pattern[str] | None = None,
     ) -> tuple[str, ...]:
@@ -210,7 +240,7 @@ class Source:
         }
         try:
             done = process.run(
-                ["apt-get", "-q", *words],
+                [tool, "-q", *words],
                 env=env,
                 on_line=line,
                 idle_s=_REFRESH_S,
@@ -220,16 +250,18 @@ class Source:
         except UnavailableError:
             raise
         except HostError as error:
-            raise self._explain("\n".join(output), error) from error
+            raise self._explain(words, "\n".join(output), error) from error
         return done.lines
 
-    def _explain(self, output: str, error: HostError) -> Error:
+    def _explain(self, words: Sequence[str], output: str, error: HostError) -> Error:
         """The failure in the user's terms; apt's own words where the cause is not a known one."""
         names = re.findall(
-            r"^E: (?:Unable to locate package |Package '?(?=.* has no installation))([\w.+-]+)",
+            r"^[EN]: (?:Unable to locate package |Package '?(?=.* has no installation))([\w.+-]+)",
             output,
             flags=re.MULTILINE,
         )
+        if "E: No packages found" in output:
+            names = list(words[1:])
         if names:
             what = ", ".join(dict.fromkeys(names))
             return UnavailableError(f"{self._where} has no package {what}", hint=_OTHER_HINT)
@@ -261,7 +293,7 @@ class Source:
                 f"{self._where} lacks dependencies: {'; '.join(needs[:_NAMED])}", hint=_OTHER_HINT
             )
         if re.search(r"^([EW]: (Failed|Unable) to fetch|Err:)", output, flags=re.MULTILINE):
-            if "of archives" not in output:
+            if words[0] == "update":
                 return HostError(
                     f"the mirror {self._mirror} cannot be reached: {_detail(output)}",
                     hint="check the network and apt's proxy, or set another mirror=",

@@ -125,6 +125,7 @@ class Archive:
         suite: str,
         arch: str,
         title: str,
+        alone: bool = False,
         proceed: Callable[[], None] = lambda: None,
     ) -> Download:
         """Download packages and all their dependencies.
@@ -134,6 +135,7 @@ class Archive:
             suite: codename or suite name ("trixie", "sid").
             arch: Debian architecture ("ppc64el").
             title: what is downloaded, for messages and the progress bar.
+            alone: without the dependencies.
             proceed: called several times a second; ends the download by raising.
 
         Raises:
@@ -146,9 +148,9 @@ class Archive:
         source = self._source(suite, arch, title, proceed)
         with self.cache.lock(f"download-{source.key(packages)}", what=f"downloads the {title}"):
             folder = self._root / source.key(packages)
-            files = source.plan(packages)
+            files = source.plan(packages, alone=alone)
             (folder / "partial").mkdir(parents=True, exist_ok=True)
-            source.fetch(packages, files, folder)
+            source.fetch(packages, files, folder, alone=alone)
         return Download(suite, folder, files)
 
     def absent_files(

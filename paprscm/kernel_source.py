@@ -68,6 +68,7 @@ def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> 
                     # The package is for all architectures; the userland needs this one's index.
                     arch=ARCH,
                     title=package,
+                    alone=True,
                     proceed=proceed,
                 )
                 download.unpack(root, title=package)

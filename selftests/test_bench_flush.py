@@ -19,7 +19,7 @@ from rich.console import Console
 from paprscm import bench_flush, cli, flush_plot
 from paprscm.bench import Series
 from paprscm.bench_flush import PERCENTILES, cells_of, parse_numbers, percentile
-from paprscm.errors import ContractError
+from paprscm.errors import CAPABILITY_STATUS, ContractError
 from paprscm.flush_load import Call, FlushLoad
 from paprscm.guest import Guest
 
@@ -200,7 +200,7 @@ def test_without_matplotlib_it_says_so_before_it_measures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(flush_plot.importlib.util, "find_spec", lambda _name: None)
-    assert cli.main(["bench", "flush"]) == 2
+    assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
     said = capsys.readouterr().err
     assert "there is no matplotlib" in said
     assert "tools/setup installs it" in said

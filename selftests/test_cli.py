@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -127,6 +128,9 @@ WAITS = """
 import signal, sys, tempfile
 from paprscm import cli
 
+# A shell without job control starts what it puts into the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 def waits(arguments, chosen):
     with tempfile.TemporaryDirectory() as folder:
         print(folder, flush=True)
@@ -149,7 +153,8 @@ def test_a_signal_ends_the_command_through_its_clean_up(
         stderr=subprocess.PIPE,
         text=True,
     )
-    with command:
+    with command, contextlib.ExitStack() as stack:
+        stack.callback(command.kill)
         assert command.stdout is not None
         folder = Path(command.stdout.readline().strip())
         assert folder.is_dir()

@@ -151,8 +151,10 @@ def mirror(archive: Served, cache: Cache) -> Archive:
     return Archive(cache, archive.mirror)
 
 
-def download(mirror: Archive, packages: list[str], suite: str = SUITE) -> Download:
-    return mirror.download(packages, suite=suite, arch=ARCH, title="test")
+def download(
+    mirror: Archive, packages: list[str], suite: str = SUITE, *, alone: bool = False
+) -> Download:
+    return mirror.download(packages, suite=suite, arch=ARCH, title="test", alone=alone)
 
 
 @needs_tools
@@ -261,22 +263,40 @@ def test_mirror_that_does_not_answer(archive: Served, mirror: Archive) -> None:
 
 
 @needs_tools
-def test_download_that_is_cut_continues_where_it_was(archive: Served, mirror: Archive) -> None:
+def test_package_without_its_dependencies(archive: Served, mirror: Archive) -> None:
+    """A mirror that lacks files of dependencies can still give the Linux source."""
+    next(archive.root.glob("pool/libfirst*")).unlink()
+    done = download(mirror, ["second"], alone=True)
+    assert [(file.package, file.version) for file in done.files] == [("second", "3.5")]
+    assert (done.folder / done.files[0].name).stat().st_size == done.size_bytes
+    with pytest.raises(UnavailableError, match="has no package gone"):
+        download(mirror, ["gone"], alone=True)
+    archive.tool_package.unlink()
+    done.remove()
+    with pytest.raises(UnavailableError, match=r"lacks 1 package files .*: second_3.5_ppc64el.deb"):
+        download(mirror, ["second"], alone=True)
+
+
+@needs_tools
+@pytest.mark.parametrize("alone", [False, True])
+def test_download_that_is_cut_continues_where_it_was(
+    archive: Served, mirror: Archive, alone: bool
+) -> None:
     archive.server.cut = True  # type: ignore[attr-defined]
     with pytest.raises(HostError, match="broke off") as caught:
-        download(mirror, ["second"])
+        download(mirror, ["libfirst"], alone=alone)
     assert "run it again, it continues" in str(caught.value.hint)
     archive.server.cut = False  # type: ignore[attr-defined]
     sent: list[tuple[str, int]] = archive.server.sent  # type: ignore[attr-defined]
     sent.clear()
-    done = download(mirror, ["second"])
+    done = download(mirror, ["libfirst"], alone=alone)
     sizes = {file.name: file.size_bytes for file in done.files}
     for name, size_bytes in sizes.items():
         assert (done.folder / name).stat().st_size == size_bytes
     assert 0 < sum(count for _, count in sent) <= sum(sizes.values()) * 0.6
     # What is complete is not fetched again.
     sent.clear()
-    assert download(mirror, ["second"]).files == done.files
+    assert download(mirror, ["libfirst"], alone=alone).files == done.files
     assert sent == []
 
 
