@@ -81,8 +81,14 @@ def save(qmp: Qmp, file: Path) -> None:
     """
     qmp.execute("stop")
     _prepare(qmp)
-    # exec:, because QEMU 7.2 has no file:.
-    _migrate(qmp, "migrate", f"exec:cat > {shlex.quote(str(file))}")
+    # exec:, because QEMU 7.2 has no file:. QEMU may report "completed" before cat has written all.
+    draft, target = (shlex.quote(str(path)) for path in (file.with_suffix(".new"), file))
+    _migrate(qmp, "migrate", f"exec:cat > {draft} && mv {draft} {target}")
+    deadline = time.monotonic() + _LOAD_LIMIT_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise HostError(f"QEMU's state was not written to {file} within {_LOAD_LIMIT_S:g} s")
+        time.sleep(0.005)
 
 
 def load(qmp: Qmp, snapshot: Snapshot) -> None:

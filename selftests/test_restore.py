@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import re
 import socket
 import time
@@ -199,6 +200,23 @@ def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) 
             load(vm.qmp, snapshot)
         assert time.monotonic() - begun < 20
     assert memory.stat().st_size == 256 * MIB
+
+
+def test_a_state_is_complete_when_it_was_saved(
+    qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU has finished when the program that writes the file has not begun to."""
+    slow = tmp_path / "bin" / "cat"
+    slow.parent.mkdir()
+    slow.write_text(
+        f'#!/bin/sh\n/bin/cat "$@" > {tmp_path}/kept; sleep 0.5; /bin/cat {tmp_path}/kept\n'
+    )
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    memory = MemoryFile(path=tmp_path / "memory", restored=False)
+    with machine(qemu, tmp_path, memory) as vm:
+        save(vm.qmp, tmp_path / "state")
+        assert (tmp_path / "state").read_bytes() == (tmp_path / "kept").read_bytes() != b""
 
 
 def test_a_state_that_cannot_be_written_is_told(qemu: Qemu, tmp_path: Path) -> None:
