@@ -10,6 +10,7 @@ import os
 import re
 import select
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from paprscm.errors import HostError, KilledError
 
 _KEEPER = Path(keeper.__file__)
 _KILL_LIMIT_S = 10.0
+_FULL_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -122,6 +124,7 @@ class Process:
         self._output_file = output_file
         self._signalled = False
         self._killed: KilledError | None = None
+        self._scratch = scratch
         self._oom_kills = oom.kills()
         self._waiting = threading.Lock()
         run_members = _run_members()
@@ -230,6 +233,12 @@ class Process:
             facts, by_oom = oom.evidence(self.pid, self._oom_kills)
             text = f"{program} was killed by SIGKILL from outside: {facts}"
             return KilledError(text, hint=oom.HINT if by_oom else None)
+        if status == -signal.SIGBUS and (place := self._scratch) is not None:
+            # A store into a sparse file for which there is no block.
+            free = shutil.disk_usage(place).free
+            text = f"{program} was killed by SIGBUS: no space left in {place.parent}"
+            hint = "free some, or set scratch_dir"
+            return KilledError(text, hint=hint) if free < _FULL_BYTES else None
         if status < 0 and -status not in _OWN_SIGNALS:
             return KilledError(f"{program} was {describe_status(status)} from outside")
         if status == 0 and self._output_file is not None:

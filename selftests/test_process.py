@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -358,3 +359,21 @@ def test_task_is_stopped_where_the_other_fails() -> None:
     with pytest.raises(HostError, match="no kernel"), process.beside(sleep):
         raise HostError("no kernel")
     assert isinstance(ended[0], process.StoppedError)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_no_space_behind_a_sparse_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
+) -> None:
+    """SIGBUS is the program's own signal, but for a full scratch folder."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    free = 4096 if full else 1 << 30
+    monkeypatch.setattr(process.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    ended = Process(["sh", "-c", "kill -BUS $$"], scratch=scratch)
+    if full:
+        with pytest.raises(KilledError, match=f"no space left in {tmp_path}") as caught:
+            ended.wait()
+        assert "scratch_dir" in str(caught.value.hint)
+    else:
+        assert ended.wait() == -signal.SIGBUS
