@@ -21,7 +21,7 @@ PORT_NAME = "paprscm"
 
 @dataclass(frozen=True, kw_only=True)
 class Payload:
-    """What the machine boots: a vmlinux, an initramfs for its modules, and the root disk.
+    """Files that the machine boots: a vmlinux, an initramfs for its modules, and the root disk.
 
     Attributes:
         kernel: the vmlinux.
@@ -53,14 +53,14 @@ class Payload:
 
 @dataclass(frozen=True, kw_only=True)
 class Wiring:
-    """How a running QEMU is reached: connected sockets that it inherits.
+    """Channels to a running QEMU: connected sockets that it inherits.
 
-    With sockets from socketpair(2) there is no name in the file system that could be left behind.
+    Sockets from socketpair(2) have no name in the file system that could be left behind.
 
     Attributes:
         console_fd: the guest's serial console.
         qmp_fd: QEMU's monitor.
-        port_fd: a virtio-serial port, on which a restored guest is told that it was.
+        port_fd: the virtio-serial port through which a restored guest is woken.
         console_log: what the guest prints is added there by QEMU itself.
     """
 

@@ -58,7 +58,7 @@ class Download:
             The version of each package.
 
         Raises:
-            HostError: a package cannot be unpacked, or there is no space.
+            HostError: a package cannot be unpacked, or no space is left.
         """
         for name in _MERGED:
             # As on every Debian since 12; up to Debian 12 packages still hold files in /lib and

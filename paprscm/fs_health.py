@@ -20,9 +20,9 @@ KERNEL_LOG: Final = "dmesg -r"
 # include/linux/kern_levels.h. What file systems print with KERN_NOTICE and KERN_INFO is news (a
 # mount, a recovery), whatever the words of a version; with a lower number it is a complaint.
 _WARNING: Final = 4
-# Warnings when all is well: fs/xfs/xfs_super.c, xfs_log_recover.c, fs/ext4/super.c. A record of the
-# log that QEMU's end has cut in two is no damage: its checksum is there to find that, and what it
-# holds was not promised.
+# Warnings when all is well: fs/xfs/xfs_super.c, xfs_log_recover.c, fs/ext4/super.c. A log
+# record that was torn when QEMU ended is not damage: its checksum detects it, and its content was
+# not promised.
 _WELL: Final = re.compile(
     r"(?:XFS|EXT4-fs) \(\w+\): (?:"
     r"(?:DAX enabled\. Warning: )?EXPERIMENTAL"

@@ -165,7 +165,7 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
 
 
 def is_signed(path: Path) -> bool:
-    """Whether an uncompressed module ends with a signature (scripts/sign-file.c)."""
+    """True if an uncompressed module ends with a signature (scripts/sign-file.c)."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_SIGNATURE_MARK)))
         return file.read() == _SIGNATURE_MARK

@@ -24,7 +24,7 @@ _MISSED = re.compile(
 
 
 def environment(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """What kbuild gets of our environment, and the names of what it would read but does not get."""
+    """Variables to pass to kbuild, and the names of those that it reads and does not get."""
     passed = {
         name: value
         for name, value in variables.items()

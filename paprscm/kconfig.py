@@ -91,7 +91,7 @@ class Fragment:
         return hashlib.sha256(ordered.encode()).hexdigest()[:16]
 
     def required(self, *, own_tree: bool) -> list[Requirement]:
-        """What a kernel must have: the default one, or one with an own .config."""
+        """Requirements on the default kernel, or on one with its own .config."""
         return [one for one in self.requirements.values() if one.every_kernel or not own_tree]
 
     def values(self, *, own_tree: bool) -> dict[str, str]:

@@ -89,7 +89,7 @@ class Watch:
 
 
 def has_ended(child: int) -> bool:
-    """Whether a child has ended; it is not waited for, so that its process id stays its own."""
+    """True if a child has ended; it stays a zombie, so that its process id is not reused."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

@@ -34,10 +34,10 @@ def fill(folder: Path) -> None:
     (folder / "tool").chmod(0o755)
     (folder / "key").write_text("secret")
     (folder / "key").chmod(0o600)
-    (folder / "root/usr/lib").mkdir(parents=True)
-    (folder / "root/lib").symlink_to("usr/lib")
-    (folder / "root/etc").mkdir()
-    (folder / "root/etc/link").symlink_to("/etc/alternatives/x")
+    (folder / "tree/usr/lib").mkdir(parents=True)
+    (folder / "tree/lib").symlink_to("usr/lib")
+    (folder / "tree/etc").mkdir()
+    (folder / "tree/etc/link").symlink_to("/etc/alternatives/x")
     with (folder / "disk.img").open("wb") as disk:
         disk.write(b"begin")
         disk.seek(HOLE)
@@ -75,8 +75,8 @@ def test_import_gives_the_same_entries(entries: list[Entry], other: Cache, file:
         assert here.stat().st_mode == there.stat().st_mode
         assert here.stat().st_mtime_ns == there.stat().st_mtime_ns
     assert (found.path / "disk.img").stat().st_blocks * 512 < HOLE, "holes stay holes"
-    assert (found.path / "root/lib").readlink() == Path("usr/lib")
-    assert (found.path / "root/etc/link").readlink() == Path("/etc/alternatives/x")
+    assert (found.path / "tree/lib").readlink() == Path("usr/lib")
+    assert (found.path / "tree/etc/link").readlink() == Path("/etc/alternatives/x")
     assert transfer.restore(other, file) == ([], 2)
 
 
@@ -165,9 +165,9 @@ def test_nothing_is_written_through_a_link(other: Cache, file: Path, tmp_path: P
     """A link to a folder elsewhere, and then a file below it."""
 
     def change(info: tarfile.TarInfo, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
-        if info.name.endswith("/root/lib"):
+        if info.name.endswith("/tree/lib"):
             info.linkname = str(tmp_path)
-        elif info.name.endswith("/root/usr/lib"):
+        elif info.name.endswith("/tree/usr/lib"):
             info.name = info.name.replace("usr/lib", "lib/escaped")
         return info, data
 
