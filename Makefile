@@ -15,9 +15,9 @@ suite: setup
 
 # Quick parts first: a mistake in a name should not wait for a guest.
 test: setup
-	@$(RUN) .venv/bin/pytest -q -m "not guest and not slow"
+	@$(RUN) .venv/bin/pytest -q -n auto --maxprocesses 8 -m "not guest and not slow"
 	@$(RUN) .venv/bin/paprscm image
-	@$(RUN) .venv/bin/pytest -q -m "guest and not slow"
+	@$(RUN) .venv/bin/pytest -q -n 2 -m "guest and not slow"
 
 setup:
 	@tools/setup

@@ -256,13 +256,14 @@ def test_an_idle_qemu_that_died_is_noticed(start: Start) -> None:
     ("number", "said"),
     [
         (signal.SIGKILL, "was killed by SIGKILL from outside: the OOM killer's count "),
-        (signal.SIGTERM, f"was ended from outside by signal 15 from pid {os.getpid()} "),
+        (signal.SIGTERM, "was ended from outside by signal 15 from pid {pid} "),
     ],
 )
 def test_a_qemu_that_is_ended_from_outside_has_not_failed(
     qemu: Qemu, hcalls: Path, tmp_path: Path, number: int, said: str
 ) -> None:
     """Not in a call, and not for a caller that takes a lost guest for an answer."""
+    said = said.format(pid=os.getpid())
     machine = Machine(memory_mib=256, smp=1)
     began = Bare(qemu, hcalls, machine, folder=tmp_path / "qemu", scratch_dir=tmp_path)
     with pytest.raises(KilledError, match=said), began as bare:

@@ -154,7 +154,7 @@ def test_missing_empty_folder(tmp_path: Path) -> None:
         (b"#!/bin/sh\n", "is not an ELF file"),
         (b"MZ" + bytes(0x200) + b"HdrS" + bytes(100), "is an x86 bzImage"),
         (b"MZ" + bytes(0x36) + b"ARM\x64" + bytes(100), "is an arm64 Image"),
-        (gzip.compress(b"\x7fELF"), "is compressed with gzip"),
+        (gzip.compress(b"\x7fELF", mtime=0), "is compressed with gzip"),
         (b"\xfd7zXZ\0\0", "is compressed with xz"),
         (b"\x28\xb5\x2f\xfd\0", "is compressed with zstd"),
         (b"\x7fELF", "is a damaged ELF file"),

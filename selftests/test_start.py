@@ -10,6 +10,7 @@ import os
 import select
 import signal
 import subprocess
+import tempfile
 import termios
 import uuid
 from collections.abc import Callable, Iterator
@@ -57,11 +58,12 @@ class Start:
 
     def __init__(self, folder: Path, script: str, *, terminal: bool) -> None:
         (folder / "waits.py").write_text(TEST)
-        self.log, self.scratch, self.temporary = (folder / n for n in ("log", "scratch", "tmp"))
+        self.log, self.scratch = folder / "log", folder / "scratch"
         self.scratch.mkdir()
-        self.temporary.mkdir()
         self.results = folder / "results"
         self._stack = contextlib.ExitStack()
+        # Avocado's socket is there, and pytest's folders may be too long for it.
+        self.temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._ready, self._go, self._end = (self._fifo(folder / n) for n in ("ready", "go", "end"))
         options = f"-p scratch_dir={self.scratch} --job-results-dir {self.results}"
         run = f"make --no-print-directory suite 'ARGS={options}' TESTS={folder}/waits.py"
@@ -90,7 +92,11 @@ class Start:
         self._stack.callback(self._kill_all, mark)
         os.close(theirs)
         os.close(slave)
-        self._wait(self._ready)
+        try:
+            self._wait(self._ready, self._run)
+        except BaseException:
+            self.close()
+            raise
         qemu = os.read(self._ready, 100).decode().strip()
         keeper = Path(f"/proc/{qemu}/stat").read_text().rpartition(")")[2].split()[1]
         self._keeper = os.pidfd_open(int(keeper))
@@ -134,8 +140,8 @@ class Start:
         self._stack.callback(os.close, handle)
         return handle
 
-    def _wait(self, handle: int) -> None:
-        ready = select.select([handle], [], [], LIMIT_S)[0]
+    def _wait(self, handle: int, *failures: int) -> None:
+        ready = handle in select.select([handle, *failures], [], [], LIMIT_S)[0]
         said = self.log.read_text(errors="replace") if self.log.exists() else "nothing"
         assert ready, f"nothing happens; the run has printed:\n{said}"
 
