@@ -4,7 +4,7 @@
  *
  * The guest's memory is shared with the host. Each vCPU has a mailbox at a fixed address: the host
  * fills in calls and then a new request number, the vCPU makes the calls and then repeats the
- * number. It knows nothing about the calls; paprscm/mailbox.py is the other end.
+ * number. It knows nothing about the calls; paprscm/device/mailbox.py is the other end.
  *
  * No variable lives outside the mailbox and its stack, so that nothing has to be relocated.
  */

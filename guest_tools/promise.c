@@ -69,7 +69,7 @@ enum { EXIT_FINE, EXIT_LOST, EXIT_USAGE, EXIT_FAILED = 4 };
 enum phase { NOTHING, CREATE, EXTEND, ALLOCATE, FAULT, STORE, OVERWRITE, REMOVE, SETTLE };
 enum state { STARTING, RUNNING, FINISHED, FAILED };
 
-/* What the killer reads; paprscm/promise.py knows the layout. */
+/* What the killer reads; paprscm/power_cut/sudden_end.py knows the layout. */
 struct ledger {
 	uint64_t magic, nonce, page_size;
 	uint64_t rest_of_line[5];
@@ -80,7 +80,7 @@ struct ledger {
 	char stage[32];
 };
 
-_Static_assert(offsetof(struct ledger, done) == 64, "paprscm/promise.py looks there");
+_Static_assert(offsetof(struct ledger, done) == 64, "paprscm/power_cut/sudden_end.py looks there");
 
 struct step {
 	enum phase what; /* STORE includes FAULT */

@@ -6,9 +6,9 @@
  * delayed, failed or held as the file's rule says. A file is watched by device and inode, whatever
  * it is called. Calls on all other files go straight through.
  *
- * All that is shared with the outside is one struct page in a memfd: paprscm/shim.py makes it,
- * PAPRSCM_SHIM=<fd> names it, and both sides map it. Its layout is checked twice: against
- * shim.py's description when this is compiled (flush_shim_layout.inc), and by the digest of that
+ * All that is shared with the outside is one struct page in a memfd: paprscm/vm/sync_shim.py makes
+ * it, PAPRSCM_SHIM=<fd> names it, and both sides map it. Its layout is checked twice: against
+ * sync_shim.py's description when this is compiled (flush_shim_layout.inc), and by the digest of that
  * description when it is mapped. Without such a page the library only passes calls on.
  *
  * On the path of a call: no malloc, no stdio, and no lock but that of the table of mappings.

@@ -149,3 +149,9 @@ def progress(title: str, total: int | None = None, unit: str = "files") -> Itera
         yield bar
     finally:
         bar.close()
+
+
+def quoted(text: str, *, last: int = 20) -> str:
+    """The last lines of an output, indented, without what a terminal would obey."""
+    clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    return "\n".join(f"    {line}" for line in clean.splitlines()[-last:]) or "    (nothing)"

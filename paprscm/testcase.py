@@ -14,21 +14,22 @@ from typing import Any
 from avocado import Test
 from avocado.core.exceptions import TestWarn
 
-from paprscm import qemu, settings
-from paprscm.argv import bare_argv
-from paprscm.bare import Bare, program
-from paprscm.cache import Cache
-from paprscm.debian import Archive
-from paprscm.environment import Environment, prepare
+from paprscm import settings
+from paprscm.build.debian import Archive
+from paprscm.device.bare_metal import Bare, program
 from paprscm.errors import CapabilityError, ContractError
-from paprscm.guest import Guest
-from paprscm.known import RECORD, State
-from paprscm.known import load as load_known
-from paprscm.machine import Machine, Nvdimm, require
-from paprscm.qemu import Qemu
-from paprscm.qemu_facts import sanitizers
-from paprscm.shim import Shim, build
-from paprscm.vm import Vm
+from paprscm.guest.environment import Environment, prepare
+from paprscm.guest.guest import Guest
+from paprscm.host.cache import Cache
+from paprscm.known_issues import RECORD, State
+from paprscm.known_issues import load as load_known
+from paprscm.vm import binary
+from paprscm.vm.argv import bare_argv
+from paprscm.vm.binary import Qemu
+from paprscm.vm.capabilities import sanitizers
+from paprscm.vm.machine import Machine, Nvdimm, require
+from paprscm.vm.sync_shim import Shim, build
+from paprscm.vm.vm import Vm
 
 
 def _with_guests(method: Callable[[QemuTest], None]) -> Callable[[QemuTest], None]:
@@ -81,7 +82,7 @@ class QemuTest(Test):
 
     def find_qemu(self) -> Qemu:
         """The QEMU under test."""
-        found = qemu.resolve(Archive.of(self.settings), self.settings.qemu)
+        found = binary.resolve(Archive.of(self.settings), self.settings.qemu)
         self.measure("environment", {"qemu": found.version_text, "qemu_path": str(found.path)})
         return found
 

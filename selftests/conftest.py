@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 
 from paprscm import settings
-from paprscm.debian import Archive
-from paprscm.environment import Environment, prepare
-from paprscm.guest import Guest
-from paprscm.machine import Machine
-from paprscm.qemu import Qemu, resolve
-
-ROOT = Path(__file__).resolve().parent.parent
+from paprscm.build.debian import Archive
+from paprscm.guest.environment import Environment, prepare
+from paprscm.guest.guest import Guest
+from paprscm.paths import ROOT
+from paprscm.vm.binary import Qemu, resolve
+from paprscm.vm.machine import Machine
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from paprscm import settings
+from paprscm.commands.dimm_syntax import parse_nvdimm, parse_size
 from paprscm.errors import ConfigError
-from paprscm.machine import MIB
-from paprscm.options import parse_nvdimm, parse_size
+from paprscm.vm.machine import MIB
 
 
 def write(folder: Path, text: str) -> Path:

@@ -10,7 +10,7 @@ from avocado.core.job import Job
 from avocado.core.output import LOG_UI
 from avocado.core.plugin_interfaces import JobPost
 
-from paprscm.known import updates
+from paprscm.known_issues import updates
 from paprscm.plugins.classes import ask
 
 

@@ -18,8 +18,8 @@ from avocado.core.settings import settings as avocado_settings
 from avocado.core.suite import TestSuite
 
 from paprscm import settings
-from paprscm.budget import budget, resources
 from paprscm.errors import Error
+from paprscm.host.resources import budget, resources
 from paprscm.plugins.classes import ask
 
 OPTION = "run.max_parallel_tasks"

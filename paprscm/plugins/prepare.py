@@ -19,8 +19,8 @@ from avocado.core.plugin_interfaces import JobPre
 
 from paprscm import settings
 from paprscm.errors import CAPABILITY_STATUS
+from paprscm.host.process import join_run
 from paprscm.plugins.classes import ask
-from paprscm.process import join_run
 
 # So many tests with guests save more time than it takes to make a snapshot.
 _WORTH_A_SNAPSHOT = 8
@@ -81,7 +81,7 @@ def _check_socket_path() -> None:
 
 
 def _image(*options: str) -> int:
-    command = [sys.executable, "-m", "paprscm.cli", "image", "--quiet", *options]
+    command = [sys.executable, "-m", "paprscm.commands.cli", "image", "--quiet", *options]
     return subprocess.run(command, check=False).returncode
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Ten of the suite's tests, whose guests also leave what can be seen of their machine.
 
-selftests/test_warm.py runs them, once with guests that boot and once with restored ones.
+selftests/guest/test_warm.py runs them, once with guests that boot and once with restored ones.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from test_map_sync import EachKind, NotDax, OneDimm, TwoDimms
 
-from paprscm.guest import Guest
+from paprscm.guest.guest import Guest
 from paprscm.testcase import PaprScmTest
 
 # By few processes: each one takes 10 ms under TCG.

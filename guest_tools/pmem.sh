@@ -1,0 +1,269 @@
+#!/bin/sh
+# SPDX-License-Identifier: GPL-2.0-or-later
+#
+# Inspect and prepare the nvdimms of a guest, in one round trip.
+#
+# Run as `env drc=... wait_s=... ... sh -s STEP...`; prints lines for paprscm/pmem/dump.py:
+#
+#     found REGION NODE DEVICE     one for each region; NODE is "-" if it is unknown
+#     text KEY VALUE               the first line of a file, or a fact
+#     blob KEY                     followed by the content in hex, as `od -An -v -tx1` writes it
+#     prop SIZE NAME               size of a property in the blob "props", in order
+#     step STEP                    this step begins
+#     done                         all steps succeeded
+#
+# The step "find" exits with 3 if no region has that DRC index; the others exit with the status of
+# the command that failed. Settings: drc (hex), wait_s; ns_mode, ns_map, ns_size, ns_align of a
+# namespace (the last three may be empty: ndctl's default); disk, fstype, block_size (empty: the
+# page size), mkfs_configs (the folder of mkfs.xfs's files, unless the usual one), mountpoint,
+# options; table, the last 66 bytes of an MBR in printf's notation; sysfs, where it is mounted.
+#
+# The settings come from the environment, and ndctl's options are split into words on purpose.
+# shellcheck disable=SC2086,SC2154
+set -eu
+
+: "${sysfs:=/sys}"
+# arch/powerpc/platforms/pseries/papr_scm.c: the node of an nvdimm, and its parent.
+parent=ibm,persistent-memory nvdimm=ibm,pmemory
+
+fact() { printf 'text %s %s\n' "$1" "$2"; }
+
+# The first line of a sysfs file, without starting a process: those are slow under TCG.
+text() {
+	line=
+	[ -e "$2" ] || return 0
+	IFS= read -r line < "$2" || :
+	fact "$1" "$line"
+}
+
+# Sets at to where a folder really is. By cd, because processes are slow under TCG.
+at() {
+	cd -P "$1" 2>/dev/null && at=$PWD
+}
+
+now() {
+	read -r up rest < /proc/uptime
+	now=${up%%.*}
+}
+
+# Sets region, device and node to those of $drc; fails if there are none.
+look() {
+	found= region= trouble=
+	for dir in "$sysfs"/bus/nd/devices/region*; do
+		at "$dir" || continue
+		here=$at at=
+		if ! at "$dir/of_node"; then
+			# A kernel that gives the region no such link has named its bus after the node.
+			provider=
+			IFS= read -r provider < "$here/../provider" || :
+			at "$sysfs/firmware/devicetree/base/${provider%%:*}/${provider#*:}" || at=
+		fi
+		found="$found
+found ${dir##*/} ${at:--} $here"
+		case $at in
+		*/"$parent/$nvdimm@$drc") ;;
+		*) continue ;;
+		esac
+		if [ -n "$region" ]; then
+			trouble="both $region and ${dir##*/} are of drc $drc"
+		fi
+		region=${dir##*/} device=$here node=$at
+	done
+	if [ -n "$region" ] && [ ! -e "$device/driver" ]; then
+		trouble="$region has no driver"
+	fi
+	[ -n "$region" ] && [ -z "$trouble" ]
+}
+
+step_find() {
+	now
+	end=$((now + wait_s))
+	until look; do
+		now
+		if [ "$now" -ge "$end" ]; then
+			[ -z "$found" ] || printf '%s\n' "${found#?}"
+			[ -z "$trouble" ] || fact trouble "$trouble"
+			exit 3
+		fi
+		sleep 0.05
+	done
+	printf '%s\n' "${found#?}"
+	# Returns when the bus has probed all that it has.
+	text wait_probe "$device/../wait_probe"
+	fact region "$region"
+	fact device "$device"
+	fact node "$node"
+	for key in deep_flush persistence_domain size read_only align nstype mapping0; do
+		text $key "$device/$key"
+	done
+	# What text read last is mapping0, "nmem0,0,536870912,0", or nothing.
+	dimm=$sysfs/bus/nd/devices/${line%%,*}
+	for key in flags papr/flags papr/dirty_shutdown; do
+		text $key "$dimm/$key"
+	done
+	[ ! -e "$device/deep_flush" ] || fact deep_flush_mode "$(stat -c %a "$device/deep_flush")"
+	at "$node"
+	set --
+	for file in *; do
+		[ ! -f "$file" ] || set -- "$@" "$file"
+	done
+	stat -c 'prop %s %n' -- "$@"
+	printf 'blob props\n'
+	cat -- "$@" | od -An -v -tx1
+}
+
+# What ndctl said ($1), and what sysfs has of each device that it names. Sets disk to the last one's
+# path, and disks to how many there are.
+devices() {
+	printf 'blob ndctl\n'
+	printf '%s' "$1" | od -An -v -tx1
+	disks=0
+	names=$(printf '%s\n' "$1" |
+		sed -n -e 's/.*"blockdev" *: *"\([^"]*\)".*/\1/p' \
+			-e 's/.*"chardev" *: *"\([^"]*\)".*/\1/p')
+	for name in $names; do
+		if at "$sysfs/block/$name/device"; then
+			for key in ro size queue/fua queue/dax queue/write_cache queue/logical_block_size; do
+				text "$name/$key" "$sysfs/block/$name/$key"
+			done
+		elif at "$sysfs/bus/dax/devices/$name"; then
+			for key in size align; do
+				text "$name/$key" "$at/$key"
+			done
+		else
+			echo "sysfs has no $name" >&2
+			exit 1
+		fi
+		fact "$name/device" "$at"
+		# Never make a file system on what is not this region's.
+		case $at in
+		"$device"/*) ;;
+		*) echo "$name is $at, which is not below $device" >&2; exit 1 ;;
+		esac
+		disk=/dev/$name
+		disks=$((disks + 1))
+	done
+}
+
+step_namespace() {
+	made=$(ndctl create-namespace -f -r "$region" -m "$ns_mode" ${ns_map:+-M "$ns_map"} \
+		${ns_size:+-s "$ns_size"} ${ns_align:+-a "$ns_align"})
+	devices "$made"
+	[ $disks = 1 ] || { echo "ndctl names $disks devices" >&2; exit 1; }
+}
+
+step_namespaces() {
+	made=$(ndctl list -N -r "$region")
+	devices "$made"
+}
+
+step_single() {
+	[ $disks = 1 ] || { echo "$region has $disks namespaces, not one" >&2; exit 1; }
+}
+
+# Sets page_size.
+look_at_page() {
+	while read -r key size unit; do
+		[ "$key" != KernelPageSize: ] || break
+	done < /proc/self/smaps
+	page_size=$((size * 1024))
+}
+
+# Sets number: of "6.12.117-rc1+" it is 6012.
+to_number() {
+	number=${1#*.}
+	number=$((${1%%.*} * 1000 + ${number%%[!0-9]*}))
+}
+
+# Sets features, words of mkfs.xfs. One that is newer than the kernel may make by default what the
+# kernel cannot mount; it brings the defaults of each long-term kernel as a file. One that is not
+# newer gets none of them: that of xfsprogs 6.1.0 for Linux 6.1 is broken.
+choose_features() {
+	features=
+	version=$(mkfs.xfs -V)
+	version=${version##* }
+	case $version in [0-9]*.[0-9]*) ;; *) echo "mkfs.xfs -V: $version" >&2; exit 1 ;; esac
+	read -r release < /proc/sys/kernel/osrelease
+	to_number "$release"
+	kernel=$number
+	to_number "$version"
+	[ $number -gt $kernel ] || return 0
+	newest=0
+	for file in "${mkfs_configs:-/usr/share/xfsprogs/mkfs}"/lts_[0-9]*.conf; do
+		[ -e "$file" ] || continue
+		version=${file##*/lts_}
+		to_number "${version%.conf}"
+		if [ $number -le $kernel ] && [ $number -gt $newest ]; then
+			newest=$number
+			features="-c options=$file"
+		fi
+	done
+}
+
+step_filesystem() {
+	look_at_page
+	block_size=${block_size:-$page_size}
+	case $fstype in
+	xfs)
+		choose_features
+		mkfs.xfs -q -f $features -b size="$block_size" "$disk" >&2
+		;;
+	# Not lazily: the kernel would go on writing, and flushing, in the background.
+	ext4) mkfs.ext4 -q -F -b "$block_size" -E lazy_itable_init=0,lazy_journal_init=0 "$disk" >&2 ;;
+	*) echo "no mkfs for $fstype" >&2; exit 1 ;;
+	esac
+}
+
+step_mount() {
+	mkdir -p "$mountpoint"
+	mount -t "$fstype" -o "$options" "$disk" "$mountpoint"
+	at "$mountpoint"
+	mountpoint=$at
+	seen=
+	while read -r source target type opts rest; do
+		[ "$target" != "$mountpoint" ] || seen="$source $type $opts"
+	done < /proc/self/mounts
+	[ -n "$seen" ] || { echo "$mountpoint is not in /proc/self/mounts" >&2; exit 1; }
+	look_at_page
+	fact page_size $page_size
+	fact block_size "$(stat -f -c %S .)"
+	fact mountpoint "$mountpoint"
+	fact mount_device "${seen%% *}"
+	seen=${seen#* }
+	fact mount_fstype "${seen% *}"
+	fact mount_options "${seen#* }"
+}
+
+step_try_mount() {
+	mkdir -p "$mountpoint"
+	before=$(dmesg -t | wc -l)
+	# strace, because mount programs have words of their own for an errno; busybox, because it uses
+	# mount(2). Where it may not write it tries again read-only: the first answer counts.
+	answers=$(strace -qq -e trace=mount -e signal=none busybox mount -t "$fstype" \
+		${options:+-o "$options"} "$disk" "$mountpoint" 2>&1 | sed -n 's/^mount(.*) = //p')
+	answer=${answers%%"
+"*}
+	fact mount_answer "${answer%% (*}"
+	printf 'blob messages\n'
+	dmesg -t | tail -n "+$((before + 1))" | od -An -v -tx1
+}
+
+step_partition() {
+	{ head -c 446 /dev/zero; printf "$table"; } | dd of="$disk" bs=512 conv=fsync status=none
+	# BLKPG for each entry: the kernel need not understand partition tables.
+	partx --add "$disk"
+	for dir in "$sysfs/block/${disk##*/}/${disk##*/}p"*; do
+		text "${dir##*/}/start" "$dir/start"
+		text "${dir##*/}/size" "$dir/size"
+	done
+}
+
+main() {
+	for step in "$@"; do
+		echo "step $step"
+		"step_$step"
+	done
+	echo done
+}
+
+main "$@" < /dev/null

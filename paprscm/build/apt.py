@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One suite and architecture of a Debian mirror, asked by the host's apt without root.
+
+Configuration, index and package folder are its own, below the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from paprscm import log
+from paprscm.errors import Error, HostError
+from paprscm.host import process
+from paprscm.host.cache import Cache
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+"""The archive's public keys, as package debian-archive-keyring installs them."""
+
+FOLDER = "downloads"
+"""Folder below the cache's root: package indexes, and packages that are not unpacked yet."""
+
+_OTHER_HINT = "set another suite or mirror="
+# How this host reaches the network is its apt's business.
+_NETWORK_OPTIONS = ("Acquire::http", "Acquire::ForceIP", "Acquire::Retries", "Acquire::Check-Date")
+_REFRESH_S = 0.2
+_ASK_LIMIT_S = 20.0
+_ASK_THREADS = 8
+_NAMED = 12
+
+
+class UnavailableError(HostError):
+    """This suite of this mirror cannot provide the packages; another suite may."""
+
+
+@dataclass(frozen=True)
+class File:
+    """One package file that apt would download.
+
+    Attributes:
+        uri: its address on the mirror.
+        name: its file name in apt's folder, NAME_VERSION_ARCH.deb.
+        size_bytes: its size.
+    """
+
+    uri: str
+    name: str
+    size_bytes: int
+
+    @property
+    def package(self) -> str:
+        """The package's name."""
+        return self.name.split("_")[0]
+
+    @property
+    def version(self) -> str:
+        """The package's version."""
+        return unquote(self.name.split("_")[1])
+
+
+class Source:
+    """One suite and architecture of a mirror.
+
+    Args:
+        cache: the index is kept in a folder below its root.
+        mirror: URI of the mirror.
+        suite: codename or suite name ("trixie", "sid").
+        arch: Debian architecture ("ppc64el").
+        title: what is fetched, for messages and the progress bar.
+        proceed: called several times a second; ends what runs by raising.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        mirror: str,
+        suite: str,
+        arch: str,
+        title: str,
+        proceed: Callable[[], None],
+    ) -> None:
+        self._cache = cache
+        self._mirror = mirror
+        self._suite = suite
+        self._arch = arch
+        self._title = title
+        self._proceed = proceed
+        self._index = cache.root / FOLDER / f"index-{self.key(())}"
+
+    def key(self, packages: Sequence[str]) -> str:
+        """Name of the folder for these packages of this source."""
+        text = "\0".join((self._mirror, self._suite, self._arch, *sorted(packages)))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def update(self) -> None:
+        """Fetch the package index, or what has changed of it."""
+        with self._locked():
+            for name in ("lists/partial", "etc/apt.conf.d", "etc/preferences.d", "cache"):
+                (self._index / name).mkdir(parents=True, exist_ok=True)
+            os.utime(self._index)
+            (self._index / "status").touch()
+            (self._index / "etc/sources.list").write_text(self._source_line())
+            (self._index / "apt.conf").write_text(self._configuration())
+            self._apt("update")
+
+    def plan(self, packages: Sequence[str], *, alone: bool = False) -> tuple[File, ...]:
+        """The files of the packages and of all their dependencies; alone: without those."""
+        with self._locked():
+            if alone:
+                self._claim_dependencies(packages)
+            lines = self._apt(
+                *("install", "-qq", "--print-uris", *self._status(packages, alone), *packages)
+            )
+        found = (re.fullmatch(r"'([^']+)' (\S+\.deb) (\d+) \S*", line) for line in lines)
+        files = tuple(File(m[1], m[2], int(m[3])) for m in found if m)
+        if not files:
+            raise HostError(f"apt names no file for {', '.join(packages)} of {self._where}")
+        return files
+
+    def fetch(
+        self, packages: Sequence[str], files: Sequence[File], folder: Path, *, alone: bool = False
+    ) -> None:
+        """Download the files of such a plan into `folder`; what is there already is kept."""
+        total = sum(file.size_bytes for file in files)
+        with log.progress(f"{self._title}: download", total, unit="bytes") as bar:
+
+            def proceed() -> None:
+                self._proceed()
+                bar.update(min(total, _present_bytes(files, folder)))
+
+            try:
+                self._apt(
+                    *("install", "--yes", "--download-only"),
+                    *("-o", f"Dir::Cache::archives={folder}"),
+                    *self._status(packages, alone),
+                    *packages,
+                    proceed=proceed,
+                    stop=re.compile(r"^\s+404\s"),
+                )
+            except UnavailableError as error:
+                names = [file.name for file in absent(files)]
+                if not names:
+                    raise
+                raise UnavailableError(_not_there(self._where, names), hint=_OTHER_HINT) from error
+            proceed()
+        if missing := [file.name for file in files if not (folder / file.name).is_file()]:
+            raise HostError(f"apt did not download {', '.join(missing)}")
+
+    def _status(self, packages: Sequence[str], alone: bool) -> tuple[str, ...]:
+        """The option that names a status file of dpkg, for packages without their dependencies."""
+        if not alone:
+            return ()
+        return "-o", f"Dir::State::status={self._index / f'status-{self.key(packages)}'}"
+
+    def _claim_dependencies(self, packages: Sequence[str]) -> None:
+        """Write a status file in which all that the packages depend on is installed.
+
+        `apt-get download` would not need it, but does not continue a download that was cut off.
+        """
+        shown = self._apt("show", *packages, tool="apt-cache")
+        relations = [line.partition(":")[2] for line in shown if re.match(r"(Pre-)?Depends:", line)]
+        names = sorted({word.split()[0] for line in relations for word in re.split("[,|]", line)})
+        stanza = (
+            "Package: {}\nStatus: install ok installed\nArchitecture: {}\nVersion: 99999:0\n"
+            "Maintainer: none\nDescription: none\n\n"
+        )
+        text = "".join(stanza.format(name.partition(":")[0], self._arch) for name in names)
+        (self._index / f"status-{self.key(packages)}").write_text(text)
+
+    @property
+    def _where(self) -> str:
+        return f"Debian {self._suite} ({self._mirror}, {self._arch})"
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        with self._cache.lock(f"download-{self._index.name}", what="reads a package index"):
+            yield
+
+    def _source_line(self) -> str:
+        # One source: the security and update suites of a stable release may not match each other
+        # on a mirror that is being updated. Suites that expire (testing, sid) are used for what
+        # they hold, however old the mirror's copy is.
+        options = ["check-valid-until=no"]
+        if KEYRING.is_file():
+            options.append(f"signed-by={KEYRING}")
+        return f"deb [{' '.join(options)}] {self._mirror} {self._suite} main\n"
+
+    def _configuration(self) -> str:
+        values = {
+            "Dir": self._index,
+            "Dir::State": "",
+            "Dir::State::lists": "lists",
+            "Dir::State::status": self._index / "status",
+            "Dir::Cache": "cache",
+            "Dir::Etc": "etc",
+            "APT::Architecture": self._arch,
+            "APT::Architectures": self._arch,
+            "APT::Install-Recommends": "false",
+            "APT::Update::Error-Mode": "any",
+            # As root, apt would become a user who may not read our folders.
+            "APT::Sandbox::User": "",
+            "Acquire::Languages": "none",
+            "Acquire::PDiffs": "false",
+            "Acquire::Retries": "3",
+            # Each download has a lock of ours, and a folder of its own.
+            "Debug::NoLocking": "true",
+        }
+        lines = [f'{name} "{value}";' for name, value in values.items()]
+        return "\n".join([*lines, *_network_options()]) + "\n"
+
+    def _apt(
+        self,
+        *words: str,
+        tool: str = "apt-get",
+        proceed: Callable[[], None] | None = None,
+        stop: re.Pattern[str] | None = None,
+    ) -> tuple[str, ...]:
+        """Run apt-get; its output. A line that matches `stop` ends it as unavailable."""
+        output: list[str] = []
+
+        def line(text: str) -> None:
+            output.append(text)
+            if stop and stop.search(text):
+                raise UnavailableError(f"{self._where}: {text.strip()}", hint=_OTHER_HINT)
+
+        env = {
+            **os.environ,
+            "LC_ALL": "C.UTF-8",
+            "DEBIAN_FRONTEND": "noninteractive",
+            "APT_CONFIG": str(self._index / "apt.conf"),
+        }
+        try:
+            done = process.run(
+                [tool, "-q", *words],
+                env=env,
+                on_line=line,
+                idle_s=_REFRESH_S,
+                on_idle=proceed or self._proceed,
+                keep_lines=10_000,
+            )
+        except UnavailableError:
+            raise
+        except HostError as error:
+            raise self._explain(words, "\n".join(output), error) from error
+        return done.lines
+
+    def _explain(self, words: Sequence[str], output: str, error: HostError) -> Error:
+        """The failure in the user's terms; apt's own words where the cause is not a known one."""
+        names = re.findall(
+            r"^[EN]: (?:Unable to locate package |Package '?(?=.* has no installation))([\w.+-]+)",
+            output,
+            flags=re.MULTILINE,
+        )
+        if "E: No packages found" in output:
+            names = list(words[1:])
+        if names:
+            what = ", ".join(dict.fromkeys(names))
+            return UnavailableError(f"{self._where} has no package {what}", hint=_OTHER_HINT)
+        if "does not have a Release file" in output:
+            return UnavailableError(
+                f"the mirror {self._mirror} has no suite {self._suite}",
+                hint="a suite is a codename such as trixie; most mirrors' URIs end in /debian",
+            )
+        if re.search(r"No space left|enough free space", output):
+            return HostError(
+                f"no space left to fetch packages of Debian {self._suite}",
+                hint="free some, `paprscm cache prune`, or set cache_dir",
+            )
+        unsigned = r"NO_PUBKEY|signatures? (couldn't|were)|is not signed|No good signature"
+        if re.search(unsigned, output):
+            return UnavailableError(
+                f"this host has no key that signed Debian {self._suite} on {self._mirror}",
+                hint="apt install debian-archive-keyring, or a newer version of it",
+            )
+        if re.search(r"Hash Sum mismatch|unexpected size|Hash mismatch", output):
+            return UnavailableError(
+                f"the files on {self._mirror} are not those that Debian {self._suite} signed: "
+                f"{_detail(output)}",
+                hint="try again in some minutes, or " + _OTHER_HINT,
+            )
+        if "unmet dependencies" in output:
+            needs = re.findall(r"^ +(\S+ : .+)$", output, flags=re.MULTILINE)
+            return UnavailableError(
+                f"{self._where} lacks dependencies: {'; '.join(needs[:_NAMED])}", hint=_OTHER_HINT
+            )
+        if re.search(r"^([EW]: (Failed|Unable) to fetch|Err:)", output, flags=re.MULTILINE):
+            if words[0] == "update":
+                return HostError(
+                    f"the mirror {self._mirror} cannot be reached: {_detail(output)}",
+                    hint="check the network and apt's proxy, or set another mirror=",
+                )
+            return HostError(
+                f"the download from {self._mirror} broke off: {_detail(output)}",
+                hint="run it again, it continues; if it breaks off again, set another mirror=",
+            )
+        return error
+
+
+def _present_bytes(files: Sequence[File], folder: Path) -> int:
+    """The size of what has been downloaded so far, of complete and of partial files."""
+    total = 0
+    for file in files:
+        for place in (folder / file.name, folder / "partial" / file.name):
+            # A file moves out of partial/ when it is complete.
+            with contextlib.suppress(FileNotFoundError):
+                total += place.stat().st_size
+                break
+    return total
+
+
+def absent(files: Sequence[File]) -> list[File]:
+    """The files that the mirror says it does not have."""
+
+    def is_absent(file: File) -> bool:
+        parts = urlsplit(file.uri)
+        if parts.scheme == "file":
+            return not Path(unquote(parts.path)).is_file()
+        if parts.scheme not in ("http", "https"):
+            return False
+        request = urllib.request.Request(file.uri, method="HEAD")  # noqa: S310
+        try:
+            with urllib.request.urlopen(request, timeout=_ASK_LIMIT_S):  # noqa: S310
+                return False
+        except urllib.error.HTTPError as error:
+            return error.code in (404, 410)
+        except OSError:
+            # It could not be asked; the download will tell.
+            return False
+
+    with ThreadPoolExecutor(_ASK_THREADS) as pool:
+        answers = pool.map(is_absent, files)
+        return [file for file, absent in zip(files, answers, strict=True) if absent]
+
+
+def _not_there(where: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_NAMED])
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"{where} lacks {len(names)} package files that its index names: {listed}{more}"
+
+
+def _network_options() -> list[str]:
+    argv = ["apt-config", "dump"]
+    dump = subprocess.run(argv, capture_output=True, text=True, check=False).stdout
+    return [
+        line
+        for line in dump.splitlines()
+        if line.startswith(_NETWORK_OPTIONS) and not line.endswith(' "";')
+    ]
+
+
+def _detail(output: str) -> str:
+    """The reason that apt gives, without the file's address."""
+    match = re.search(r"^[EW]: Failed to fetch \S+ +(.+)$", output, flags=re.MULTILINE)
+    if match:
+        return match[1]
+    lines = [line for line in output.splitlines() if line.startswith(("E:", "W:", "Err:"))]
+    return (lines or output.splitlines() or ["no output"])[0]

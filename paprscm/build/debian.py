@@ -1,0 +1,298 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Download Debian packages of any suite and architecture and unpack them, without root.
+
+A download that was cut off continues where it stopped, also in a later run.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from paprscm import log
+from paprscm.build.apt import FOLDER, File, Source, UnavailableError, absent
+from paprscm.errors import ConfigError, HostError
+from paprscm.host.cache import Cache
+from paprscm.settings import Settings
+
+ARCH = "ppc64el"
+"""Debian's name of the guests' architecture."""
+
+AUTO_SUITES = ("trixie", "bookworm", "forky", "sid")
+"""Suites that the setting 'auto' stands for, in this order."""
+
+_MERGED = ("bin", "sbin", "lib", "lib64")
+_MIRROR_HINT = "set mirror= to the URI of a Debian mirror, such as the one in /etc/apt/sources.list"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Download:
+    """Packages and all their dependencies, complete in a folder.
+
+    Attributes:
+        suite: the Debian suite that they are from.
+        folder: where they are; remove() deletes it.
+        files: one for each package.
+    """
+
+    suite: str
+    folder: Path
+    files: tuple[File, ...]
+
+    def unpack(self, target: Path, *, title: str) -> dict[str, str]:
+        """Unpack all packages into `target`; no maintainer script runs.
+
+        Args:
+            target: a folder that is absent or empty. On an error its content is undefined.
+            title: the progress bar's title.
+
+        Returns:
+            The version of each package.
+
+        Raises:
+            HostError: a package cannot be unpacked, or no space is left.
+        """
+        for name in _MERGED:
+            # As on every Debian since 12; up to Debian 12 packages still hold files in /lib and
+            # /bin, and count on these links.
+            (target / "usr" / name).mkdir(parents=True, exist_ok=True)
+            (target / name).symlink_to(f"usr/{name}")
+        unpacked = 0
+        with log.progress(f"{title}: unpack", self.size_bytes, unit="bytes") as bar:
+            for file in self.files:
+                _unpack(self.folder / file.name, target)
+                unpacked += file.size_bytes
+                bar.update(unpacked)
+        for name in _MERGED:
+            if not any((target / "usr" / name).iterdir()):
+                (target / name).unlink()
+                (target / "usr" / name).rmdir()
+        return {file.package: file.version for file in self.files}
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of all package files."""
+        return sum(file.size_bytes for file in self.files)
+
+    def remove(self) -> None:
+        """Delete the package files."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A Debian mirror, and the folder for what is downloaded from it.
+
+    Attributes:
+        cache: downloads are kept in a folder below its root.
+        mirror: URI of the mirror, or 'auto' for the one that the host's own apt uses.
+        offline: never ask the network.
+    """
+
+    cache: Cache
+    mirror: str = "auto"
+    offline: bool = False
+
+    @classmethod
+    def of(cls, settings: Settings) -> Archive:
+        """The archive that the settings name."""
+        return cls(Cache(settings.cache_dir), settings.mirror, settings.offline)
+
+    def extract(
+        self, packages: Sequence[str], *, suite: str, arch: str, target: Path, title: str
+    ) -> dict[str, str]:
+        """Download packages with all dependencies, unpack them into `target`, forget the files.
+
+        Arguments and errors are those of download() and Download.unpack().
+        """
+        download = self.download(packages, suite=suite, arch=arch, title=title)
+        versions = download.unpack(target, title=title)
+        download.remove()
+        return versions
+
+    def download(
+        self,
+        packages: Sequence[str],
+        *,
+        suite: str,
+        arch: str,
+        title: str,
+        alone: bool = False,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> Download:
+        """Download packages and all their dependencies.
+
+        Args:
+            packages: names of binary packages.
+            suite: codename or suite name ("trixie", "sid").
+            arch: Debian architecture ("ppc64el").
+            title: what is downloaded, for messages and the progress bar.
+            alone: without the dependencies.
+            proceed: called several times a second; ends the download by raising.
+
+        Raises:
+            UnavailableError: the suite or a package does not exist there, files of it are missing
+                from the mirror or are not what Debian signed.
+            ConfigError: the mirror's URI is not valid, or the host's apt knows no mirror.
+            HostError: offline, apt is missing, the mirror cannot be reached, the download broke
+                off, no space.
+        """
+        source = self._source(suite, arch, title, proceed)
+        with self.cache.lock(f"download-{source.key(packages)}", what=f"downloads the {title}"):
+            folder = self._root / source.key(packages)
+            files = source.plan(packages, alone=alone)
+            (folder / "partial").mkdir(parents=True, exist_ok=True)
+            source.fetch(packages, files, folder, alone=alone)
+        return Download(suite, folder, files)
+
+    def absent_files(
+        self, packages: Sequence[str], *, suite: str, arch: str
+    ) -> tuple[int, list[str]]:
+        """Ask the mirror for each package file without downloading it.
+
+        Returns:
+            The size in bytes of all files, and the names of those that the mirror does not have.
+
+        Raises:
+            As for download().
+        """
+        source = self._source(suite, arch, "packages", lambda: None)
+        files = source.plan(packages)
+        return sum(file.size_bytes for file in files), [file.name for file in absent(files)]
+
+    def prune(self, *, unused_for_s: float) -> None:
+        """Remove indexes and cut-off downloads that were not used for so many seconds."""
+        for folder in self._root.glob("*"):
+            if time.time() - folder.stat().st_mtime >= unused_for_s:
+                with self.cache.lock(f"download-{folder.name}", what="prunes", wait=False) as taken:
+                    if taken:
+                        shutil.rmtree(folder)
+
+    @property
+    def _root(self) -> Path:
+        return self.cache.root / FOLDER
+
+    def _source(self, suite: str, arch: str, title: str, proceed: Callable[[], None]) -> Source:
+        if self.offline:
+            raise HostError(
+                f"offline=yes, and the cache {self.cache.root} does not have the {title} "
+                f"(Debian {suite}, {arch})",
+                hint="on a machine with network: `paprscm image`, `paprscm cache export FILE`; "
+                "here: `paprscm cache import FILE`",
+            )
+        if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+            raise HostError(
+                "this host has no apt-get and dpkg-deb to fetch Debian packages with",
+                hint="install the packages apt and dpkg (Fedora has them, too), or "
+                "`paprscm cache import` what another machine exported",
+            )
+        source = Source(self.cache, resolve_mirror(self.mirror), suite, arch, title, proceed)
+        source.update()
+        return source
+
+
+def resolve_mirror(setting: str) -> str:
+    """The Debian mirror to fetch from, without a slash at its end.
+
+    Args:
+        setting: a URI, or 'auto' for the one that the host's own apt uses for Debian's archive.
+
+    Raises:
+        ConfigError: it is not a URI, or the host's apt knows no Debian mirror.
+    """
+    if setting != "auto":
+        if not re.fullmatch(r"[a-z+]+:/[^\s\[\]]+", setting):
+            raise ConfigError(f"mirror={setting} is not a URI", hint=_MIRROR_HINT)
+        return setting.rstrip("/")
+    if shutil.which("apt-get") is None:
+        raise ConfigError("this host has no apt that could name a Debian mirror", hint=_MIRROR_HINT)
+    for label, site in _apt_sites("--release-info"):
+        if label == "Debian":
+            return site
+    # Before the first `apt-get update` apt does not know the labels.
+    for _, site in _apt_sites("--no-release-info"):
+        if site.endswith("/debian"):
+            return site
+    raise ConfigError("the host's apt sources name no Debian mirror", hint=_MIRROR_HINT)
+
+
+def suites(setting: str) -> tuple[str, ...]:
+    """The suites to try, in order.
+
+    Args:
+        setting: 'auto', or one or more suites with commas between them.
+    """
+    return AUTO_SUITES if setting == "auto" else tuple(setting.split(","))
+
+
+def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, title: str) -> T:
+    """The first suite's result that does not end as UnavailableError.
+
+    Each suite that is passed over is logged, with the reason.
+
+    Args:
+        candidates: the suites, best first.
+        attempt: called with one of them at a time.
+        title: what is wanted, for messages.
+
+    Raises:
+        UnavailableError: none of them can provide it; the message has each one's reason.
+    """
+    failures: list[UnavailableError] = []
+    for suite in candidates:
+        try:
+            return attempt(suite)
+        except UnavailableError as error:
+            failures.append(error)
+            if suite != candidates[-1]:
+                log.logger.info("%s; trying the next suite", error.message)
+    if len(failures) == 1:
+        raise failures[0]
+    reasons = "".join(f"\n    {error.message}" for error in failures)
+    raise UnavailableError(
+        f"no suite of {', '.join(candidates)} can provide the {title}:{reasons}",
+        hint="try again later (a mirror may be in the middle of an update), or set mirror=",
+    )
+
+
+def _unpack(package: Path, target: Path) -> None:
+    # Both end by themselves when one of them or this process does.
+    with subprocess.Popen(
+        ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as reader:
+        tar = ["tar", "-x", "--same-permissions", "--no-same-owner", "--keep-directory-symlink"]
+        done = subprocess.run(
+            [*tar, "--warning=no-timestamp", "-C", target, "-f", "-"],
+            stdin=reader.stdout,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        assert reader.stdout is not None  # noqa: S101
+        assert reader.stderr is not None  # noqa: S101
+        reader.stdout.close()
+        complaint = reader.stderr.read().decode(errors="replace") + done.stderr
+    if done.returncode or reader.returncode:
+        if "No space left" in complaint:
+            raise HostError(
+                f"no space left to unpack {package.name}",
+                hint="free some, `paprscm cache prune`, or set cache_dir",
+            )
+        raise HostError(f"{package.name} cannot be unpacked: {complaint.strip()[-500:]}")
+
+
+def _apt_sites(option: str) -> list[tuple[str, str]]:
+    """Label and URI of each network source of the host's apt."""
+    argv = ["apt-get", "indextargets", option, "--format", "$(LABEL)|$(SITE)"]
+    found = subprocess.run(argv, capture_output=True, text=True, check=False)
+    targets = [line.partition("|")[::2] for line in found.stdout.splitlines()]
+    return [(label, site.rstrip("/")) for label, site in targets if not site.startswith("cdrom:")]

@@ -1,0 +1,449 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Build guest kernels: the default one from Debian's source, and one from an own source tree."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from paprscm.build import kernel_source, prerequisites
+from paprscm.build.debian import Archive
+from paprscm.build.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
+from paprscm.build.vmlinux import parse_config
+from paprscm.errors import ConfigError, Error, HostError
+from paprscm.host import process
+from paprscm.host.cache import Cache
+from paprscm.host.folders import require_make
+from paprscm.log import Bar, logger, progress, step
+from paprscm.settings import Settings, expanded
+
+TOOLCHAIN = "powerpc64le-linux-gnu-"
+_TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
+_REFRESH_S = 0.5
+_BUILD_TOOLS_HINT = "apt install make gcc libc6-dev bison flex bc"
+
+# One line of make's output for each of these is one object of the progress bar.
+_OBJECT = re.compile(r"^  (?:CC|AS)\s")
+_WRONG = re.compile(
+    r": (?:fatal )?error: |undefined reference|internal compiler error|Kconfig\S*:\d+: "
+    r"|\*\*\* (?!Waiting)"
+)
+# Without these of a fragment there is nothing to test.
+_VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
+# Switched off in a given .config: a guest needs the command line that QEMU passes.
+_OFF = {"CMDLINE_FORCE": "n"}
+# What an unpacked source, its objects and the vmlinux take.
+_BUILD_BYTES = 1_200_000_000
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel that was built.
+
+    Attributes:
+        vmlinux: without debug information, with its symbol table.
+        config: the .config that it was built with.
+        log: what make said.
+        modules: a folder as modules_install leaves it; None where nothing is a module.
+        source: version of Debian's source package, or the source folder.
+    """
+
+    vmlinux: Path
+    config: Path
+    log: Path
+    modules: Path | None
+    source: str
+
+
+def build_default(
+    archive: Archive,
+    settings: Settings,
+    *,
+    extra: Sequence[Path] = (),
+    proceed: Callable[[], None] = lambda: None,
+) -> Built:
+    """The default kernel, built now if it is not in the cache; asks the network for nothing else.
+
+    Args:
+        archive: where the source comes from; its cache keeps source and kernel, as two entries.
+        settings: kernel_source and kernel_suite name the source, page_size its page size, kernel
+            selects the debug kernel.
+        extra: further fragments; a later one overrides.
+        proceed: called several times a second while something runs; ends it by raising.
+
+    Raises:
+        HostError: a tool is missing, or the source does not build.
+        ConfigError: an option of the fragments did not survive; the message names it and why.
+    """
+    cache = archive.cache
+    debug = settings.kernel == "debug"
+    fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
+    source = kernel_source.find(cache, settings)
+    any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
+    if any_source or shutil.which(TOOLCHAIN + "gcc") is None:
+        # As imported from another machine.
+        there = _find_without_source(cache, settings, fragment)
+        if there is not None:
+            return there
+    # Before the download: a tool that is missing is reported at once.
+    compiler = _compiler()
+    if source is None:
+        require_make(cache.root)
+    source = source or kernel_source.fetch(archive, settings, proceed)
+    version = (source / "version").read_text().strip()
+    fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
+    log_file = cache.root / "logs" / "kernel-build.log"
+
+    def build(entry: Path) -> None:
+        tree, objects = entry / "tree", entry / "objects"
+        with step(f"building the {settings.kernel} kernel ({version})"):
+            _fresh_log(log_file)
+            kernel_source.unpack(source / "linux.tar.xz", tree)
+            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
+            (entry / "fragment").write_text(fragment.text(own_tree=False))
+            make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
+            produced = parse_config((objects / ".config").read_text())
+            _check(fragment.required(own_tree=False), produced, tree, vital=None)
+            prerequisites.require(produced, tree)
+            make.compile(produced, total=fragment.objects)
+            _collect(make, entry, produced)
+            (entry / "source-version").write_text(version + "\n")
+            shutil.copyfile(log_file, entry / "build.log")
+            shutil.rmtree(tree)
+            shutil.rmtree(objects)
+
+    entry = cache.ensure("kernel", fields, build, needs_bytes=_BUILD_BYTES)
+    return _built(entry.path, entry.path / "build.log", version)
+
+
+def build_tree(
+    cache: Cache,
+    source: Path,
+    *,
+    config: Path | None = None,
+    page_size: str = "64k",
+    debug: bool = False,
+) -> Built:
+    """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
+
+    The part of images/kernel.config that every kernel needs is merged over `config`; an option that
+    is a module there stays one. Without `config` it is the default kernel's configuration.
+
+    Args:
+        cache: its root holds the O= folders, in kbuild/.
+        source: top of a Linux source tree without an in-tree build in it.
+        config: the user's .config.
+        page_size, debug: of a kernel without `config`, as for `fragments`; each kind has an O=
+            folder of its own.
+
+    Raises:
+        ConfigError: this is no kernel tree, it is not clean, it has no papr_scm, or it does not
+            compile (with the compiler's first errors); or page size or debug and configuration were
+            given.
+        HostError: a tool is missing.
+    """
+    source = expanded(source).resolve()
+    _check_tree(source)
+    if config is not None and (debug or page_size != "64k"):
+        what = "kernel=debug" if debug else f"page_size={page_size}"
+        raise ConfigError(
+            f"{what} is for the suite's own configuration",
+            hint=f"{config} says what it wants",
+        )
+    fragment = Fragment.read(fragments(page_size, debug=debug))
+    kind = ("" if page_size == "64k" else f" {page_size}") + (" debug" if debug else "")
+    name = hashlib.sha256(f"{source}{kind}".encode()).hexdigest()[:16]
+    folder = cache.root / "kbuild" / name
+    with cache.lock(f"kbuild-{name}", what=f"builds the kernel in {source}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "source").write_text(f"{source}\n")
+        objects, log_file = folder / "objects", folder / "build.log"
+        with step(f"building the kernel of {source}"), _marked(objects):
+            _fresh_log(log_file)
+            make = _Make(source, objects, log_file)
+            if config is None:
+                (folder / "fragment").write_text(fragment.text(own_tree=False))
+                make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
+            else:
+                given = _read_config(config)
+                text = merge(given, {**fragment.values(own_tree=True), **_OFF})
+                (objects / ".config").write_text(text)
+                make.run("olddefconfig")
+            produced = parse_config((objects / ".config").read_text())
+            required = fragment.required(own_tree=config is not None)
+            _check(required, produced, source, vital=_VITAL)
+            if config is not None:
+                _report_switched_off(parse_config(given), produced, config)
+            prerequisites.require(produced, source)
+            count = folder / "objects-count"
+            known = count.read_text() if count.is_file() else ""
+            total = int(known or fragment.objects) if config is None else int(known or 0)
+            first = not (objects / "vmlinux").exists()
+            compiled = make.compile(produced, total=total if first else 0, blame=ConfigError)
+            if first:
+                count.write_text(str(compiled))
+            _collect(make, folder, produced)
+    return _built(folder, log_file, str(source))
+
+
+def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
+    """Remove and return the O= folders of own trees that nobody built in for so many seconds."""
+    gone = []
+    for folder in (cache.root / "kbuild").glob("*"):
+        log_file = folder / "build.log"
+        used = (log_file if log_file.exists() else folder).stat().st_mtime
+        if time.time() - used < unused_for_s:
+            continue
+        with cache.lock(f"kbuild-{folder.name}", what="prunes", wait=False) as taken:
+            if taken:
+                shutil.rmtree(folder)
+                gone.append(folder)
+    return gone
+
+
+class _Make:
+    """One O= folder and the make that fills it."""
+
+    def __init__(
+        self,
+        source: Path,
+        objects: Path,
+        log_file: Path,
+        *variables: str,
+        proceed: Callable[[], None] = lambda: None,
+    ) -> None:
+        require_make(objects)
+        require_make(source)
+        objects.mkdir(parents=True, exist_ok=True)
+        self.source = source
+        self.objects = objects
+        self._log_file = log_file
+        self._proceed = proceed
+        jobs = len(os.sched_getaffinity(0)) + 1
+        self._argv = [
+            *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
+            *(f"CROSS_COMPILE={TOOLCHAIN}", *variables),
+        ]
+        passed, missed = prerequisites.environment(os.environ)
+        if missed:
+            logger.warning(
+                "not passed on to the kernel build: %s of the environment", ", ".join(missed)
+            )
+        self._env = {
+            **passed,
+            "LC_ALL": "C",
+            "KBUILD_BUILD_USER": "paprscm",
+            "KBUILD_BUILD_HOST": "paprscm",
+        }
+
+    def run(self, *targets: str, bar: Bar | None = None, total: int = 0) -> int:
+        """Make the targets; how many objects were compiled.
+
+        Raises:
+            HostError: it failed; the first errors are in the message, the log's path in the hint.
+        """
+        done = 0
+        wrong: list[str] = []
+
+        def line(text: str) -> None:
+            nonlocal done
+            if _OBJECT.match(text):
+                done += 1
+                if bar is not None:
+                    # The total is a record of an earlier build, or of another version.
+                    bar.update(done, max(total, done) if total else None)
+            elif _WRONG.search(text):
+                wrong.append(text.strip())
+
+        try:
+            process.run(
+                [*self._argv, *targets],
+                env=self._env,
+                log_file=self._log_file,
+                on_line=line,
+                idle_s=_REFRESH_S,
+                on_idle=self._proceed,
+            )
+        except HostError as error:
+            if not wrong:
+                raise
+            # With several jobs the last line is rarely the cause; the compiler's errors are.
+            cause = [text for text in wrong if "***" not in text] or wrong
+            lines = "".join(f"\n    {text}" for text in cause[:8])
+            raise HostError(
+                f"`make {' '.join(targets)}` in {self.source} failed:{lines}",
+                hint=f"the whole log: {self._log_file}",
+            ) from error
+        return done
+
+    def compile(
+        self, produced: dict[str, str], *, total: int, blame: type[Error] = HostError
+    ) -> int:
+        """Make vmlinux, and modules where there are any; how many objects were compiled."""
+        targets = ["vmlinux", "modules"] if "m" in produced.values() else ["vmlinux"]
+        try:
+            with progress("kernel objects", total or None, "objects") as bar:
+                return self.run(*targets, bar=bar, total=total)
+        except HostError as error:
+            raise blame(error.message, hint=error.hint) from error
+
+
+def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -> Built | None:
+    """The newest kernel in the cache that was built from such a source, by any compiler."""
+    series = settings.kernel_source.removeprefix("linux-source-") + "."
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.kind == "kernel"
+        and entry.fields.get("fragment") == fragment.digest
+        and entry.fields.get("source", "").startswith(series)
+    ]
+    for entry in sorted(entries, key=lambda entry: entry.created, reverse=True):
+        if there := cache.find(entry.kind, entry.fields):
+            return _built(there.path, there.path / "build.log", entry.fields["source"])
+    return None
+
+
+def _compiler() -> str:
+    """The cross compiler's name and version, as one line."""
+    if shutil.which(TOOLCHAIN + "gcc") is None:
+        raise HostError(f"{TOOLCHAIN}gcc is not installed", hint=_TOOLCHAIN_HINT)
+    for tool in ("make", "gcc", "bison", "flex", "bc"):
+        if shutil.which(tool) is None:
+            raise HostError(f"{tool} is not installed", hint=_BUILD_TOOLS_HINT)
+    return process.run([TOOLCHAIN + "gcc", "--version"]).lines[0]
+
+
+def _check(
+    required: Sequence[Requirement],
+    produced: dict[str, str],
+    tree: Path,
+    *,
+    vital: Sequence[str] | None,
+) -> None:
+    """Name the requirements that are not met; fatal for the vital ones, all of them if None."""
+    lost = unmet(required, produced)
+    if not lost:
+        return
+    reasons = explain([name for one in lost for name in one.options], produced, tree)
+    lost = [
+        one
+        for one in lost
+        if not one.optional or any(reasons[name] != UNKNOWN for name in one.options)
+    ]
+    text = "; ".join(
+        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
+    )
+    if any(vital is None or name in vital for one in lost for name in one.options):
+        raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
+    if lost:
+        logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
+
+
+def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:
+    """Name what a given .config had and its kernel has not, where that is not the user's doing."""
+    for name, why in (
+        ("CMDLINE_FORCE", "guests need the command line that QEMU passes"),
+        # "depends on PAHOLE_VERSION >= 116", Linux lib/Kconfig.debug.
+        ("DEBUG_INFO_BTF", "pahole is missing or too old (apt install dwarves)"),
+    ):
+        if given.get(name) == "y" and name not in produced:
+            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, why)
+
+
+def _check_tree(source: Path) -> None:
+    if not (source / "Kbuild").is_file() or not (source / "arch/powerpc/Kconfig").is_file():
+        raise ConfigError(
+            f"{source} is not the top of a Linux source tree",
+            hint="it must hold Kbuild and arch/powerpc/Kconfig",
+        )
+    # Linux, Makefile: outputmakefile.
+    dirt = (".config", "include/config", "arch/powerpc/include/generated")
+    found = [name for name in dirt if (source / name).exists()]
+    if found:
+        raise ConfigError(
+            f"{source} was built or configured in place ({', '.join(found)} is there); "
+            "kbuild refuses a separate output folder then",
+            hint=f"cp {source}/.config FILE; make -C {source} ARCH=powerpc mrproper; then give "
+            "FILE as the configuration",
+        )
+    _compiler()
+
+
+def _read_config(path: Path) -> str:
+    try:
+        text = expanded(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the kernel configuration {path} cannot be read: {error}") from error
+    if "CONFIG_" not in text:
+        raise ConfigError(f"{path} is not a kernel configuration: it sets no CONFIG_ option")
+    return text
+
+
+@contextmanager
+def _marked(objects: Path) -> Iterator[None]:
+    """Forget what a build that was killed had half written.
+
+    make deletes its half-written targets when it is interrupted or fails, but not when it is
+    killed; such an object would be newer than its source, and be taken. kbuild (scripts/
+    Kbuild.include, if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
+    """
+    objects.mkdir(parents=True, exist_ok=True)
+    marker = objects / ".building"
+    if marker.exists():
+        since = marker.stat().st_mtime_ns
+        for path in objects.rglob("*.[ao]"):
+            written = path.lstat().st_mtime_ns
+            command = path.with_name(f".{path.name}.cmd")
+            whole = command.exists() and command.stat().st_mtime_ns >= written
+            if written >= since and (not whole or path.with_name(f".{path.name}.d").exists()):
+                path.unlink()
+        (objects / "vmlinux").unlink(missing_ok=True)
+    marker.write_text("")
+    try:
+        yield
+    except Error:
+        marker.unlink()
+        raise
+    marker.unlink()
+
+
+def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
+    """Put vmlinux, config and modules beside the O= folder, each by rename."""
+    built = folder / ".vmlinux.new"
+    process.run([TOOLCHAIN + "strip", "--strip-debug", "-o", built, make.objects / "vmlinux"])
+    built.replace(folder / "vmlinux")
+    shutil.copyfile(make.objects / ".config", folder / "config")
+    fresh, modules = folder / ".modules.new", folder / "modules"
+    for stale in (fresh, modules):
+        shutil.rmtree(stale, ignore_errors=True)
+    if "m" in produced.values():
+        make.run("modules_install", f"INSTALL_MOD_PATH={fresh}", "INSTALL_MOD_STRIP=1")
+        # Links back into the build's folders, which may move or go.
+        for link in fresh.glob("lib/modules/*/*"):
+            if link.is_symlink():
+                link.unlink()
+        fresh.rename(modules)
+
+
+def _built(folder: Path, log_file: Path, source: str) -> Built:
+    modules = folder / "modules"
+    return Built(
+        vmlinux=folder / "vmlinux",
+        config=folder / "config",
+        log=log_file,
+        modules=modules if modules.is_dir() else None,
+        source=source,
+    )
+
+
+def _fresh_log(log_file: Path) -> None:
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    log_file.write_bytes(b"")

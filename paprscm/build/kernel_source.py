@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The Linux source of the kernels that the suite builds: a package of Debian's, in the cache."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from paprscm.build.debian import ARCH, Archive, first_available, suites
+from paprscm.errors import ConfigError, HostError
+from paprscm.host import process
+from paprscm.host.cache import Cache
+from paprscm.log import step
+from paprscm.settings import Settings
+
+KIND = "kernel-source"
+"""Kind of its cache entry."""
+
+_NEEDS_BYTES = 400_000_000
+
+# Every architecture but powerpc.
+_OTHER_ARCHITECTURES = ("[a-o]*", "parisc", "[q-z]*")
+# The Kconfig files and Makefiles of both stay: every configuration reads them all.
+_CODE_NOT_BUILT = (
+    *("drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband", "drivers/media"),
+    *("drivers/net/ethernet", "drivers/net/wireless", "drivers/staging", "sound"),
+)
+_TEXT_SUFFIXES = ("rst", "txt", "yaml", "svg", "json", "dot", "py")
+
+
+def _source_fields(settings: Settings, suite: str) -> dict[str, str]:
+    return {"package": settings.kernel_source, "suite": suite}
+
+
+def find(cache: Cache, settings: Settings) -> Path | None:
+    """The cache entry with the source package's archive and version, of the first suite."""
+    for suite in suites(settings.kernel_suite):
+        if entry := cache.find(KIND, _source_fields(settings, suite)):
+            return entry.path
+    return None
+
+
+def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> Path:
+    """Download the source from the first suite that has it; the cache entry, as for find().
+
+    Args:
+        archive: where it comes from; its cache keeps it.
+        settings: kernel_source and kernel_suite name it.
+        proceed: called several times a second while something runs; ends it by raising.
+
+    Raises:
+        UnavailableError: no suite has the package.
+        ConfigError: it holds no Linux source.
+        HostError: as for Archive.download().
+    """
+    package = settings.kernel_source
+
+    def attempt(suite: str) -> Path:
+        def fill(entry: Path) -> None:
+            root = entry / "root"
+            with step(f"fetching {package} (Debian {suite})"):
+                download = archive.download(
+                    [package],
+                    suite=suite,
+                    # The package is for all architectures; the userland needs this one's index.
+                    arch=ARCH,
+                    title=package,
+                    alone=True,
+                    proceed=proceed,
+                )
+                download.unpack(root, title=package)
+                archives = sorted((root / "usr/src").glob("linux-source-*.tar.xz"))
+                if len(archives) != 1:
+                    raise ConfigError(
+                        f"the package {package} of {suite} holds no Linux source",
+                        hint="set kernel_source to a package such as linux-source-6.12",
+                    )
+                (entry / "version").write_text(_package_version(root, package) + "\n")
+                archives[0].rename(entry / "linux.tar.xz")
+                shutil.rmtree(root)
+                download.remove()
+
+        fields = _source_fields(settings, suite)
+        return archive.cache.ensure(KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
+
+    return first_available(suites(settings.kernel_suite), attempt, title=package)
+
+
+def _package_version(root: Path, package: str) -> str:
+    changelog = root / "usr/share/doc" / package / "changelog.Debian.gz"
+    try:
+        with gzip.open(changelog, "rt", encoding="utf-8", errors="replace") as file:
+            first = file.readline()
+    except (OSError, EOFError) as error:
+        raise HostError(f"the package {package} has no readable changelog: {error}") from error
+    found = re.match(r"\S+ \(([^)]+)\)", first)
+    if found is None:
+        raise HostError(f"the changelog of {package} does not begin with a version: {first!r}")
+    return found[1]
+
+
+def unpack(archive: Path, tree: Path) -> None:
+    """Unpack the source without what a powerpc kernel never reads: half of its files."""
+    code = [f"arch/{name}" for name in _OTHER_ARCHITECTURES] + list(_CODE_NOT_BUILT)
+    excluded = [f"*/{folder}/*.{suffix}" for folder in code for suffix in ("[chS]", "dts", "dtsi")]
+    excluded += [f"*/Documentation/*.{suffix}" for suffix in _TEXT_SUFFIXES]
+    excluded += ["*/tools/testing", "*/tools/perf", "*/rust/*.rs"]
+    tree.mkdir()
+    with step("unpacking the kernel source"):
+        process.run(
+            [
+                # Debian compresses in blocks: xz can take several at a time.
+                *("tar", "--use-compress-program=xz -T0", "-xf", archive, "-C", tree),
+                *("--strip-components=1", "--wildcards"),
+                *("--no-anchored", "--no-same-owner"),
+                *(f"--exclude={pattern}" for pattern in excluded),
+            ]
+        )

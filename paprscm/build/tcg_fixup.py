@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Instructions for persistent memory that a TCG may lack: ask which, and rewrite them in a copy.
+
+No QEMU up to 11.1 executes `dcbfps` and `dcbstps` under TCG (GEN_HANDLER(dcbf) in
+target/ppc/translate.c rejects L > 3), so every kernel since 5.9 takes a program interrupt at its
+first write to pmem ("powerpc/pmem: Add flush routines using new pmem store and sync instruction").
+TCG has no caches to flush, so a plain `dcbf` there means the same.
+"""
+
+from __future__ import annotations
+
+import bisect
+import gzip
+import io
+import itertools
+import lzma
+import re
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import zstandard
+from elftools.common.exceptions import ELFError
+from elftools.elf.constants import SH_FLAGS
+from elftools.elf.elffile import ELFFile
+from elftools.elf.relocation import RelocationSection
+from elftools.elf.sections import Section, SymbolTableSection
+
+from paprscm.errors import ConfigError
+
+_TOOLS = "powerpc64le-linux-gnu-"
+_TOOLS_HINT = "apt install binutils-powerpc64le-linux-gnu"
+# Linux, include/linux/module_signature.h.
+_SIGNATURE_MARK = b"~Module signature appended~\n"
+_SIGNATURE_INFO = struct.Struct(">BBBBB3xI")
+_SYMBOL = {"<": struct.Struct("<IBBHQQ"), ">": struct.Struct(">IBBHQQ")}
+_STT_FUNC = 2
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One form of an instruction, and what does the same where no cache is modelled.
+
+    Attributes:
+        name: its mnemonic in Power ISA 3.1.
+        word, mask: an instruction word w is of this form when w & mask == word.
+        becomes: the fixed bits of its replacement; the register fields stay.
+    """
+
+    name: str
+    word: int
+    mask: int
+    becomes: int
+
+
+# dcbf has its L field (3 bits) above RA and RB; sync has no operands besides L.
+_DCBF, _DCBF_MASK = 0x7C0000AC, 0xFFE007FF
+_HWSYNC, _LWSYNC, _SYNC_MASK = 0x7C0004AC, 0x7C2004AC, 0xFFFFFFFF
+
+INSTRUCTIONS = (
+    Instruction("dcbfps", 0x7C8000AC, _DCBF_MASK, _DCBF),
+    Instruction("dcbstps", 0x7CC000AC, _DCBF_MASK, _DCBF),
+    Instruction("phwsync", 0x7C8004AC, _SYNC_MASK, _HWSYNC),
+    Instruction("plwsync", 0x7CA004AC, _SYNC_MASK, _LWSYNC),
+)
+
+
+@dataclass(frozen=True)
+class FixReport:
+    """What the fix-up did to one file.
+
+    Attributes:
+        target: the copy.
+        how: where it looked: "functions" (extents of the symbol table), "sections" (executable
+            ones), "segments" (executable PT_LOAD), or "nothing" (the QEMU lacks nothing).
+        functions: sites by function; by section or segment where there are no functions.
+        instructions: sites by mnemonic.
+        signature_dropped: a module's appended signature no longer fitted and was cut off.
+    """
+
+    target: Path
+    how: str
+    functions: Mapping[str, int]
+    instructions: Mapping[str, int]
+    signature_dropped: bool = False
+
+    @property
+    def sites(self) -> int:
+        """How many instruction words were changed."""
+        return sum(self.functions.values())
+
+    def __str__(self) -> str:
+        if self.how == "nothing":
+            return f"{self.target.name}: no fix-up needed"
+        kinds = ", ".join(f"{n} {name}" for name, n in sorted(self.instructions.items()))
+        places = f" in {len(self.functions)} {self.how}" if self.functions else ""
+        return f"{self.target.name}: {self.sites} sites rewritten{places}" + (
+            f" ({kinds})" if kinds else ""
+        )
+
+
+def missing(executes: Mapping[str, bool]) -> tuple[Instruction, ...]:
+    """The instructions that a QEMU with the probe results `executes` cannot execute."""
+    return tuple(i for i in INSTRUCTIONS if executes.get(i.name) is False)
+
+
+def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixReport:
+    """Copy a vmlinux or a module with what the QEMU cannot execute rewritten.
+
+    Words are changed only inside functions where the symbol table names some, else in executable
+    sections, else in executable segments. A word under a relocation is not final and is left alone.
+    A compressed module (.gz, .xz, .zst) comes out uncompressed.
+
+    Args:
+        source: the ELF file; never changed.
+        target: where the copy goes.
+        executes: what `probe` said; what is not named there is taken as executable.
+
+    Raises:
+        ConfigError: `source` cannot be read or is no 64-bit ELF file.
+    """
+    lacking = missing(executes)
+    content = read_object(source)
+    if not lacking:
+        target.write_bytes(content)
+        shutil.copymode(source, target)
+        return FixReport(target, "nothing", {}, {})
+    try:
+        elf = ELFFile(io.BytesIO(content))
+    except ELFError as error:
+        raise ConfigError(f"{source} is not an ELF file: {error}") from error
+    if elf.elfclass != 64:
+        raise ConfigError(f"{source} is a {elf.elfclass}-bit ELF file, not a 64-bit one")
+    order = "<" if elf.little_endian else ">"
+    data = bytearray(content)
+    try:
+        how, ranges = _code_ranges(elf, data, order)
+    except (ELFError, struct.error, ValueError, IndexError) as error:
+        raise ConfigError(f"{source} is a damaged ELF file: {error}") from error
+    functions: Counter[str] = Counter()
+    instructions: Counter[str] = Counter()
+    for instruction in lacking:
+        for name, offset in _sites(data, ranges, instruction, order):
+            (word,) = struct.unpack_from(order + "I", data, offset)
+            fixed = word & ~instruction.mask & 0xFFFFFFFF | instruction.becomes
+            struct.pack_into(order + "I", data, offset, fixed)
+            functions[name] += 1
+            instructions[instruction.name] += 1
+    length = _signed_length(data)
+    dropped = bool(instructions) and length < len(data)
+    if dropped:
+        del data[length:]
+    target.write_bytes(data)
+    shutil.copymode(source, target)
+    return FixReport(target, how, dict(functions), dict(instructions), dropped)
+
+
+def is_signed(path: Path) -> bool:
+    """True if an uncompressed module ends with a signature (scripts/sign-file.c)."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_SIGNATURE_MARK)))
+        return file.read() == _SIGNATURE_MARK
+
+
+def read_object(path: Path) -> bytes:
+    """The content of an ELF file, or of a module compressed as kernels do it.
+
+    Raises:
+        ConfigError: it cannot be read, or the compressed data is damaged.
+    """
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            return gzip.decompress(data)
+        if data.startswith(b"\xfd7zXZ\x00"):
+            return lzma.decompress(data)
+        if data.startswith(b"\x28\xb5\x2f\xfd"):
+            # Kernel builds stream, so the frame need not tell the size of its content.
+            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
+        raise ConfigError(f"{path} is compressed and damaged: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    return data
+
+
+@dataclass(frozen=True)
+class _Range:
+    """File offsets [start, end) of code, with sorted `starts` of the named extents within."""
+
+    start: int
+    end: int
+    extents: Sequence[tuple[int, int, str]]
+    unfinished: frozenset[int]
+
+
+def _signed_length(data: bytearray) -> int:
+    """The length of the ELF file proper, without a module signature that follows it."""
+    tail = len(data) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO.size
+    if tail < 0 or not data.endswith(_SIGNATURE_MARK):
+        return len(data)
+    length = int(_SIGNATURE_INFO.unpack_from(data, tail)[-1])
+    return tail - length if length <= tail else len(data)
+
+
+def _code_ranges(elf: ELFFile, data: bytearray, order: str) -> tuple[str, list[_Range]]:
+    sections = list(elf.iter_sections())
+    code = {
+        index: section
+        for index, section in enumerate(sections)
+        if section["sh_type"] == "SHT_PROGBITS" and section["sh_flags"] & SH_FLAGS.SHF_EXECINSTR
+    }
+    if not code:
+        found = [
+            _whole(f"segment {index}", segment["p_offset"], segment["p_filesz"])
+            for index, segment in enumerate(elf.iter_segments("PT_LOAD"))
+            if segment["p_flags"] & 1
+        ]
+        return "segments", found
+    extents = _functions(sections, code, data, order, relocatable=elf["e_type"] == "ET_REL")
+    unfinished = _relocated(sections, code)
+    if not any(extents.values()):
+        return "sections", [
+            _whole(s.name, s["sh_offset"], s["sh_size"], unfinished[i]) for i, s in code.items()
+        ]
+    return "functions", [
+        _Range(s["sh_offset"], s["sh_offset"] + s["sh_size"], extents[i], unfinished[i])
+        for i, s in code.items()
+    ]
+
+
+def _whole(name: str, start: int, size: int, unfinished: frozenset[int] = frozenset()) -> _Range:
+    return _Range(start, start + size, [(start, start + size, name)], unfinished)
+
+
+def _functions(
+    sections: Sequence[Section],
+    code: Mapping[int, Section],
+    data: bytearray,
+    order: str,
+    *,
+    relocatable: bool,
+) -> dict[int, list[tuple[int, int, str]]]:
+    """The functions of each code section as sorted (start, end, name), in file offsets."""
+    found: dict[int, dict[int, tuple[int, str]]] = {index: {} for index in code}
+    for table in sections:
+        if not isinstance(table, SymbolTableSection) or table["sh_type"] != "SHT_SYMTAB":
+            continue
+        names = sections[table["sh_link"]]
+        # A vmlinux has 100,000 symbols: unpacked at once, not one object each.
+        raw = memoryview(data)[table["sh_offset"] : table["sh_offset"] + table["sh_size"]]
+        for name, info, _other, index, value, size in _SYMBOL[order].iter_unpack(raw):
+            if info & 0xF == _STT_FUNC and index in code:
+                section = code[index]
+                base = 0 if relocatable else section["sh_addr"]
+                offset = value - base + section["sh_offset"]
+                text = _text(data, names["sh_offset"] + name)
+                found[index][offset] = max((size, text), found[index].get(offset, (0, text)))
+    return {index: _closed(places, code[index]) for index, places in found.items()}
+
+
+def _closed(places: Mapping[int, tuple[int, str]], section: Section) -> list[tuple[int, int, str]]:
+    """Extents; a function without size (assembler's _GLOBAL) reaches to the next one."""
+    borders = [*sorted(places), section["sh_offset"] + section["sh_size"]]
+    return [
+        (start, start + places[start][0] if places[start][0] else following, places[start][1])
+        for start, following in itertools.pairwise(borders)
+    ]
+
+
+def _text(data: bytearray, offset: int) -> str:
+    return data[offset : data.index(0, offset)].decode(errors="replace")
+
+
+def _relocated(
+    sections: Iterable[Section], code: Mapping[int, Section]
+) -> dict[int, frozenset[int]]:
+    """File offsets of the words that a relocation will still change, by code section."""
+    found: dict[int, set[int]] = {index: set() for index in code}
+    for table in sections:
+        if isinstance(table, RelocationSection) and table["sh_info"] in code:
+            base = code[table["sh_info"]]["sh_offset"]
+            words = found[table["sh_info"]]
+            words.update((base + r["r_offset"]) & ~3 for r in table.iter_relocations())
+    return {index: frozenset(words) for index, words in found.items()}
+
+
+def _sites(
+    data: bytearray, ranges: Iterable[_Range], instruction: Instruction, order: str
+) -> Iterator[tuple[str, int]]:
+    """(name of the extent, file offset) of each word of this form."""
+    pattern = _pattern(instruction, order)
+    for code in ranges:
+        starts = [start for start, _end, _name in code.extents]
+        for match in pattern.finditer(data, code.start, code.end):
+            offset = match.start()
+            if (offset - code.start) % 4 or offset + 4 > code.end or offset in code.unfinished:
+                continue
+            place = bisect.bisect_right(starts, offset) - 1
+            if place >= 0 and offset < code.extents[place][1]:
+                yield code.extents[place][2], offset
+
+
+def _pattern(instruction: Instruction, order: str) -> re.Pattern[bytes]:
+    """Matches the form's bytes at any offset; a lookahead, so that no match hides another."""
+    classes = []
+    for shift in (0, 8, 16, 24) if order == "<" else (24, 16, 8, 0):
+        word, mask = instruction.word >> shift & 0xFF, instruction.mask >> shift & 0xFF
+        allowed = (value for value in range(256) if value & mask == word)
+        classes.append(b"[" + b"".join(b"\\x%02x" % value for value in allowed) + b"]")
+    return re.compile(b"(?=" + b"".join(classes) + b")", re.DOTALL)

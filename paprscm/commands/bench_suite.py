@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The whole suite cold, warm, and warm in parallel: how long, and whether it finds the same."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from paprscm import log
+from paprscm.commands.leaks import Watch
+from paprscm.commands.series import Series
+from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.guest.environment import Environment
+from paprscm.host.keeper import PR_SET_PDEATHSIG
+from paprscm.host.resources import budget, resources
+
+MODES = ("cold", "warm", "parallel")
+# Avocado gives a test 60 s to end its guests (avocado.cfg).
+_INTERRUPT_LIMIT_S = 90.0
+_LAST_LINES = 15
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one test: its status, its own time, and why it did not pass."""
+
+    status: str
+    duration_s: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One `avocado run`.
+
+    Attributes:
+        mode: one of MODES.
+        duration_s: from its start to its end.
+        tests: what became of each, by name.
+        restored, booted: how many guests began in which way.
+    """
+
+    mode: str
+    duration_s: float
+    tests: dict[str, Outcome]
+    restored: int
+    booted: int
+
+    @property
+    def statuses(self) -> dict[str, int]:
+        """How many tests ended with which status, the most frequent one first."""
+        counted = Counter(sorted(test.status for test in self.tests.values()))
+        return dict(counted.most_common())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What is run.
+
+    Attributes:
+        environment: what the guests are made of.
+        modes: some of MODES.
+        tests: files or test names.
+        given: settings that were given on the command line, by name.
+        words: options for `avocado run`.
+        side_by_side: how many tests run at once in the mode "parallel".
+    """
+
+    environment: Environment
+    modes: tuple[str, ...]
+    tests: tuple[str, ...]
+    given: Mapping[str, str]
+    words: tuple[str, ...]
+    side_by_side: int
+
+    def argv(self, mode: str, *, results: Path, scratch: Path) -> list[str]:
+        """The command line of one job."""
+        start = "cold" if mode == "cold" else "auto"
+        settings = {**self.given, "start": start, "scratch_dir": str(scratch)}
+        at_once = self.side_by_side if mode == "parallel" else 1
+        return [
+            *(str(Path(sys.executable).with_name("avocado")), "run", *self.words),
+            *(f"--max-parallel-tasks={at_once}", "--job-results-dir", str(results)),
+            *self.tests,
+            *(word for name, value in settings.items() for word in ("-p", f"{name}={value}")),
+        ]
+
+    def title(self, mode: str) -> str:
+        """The mode in words."""
+        if mode == "parallel":
+            return f"warm, {self.side_by_side} side by side"
+        return f"{mode}, one at a time"
+
+
+def parse_modes(text: str, *, start: str = "auto") -> tuple[str, ...]:
+    """The modes of a list with commas.
+
+    Args:
+        text: the list.
+        start: the setting.
+
+    Raises:
+        ConfigError: one of them is not known, or all of them are warm and `start` is cold.
+    """
+    wanted = tuple(dict.fromkeys(word for word in text.split(",") if word))
+    for mode in wanted:
+        if mode not in MODES:
+            raise ConfigError(f"there is no mode '{mode}'", hint="some of " + ",".join(MODES))
+    if not wanted:
+        raise ConfigError("--modes is empty", hint="some of " + ",".join(MODES))
+    if start == "cold" and "cold" not in wanted:
+        raise ConfigError(f"--modes={text} with start=cold", hint="leave one of them away")
+    return wanted
+
+
+def plan(
+    environment: Environment,
+    modes: tuple[str, ...],
+    *,
+    tests: Iterable[str],
+    given: Mapping[str, str],
+    words: Iterable[str] = (),
+) -> Plan:
+    """What can be run here of what is wanted; without a snapshot, the cold mode only.
+
+    Raises:
+        CapabilityError: nothing of it can.
+    """
+    if environment.snapshot is None and modes != ("cold",):
+        cold = environment.settings.start == "cold"
+        why = "start=cold" if cold else "there is no snapshot that guests could be restored from"
+        if "cold" not in modes:
+            raise CapabilityError(why)
+        log.logger.info("only the mode 'cold' is measured: %s", why)
+        modes = ("cold",)
+    return Plan(
+        environment=environment,
+        modes=modes,
+        tests=tuple(tests),
+        given=given,
+        words=tuple(words),
+        side_by_side=budget(resources(), environment.settings).tests,
+    )
+
+
+def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Series, list[str]]:
+    """Run the suite in each mode, as often as there are rounds.
+
+    Args:
+        plan: what is run.
+        rounds: how often; each begins with another mode.
+        keep: where the jobs' results go; None: they are removed.
+
+    Returns:
+        The figures, and a sentence for everything that makes them doubtful: a test that did not end
+        alike everywhere, a snapshot that was lost, something that a job left behind.
+
+    Raises:
+        HostError: a job ran no test.
+    """
+    jobs: list[Job] = []
+    doubts: list[str] = []
+    began = time.time()
+    with tempfile.TemporaryDirectory(
+        prefix="paprscm-bench-",
+        dir=plan.environment.settings.scratch_dir,
+        # Who interrupts twice does not wait until the keepers of guests have cleaned up.
+        ignore_cleanup_errors=True,
+    ) as name:
+        scratch = Path(name) / "scratch"
+        scratch.mkdir()
+        watch = Watch(scratch)
+        for number in range(rounds):
+            for mode in _turned(plan.modes, number):
+                title = f"round {number + 1} of {rounds}: {plan.title(mode)}"
+                folder = (keep or Path(name)) / f"{began:.0f}-{number + 1}-{mode}"
+                folder.mkdir(parents=True)
+                before, lives = watch.look(), _snapshot_id(plan.environment)
+                with log.step(title):
+                    jobs.append(_job(plan, mode, folder, scratch))
+                left = watch.compare(before)
+                doubts += [f"{title}: left behind: {what}" for what in left.problems]
+                if _snapshot_id(plan.environment) != lives:
+                    doubts.append(f"{title}: the snapshot was lost, and guests booted from then on")
+    doubts += differences(jobs)
+    return _series(plan, began, jobs, doubts), doubts
+
+
+def differences(jobs: Sequence[Job]) -> list[str]:
+    """A sentence for each test that did not end with the same status in all jobs."""
+    found = []
+    for name in dict.fromkeys(name for job in jobs for name in job.tests):
+        ends: dict[str, list[str]] = {}
+        reasons = []
+        for job in jobs:
+            test = job.tests.get(name, Outcome("(not run)", 0.0, ""))
+            ends.setdefault(job.mode, []).append(test.status)
+            if test.reason and test.status != "PASS":
+                reasons.append(f"{test.status} in {job.mode}: {test.reason}")
+        if len({status for statuses in ends.values() for status in statuses}) > 1:
+            told = ", ".join(f"{mode} {' '.join(statuses)}" for mode, statuses in ends.items())
+            why = f" ({reasons[0]})" if reasons else ""
+            found.append(f"{name} did not end alike: {told}{why}")
+    return found
+
+
+def table(series: Series) -> Table:
+    """The series for a terminal."""
+    count = max(map(len, series.values.values()))
+    shown = Table(title_justify="left")
+    rounds = f"medians of {count} rounds" if count > 1 else "1 round"
+    shown.title = f"the suite, {rounds}, seconds, QEMU {series.environment['qemu']}"
+    shown.add_column("mode", no_wrap=True)
+    for name in ("job", "min-max", "all tests", "one test"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    shown.add_column("guests")
+    shown.add_column("tests")
+    summary = series.summary()
+    for mode, title in series.found["modes"].items():
+        job = summary[f"{mode} job"]
+        shown.add_row(
+            title,
+            f"{job['median']:.1f}",
+            f"{job['min']:.1f}-{job['max']:.1f}" if count > 1 else "",
+            f"{summary[f'{mode} all tests']['median']:.1f}",
+            f"{summary[f'{mode} one test']['median']:.2f}",
+            _once(series.found["guests"][mode]),
+            _once(series.found["statuses"][mode]),
+        )
+    return shown
+
+
+def read(folder: Path, mode: str, duration_s: float) -> Job:
+    """What a job left in its results.
+
+    Args:
+        folder: where Avocado made the job's own folder.
+        mode: in which it ran.
+        duration_s: how long it took.
+
+    Raises:
+        HostError: it ran no test.
+    """
+    files = list(folder.glob("job-*/results.json"))
+    tests = json.loads(files[0].read_text())["tests"] if files else []
+    if not tests:
+        said = (folder / "avocado.log").read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        lines = "\n".join(f"    {line}" for line in said)
+        raise HostError(f"the job ran no test; its last lines:\n{lines}")
+    found, restored, booted = {}, 0, 0
+    for test in tests:
+        # "02-tests/test_x.py:Class.test_y"
+        name = re.sub("^[0-9]+-", "", test["id"])
+        reason = str(test.get("fail_reason") or "").partition("\n")[0]
+        found[name] = Outcome(test["status"], float(test.get("time_elapsed") or 0.0), reason)
+        for marks in _starts(test.get("whiteboard") or ""):
+            restored += "restored" in marks
+            booted += "restored" not in marks
+    return Job(mode=mode, duration_s=duration_s, tests=found, restored=restored, booted=booted)
+
+
+def _starts(whiteboard: str) -> list[dict[str, float]]:
+    """The marks of each guest of a test."""
+    with contextlib.suppress(ValueError):
+        return [v for name, v in json.loads(whiteboard).items() if name.endswith(".start_s")]
+    return []
+
+
+def _turned(modes: tuple[str, ...], number: int) -> tuple[str, ...]:
+    first = number % len(modes)
+    return modes[first:] + modes[:first]
+
+
+def _snapshot_id(environment: Environment) -> int | None:
+    """Changes when the snapshot is dropped, and when it is made anew."""
+    if environment.snapshot is None or not environment.snapshot.folder.exists():
+        return None
+    return environment.snapshot.folder.stat().st_ino
+
+
+def _series(plan: Plan, began: float, jobs: Sequence[Job], doubts: Sequence[str]) -> Series:
+    values: dict[str, list[float]] = {}
+    statuses: dict[str, list[dict[str, int]]] = {}
+    guests: dict[str, list[dict[str, int]]] = {}
+    each: dict[str, dict[str, list[float]]] = {}
+    for mode in plan.modes:
+        for job in (job for job in jobs if job.mode == mode):
+            own_s = [test.duration_s for test in job.tests.values()]
+            values.setdefault(f"{mode} job", []).append(job.duration_s)
+            values.setdefault(f"{mode} all tests", []).append(sum(own_s))
+            values.setdefault(f"{mode} one test", []).append(statistics.median(own_s))
+            statuses.setdefault(mode, []).append(job.statuses)
+            guests.setdefault(mode, []).append({"restored": job.restored, "booted": job.booted})
+            for name, test in job.tests.items():
+                each.setdefault(name, {}).setdefault(mode, []).append(round(test.duration_s, 2))
+    dimensions = {
+        **plan.environment.describe(),
+        "tests": " ".join([*plan.words, *plan.tests]),
+        "side_by_side": str(plan.side_by_side),
+        "cpus": resources().cpus_text,
+    }
+    found = {
+        "modes": {mode: plan.title(mode) for mode in plan.modes},
+        "statuses": statuses,
+        "guests": guests,
+        "tests": each,
+        "doubts": list(doubts),
+    }
+    return Series(dimensions, began, "s", values, found)
+
+
+def _once(rounds: Iterable[Mapping[str, int]]) -> str:
+    """Counts that were the same in all rounds, once; else all of them."""
+    texts = (
+        ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
+        for counts in rounds
+    )
+    return " / ".join(dict.fromkeys(texts))
+
+
+def _job(plan: Plan, mode: str, folder: Path, scratch: Path) -> Job:
+    began = time.monotonic()
+    _run(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
+    return read(folder, mode, time.monotonic() - began)
+
+
+def _run(argv: Sequence[str], log_file: Path) -> None:
+    """Run Avocado to its end; it ends with us."""
+    log.logger.debug("%s", " ".join(argv))
+    libc = ctypes.CDLL(None)
+
+    def in_child() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
+
+    with log_file.open("wb") as output:
+        # A group of its own: a ^C must reach it once, and we must know when.
+        child = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            process_group=0,
+            preexec_fn=in_child,  # One thread: nothing to deadlock with.
+        )
+        try:
+            child.wait()
+        except BaseException:
+            _interrupt(child)
+            raise
+
+
+def _interrupt(child: subprocess.Popen[bytes]) -> None:
+    """End Avocado as a ^C in its terminal would: it ends its tests, and they their guests."""
+    with log.step("ending the job"):
+        try:
+            os.killpg(child.pid, signal.SIGINT)
+            child.wait(_INTERRUPT_LIMIT_S)
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            # The keepers of its guests notice, and end them.
+            child.kill()
+            child.wait()

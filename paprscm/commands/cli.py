@@ -1,0 +1,423 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The `paprscm` command; each verb is a stage that can be used alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from paprscm import log, settings
+from paprscm.build import kernel_source
+from paprscm.build.debian import Archive
+from paprscm.build.kbuild import build_default, build_tree, prune_trees
+from paprscm.commands import (
+    bench_flushes,
+    bench_hcalls,
+    bench_starts,
+    bench_suite,
+    doctor,
+    flush_plot,
+    shell,
+)
+from paprscm.commands.dimm_syntax import parse_nvdimm
+from paprscm.commands.series import Series, keep
+from paprscm.device import bare_metal, hcall_judge
+from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error, HostError
+from paprscm.guest.environment import Environment, prepare
+from paprscm.host import transfer
+from paprscm.host.cache import Cache
+from paprscm.settings import Settings
+from paprscm.vm import sync_shim
+from paprscm.vm.argv import qemu_argv, script
+from paprscm.vm.binary import resolve
+from paprscm.vm.machine import Machine, require
+
+DAY_S = 86400.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; its exit status. An error is one sentence, a hint and status 2 or 3."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    # What follows "--" is Avocado's, whatever it looks like.
+    cut = words.index("--") if "--" in words else len(words)
+    arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
+    log.to_terminal(verbose=arguments.verbose)
+    _unwind_on(signal.SIGHUP, signal.SIGTERM)
+    try:
+        given = {name: getattr(arguments, name, None) for name in settings.names()}
+        verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
+        return verb(arguments, settings.load(given))
+    except Error as error:
+        print(f"paprscm: {error.message}", file=sys.stderr)
+        if error.hint:
+            print(f"  hint: {error.hint}", file=sys.stderr)
+        return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
+    except OSError as error:
+        # A disk, a permission, a terminal that went away: the user's to mend, as a rule.
+        log.logger.debug("", exc_info=True)
+        print(f"paprscm: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
+        print("  hint: paprscm -v shows where it happened", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
+        return 130
+
+
+def _unwind_on(*numbers: signal.Signals) -> None:
+    """Exit through every `finally` when a terminal closes, say; not if nohup(1) had it ignored."""
+
+    def end(number: int, _frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in numbers:
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, end)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="paprscm", description="Judge persistent memory of pseries guests."
+    )
+    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    common = _settings_parser()
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    def add(name: str, verb: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text, parents=[common])
+        added.set_defaults(verb=verb)
+        return added
+
+    add("doctor", _doctor, "What this machine offers, what is missing, and how to get it.")
+    image = add("image", _image, "Build or fetch QEMU, kernel and userland; print what they are.")
+    image.add_argument("--quiet", action="store_true", help="print only what takes time, or fails")
+    image.add_argument("--only-qemu", action="store_true", help="what tests without a guest need")
+    image.add_argument(
+        "--no-snapshot", action="store_true", help="not the guest that others are restored from"
+    )
+    run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
+    run.add_argument("tests", nargs="*", default=None, help="files or test names; default: tests/")
+    one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
+    one.add_argument("--nvdimm", action="append", default=[], metavar="KEY=VALUE,…")
+    one.add_argument("--serial", action="store_true", help="the serial console; Ctrl-] leaves")
+    one.add_argument("-c", "--command", help="run this one instead; its status is ours")
+    one.add_argument("--append", action="append", default=[], help="words for the kernel")
+    one.add_argument("--dry-run", action="store_true", help="print QEMU's command line as a script")
+
+    taken = add("branches", _branches, "Which branches of the hcalls a job's tests have taken.")
+    latest = Path("results/latest")
+    taken.add_argument(
+        "results", nargs="?", type=Path, default=latest, help=f"{latest}, or another"
+    )
+
+    kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
+    kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
+    build = kernels.add_parser("build", help="Build a vmlinux.", parents=[common])
+    build.add_argument("--source", type=Path, help="a kernel tree; default: Debian's source")
+    build.add_argument("--config", type=Path, help="that tree's .config; default: the suite's own")
+    build.set_defaults(verb=_kernel_build)
+
+    cache = verbs.add_parser("cache", help="What was built and fetched.")
+    caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
+    caches.add_parser("ls", help="List it.", parents=[common]).set_defaults(verb=_cache_ls)
+    for name, verb, text in (
+        ("export", _cache_export, "Write what these settings' guests are made of to one file."),
+        ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
+    ):
+        moved = caches.add_parser(name, help=text, description=text, parents=[common])
+        moved.add_argument("file", type=Path)
+        moved.set_defaults(verb=verb)
+    prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
+    prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
+    prune.set_defaults(verb=_cache_prune)
+
+    benches = verbs.add_parser("bench", help="Measure.").add_subparsers(
+        title="verbs", required=True, metavar="VERB"
+    )
+
+    def measure(
+        name: str, verb: Callable[..., int], text: str, what: str, count: int
+    ) -> argparse.ArgumentParser:
+        added = benches.add_parser(name, help=text, description=text, parents=[common])
+        added.add_argument("-n", type=int, default=count, help=f"how many {what} ({count})")
+        added.add_argument("--json", action="store_true", help="print the series as a line of JSON")
+        series = Path(f"results/bench-{name}.jsonl")
+        added.add_argument("--series", type=Path, default=series, help="append it there")
+        added.set_defaults(verb=verb)
+        return added
+
+    text = "Warm and cold starts of a guest, in turns; nothing may be left behind."
+    start = measure("start", _bench_start, text, "of each", 10)
+    start.add_argument("--warm-only", action="store_true", help="no cold ones: for many in a row")
+    text = "The suite: cold, warm, and warm in parallel. What follows -- goes to `avocado run`."
+    suite = measure("suite", _bench_suite, text, "rounds", 1)
+    text = "files or test names; default: tests/"
+    suite.add_argument("--tests", nargs="+", default=["tests/"], metavar="PATH", help=text)
+    all_modes = ",".join(bench_suite.MODES)
+    suite.add_argument("--modes", default=all_modes, help=f"some of {all_modes}")
+    suite.add_argument("--keep", action="store_true", help="keep what the jobs leave in results/")
+    measure("hcall", _bench_hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
+    text = "Flushes a second and their latency, by threads in the guest and by DIMMs."
+    flush = measure("flush", _bench_flush, text, "rounds", 1)
+    for name, numbers in (("threads", bench_flushes.THREADS), ("dimms", bench_flushes.DIMMS)):
+        default = ",".join(map(str, numbers))
+        flush.add_argument(f"--{name}", default=default, metavar="N,…", help=f"default: {default}")
+    plot = Path("results/bench-flush.svg")
+    flush.add_argument("--plot", type=Path, default=plot, help=f".svg or .png ({plot})")
+    return parser
+
+
+def _settings_parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    group = common.add_argument_group("settings (also in avocado.cfg)")
+    for name in settings.names():
+        group.add_argument(
+            "--" + name.replace("_", "-"), dest=name, metavar="…", help=settings.meaning(name)
+        )
+    return common
+
+
+def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
+    findings = doctor.doctor(chosen)
+    doctor.show(findings)
+    return 1 if doctor.broken(findings) else 0
+
+
+def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if arguments.only_qemu:
+        found = resolve(Archive.of(chosen), chosen.qemu)
+        if not arguments.quiet:
+            print(f"{found.version_text} {found.path}")
+        return 0
+    environment = prepare(chosen, make_snapshot=not arguments.no_snapshot)
+    if arguments.quiet:
+        return 0
+    shown = Table.grid(padding=(0, 2))
+    for name, value in environment.describe().items():
+        shown.add_row(name, value)
+    Console().print(shown)
+    return 0
+
+
+def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen  # Checked by being loaded; the tests read them again, from what follows.
+    words = [str(Path(sys.executable).with_name("avocado")), "run"]
+    words += [*arguments.rest, *(arguments.tests or ["tests/"])]
+    for name in settings.names():
+        value = getattr(arguments, name)
+        if value is not None:
+            words += ["-p", f"{name}={value}"]
+    os.execv(words[0], words)  # noqa: S606
+
+
+def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if not (arguments.dry_run or arguments.command):
+        shell.require_terminal()
+    machine = _machine(arguments)
+    environment = prepare(chosen)
+    for nvdimm in machine.nvdimms:
+        require(environment.qemu, nvdimm)
+    if arguments.dry_run:
+        print(_script(environment, environment.furnish(machine)), end="")
+        return 0
+    mirror = sys.stdout if arguments.serial else None
+    with (
+        tempfile.TemporaryDirectory(prefix="paprscm-shell-") as folder,
+        # A person sees for himself what the kernel prints.
+        environment.guest(machine, folder=Path(folder), allowed=[""], mirror=mirror) as guest,
+    ):
+        if arguments.command:
+            result = guest.run(arguments.command, timeout_s=86400)
+            sys.stdout.write(result.stdout)
+            sys.stderr.write(result.stderr)
+            return result.status
+        if arguments.serial:
+            shell.serial(guest)
+            return 0
+        return shell.ssh(guest)
+
+
+def _machine(arguments: argparse.Namespace) -> Machine:
+    nvdimms = [parse_nvdimm(text, slot=slot) for slot, text in enumerate(arguments.nvdimm)]
+    words = [*arguments.append, *(["paprscm.console=shell"] if arguments.serial else [])]
+    return Machine(nvdimms=tuple(nvdimms), cmdline=tuple(words))
+
+
+def _script(environment: Environment, machine: Machine) -> str:
+    equipment = environment.equipment
+    folder = environment.settings.scratch_dir / "paprscm-by-hand"
+    files = {n.slot: n.file or folder / f"nvdimm{n.slot}" for n in machine.nvdimms}
+    argv = qemu_argv(equipment.qemu, machine, equipment.payload, files, None)
+    return script(argv, {files[n.slot]: n.file_bytes for n in machine.nvdimms})
+
+
+def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen
+    Console().print(hcall_judge.table(hcall_judge.of_job(arguments.results)))
+    return 0
+
+
+def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
+    archive = Archive.of(chosen)
+    if arguments.source is None:
+        if arguments.config is not None:
+            raise ConfigError("--config without --source", hint="give the tree that it belongs to")
+        built = build_default(archive, chosen)
+    else:
+        built = build_tree(
+            archive.cache,
+            arguments.source,
+            config=arguments.config,
+            page_size=chosen.page_size,
+            debug=chosen.kernel == "debug",
+        )
+    print(built.vmlinux)
+    if built.modules is not None:
+        log.logger.info("its modules: --modules %s", built.modules)
+    return 0
+
+
+def _cache_ls(_arguments: argparse.Namespace, chosen: Settings) -> int:
+    shown = Table(box=None)
+    for name in ("kind", "key", "MB", "days", "made of"):
+        shown.add_column(name, justify="right" if name in ("MB", "days") else "left")
+    for entry in Cache(chosen.cache_dir).entries():
+        days = f"{(time.time() - entry.used) / DAY_S:.1f}"
+        made_of = ", ".join(f"{k}={_short(v)}" for k, v in sorted(entry.fields.items()))
+        shown.add_row(entry.kind, entry.key, f"{entry.size_bytes / 1e6:.0f}", days, made_of)
+    Console().print(shown)
+    return 0
+
+
+def _short(value: str) -> str:
+    """A field's value for a table; of a digest its beginning says enough."""
+    return value[:12] if re.fullmatch("[0-9a-f]{16,}", value) else value[:40]
+
+
+def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
+    if arguments.days < 0:
+        raise ConfigError("--days cannot be negative")
+    cache, unused_for_s = Cache(chosen.cache_dir), arguments.days * DAY_S
+    free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
+    entries = cache.prune(unused_for_s=unused_for_s)
+    trees = prune_trees(cache, unused_for_s=unused_for_s)
+    Archive.of(chosen).prune(unused_for_s=unused_for_s)
+    freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
+    print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
+    return 0
+
+
+def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
+    cache = Cache(chosen.cache_dir)
+    started = time.time() - 1
+    prepare(chosen, make_snapshot=True)
+    bare_metal.program(cache)
+    sync_shim.build(cache)
+    entries = [
+        entry
+        for entry in cache.entries()
+        if entry.used >= started and entry.kind != kernel_source.KIND
+    ]
+    size_bytes = transfer.export(entries, arguments.file)
+    print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")
+    return 0
+
+
+def _cache_import(arguments: argparse.Namespace, chosen: Settings) -> int:
+    added, present = transfer.restore(Cache(chosen.cache_dir), arguments.file)
+    print(f"{len(added)} entries added, {present} were there")
+    return 0
+
+
+def _bench_start(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
+    if arguments.warm_only and chosen.start == "cold":
+        raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
+    environment = prepare(chosen, make_snapshot=True)
+    failed = arguments.series.parent / "bench-start-failed"
+    series, left = bench_starts.starts(
+        environment, arguments.n, warm_only=arguments.warm_only, failed=failed
+    )
+    _show(arguments, series, bench_starts.table)
+    if left.problems:
+        raise HostError(str(left))
+    if not arguments.json:
+        print(left)
+    return 0
+
+
+def _bench_suite(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
+    modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
+    given = {name: getattr(arguments, name) for name in settings.names()}
+    plan = bench_suite.plan(
+        prepare(chosen, make_snapshot=True),
+        modes,
+        tests=arguments.tests,
+        given={name: value for name, value in given.items() if value is not None},
+        words=arguments.rest,
+    )
+    keep = arguments.series.parent / "bench-suite" if arguments.keep else None
+    series, doubts = bench_suite.measure(plan, arguments.n, keep=keep)
+    _show(arguments, series, bench_suite.table)
+    for doubt in doubts:
+        print(f"paprscm: {doubt}", file=sys.stderr)
+    if not doubts and not arguments.json:
+        print("every test ended alike in all jobs; nothing left behind")
+    if keep:
+        log.logger.info("what the jobs left is in %s", keep)
+    return 1 if doubts else 0
+
+
+def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
+    qemu = resolve(Archive.of(chosen), chosen.qemu)
+    _show(arguments, bench_hcalls.rates(qemu, chosen, arguments.n), bench_hcalls.table)
+    return 0
+
+
+def _bench_flush(arguments: argparse.Namespace, chosen: Settings) -> int:
+    _check_rounds(arguments)
+    threads = bench_flushes.parse_numbers(
+        "--threads", arguments.threads, bench_flushes.MOST_THREADS
+    )
+    dimms = bench_flushes.parse_numbers("--dimms", arguments.dimms, bench_flushes.MOST_DIMMS)
+    flush_plot.check(arguments.plot)
+    environment = prepare(chosen, make_snapshot=True)
+    series = bench_flushes.rates(environment, threads, dimms, arguments.n)
+    _show(arguments, series, bench_flushes.table)
+    flush_plot.draw(series, arguments.plot)
+    log.logger.info("the plot is %s", arguments.plot)
+    return 0
+
+
+def _check_rounds(arguments: argparse.Namespace) -> None:
+    if arguments.n < 1:
+        raise ConfigError("-n must be at least 1")
+
+
+def _show(
+    arguments: argparse.Namespace,
+    series: Series,
+    table: Callable[[Series], Table],
+) -> None:
+    """Keep a series and print it; it is kept whatever was found."""
+    keep(series, arguments.series)
+    if arguments.json:
+        print(series.as_json())
+    else:
+        Console().print(table(series))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What many guests may leave behind: processes, files, descriptors, threads, a changed snapshot."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from paprscm.host.cache import MANIFEST
+from paprscm.host.resources import resources
+
+# Whatever we start inherits it, and what that starts, too.
+_MARK = "PAPRSCM_LEAKS"
+# A thread or a keeper may end a moment after the guest that it belongs to.
+_SETTLE_S = 3.0
+_STEP_S = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """What there is of a run at one moment.
+
+    Attributes:
+        processes: all that we, or one of them, started; what they are, by process id.
+        files: what lies in the scratch folder.
+        descriptors: open ones of this process.
+        threads: of this process.
+        own_mib: resident memory of this process.
+        available_mib: memory of the host that can be had without swapping.
+        load: runnable processes of the host, the mean of a minute.
+    """
+
+    processes: dict[int, str]
+    files: tuple[str, ...]
+    descriptors: int
+    threads: int
+    own_mib: float
+    available_mib: int
+    load: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Left:
+    """What lies between two moments.
+
+    Attributes:
+        before, after: the two.
+        problems: what was left behind, each in a few words.
+        unchanged: how many files were read and found to be as they were.
+    """
+
+    before: Held
+    after: Held
+    problems: tuple[str, ...]
+    unchanged: int
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        what = "; ".join(self.problems) or "no process, no file"
+        if self.unchanged and not self.problems:
+            what += f", the snapshot's {self.unchanged} files as they were"
+        return (
+            f"{'left' if self.problems else 'nothing left'} behind: {what}; "
+            f"descriptors {before.descriptors} → {after.descriptors}, "
+            f"threads {before.threads} → {after.threads}, "
+            f"our memory {before.own_mib:.0f} → {after.own_mib:.0f} MiB, "
+            f"the host's available {before.available_mib:,} → {after.available_mib:,} MiB, "
+            f"load {before.load:.1f} → {after.load:.1f}"
+        )
+
+
+class Watch:
+    """Knows everything that is started from now on, by a mark in its environment.
+
+    Args:
+        scratch: a folder in which nothing may be left.
+    """
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        self._mark = os.environ[_MARK] = uuid.uuid4().hex
+
+    def look(self) -> Held:
+        """What there is now."""
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return Held(
+            processes=self.processes(),
+            files=tuple(sorted(path.name for path in self._scratch.iterdir())),
+            descriptors=len(os.listdir("/proc/self/fd")),  # noqa: PTH208
+            threads=len(os.listdir("/proc/self/task")),  # noqa: PTH208
+            own_mib=pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20),
+            available_mib=resources().available_mib,
+            load=os.getloadavg()[0],
+        )
+
+    def compare(self, before: Held, *, snapshot: Path | None = None) -> Left:
+        """What was left behind since `before`, when all that needs a moment to end has ended.
+
+        Args:
+            before: what there was.
+            snapshot: the folder of a cache entry whose files nobody may have changed.
+        """
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            after = self.look()
+            problems = _more(before, after)
+            if not problems or time.monotonic() >= deadline:
+                break
+            time.sleep(_STEP_S)
+        unchanged = 0
+        if snapshot is not None:
+            unchanged, changed = check_digests(snapshot)
+            problems += [f"the snapshot's {what}" for what in changed]
+        return Left(before=before, after=after, problems=tuple(problems), unchanged=unchanged)
+
+    def processes(self) -> dict[int, str]:
+        """The living processes with our mark, and our own children whatever they are."""
+        mark = f"{_MARK}={self._mark}".encode()
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            # Those of others cannot be read, and those that have ended are not there.
+            with contextlib.suppress(OSError):
+                if mark in (folder / "environ").read_bytes().split(b"\0"):
+                    found[int(folder.name)] = _command(folder)
+        for task in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):
+                for child in (task / "children").read_text().split():
+                    found.setdefault(int(child), _command(Path("/proc") / child))
+        found.pop(os.getpid(), None)
+        return found
+
+
+def check_digests(folder: Path) -> tuple[int, list[str]]:
+    """How many files of a cache entry are as its manifest has them, and what is not."""
+    if not (folder / MANIFEST).exists():
+        return 0, [f"{MANIFEST} is gone"]
+    wanted = json.loads((folder / MANIFEST).read_bytes())["files"]
+    changed = []
+    for name, want in wanted.items():
+        try:
+            with (folder / name).open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != want["sha256"]:
+                    changed.append(f"{name} was changed")
+        except FileNotFoundError:
+            changed.append(f"{name} is gone")
+    return len(wanted) - len(changed), changed
+
+
+def _more(before: Held, after: Held) -> list[str]:
+    problems = []
+    if more := after.processes.keys() - before.processes.keys():
+        named = (f"{pid} {after.processes[pid]}" for pid in sorted(more))
+        problems.append(f"{_count(more, 'process', 'processes')} ({', '.join(named)})")
+    if names := set(after.files) - set(before.files):
+        shown = ", ".join(sorted(names)[:5])
+        problems.append(f"{_count(names, 'file', 'files')} in the scratch folder ({shown})")
+    for what in ("descriptors", "threads"):
+        was, now = getattr(before, what), getattr(after, what)
+        if now > was:
+            problems.append(f"{now} {what} instead of {was}")
+    return problems
+
+
+def _count(things: Iterable[object], one: str, many: str) -> str:
+    number = len(list(things))
+    return f"{number} {one if number == 1 else many}"
+
+
+def _command(folder: Path) -> str:
+    return (folder / "comm").read_text().strip()

@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Hypervisor calls made from Python: a machine that runs guest_tools/hcalls.c and nothing else.
+
+There is no firmware but VOF and no kernel, so the first call is answered a fifth of a second after
+the start. All that a test wants to know about the calls is in Python; the program only makes them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+import struct
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Final
+
+from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, Mailbox, Memory
+from paprscm.device.mailbox import TIMEBASE_HZ as TIMEBASE_HZ
+from paprscm.device.mailbox import Answer as Answer
+from paprscm.device.mailbox import Call as Call
+from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
+from paprscm.host.cache import Cache
+from paprscm.host.process import Process, describe_status, run
+from paprscm.paths import GUEST_TOOLS
+from paprscm.vm.argv import bare_argv
+from paprscm.vm.binary import Qemu
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.qmp import Qmp
+from paprscm.vm.sync_shim import Shim
+from paprscm.vm.vm import Lifetime, Vm
+
+FREE: Final = range(160 * MIB, 256 * MIB)
+"""Guest memory that nobody uses, for a test's own data."""
+
+_GCC = "powerpc64le-linux-gnu-gcc"
+# Floating point and vectors are off at the start; where it is loaded is QEMU's affair.
+_FLAGS = (
+    "-mbig-endian -m64 -mabi=elfv2 -mcpu=power8 -msoft-float -mno-altivec -mno-vsx "
+    "-O2 -Wall -Wextra -Werror -ffreestanding -fno-pic -fno-stack-protector "
+    "-fno-asynchronous-unwind-tables -nostdlib -static -Wl,-Ttext=0,--build-id=none"
+)
+
+# QEMU's own, include/hw/ppc/spapr.h: KVMPPC_H_RTAS and RTAS_START_CPU.
+_H_RTAS, _START_CPU = 0xF000, 0x2006
+
+_LOOKS = 200
+_SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
+_START_LIMIT_S = 20.0
+
+
+def program(cache: Cache) -> Path:
+    """The program that makes the calls, built unless the cache has it.
+
+    Raises:
+        HostError: the cross compiler is missing, or fails.
+    """
+    if shutil.which(_GCC) is None:
+        raise HostError(f"{_GCC} is not installed", hint="apt install gcc-powerpc64le-linux-gnu")
+    folder = GUEST_TOOLS
+    # VOF enters at the beginning of what is linked: hcalls.S.
+    sources = [folder / "hcalls.S", folder / "hcalls.c"]
+    text = b"".join(source.read_bytes() for source in sources) + _FLAGS.encode()
+    fields = {
+        "source": hashlib.sha256(text).hexdigest(),
+        "compiler": run([_GCC, "--version"]).lines[0],
+    }
+
+    def build(target: Path) -> None:
+        run([_GCC, *_FLAGS.split(), "-o", target / "hcalls", *sources], timeout_s=60)
+
+    return cache.ensure("hcalls", fields, build).path / "hcalls"
+
+
+class Bare(Lifetime):
+    """A machine that makes hypervisor calls; use it as a context manager. Several may run at once.
+
+    Args:
+        qemu: the QEMU under test.
+        program: what program() gave.
+        machine: with firmware "vof" and at least 256 MiB.
+        folder: where qemu.log and qemu.sh go; they stay.
+        scratch_dir: where backing files are made; they go with the machine.
+        shim: goes into this QEMU; see Vm.
+
+    Raises:
+        ConfigError: the program cannot run on such a machine.
+        HostError: on entering, QEMU or the program does not start as it should.
+
+    Attributes:
+        vm: the QEMU.
+        ready_s: from QEMU's start until the program ran, s.
+        first_answer_s: from QEMU's start until the first batch was answered, s; 0 before that.
+    """
+
+    vm: Vm
+
+    def __init__(
+        self,
+        qemu: Qemu,
+        program: Path,
+        machine: Machine,
+        *,
+        folder: Path,
+        scratch_dir: Path,
+        shim: Shim | None = None,
+    ) -> None:
+        if machine.firmware != "vof":
+            raise ConfigError("a bare machine has no firmware but VOF", hint="firmware=vof")
+        if machine.memory_mib < FREE.stop // MIB:
+            raise ConfigError(
+                f"{machine.memory_mib} MiB are not enough for a bare machine",
+                hint=f"at least {FREE.stop // MIB}",
+            )
+        if MAILBOXES + machine.smp * MAILBOX_SIZE > FREE.start:
+            raise ConfigError(f"{machine.smp} vCPUs are too many for a bare machine")
+        super().__init__()
+        self.machine = machine
+        self.ready_s = self.first_answer_s = 0.0
+        self._qemu = qemu
+        self._program = program
+        self._folder = folder
+        self._scratch_dir = scratch_dir
+        self._shim = shim
+        self._running: list[int] = []
+        self._gates = itertools.count(1)
+
+    @property
+    def qmp(self) -> Qmp:
+        """QEMU's monitor."""
+        return self.vm.qmp
+
+    @property
+    def process(self) -> Process:
+        """The QEMU's process."""
+        return self.vm.process
+
+    def file(self, slot: int) -> Path:
+        """The backing file of the DIMM in `slot`."""
+        return self.vm.file(slot)
+
+    def plug(self, nvdimm: Nvdimm) -> None:
+        """Plug a DIMM, whose calls work at once; RefusedError if QEMU does not take it."""
+        self.vm.plug(nvdimm)
+
+    def read(self, address: int, length: int) -> bytes:
+        """Guest memory; ValueError if there is none at that address."""
+        return self._memory.read(address, length)
+
+    def write(self, address: int, data: bytes) -> None:
+        """Change guest memory (see FREE); ValueError if there is none at that address."""
+        self._memory.write(address, data)
+
+    def call(self, opcode: int, *args: int) -> Answer:
+        """Make one call on vCPU 0; as batch()."""
+        return self.batch([Call(opcode, args)])[0]
+
+    def batch(
+        self, calls: Iterable[Call], *, cpu: int = 0, timeout_s: float = 10.0
+    ) -> list[Answer]:
+        """Make calls, one after the other, and return their answers; any number of them.
+
+        Args:
+            calls: what to do.
+            cpu: the vCPU that does it.
+            timeout_s: how long all of it may take.
+
+        Raises:
+            ValueError: the vCPU does not run, or has another batch.
+            GuestLostError: QEMU ended meanwhile; names the call in progress.
+            KilledError: it was ended from outside.
+            ContractError: a call does not return in time.
+            HostError: the program in the machine failed.
+        """
+        self.start(calls, cpu)
+        return self.finish(cpu, timeout_s)
+
+    def start(self, calls: Iterable[Call], cpu: int = 0) -> None:
+        """Begin what finish() ends, so that the test can act meanwhile.
+
+        Of a batch longer than mailbox.MAX_CALLS the rest is sent by finish().
+
+        Raises:
+            ValueError: as batch().
+        """
+        self._free_box(cpu).begin(calls)
+
+    def finish(self, cpu: int = 0, timeout_s: float = 10.0) -> list[Answer]:
+        """Wait for the end of what start() began; as batch().
+
+        It may be asked again for a batch that did not end in time.
+        """
+        return self._finish(cpu, time.monotonic() + timeout_s)
+
+    def in_progress(self, cpu: int = 0) -> int:
+        """Which call of its batch a vCPU makes at the moment, from 0; their number at the end.
+
+        Raises:
+            ValueError: the vCPU has no batch.
+        """
+        return self._busy_box(cpu).in_progress
+
+    def together(
+        self, work: Mapping[int, Iterable[Call]], timeout_s: float = 10.0
+    ) -> dict[int, list[Answer]]:
+        """Make calls on several vCPUs, which begin at the same moment; as batch().
+
+        Args:
+            work: the calls of each vCPU.
+            timeout_s: how long all of it may take.
+        """
+        deadline = time.monotonic() + timeout_s
+        boxes = {cpu: self._free_box(cpu) for cpu in work}
+        batches = {cpu: list(calls) for cpu, calls in work.items()}
+        if not all(batches.values()):
+            raise ValueError("there is no call for one of the vCPUs")
+        gate = next(self._gates)
+        for cpu, calls in batches.items():
+            boxes[cpu].begin(calls, gate=gate)
+        self._wait(
+            lambda: all(box.is_at_gate for box in boxes.values()),
+            deadline,
+            lambda: HostError("not all vCPUs came to the gate in time"),
+        )
+        self._boxes[0].open_gate(gate)
+        return {cpu: self._finish(cpu, deadline) for cpu in work}
+
+    def start_cpus(self, count: int) -> None:
+        """Let the program run on vCPUs 0 to count - 1; those that run already go on.
+
+        Raises:
+            ValueError: the machine does not have so many.
+            ContractError: QEMU does not start one (RTAS start-cpu).
+        """
+        if not 1 <= count <= self.machine.smp:
+            raise ValueError(f"{count} vCPUs of {self.machine.smp}")
+        first = self._boxes[0]
+        for cpu in range(1, count):
+            if cpu in self._running:
+                continue
+            before = self._boxes[cpu].generation
+            # Token, numbers of arguments and results, arguments, result.
+            request = struct.pack(">6Ii", _START_CPU, 3, 1, cpu, first.entry, cpu, -1)
+            self.write(first.spare, request)
+            answer = self.call(_H_RTAS, first.spare)
+            (status,) = struct.unpack(">i", self.read(first.spare + len(request) - 4, 4))
+            if answer.code or status:
+                raise ContractError(f"start-cpu of vCPU {cpu}: status {status} ({answer})")
+            self._wait_for_start(cpu, before, _START_LIMIT_S)
+
+    def reset(self, *, timeout_s: float = _START_LIMIT_S) -> None:
+        """Reset the machine and wait until the program runs again, on vCPU 0 only.
+
+        What the vCPUs were doing is forgotten; memory stays as it is.
+
+        Raises:
+            GuestLostError: QEMU ended.
+            HostError: the program does not start in time.
+        """
+        before = self._boxes[0].generation
+        self.qmp.execute("system_reset")
+        self._running.clear()
+        self._wait_for_start(0, before, timeout_s)
+        for box in self._boxes:
+            box.end()
+
+    def _start(self) -> None:
+        self._memory = Memory(self.machine.memory_mib * MIB)
+        self._resources.callback(self._memory.close)
+        self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.machine.smp)]
+
+        def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
+            return bare_argv(
+                self._qemu.argv_prefix,
+                self.machine,
+                files,
+                qmp_fd,
+                program=self._program,
+                # Who runs it by hand has no file of ours.
+                memory_fd=None if qmp_fd is None else self._memory.fd,
+            )
+
+        self.vm = Vm(
+            command,
+            self.machine.nvdimms,
+            folder=self._folder,
+            scratch_dir=self._scratch_dir,
+            pass_fds=(self._memory.fd,),
+            shim=self._shim,
+        )
+        self._resources.enter_context(self.vm)
+        self._wait_for_start(0, 0, _START_LIMIT_S)
+        self.ready_s = time.monotonic() - self.vm.exec_s
+
+    def _wait_for_start(self, cpu: int, before: int, timeout_s: float) -> None:
+        box = self._boxes[cpu]
+
+        def late() -> HostError:
+            seen = box.exception or "nothing happens"
+            return HostError(f"{self._program} does not start on vCPU {cpu}: {seen}")
+
+        self._wait(lambda: box.generation != before, time.monotonic() + timeout_s, late)
+        self._running.append(cpu)
+
+    def _free_box(self, cpu: int) -> Mailbox:
+        """The mailbox of a vCPU that has no batch."""
+        if cpu not in self._running:
+            raise ValueError(f"vCPU {cpu} does not run")
+        box = self._boxes[cpu]
+        if not box.is_free:
+            # There may be a better reason than ours.
+            self._check()
+            raise ValueError(f"vCPU {cpu} has a batch already")
+        return box
+
+    def _busy_box(self, cpu: int) -> Mailbox:
+        """The mailbox of a vCPU that has a batch."""
+        if cpu not in self._running or self._boxes[cpu].is_free:
+            raise ValueError(f"vCPU {cpu} has no batch")
+        return self._boxes[cpu]
+
+    def _finish(self, cpu: int, deadline: float) -> list[Answer]:
+        box = self._busy_box(cpu)
+        # The second part of another vCPU's long batch shall not wait until this one is done.
+        others = [self._boxes[other] for other in self._running if other != cpu]
+
+        def is_done() -> bool:
+            for other in others:
+                other.advance()
+            return box.advance()
+
+        def late() -> ContractError:
+            if box.current is None:
+                return ContractError(f"vCPU {cpu} did not begin with its calls in time")
+            place = f"call {box.in_progress + 1} of {len(box.calls)}"
+            return ContractError(f"{box.current} on vCPU {cpu}, {place}, did not return in time")
+
+        self._wait(is_done, deadline, late)
+        self.first_answer_s = self.first_answer_s or time.monotonic() - self.vm.exec_s
+        return box.end()
+
+    def _wait(
+        self, is_done: Callable[[], bool], deadline: float, late: Callable[[], Error]
+    ) -> None:
+        """Wait for what the program does; it is most often a matter of microseconds."""
+        for _ in range(_LOOKS):
+            if is_done():
+                return
+        pause_s = _SHORTEST_SLEEP_S
+        while not is_done():
+            self._check()
+            if time.monotonic() > deadline:
+                raise late()
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_SLEEP_S)
+
+    def _check(self) -> None:
+        """Raise what is wrong with the machine, if something is."""
+        status = self.process.wait(0)
+        if status is not None:
+            raise GuestLostError(
+                f"QEMU ended, {describe_status(status)}, while it {self._doing()}; "
+                f"it said:\n{self.vm.says()}"
+            )
+        for cpu in self._running:
+            if exception := self._boxes[cpu].exception:
+                raise HostError(f"vCPU {cpu} got {exception}; QEMU {self._doing()}")
+
+    def _doing(self) -> str:
+        """What QEMU does for the vCPUs, in words."""
+        calls = {cpu: self._boxes[cpu].current for cpu in self._running}
+        busy = [f"{call} on vCPU {cpu}" for cpu, call in calls.items() if call]
+        return f"executed {' and '.join(busy)}" if busy else "had no call to execute"

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Which machines with NVDIMMs QEMU must take, and why it must refuse the others.
+
+The rules are written from the contract and QEMU's sources, not from answers; each names its source.
+"""
+
+from __future__ import annotations
+
+import re
+import uuid as uuids
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
+from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE
+
+NO_UUID = str(uuids.UUID(int=0))
+
+
+class Refusal(Enum):
+    """Why QEMU refuses a machine: what its message must say (a regular expression).
+
+    The comments name the function that says it, in the sources of QEMU 7.2 and 10.0.
+    """
+
+    # hw/core/machine.c: machine_set_mem
+    MAXMEM_BELOW_MEMORY = r"maximum memory size \S+ must be at least the initial memory size"
+    SLOTS_WITHOUT_MAXMEM = r"slots specified but no max-size"
+    SLOTS_WITHOUT_ROOM = r"memory slots were specified but maximum memory size"
+    # backends/hostmem.c: host_memory_backend_set_size
+    EMPTY_BACKEND = r"property 'size' of memory-backend-\w+ doesn't take value '0'"
+    # physmem.c: qemu_ram_alloc_from_fd
+    FILE_TOO_SMALL = r"backing store size \S+ (does not match|is too small for) 'size' option"
+    # hw/core/numa.c: numa_complete_configuration
+    NODES_ARE_NOT_MEMORY = r"total memory for NUMA nodes \S+ should equal RAM size"
+    # hw/ppc/spapr.c: spapr_rma_size, which prints 128 as "80ld"
+    MEMORY_TOO_SMALL = r"firmware requires >= \S+ guest RMA"
+    # hw/ppc/spapr.c: spapr_validate_node_memory
+    MEMORY_UNALIGNED = r"^Memory size \S+ is not aligned to 256 MiB"
+    MAXMEM_UNALIGNED = r"Maximum memory size \S+ is not aligned to 256 MiB"
+    NODE_UNALIGNED = r"Node \d+ memory size \S+ is not aligned to 256 MiB"
+    # hw/ppc/spapr.c: spapr_machine_init
+    TOO_MANY_SLOTS = r"number of memory slots \d+ exceeds max supported 32"
+    # hw/mem/nvdimm.c: nvdimm_set_label_size, nvdimm_set_uuid
+    LABEL_TOO_SMALL = r"label-size' \(0x[0-9a-f]+\) is required at least 0x20000"
+    UUID_MALFORMED = r"uuid' has invalid value"
+    # hw/ppc/spapr_nvdimm.c: only spapr-nvdimm has it, and only with libpmem
+    OVERRIDE_UNKNOWN = r"Property '[\w-]+\.pmem-override' not found"
+    # hw/mem/nvdimm.c: nvdimm_prepare_memory_region
+    NO_MEMDEV = r"'memdev' property must be set"
+    LABEL_TOO_BIG = r"the size of memdev \w+ \S+ is too small to contain nvdimm label"
+    ARMED_READONLY = r"'unarmed' property must be 'on' since memdev \w+ is read-only"
+    # hw/ppc/spapr_nvdimm.c: spapr_nvdimm_validate
+    NVDIMM_OFF = r"nvdimm device found but 'nvdimm=off' was set"
+    NO_LABEL = r"PAPR requires NVDIMM devices to have label-size set"
+    NOT_IN_BLOCKS = (
+        r"PAPR requires NVDIMM memory size \(excluding label\) to be a multiple of 256MB"
+    )
+    NO_UUID = r"NVDIMM device requires the uuid to be set"
+    NO_FILE = r"spapr-nvdimm device requires the memdev \w+ to be of memory-backend-file type"
+    # hw/mem/pc-dimm.c: pc_dimm_pre_plug, pc_dimm_get_free_slot
+    SLOT_OUT_OF_RANGE = r"invalid slot number -?\d+, valid range is"
+    SLOT_BUSY = r"slot \d+ is busy"
+    NO_SLOTS = r"no slots where allocated, please specify the 'slots' option"
+    NO_FREE_SLOT = r"no free slots available"
+    # hw/mem/memory-device.c: memory_device_check_addable, memory_device_get_free_addr
+    NO_SPACE = r"not enough space, currently \S+ in use of total space for memory devices"
+    ADDR_UNALIGNED = r"address must be aligned to \S+ bytes"
+    ADDR_OUTSIDE = r"can't add memory device \S+ usable range for memory devices"
+    ADDR_CONFLICT = r"address range conflicts with memory device id='\w+'"
+    FRAGMENTED = r"could not find position in guest address space for memory device"
+    # hw/mem/pc-dimm.c: pc_dimm_realize
+    NODE_OUT_OF_RANGE = r"'DIMM property node has value \d+' which exceeds the number of numa nodes"
+    MEMDEV_BUSY = r"can't use already busy memdev: \w+"
+
+    def said_in(self, text: str) -> bool:
+        """Whether QEMU's messages give this reason."""
+        return re.search(self.value, text, re.MULTILINE) is not None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Where a DIMM is, and how much of it the guest can use."""
+
+    slot: int
+    addr: int
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What must become of a machine.
+
+    Attributes:
+        reasons: why it is refused; QEMU may name any of them, for they are of the same step. Empty:
+            it is accepted.
+        placed: where each DIMM is; when refused, those before the one that was.
+    """
+
+    reasons: frozenset[Refusal]
+    placed: tuple[Placed, ...] = ()
+
+
+def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
+    """Whether QEMU takes the machine, why not, or where the DIMMs are.
+
+    Args:
+        has_override: this QEMU's spapr-nvdimm has pmem-override.
+    """
+    for step in (_memory, _backends, _numa, _first_memory, _board):
+        reasons = frozenset(step(machine))
+        if reasons:
+            return Prediction(reasons)
+    placed: list[Placed] = []
+    for number, dimm in enumerate(machine.dimms):
+        reasons = frozenset(_properties(dimm, has_override)) or frozenset(_region(machine, dimm))
+        if not reasons:
+            before = tuple(placed)
+            slot, addr = _slot(machine, dimm, before), _addr(machine, dimm, before)
+            reasons = frozenset(_plug(machine, number))
+            reasons |= {answer for answer in (slot, addr) if isinstance(answer, Refusal)}
+            if isinstance(slot, int) and isinstance(addr, int) and not reasons:
+                backend = machine.backends[dimm.memdev or 0]
+                placed.append(Placed(slot, addr, _usable(backend, dimm)))
+        if reasons:
+            return Prediction(reasons, tuple(placed))
+    return Prediction(frozenset(), tuple(placed))
+
+
+def _memory(machine: RawMachine) -> Iterator[Refusal]:
+    """machine.c:machine_set_mem."""
+    if machine.maxmem_bytes is None:
+        if machine.slots is not None:
+            yield Refusal.SLOTS_WITHOUT_MAXMEM
+    elif machine.maxmem_bytes < machine.memory_bytes:
+        yield Refusal.MAXMEM_BELOW_MEMORY
+    elif machine.slots and machine.maxmem_bytes == machine.memory_bytes:
+        yield Refusal.SLOTS_WITHOUT_ROOM
+
+
+def _backends(machine: RawMachine) -> Iterator[Refusal]:
+    for backend in machine.backends:
+        if backend.size_bytes == 0:
+            yield Refusal.EMPTY_BACKEND
+        elif backend.file_bytes is not None and backend.file_bytes < backend.size_bytes:
+            yield Refusal.FILE_TOO_SMALL
+
+
+def _numa(machine: RawMachine) -> Iterator[Refusal]:
+    if machine.nodes and sum(machine.nodes) != machine.memory_bytes:
+        yield Refusal.NODES_ARE_NOT_MEMORY
+
+
+def _first_memory(machine: RawMachine) -> Iterator[Refusal]:
+    """spapr.c:spapr_node0_size: the real mode area is in the first node that has memory."""
+    first = next((memory for memory in machine.nodes if memory), machine.memory_bytes)
+    # A power of two is as small as that when the memory is.
+    if first < 128 << 20:
+        yield Refusal.MEMORY_TOO_SMALL
+
+
+def _board(machine: RawMachine) -> Iterator[Refusal]:
+    """spapr.c: memory comes in LMBs of 256 MiB, and there are 32 slots at most."""
+    if machine.memory_bytes % SCM_BLOCK_SIZE:
+        yield Refusal.MEMORY_UNALIGNED
+    if (machine.maxmem_bytes or 0) % SCM_BLOCK_SIZE:
+        yield Refusal.MAXMEM_UNALIGNED
+    if any(memory % SCM_BLOCK_SIZE for memory in machine.nodes):
+        yield Refusal.NODE_UNALIGNED
+    if (machine.slots or 0) > MAX_SLOTS:
+        yield Refusal.TOO_MANY_SLOTS
+
+
+def _properties(dimm: RawDimm, has_override: bool) -> Iterator[Refusal]:
+    """What a single property may be."""
+    if dimm.label_bytes is not None and dimm.label_bytes < SCM_MIN_LABEL_SIZE:
+        yield Refusal.LABEL_TOO_SMALL
+    form = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
+    if dimm.uuid is not None and not re.fullmatch(form, dimm.uuid):
+        yield Refusal.UUID_MALFORMED
+    if dimm.pmem_override and not (has_override and dimm.driver == "spapr-nvdimm"):
+        yield Refusal.OVERRIDE_UNKNOWN
+
+
+def _usable(backend: RawBackend, dimm: RawDimm) -> int:
+    left = max(0, backend.size_bytes - (dimm.label_bytes or 0))
+    return left - left % backend.align_bytes()
+
+
+def _region(machine: RawMachine, dimm: RawDimm) -> Iterator[Refusal]:
+    """nvdimm.c:nvdimm_prepare_memory_region, which QEMU asks first of all."""
+    if dimm.memdev is None:
+        yield Refusal.NO_MEMDEV
+        return
+    backend = machine.backends[dimm.memdev]
+    if not _usable(backend, dimm):
+        yield Refusal.LABEL_TOO_BIG
+    if backend.readonly and not dimm.unarmed:
+        yield Refusal.ARMED_READONLY
+
+
+def _plug(machine: RawMachine, number: int) -> Iterator[Refusal]:
+    """spapr_nvdimm.c:spapr_nvdimm_validate, pc-dimm.c:pc_dimm_realize."""
+    dimm = machine.dimms[number]
+    backend = machine.backends[dimm.memdev or 0]
+    size = _usable(backend, dimm)
+    if not machine.nvdimm:
+        yield Refusal.NVDIMM_OFF
+    if dimm.label_bytes is None:
+        yield Refusal.NO_LABEL
+    if size % SCM_BLOCK_SIZE:
+        yield Refusal.NOT_IN_BLOCKS
+    if dimm.uuid in (None, NO_UUID):
+        yield Refusal.NO_UUID
+    if dimm.driver == "spapr-nvdimm" and backend.kind == "ram":
+        yield Refusal.NO_FILE
+    if (dimm.node or 0) >= max(1, len(machine.nodes)):
+        yield Refusal.NODE_OUT_OF_RANGE
+    if dimm.memdev in (other.memdev for other in machine.dimms[:number]):
+        yield Refusal.MEMDEV_BUSY
+
+
+def _slot(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | Refusal:
+    """The slot that was asked for, or the lowest that is free; -1 does not ask."""
+    slots = machine.slots or 0
+    taken = {other.slot for other in before}
+    if dimm.slot not in (None, -1):
+        wanted = dimm.slot or 0
+        if not 0 <= wanted < slots:
+            return Refusal.SLOT_OUT_OF_RANGE
+        return Refusal.SLOT_BUSY if wanted in taken else wanted
+    if not slots:
+        return Refusal.NO_SLOTS
+    return min({*range(slots)} - taken, default=Refusal.NO_FREE_SLOT)
+
+
+def _addr(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | Refusal:
+    """The address that was asked for, or the lowest at which it fits."""
+    backend = machine.backends[dimm.memdev or 0]
+    size, align = _usable(backend, dimm), backend.align_bytes()
+    if sum(other.size_bytes for other in before) + size > machine.room_bytes:
+        return Refusal.NO_SPACE
+    taken = sorted((other.addr, other.addr + other.size_bytes) for other in before)
+    if dimm.addr:
+        start, end = dimm.addr, dimm.addr + size
+        if start % align:
+            return Refusal.ADDR_UNALIGNED
+        if start < machine.base or end > machine.base + machine.room_bytes:
+            return Refusal.ADDR_OUTSIDE
+        busy = any(start < other_end and other < end for other, other_end in taken)
+        return Refusal.ADDR_CONFLICT if busy else start
+    addr = machine.base
+    for other, other_end in taken:
+        if addr < other_end and other < addr + size:
+            addr = -(-other_end // align) * align
+    return addr if addr + size <= machine.base + machine.room_bytes else Refusal.FRAGMENTED

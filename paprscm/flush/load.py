@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Calls in the guest that promise durability, made by guest_tools/flush.c, each with its times."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from paprscm.errors import ContractError
+from paprscm.guest.guest import Guest
+from paprscm.guest.report import Fields, MalformedError, ProbeError, load_line, unbelievable
+from paprscm.guest.tools import build
+
+Operation = Literal[
+    "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
+]
+
+# More than the load's own limit: to start and to end.
+_MORE_S = 60
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call that promises durability.
+
+    Attributes:
+        thread: which thread made it, from 0; it worked on the target of that number, modulo theirs.
+        operation: the call; "dsync" is a write to a file opened with O_DSYNC.
+        begin_ns: by the guest's CLOCK_MONOTONIC_RAW: what was stored before must be durable when
+            it returns. For dsync and direct_dsync the data are stored by the call itself.
+        end_ns: when it returned.
+        errno: 0, or what it failed with.
+    """
+
+    thread: int
+    operation: str
+    begin_ns: int
+    end_ns: int
+    errno: int
+
+    @property
+    def duration_s(self) -> float:
+        """How long the caller had to wait, s."""
+        return (self.end_ns - self.begin_ns) / 1e9
+
+
+@dataclass(frozen=True)
+class FlushLoad:
+    """What threads in the guest did.
+
+    Attributes:
+        seed, threads: as asked for.
+        targets: how many there were.
+        duration_s: from the moment at which all threads began to the end of the last, s.
+        calls: by thread, and of one thread in the order in which it made them.
+    """
+
+    seed: int
+    threads: int
+    targets: int
+    duration_s: float
+    calls: tuple[Call, ...]
+
+    def on(self, target: int) -> tuple[Call, ...]:
+        """The calls on the target of that number."""
+        return tuple(call for call in self.calls if call.thread % self.targets == target)
+
+    def expect_success(self) -> None:
+        """Assert that no call failed."""
+        failed = [call for call in self.calls if call.errno]
+        if failed:
+            first = failed[0]
+            raise ContractError(
+                f"{len(failed)} of {len(self.calls)} calls failed; the first, {first.operation} of "
+                f"thread {first.thread}, with {os.strerror(first.errno)}"
+            )
+
+
+def load(
+    guest: Guest,
+    operation: Operation,
+    targets: Sequence[str],
+    *,
+    threads: int = 1,
+    count: int = 1,
+    limit_s: int = 60,
+    seed: int = 0,
+) -> FlushLoad:
+    """Make such calls from several threads at a time, in one round trip.
+
+    Args:
+        guest: where.
+        operation: the call; "mixed" draws one each time, of those that fit the target.
+        targets: a region's attribute for deep_flush; else a file system's folder, or a block
+            device, whose content is lost.
+        threads: how many; thread i works on target i, modulo their number.
+        count: calls of each.
+        limit_s: none is begun after so long, s.
+        seed: of all that is drawn.
+
+    Raises:
+        ProbeError: the program does not build, or gave no report that can be believed.
+    """
+    words = [
+        str(build(guest, "flush")),
+        "load",
+        f"--op={operation}",
+        f"--threads={threads}",
+        f"--count={count}",
+        f"--limit={limit_s}",
+        f"--seed={seed}",
+        *targets,
+    ]
+    result = guest.run(shlex.join(words), timeout_s=limit_s + _MORE_S)
+    report = parse_load(result.stdout, result.status, result.stderr)
+    asked = (seed, threads, len(targets))
+    told = (report.seed, report.threads, report.targets)
+    if asked != told:
+        raise ProbeError(f"flush answers {told}, it was asked for {asked}")
+    if len(report.calls) > threads * count:
+        raise ProbeError(f"flush made {len(report.calls)} calls, not {threads} times {count}")
+    return report
+
+
+def parse_load(stdout: str, status: int, stderr: str = "") -> FlushLoad:
+    """Parse a report of `flush load`; nothing in it may be missing, unknown or contradictory.
+
+    Args:
+        stdout: what it printed, one line of JSON.
+        status: its exit status.
+        stderr: for the message.
+
+    Raises:
+        ProbeError: with what is wrong.
+    """
+    try:
+        fields = report(stdout, status, "load")
+        operations = [str(name) for name in fields.take("operations", list)]
+        found = FlushLoad(
+            seed=fields.take("seed", int),
+            threads=fields.take("threads", int),
+            targets=fields.take("targets", int),
+            duration_s=fields.take("duration_ns", int) / 1e9,
+            calls=tuple(_call(raw, operations, fields) for raw in fields.take("records", list)),
+        )
+        fields.require(found.targets > 0, "no target")
+        fields.require(all(c.thread < found.threads for c in found.calls), "a thread too many")
+        fields.done()
+        return found
+    except MalformedError as error:
+        raise unbelievable("flush", error, stdout, status, stderr) from error
+
+
+def report(stdout: str, status: int, verb: str) -> Fields:
+    """The fields of a report that are not common to all; raises MalformedError."""
+    fields = load_line(stdout)
+    fields.require(fields.take("tool", str) == "flush", "not of flush")
+    fields.require(fields.take("version", int) == 1, "of another version")
+    fields.require(fields.take("verb", str) == verb, f"not of {verb}")
+    fields.require(status == 0, f"status {status}")
+    return fields
+
+
+def numbers(raw: object, count: int, fields: Fields) -> list[int]:
+    """A list of so many natural numbers; raises MalformedError."""
+    if not isinstance(raw, list):
+        raise MalformedError(f"{raw!r} is no list")
+    # Not isinstance(): True is no number here.
+    fields.require(len(raw) == count and all(type(n) is int and n >= 0 for n in raw), f"{raw!r}")
+    return raw
+
+
+def _call(raw: object, operations: Sequence[str], fields: Fields) -> Call:
+    thread, operation, begin_ns, end_ns, errno = numbers(raw, 5, fields)
+    fields.require(operation < len(operations), f"no operation {operation}")
+    fields.require(begin_ns <= end_ns, f"a call that ended before it began: {raw}")
+    return Call(thread, operations[operation], begin_ns, end_ns, errno)

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The guest's serial console: boot marks, and a watch over what the kernel prints."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TextIO
+
+import pexpect
+import pexpect.fdpexpect
+
+from paprscm.errors import ConfigError, GuestLostError
+from paprscm.guest.kmsg import Trouble, classify, text_of
+from paprscm.settings import Settings
+from paprscm.vm.argv import BASE_CMDLINE
+
+_KEEP_LINES = 4000
+
+
+class Console:
+    """Reads the console in a thread of its own, so that QEMU never waits for us.
+
+    Args:
+        sock: our end of the socket; closed with the console.
+        on_event: called in the reading thread at the first kernel message that no healthy guest
+            prints, and when QEMU has closed its end.
+        allowed: kernel messages that the test has announced.
+        mirror: also write all that is printed there, as it comes.
+    """
+
+    def __init__(
+        self,
+        sock: socket.socket,
+        *,
+        on_event: Callable[[], None],
+        allowed: Iterable[re.Pattern[str]] = (),
+        mirror: TextIO | None = None,
+    ) -> None:
+        self._sock = sock
+        self._mirror = mirror
+        self._on_event = on_event
+        self.allowed = list(allowed)
+        """Messages that are announced; may grow while the guest runs."""
+        self.trouble: Trouble | None = None
+        """The first message that no healthy guest prints."""
+        self._lines: deque[tuple[float, str]] = deque(maxlen=_KEEP_LINES)
+        self._count = 0
+        self._last_s = time.monotonic()
+        self._closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._read, name="console", daemon=True)
+        self._thread.start()
+
+    def wait_for(
+        self,
+        marks: Mapping[str, re.Pattern[str]],
+        *,
+        timeout_s: float,
+        silence_s: float,
+        start: int = 0,
+    ) -> tuple[str, str, float] | None:
+        """Wait until one of several things is printed.
+
+        Args:
+            marks: a name for each pattern; searched in every line.
+            timeout_s: how long to wait in all.
+            silence_s: how long the guest may print nothing.
+            start: the number of the first line to look at.
+
+        Returns:
+            The mark's name, the line, and when it came (time.monotonic()); None when time is up,
+            the guest was silent too long, its console was closed (`closed`) or its kernel is in
+            `trouble`.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                first = self._count - len(self._lines)
+                for when, line in list(self._lines)[max(0, start - first) :]:
+                    for name, pattern in marks.items():
+                        if pattern.search(line):
+                            return name, line, when
+                start = self._count
+                now = time.monotonic()
+                quiet = self._last_s + silence_s
+                if self._closed or self.trouble or now >= min(deadline, quiet):
+                    return None
+                self._changed.wait(min(deadline, quiet) - now)
+
+    def settle(self, quiet_s: float = 0.3, at_most_s: float = 3.0) -> None:
+        """Wait until the guest prints no more: a call trace comes in many lines."""
+        deadline = time.monotonic() + at_most_s
+        with self._changed:
+            while not self._closed:
+                now = time.monotonic()
+                until = min(deadline, self._last_s + quiet_s)
+                if now >= until:
+                    return
+                self._changed.wait(until - now)
+
+    @property
+    def closed(self) -> bool:
+        """QEMU has closed its end."""
+        return self._closed
+
+    @property
+    def lines(self) -> list[str]:
+        """What was printed so far; the last 4,000 lines of it."""
+        with self._changed:
+            return [line for _when, line in self._lines]
+
+    def tail(self, count: int = 20) -> str:
+        """The last lines, from the trouble on where there is one, indented for a message."""
+        lines = self.lines
+        begin = max(0, len(lines) - count)
+        if self.trouble is not None:
+            at = [i for i, line in enumerate(lines) if self.trouble.text in line]
+            if at and at[0] + count < len(lines):
+                begin = max(0, at[0] - 2)
+        part = lines[begin : begin + count]
+        return "\n".join(f"    {line}" for line in part) or "    (nothing was printed)"
+
+    def send(self, keys: bytes) -> None:
+        """Type something; for a person at the keyboard, never for commands of ours."""
+        self._sock.sendall(keys)
+
+    def close(self) -> None:
+        """Stop reading; call it when QEMU is gone."""
+        self._thread.join(timeout=2)
+        self._sock.close()
+
+    def _read(self) -> None:
+        # fdspawn and not SocketSpawn: the latter fails on text (TypeError) in pexpect 4.9.
+        reader = pexpect.fdpexpect.fdspawn(
+            self._sock.fileno(), encoding="utf-8", codec_errors="replace", timeout=None
+        )
+        reader.logfile_read = self._mirror
+        while True:
+            try:
+                ended = reader.expect(["\n", pexpect.EOF])
+            except (OSError, ValueError):
+                ended = 1
+            text = str(reader.before or "").rstrip("\r")
+            if text or not ended:
+                self._take(text)
+            if ended:
+                with self._changed:
+                    self._closed = True
+                    self._changed.notify_all()
+                self._on_event()
+                return
+
+    def _take(self, line: str) -> None:
+        # Control characters could play tricks on the terminal of whoever reads a report.
+        line = "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
+        found = classify(line, self.allowed)
+        with self._changed:
+            now = time.monotonic()
+            self._lines.append((now, line))
+            self._count += 1
+            self._last_s = now
+            news = found is not None and (self.trouble is None)
+            if news or (found is not None and found.fatal):
+                self.trouble = found
+            self._changed.notify_all()
+        if news:
+            self._on_event()
+
+
+_MARKS = {
+    "banner": re.compile(r"^(?:\[.*\])? ?Linux version "),
+    "init": re.compile(r"^paprscm: init"),
+    "ready": re.compile(r"^paprscm: ready"),
+    "failed": re.compile(r"^paprscm: failed: "),
+    # Linux, init/main.c:print_kernel_cmdline; not printed under "quiet".
+    "command line": re.compile(r"^(?:\[.*\])? ?Kernel command line: "),
+    # Linux, kernel/module/: signing.c, main.c, version.c.
+    "module": re.compile(
+        r"Loading of .* is rejected$|: version magic '.*' should be '|"
+        r": disagrees about version of symbol |: Unknown symbol "
+    ),
+}
+
+
+@dataclass
+class StartTimes:
+    """When a guest reached its marks, in seconds after QEMU's exec; None: not on its way.
+
+    Attributes:
+        banner, init, ready: a boot, as the console tells it.
+        restored, awake, regions: a restored guest: its state was loaded; clock, random numbers and
+            timers are right; the regions of its DIMMs have their driver.
+        ssh: connected.
+    """
+
+    banner: float | None = None
+    init: float | None = None
+    ready: float | None = None
+    restored: float | None = None
+    awake: float | None = None
+    regions: float | None = None
+    ssh: float | None = None
+
+    def reached(self) -> dict[str, float]:
+        """The marks that were on its way, by name."""
+        return {mark: when for mark, when in vars(self).items() if when is not None}
+
+
+class StuckError(GuestLostError):
+    """The guest does not come up, and its console does not say why."""
+
+
+def wait_until_ready(
+    console: Console, times: StartTimes, *, exec_s: float, settings: Settings
+) -> bool:
+    """Wait until the guest's ssh server listens.
+
+    Args:
+        console: the guest's.
+        times: where to note when each mark was reached.
+        exec_s: when QEMU was started (time.monotonic()).
+        settings: boot_limit_s and silence_limit_s.
+
+    Returns:
+        False if the console ended or told of trouble, which is for the caller to explain.
+
+    Raises:
+        GuestLostError: /init says that it cannot do its work.
+        ConfigError: the kernel ignores its command line, or refuses one of its modules.
+        StuckError: a limit was reached; the message names it.
+    """
+    deadline = exec_s + settings.boot_limit_s
+    wanted = dict(_MARKS)
+    while "ready" in wanted:
+        found = console.wait_for(
+            wanted,
+            timeout_s=deadline - time.monotonic(),
+            silence_s=settings.silence_limit_s,
+        )
+        if found is None:
+            if console.closed or console.trouble:
+                return False
+            if time.monotonic() >= deadline:
+                limit = f"is not up after {settings.boot_limit_s:g} s (setting boot_limit_s)"
+            else:
+                limit = (
+                    f"printed nothing for {settings.silence_limit_s:g} s while booting "
+                    "(setting silence_limit_s)"
+                )
+            raise StuckError(f"the guest {limit}")
+        mark, line, when = found
+        if mark == "failed":
+            raise GuestLostError(f"the guest cannot boot: {line}\n{console.tail()}")
+        if mark == "module":
+            raise ConfigError(
+                f"the guest's kernel refuses a module: {text_of(line)}",
+                hint="modules= must come from the build of the vmlinux, with the signatures that "
+                "its modules_install made",
+            )
+        if mark == "command line":
+            if BASE_CMDLINE not in line:
+                raise ConfigError(
+                    f"the guest's kernel ignores QEMU's -append; it prints: {text_of(line)}",
+                    hint="build it without CONFIG_CMDLINE_FORCE; `paprscm kernel build` does",
+                )
+        else:
+            setattr(times, mark, when - exec_s)
+        del wanted[mark]
+    return True

@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""All that guests are made of, from the settings: QEMU, kernel, userland; built where missing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from paprscm import log
+from paprscm.build import initramfs, kbuild, rootfs, tcg_fixup, vmlinux
+from paprscm.build.debian import Archive, Download, suites
+from paprscm.build.rootfs import Userland
+from paprscm.build.vmlinux import Kernel
+from paprscm.errors import ConfigError
+from paprscm.guest.guest import Equipment, Guest
+from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
+from paprscm.guest.report import ProbeError
+from paprscm.guest.snapshot import NotRestoredError, Snapshot
+from paprscm.guest.ssh import TimedOutError
+from paprscm.host import process
+from paprscm.host.cache import Cache
+from paprscm.settings import OWN_KERNELS, Settings, expanded
+from paprscm.vm import binary, instructions
+from paprscm.vm.argv import Payload
+from paprscm.vm.binary import Qemu
+from paprscm.vm.machine import Machine
+from paprscm.vm.sync_shim import Shim
+
+# Everything that the suite's tests call in the guest must start there.
+_BOOT_TEST = """
+set -e
+for tool in gcc make ndctl daxctl mkfs.xfs mkfs.ext4 mount kmod fio strace busybox; do
+	command -v $tool > /dev/null || { echo "$tool is missing" >&2; exit 1; }
+done
+echo 'int main(void) { return 0; }' | gcc -x c - -o /tmp/probe && /tmp/probe
+ndctl list && mkfs.xfs -V && strace -V > /dev/null
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """What the guests of one run have in common.
+
+    Attributes:
+        settings: what the user chose.
+        qemu: the QEMU under test.
+        kernel: the kernel under test, as it was given or built.
+        accel: "tcg" or "kvm".
+        cpu: the -cpu model.
+        kernel_source: package and version of the source that the kernel was built from here; "" for
+            a user's kernel.
+        userland: the Debian suite of the root file system, and its C library's version.
+        fixed_sites: how many instructions were rewritten for TCG.
+        equipment: the same, as a guest takes it.
+        snapshot: where guests begin that do not boot; None: all of them boot.
+    """
+
+    settings: Settings
+    qemu: Qemu
+    kernel: Kernel
+    accel: str
+    cpu: str
+    kernel_source: str
+    userland: str
+    fixed_sites: int
+    equipment: Equipment
+    snapshot: Snapshot | None = None
+
+    def furnish(self, machine: Machine) -> Machine:
+        """The machine with CPU, memory, firmware and accelerator from the settings."""
+        chosen = self.settings
+        return dataclasses.replace(
+            machine,
+            smp=chosen.smp,
+            memory_mib=chosen.memory_mib,
+            cpu=self.cpu,
+            firmware=chosen.firmware,
+            accel=self.accel,
+        )
+
+    @contextlib.contextmanager
+    def guest(
+        self,
+        machine: Machine,
+        *,
+        folder: Path,
+        cold: bool = False,
+        allowed: Iterable[str] = (),
+        mirror: TextIO | None = None,
+        shim: Shim | None = None,
+    ) -> Iterator[Guest]:
+        """A running guest: restored from the snapshot where that can be, else booted.
+
+        Args:
+            machine: what is wanted; CPU, memory, firmware and accelerator come from the settings.
+            folder: where its logs go.
+            cold: boot it: its DIMMs are there when the kernel starts.
+            allowed: kernel messages that are expected (regular expressions).
+            mirror: where to write what its console prints.
+            shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
+        """
+        wanted, patterns = self.furnish(machine), list(allowed)
+
+        def start(begin: Snapshot | None) -> Guest:
+            return Guest(
+                self.equipment,
+                wanted,
+                folder=folder,
+                allowed=patterns,
+                mirror=mirror,
+                snapshot=begin,
+                shim=shim,
+            )
+
+        begin = self.snapshot
+        if cold or begin is None or not begin.fits(wanted):
+            begin = None
+        with contextlib.ExitStack() as stack:
+            try:
+                guest = stack.enter_context(start(begin))
+            except NotRestoredError as error:
+                assert begin is not None  # noqa: S101
+                log.logger.info("%s; it is booted, and the snapshot dropped", error.message)
+                Cache(self.settings.cache_dir).remove(begin.folder)
+                guest = stack.enter_context(start(None))
+            yield guest
+
+    def describe(self) -> dict[str, str]:
+        """The dimensions of a result, by name."""
+        return {
+            "qemu": self.qemu.version_text,
+            "qemu_path": str(self.qemu.path),
+            "kernel": self.kernel.release,
+            "kernel_path": str(self.kernel.path),
+            "kernel_source": self.kernel_source or "none",
+            "userland": self.userland,
+            "page_size": str(self.kernel.page_size),
+            "accel": self.accel,
+            "cpu": self.cpu,
+            "smp": str(self.settings.smp),
+            "memory_mib": str(self.settings.memory_mib),
+            "firmware": self.settings.firmware,
+            "fixed_sites": str(self.fixed_sites),
+            "snapshot": self.snapshot.folder.name if self.snapshot else "none",
+        }
+
+
+def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
+    """All that guests need, as the settings ask for it; built or fetched where it is missing.
+
+    Args:
+        settings: what the user chose.
+        make_snapshot: make one now if there is none; that takes as long as some eight tests save.
+
+    Raises:
+        Error: something cannot be had; the message says what, the hint how.
+    """
+    archive = Archive.of(settings)
+    cache = archive.cache
+    qemu = binary.resolve(archive, settings.qemu)
+    binary.require_guests(qemu)
+    accel = binary.accel(settings.accel, qemu)
+    if settings.firmware == "vof" and not qemu.has_vof:
+        raise ConfigError(f"{qemu.path} has no x-vof machine option", hint="set firmware=slof")
+    cpu = settings.cpu
+    if cpu == "auto":
+        cpu = "host" if accel == "kvm" else "POWER9"
+    with process.beside(
+        lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
+    ) as obtaining:
+        # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
+        under_test, source = _kernel(archive, settings, obtaining.check)
+        obtained = obtaining.result()
+    executes = {} if accel == "kvm" else _executes(cache, qemu, cpu)
+    vmlinux, sites = _fixed(cache, under_test, executes)
+
+    def equipment(land: Userland, initrd: Path | None) -> Equipment:
+        return Equipment(
+            settings=settings,
+            qemu=qemu.argv_prefix,
+            payload=Payload(
+                kernel=vmlinux,
+                disk=land.disk,
+                initrd=initrd,
+                words=under_test.words,
+            ),
+            client_key=land.client_key,
+            host_key=land.host_key_public,
+        )
+
+    def environment(land: Userland) -> Environment:
+        initrd = _initramfs(cache, settings, under_test, land, executes)
+        return Environment(
+            settings=settings,
+            qemu=qemu,
+            kernel=under_test,
+            accel=accel,
+            cpu=cpu,
+            kernel_source=source,
+            userland=f"Debian {land.suite}, libc6 {land.versions.get('libc6')}",
+            fixed_sites=sites,
+            equipment=equipment(land, initrd),
+        )
+
+    def boot_test(land: Userland) -> None:
+        made_of = environment(land)
+        with (
+            tempfile.TemporaryDirectory(prefix="paprscm-boot-test-") as folder,
+            Guest(made_of.equipment, made_of.furnish(Machine()), folder=Path(folder)) as guest,
+        ):
+            guest.succeed(_BOOT_TEST)
+
+    if isinstance(obtained, Download):
+        obtained = rootfs.build(cache, obtained, boot_test=boot_test)
+    made = environment(obtained)
+    if settings.start == "cold":
+        return made
+    recipe = Recipe(
+        cache=cache, qemu=qemu, equipment=made.equipment, machine=made.furnish(Machine())
+    )
+    try:
+        outcome = ensure_snapshot(recipe) if make_snapshot else find_snapshot(recipe)
+    except (TimedOutError, ProbeError) as error:
+        why = error.message.splitlines()[0]
+        log.logger.warning("no snapshot this time, so guests are booted: %s", why)
+        return made
+    if outcome is not None and outcome.snapshot is None:
+        log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
+    return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
+
+
+def _kernel(
+    archive: Archive, settings: Settings, proceed: Callable[[], None]
+) -> tuple[Kernel, str]:
+    """The kernel under test, and the source that it was built from here; "" for a user's own."""
+    if settings.kernel in OWN_KERNELS:
+        if settings.modules is not None:
+            raise ConfigError(
+                f"modules= without kernel=: the {settings.kernel} kernel needs none",
+                hint="give the vmlinux that they belong to",
+            )
+        built = kbuild.build_default(archive, settings, proceed=proceed)
+        return vmlinux.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
+    found = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
+    if settings.modules is not None:
+        found = initramfs.with_config(found, settings.modules)
+    vmlinux.check(found, has_modules=settings.modules is not None)
+    return found, ""
+
+
+def _executes(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
+    """What the TCG of this very binary can execute; asked of it once."""
+    name = f"instructions-{cpu}-{instructions.probe_digest()}"
+    answer = binary.remember(
+        cache, qemu, name, lambda: instructions.probe(qemu.argv_prefix, cpu=cpu)
+    )
+    return {str(name): bool(able) for name, able in answer.items()}
+
+
+def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
+    """The kernel as this QEMU can execute it, and how many instructions had to be rewritten."""
+    lacking = tcg_fixup.missing(executes)
+    if not lacking:
+        return found.path, 0
+
+    def build(folder: Path) -> None:
+        report = tcg_fixup.fix_file(found.path, folder / "vmlinux", executes)
+        log.logger.info("instruction fix-up for TCG: %s", report)
+        (folder / "sites.json").write_text(json.dumps(report.sites))
+
+    fields = {
+        "kernel": cache.identity(found.path),
+        "release": found.release,
+        "rewritten": " ".join(instruction.name for instruction in lacking),
+    }
+    entry = cache.ensure("fixed-kernel", fields, build, needs_bytes=2 * found.size_bytes)
+    return entry.path / "vmlinux", int(json.loads((entry.path / "sites.json").read_text()))
+
+
+def _initramfs(
+    cache: Cache,
+    settings: Settings,
+    found: Kernel,
+    land: Userland,
+    executes: Mapping[str, bool],
+) -> Path | None:
+    """The initramfs with the kernel's modules, if it has any."""
+    folder_of_modules = settings.modules
+    if folder_of_modules is None:
+        return None
+    files = initramfs.find_modules(found, folder_of_modules)
+    content = "\n".join(cache.identity(path) for _name, path in sorted(files.items()))
+    fields = {
+        "kernel": cache.identity(found.path),
+        "release": found.release,
+        "modules": hashlib.sha256(content.encode()).hexdigest(),
+        "rewritten": " ".join(instruction.name for instruction in tcg_fixup.missing(executes)),
+        "busybox": str(land.versions.get("busybox-static")),
+    }
+
+    def build(folder: Path) -> None:
+        made = initramfs.build_initramfs(
+            found,
+            folder_of_modules,
+            land.busybox,
+            folder / "initramfs",
+            executes=executes,
+        )
+        log.logger.info("initramfs: %d modules, %d sites rewritten", len(made.modules), made.sites)
+
+    return cache.ensure("initramfs", fields, build).path / "initramfs"

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Make a snapshot of a guest that is ready for tests, and prove it, before others begin there."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from paprscm import log
+from paprscm.errors import ConfigError, ContractError, Error, KilledError
+from paprscm.guest import tools
+from paprscm.guest.guest import Equipment, Guest
+from paprscm.guest.report import ProbeError
+from paprscm.guest.snapshot import Snapshot, save
+from paprscm.guest.ssh import TimedOutError
+from paprscm.host import process
+from paprscm.host.cache import Cache, Entry
+from paprscm.vm.argv import PORT_NAME, Payload, qemu_argv
+from paprscm.vm.binary import Qemu
+from paprscm.vm.machine import Machine, Nvdimm
+
+KIND = "snapshot"
+_FORMAT = "2"
+"""Changes when this file saves otherwise."""
+_KEEP = 6
+"""So many are kept, some 100 MB each: a kernel that is rebuilt all day has a new one each time."""
+_NEEDS_BYTES = 1_500_000_000
+_RECORD = "proof.json"
+
+# The connection's process in the guest must be gone, and what the kernel puts off must be done.
+_QUIET_S = 1.0
+# A snapshot of a QEMU that loses its timers comes to life in some of its restores only.
+_PROOFS = {"as it is": 3, "secondary CPUs offline": 5}
+_CLOCK_LIMIT_S = 5.0
+_SLOTS = (1, 4)
+
+# What tests start in the guest sooner or later should be in its page cache.
+_WARM_UP = """
+cd /tmp
+ndctl list
+truncate -s 320M image
+mkfs.xfs -q image
+mkfs.ext4 -q -F image
+rm image
+for tool in sed od cat stat env sleep mount umount mkdir; do $tool --version; done
+"""
+
+# A restored guest is asked once.
+_ASK = """
+set -e
+for cpu in $(seq 0 $(($(nproc) - 1))); do
+	taskset -c $cpu sleep 0.01
+done
+for drc in @DRCS@; do
+	for region in /sys/bus/nd/devices/region*; do
+		case $(readlink "$region/of_node") in
+		*@$drc)
+			echo 1 > "$region/deep_flush"
+			echo flushed
+			;;
+		esac
+	done
+done
+echo cpus $(nproc)
+echo time $(date +%s)
+echo uuid $(cat /proc/sys/kernel/random/uuid)
+echo boot_id $(cat /proc/sys/kernel/random/boot_id)
+echo urandom $(head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' ')
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What a snapshot is made of.
+
+    Attributes:
+        cache: where it is kept.
+        qemu: the QEMU under test.
+        equipment: what the guest is made of.
+        machine: what it looks like; without DIMMs.
+    """
+
+    cache: Cache
+    qemu: Qemu
+    equipment: Equipment
+    machine: Machine
+
+    def fields(self) -> dict[str, str]:
+        """Everything that the snapshot depends on: QEMU must be started just so to load it."""
+        payload = self.equipment.payload
+        # Where the files are makes no difference.
+        names = Payload(
+            kernel=Path("kernel"),
+            disk=Path("disk"),
+            initrd=Path("i") if payload.initrd else None,
+            words=payload.words,
+        )
+        argv = qemu_argv(("qemu",), self.machine, names, {}, None)
+        files = [f for f in (payload.kernel, payload.disk, payload.initrd) if f]
+        return {
+            "qemu": self.qemu.key,
+            "version": self.qemu.version_text,
+            "machine": f"{self.machine.cpu} {self.machine.accel} {self.machine.firmware}, "
+            f"{self.machine.smp} CPUs, {self.machine.memory_mib} MiB",
+            "command": _digest("\0".join(argv)),
+            "files": _digest("\n".join(map(self.cache.identity, files))),
+            "tools": tools.digest("warm", *tools.TOOLS),
+            "format": _FORMAT,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A snapshot, or why there is none.
+
+    Attributes:
+        snapshot: None where restored guests do not work.
+        why: what was tried, and what went wrong.
+    """
+
+    snapshot: Snapshot | None
+    why: str
+
+
+def find_snapshot(recipe: Recipe) -> Outcome | None:
+    """The snapshot, if one was made or found to be impossible; nothing is made."""
+    entry = recipe.cache.find(KIND, recipe.fields())
+    return _outcome(entry, recipe) if entry else None
+
+
+def ensure_snapshot(recipe: Recipe) -> Outcome:
+    """The snapshot; made and proven now if there is none.
+
+    A QEMU whose restored guests do not work is remembered as well. A guest that was too slow is
+    not: that is the host's fault, and the next run tries again.
+
+    Raises:
+        ConfigError: no guest of this kernel can boot.
+        TimedOutError, ProbeError: a command, or gcc, did not end in time in the guest.
+    """
+
+    def build(folder: Path) -> None:
+        with log.step("making a snapshot of a guest"):
+            _build(folder, recipe)
+
+    entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
+    recipe.cache.keep_newest(KIND, _KEEP)
+    return _outcome(entry, recipe)
+
+
+def _outcome(entry: Entry, recipe: Recipe) -> Outcome:
+    record = json.loads((entry.path / _RECORD).read_text())
+    there = _snapshot(entry.path, recipe) if record["how"] else None
+    return Outcome(snapshot=there, why="; ".join(record["failed"]))
+
+
+def _snapshot(folder: Path, recipe: Recipe) -> Snapshot:
+    has_rom = recipe.qemu.has("memory-backend-file", "rom")
+    return Snapshot(folder=folder, machine=recipe.machine, has_rom=has_rom)
+
+
+def _build(folder: Path, recipe: Recipe) -> None:
+    """Try each way to save, the plain one first, until restored guests pass the proof."""
+    failed = []
+    ways = list(_PROOFS) if recipe.machine.smp > 1 else list(_PROOFS)[:1]
+    for how in ways:
+        try:
+            _save(folder, recipe, offline=how != "as it is")
+            with log.step(f"restoring it {_PROOFS[how]} times"):
+                _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
+        except (ConfigError, KilledError, TimedOutError, ProbeError):
+            # None of them says anything about this way to save; it is not recorded.
+            raise
+        except Error as error:
+            failed.append(f"saved {how}: {error.message.splitlines()[0]}")
+            log.logger.info("%s", failed[-1])
+            for left in folder.iterdir():
+                left.unlink()
+            continue
+        (folder / _RECORD).write_text(json.dumps({"how": how, "failed": failed}))
+        return
+    (folder / _RECORD).write_text(json.dumps({"how": None, "failed": failed}))
+
+
+def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
+    """Boot a guest, make it ready, save it."""
+    memory = folder / "memory-with-zeros"
+    with (
+        log.step(f"saving it {'with secondary CPUs offline' if offline else 'as it is'}"),
+        tempfile.TemporaryDirectory(prefix="paprscm-save-") as logs,
+        Guest(recipe.equipment, recipe.machine, folder=Path(logs), memory_file=memory) as guest,
+    ):
+        # Side by side: the compiler takes most of the time.
+        with ThreadPoolExecutor(recipe.machine.smp) as pool:
+            compiled = pool.map(lambda tool: tools.build(guest, tool), (*tools.TOOLS, "warm"))
+            helper = list(compiled)[-1]
+        if offline:
+            guest.succeed("for f in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 0 > $f; done")
+        guest.run(f"sync; echo 3 > /proc/sys/vm/drop_caches; {_WARM_UP}")
+        # What a connection reads from the disk is now read for the last time.
+        guest.hang_up()
+        guest.connect()
+        guest.succeed(
+            f"cd /sys/class/virtio-ports && for port in *; do "
+            f'[ "$(cat $port/name)" != {PORT_NAME} ] || '
+            f"exec {helper} /dev/$port $(cat /run/dropbear.pid); done; "
+            f"echo 'there is no port: has the kernel virtio_console?' >&2; exit 1"
+        )
+        guest.succeed("kill -STOP $(cat /run/dropbear.pid)")
+        guest.hang_up()
+        time.sleep(_QUIET_S)
+        guest.check()
+        save(guest.qmp, folder / "state")
+        shutil.copy(guest.folder / "console.log", folder)
+    # The guest's memory is full of pages of zeros.
+    process.run(["cp", "--sparse=always", memory, folder / "memory"])
+    memory.unlink()
+
+
+def _prove(snapshot: Snapshot, recipe: Recipe, times: int) -> None:
+    """Restore it so many times; each guest must run, plug, flush, and be unlike the others.
+
+    Raises:
+        Error: a guest does not.
+    """
+    dimms = tuple(Nvdimm(slot=slot) for slot in _SLOTS)
+    machine = dataclasses.replace(snapshot.machine, nvdimms=dimms)
+    question = _ASK.replace("@DRCS@", " ".join(f"{dimm.drc:x}" for dimm in dimms))
+    seen: set[str] = set()
+    for _ in range(times):
+        with (
+            tempfile.TemporaryDirectory(prefix="paprscm-proof-") as logs,
+            Guest(recipe.equipment, machine, folder=Path(logs), snapshot=snapshot) as guest,
+        ):
+            _check(guest.succeed(question), recipe.machine.smp, seen)
+
+
+def _check(answer: str, smp: int, seen: set[str]) -> None:
+    if answer.count("flushed\n") != len(_SLOTS):
+        raise ContractError(
+            f"a restored guest flushed not each of {len(_SLOTS)} regions:\n{answer}"
+        )
+    told = dict(re.findall(r"^([a-z_]+) (\S+)$", answer, re.MULTILINE))
+    if told.get("cpus") != str(smp):
+        raise ContractError(f"a restored guest has {told.get('cpus')} of {smp} CPUs")
+    late_s = time.time() - float(told.get("time", 0))
+    if abs(late_s) > _CLOCK_LIMIT_S:
+        raise ContractError(f"the clock of a restored guest is {late_s:.0f} s late")
+    for name in ("uuid", "boot_id", "urandom"):
+        value = told.get(name)
+        if value is None or value in seen:
+            raise ContractError(f"two restored guests have the same {name}, {value}")
+        seen.add(value)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Commands and files in the guest, over ssh on a loopback port."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import select
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import paramiko
+
+from paprscm import log
+from paprscm.errors import GuestLostError, HostError
+from paprscm.log import quoted
+
+_CHUNK = 32768
+_CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """One command in the guest, and everything it left.
+
+    Attributes:
+        command: as it was given to the guest's shell.
+        status: its exit status; 128 + n where signal n ended it.
+        stdout, stderr: as text, what is no UTF-8 replaced.
+        stdout_bytes: as it came.
+        duration_s: from asking to knowing the exit status, s.
+    """
+
+    command: str
+    status: int
+    stdout: str
+    stderr: str
+    stdout_bytes: bytes
+    duration_s: float
+
+    @property
+    def tool_failure(self) -> str:
+        """The reason why the status says nothing about the kernel under test; empty: it may.
+
+        POSIX's shell ends with 126 and 127 for a program that it cannot execute or find. A program
+        that dies of one of _CRASHES has a bug of its own, or holds an instruction that the CPU does
+        not have; SIGBUS is not among them, it is what a DAX mapping raises, nor is SIGKILL.
+        """
+        if self.status in (126, 127):
+            what = "is missing" if self.status == 127 else "cannot be executed"
+            return f"a program {what} in the guest's userland"
+        if self.status - 128 in _CRASHES:
+            return f"a program in the guest crashed, {signal.Signals(self.status - 128).name}"
+        return ""
+
+
+class TimedOutError(GuestLostError):
+    """A command did not end within its limit; the guest is given up."""
+
+
+class Ssh:
+    """One ssh connection; commands may run side by side, from several threads.
+
+    Args:
+        port: on 127.0.0.1, forwarded by QEMU.
+        client_key: our private key, OpenSSH's format.
+        host_key: the guest's public key, "ssh-ed25519 AAAA…"; any other guest is refused.
+        timeout_s: how long to go on trying.
+        alive: asked between two tries; raises if the guest is lost.
+
+    Raises:
+        GuestLostError: no connection within the limit, or it is not our guest.
+    """
+
+    def __init__(
+        self,
+        *,
+        port: int,
+        client_key: Path,
+        host_key: str,
+        timeout_s: float,
+        alive: Callable[[], None],
+    ) -> None:
+        # A guest that goes away is an event of ours; paramiko would print a traceback.
+        logging.getLogger("paramiko").setLevel(logging.CRITICAL)
+        key = paramiko.Ed25519Key.from_private_key_file(str(client_key))
+        expected = host_key.split()[:2]
+        deadline = time.monotonic() + timeout_s
+        while True:
+            alive()
+            try:
+                self._transport = self._connect(port, key, expected, deadline)
+                return
+            except (OSError, EOFError, paramiko.SSHException) as error:
+                if isinstance(error, paramiko.AuthenticationException) or (
+                    time.monotonic() >= deadline
+                ):
+                    alive()
+                    raise GuestLostError(
+                        f"no ssh connection to the guest within {timeout_s:g} s: {error}"
+                    ) from error
+                time.sleep(0.02)
+
+    def run(
+        self, command: str, *, stdin: bytes = b"", timeout_s: float, alive: Callable[[], None]
+    ) -> CommandResult:
+        """Run a command by the guest's /bin/sh and wait for its end.
+
+        Args:
+            command: one or several lines of shell.
+            stdin: what it reads.
+            timeout_s: its limit.
+            alive: raises if the guest was lost meanwhile.
+
+        Raises:
+            TimedOutError: it did not end in time.
+            GuestLostError: the connection was lost.
+        """
+        started = time.monotonic()
+        deadline = started + timeout_s
+        out, err = bytearray(), bytearray()
+        try:
+            channel = self._transport.open_session(timeout=timeout_s)
+        except (paramiko.SSHException, EOFError, OSError) as error:
+            alive()
+            raise GuestLostError(f"the guest takes no more commands: {error}") from error
+        with contextlib.closing(channel):
+            try:
+                # With something behind it the shell does not exec the last command, and so turns
+                # its death by signal n into the status 128 + n.
+                channel.exec_command(f"{command}\nexit $?")
+                self._feed_and_read(channel, stdin, out, err, deadline)
+            except TimeoutError as error:
+                alive()
+                raise TimedOutError(
+                    f"`{_short(command)}` did not end within {timeout_s:g} s; so far it said:\n"
+                    f"{_indented(out + err)}"
+                ) from error
+            except (paramiko.SSHException, EOFError, OSError) as error:
+                alive()
+                raise GuestLostError(f"lost the guest in `{_short(command)}`: {error}") from error
+            status = channel.recv_exit_status() if channel.exit_status_ready() else -1
+        if status < 0:
+            # The shell itself was killed: dropbear says "exit-signal", paramiko does not keep it.
+            alive()
+            if not self._transport.is_active():
+                raise GuestLostError(f"lost the guest in `{_short(command)}`")
+            status = 255
+        return CommandResult(
+            command=command,
+            status=status,
+            stdout=out.decode(errors="replace"),
+            stderr=err.decode(errors="replace"),
+            stdout_bytes=bytes(out),
+            duration_s=time.monotonic() - started,
+        )
+
+    def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
+        """An interactive shell on a pseudo terminal of the guest."""
+        channel = self._transport.open_session()
+        channel.get_pty(term, columns, rows)
+        # Not invoke_shell(): root has dash, which starts sooner but is nothing for a person.
+        channel.exec_command("exec bash -l")
+        return channel
+
+    def close(self) -> None:
+        """Hang up; who waits for a command's end is woken."""
+        self._transport.close()
+
+    @staticmethod
+    def _connect(
+        port: int, key: paramiko.PKey, expected: list[str], deadline: float
+    ) -> paramiko.Transport:
+        left = max(0.1, deadline - time.monotonic())
+        sock = socket.create_connection(("127.0.0.1", port), timeout=left)
+        # QEMU accepts at once, also when the guest is not there yet: then it hangs up again.
+        transport = paramiko.Transport(sock)
+        try:
+            transport.banner_timeout = transport.auth_timeout = left
+            transport.start_client(timeout=left)
+            found = transport.get_remote_server_key()
+            if [found.get_name(), found.get_base64()] != expected:
+                raise paramiko.AuthenticationException("it is not the guest that we started")
+            transport.auth_publickey("root", key)
+        except BaseException:
+            transport.close()
+            raise
+        return transport
+
+    @staticmethod
+    def _feed_and_read(
+        channel: paramiko.Channel,
+        stdin: bytes,
+        out: bytearray,
+        err: bytearray,
+        deadline: float,
+    ) -> None:
+        # fileno() must be asked for early: paramiko then makes it readable for data and the end.
+        poll = select.poll()
+        poll.register(channel.fileno(), select.POLLIN)
+        sent = 0
+        if not stdin:
+            channel.shutdown_write()
+        while True:
+            while channel.recv_ready():
+                out += channel.recv(_CHUNK)
+            while channel.recv_stderr_ready():
+                err += channel.recv_stderr(_CHUNK)
+            if sent < len(stdin) and channel.send_ready():
+                sent += channel.send(stdin[sent : sent + _CHUNK])
+                if sent == len(stdin):
+                    channel.shutdown_write()
+                continue
+            left = deadline - time.monotonic()
+            if channel.closed or channel.eof_received:
+                if channel.recv_ready() or channel.recv_stderr_ready():
+                    continue
+                if not channel.status_event.wait(max(0.0, left)):
+                    raise TimeoutError
+                return
+            if left <= 0:
+                raise TimeoutError
+            # The pipe does not tell when the guest takes more of stdin.
+            poll.poll(min(left, 0.01 if sent < len(stdin) else left) * 1000)
+
+
+def _short(command: str) -> str:
+    lines = command.strip().splitlines() or [""]
+    return lines[0][:100] + (" …" if len(lines) > 1 or len(lines[0]) > 100 else "")
+
+
+def _indented(output: bytes | bytearray) -> str:
+    lines = bytes(output).decode(errors="replace").splitlines()[-10:]
+    return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
+
+
+def log_command(result: CommandResult) -> None:
+    """Keep a command, its status and duration, and its output in the test's log."""
+    log.logger.debug(
+        "guest: status %d, %.2f s: %s", result.status, result.duration_s, result.command
+    )
+    if b"\0" in result.stdout_bytes:
+        log.logger.debug("guest: stdout: %d bytes", len(result.stdout_bytes))
+    elif result.stdout:
+        log.logger.debug("guest: stdout:\n%s", quoted(result.stdout, last=200))
+    if result.stderr:
+        log.logger.debug("guest: stderr:\n%s", quoted(result.stderr, last=200))
+
+
+def outcome(result: CommandResult) -> str:
+    """A command, its status and its output, for an error."""
+    return (
+        f"`{result.command}` ended with status {result.status}\n  stdout:\n"
+        f"{quoted(result.stdout)}\n  stderr:\n{quoted(result.stderr)}"
+    )
+
+
+def reporting(result: CommandResult) -> CommandResult:
+    """The same result, if it may say something about the kernel under test.
+
+    Raises:
+        HostError: a program is missing in the userland, or crashed.
+    """
+    if result.tool_failure:
+        raise HostError(f"{result.tool_failure}: {outcome(result)}")
+    return result

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""guest_tools in the guest: compiled there, run there, their reports parsed strictly and judged."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+
+from paprscm.guest.guest import Guest
+from paprscm.guest.report import ProbeError
+from paprscm.guest.ssh import CommandResult, TimedOutError
+from paprscm.paths import GUEST_TOOLS
+
+_SOURCES = GUEST_TOOLS
+_TARGET = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest's
+_GCC = "gcc -O2 -Wall -Wextra -Werror"
+_GCC_LIMIT_S = 120.0
+# None of the probe's own exit statuses (guest_tools/map_sync.c).
+_NOT_BUILT = 70
+
+TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
+"""What is compiled once, before a guest is saved, so that restored guests have it."""
+
+
+def build(guest: Guest, name: str) -> PurePosixPath:
+    """Compile guest_tools/NAME.c in the guest, unless this very source already is; its path there.
+
+    Raises:
+        ProbeError: there is no such tool, or gcc does not take it, or not in time.
+    """
+    content, target = _tool(name)
+    base = shlex.quote(str(target))
+    try:
+        result = guest.run(
+            f"[ -x {base} ] && {{ cat > /dev/null; exit; }}\n"
+            f"mkdir -p {_TARGET} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
+            f"&& mv {base}.$$ {base} && rm {base}.$$.c",
+            stdin=content,
+            timeout_s=_GCC_LIMIT_S,
+        )
+    except TimedOutError as error:
+        # gcc touches no DIMM: on a host that is too busy it takes so long.
+        raise ProbeError(
+            f"gcc in the guest did not compile guest_tools/{name}.c within {_GCC_LIMIT_S:g} s",
+            hint="run fewer tests at the same time, or on an idle host",
+        ) from error
+    if result.status:
+        raise ProbeError(
+            f"guest_tools/{name}.c does not compile in the guest (status {result.status}):\n"
+            f"{result.stderr.strip()}"
+        )
+    return target
+
+
+def digest(*names: str) -> str:
+    """What the tools of these names are at this moment, and how they are compiled."""
+    targets = " ".join(str(_tool(name)[1]) for name in names)
+    return hashlib.sha256(f"{_GCC} {targets}".encode()).hexdigest()
+
+
+def run_tool(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
+    """Run a tool in the guest, compiled there before if it is not yet."""
+    binary = str(_tool(name)[1])
+    command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *words])}"
+    result = guest.run(command)
+    if result.status == _NOT_BUILT:
+        build(guest, name)
+        result = guest.run(command)
+    return result
+
+
+def _tool(name: str) -> tuple[bytes, PurePosixPath]:
+    """A tool's source, and where its binary is in the guest: named after that very source."""
+    try:
+        content = (_SOURCES / f"{name}.c").read_bytes()
+    except OSError as error:
+        raise ProbeError(f"guest_tools/{name}.c: {error.strerror}") from error
+    return content, _TARGET / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"

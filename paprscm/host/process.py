@@ -1,0 +1,411 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Start programs that cannot outlive the run, whatever kills it (see keeper.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from paprscm import log
+from paprscm.errors import HostError, KilledError
+from paprscm.host import keeper, oom
+
+_KEEPER = Path(keeper.__file__)
+_KILL_LIMIT_S = 10.0
+_FULL_BYTES = 1 << 20
+
+T = TypeVar("T")
+
+# PID:START of each process of the run (see keeper.start_time), with spaces between. The Makefile
+# begins it with that of make.
+_RUN = "PAPRSCM_RUN"
+
+# Signals that a program raises itself, by what it does; any other one comes from outside.
+_OWN_SIGNALS = {
+    *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL),
+    *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS),
+}
+
+# QEMU catches SIGINT, SIGHUP and SIGTERM, prints this and exits with status 0.
+_TERMINATED = re.compile(r"terminating on (signal \d+(?: from pid \d+ \(.*\))?)")
+
+
+def join_run() -> None:
+    """Make this process one of those without which the run must not go on.
+
+    The processes that it starts from now on know it through their environment.
+    """
+    own = f"{os.getpid()}:{keeper.start_time(os.getpid())}"
+    os.environ[_RUN] = " ".join(dict.fromkeys([*os.environ.get(_RUN, "").split(), own]))
+
+
+def _run_members() -> list[tuple[int, str]]:
+    """Processes that must live for as long as anything that we start: id and start time.
+
+    Raises:
+        HostError: PAPRSCM_RUN does not hold what the Makefile and join_run() write there.
+    """
+    words = os.environ.get(_RUN, "").split()
+    if not all(re.fullmatch(r"\d+:\d+", word) for word in words):
+        raise HostError(f"{_RUN} is {os.environ[_RUN]!r}, not PID:START …", hint=f"unset {_RUN}")
+    members = [(int(pid), start) for pid, start in (word.split(":") for word in words)]
+    pids = [os.getpid()]
+    # Avocado runs a test in a child of its runner that multiprocessing forked.
+    runner = multiprocessing.parent_process()
+    if runner is not None and runner.pid is not None:
+        pids.append(runner.pid)
+    return members + [(pid, keeper.start_time(pid)) for pid in pids]
+
+
+def _name(argv: Sequence[str]) -> str:
+    """The name of the program that a command line starts, also through env(1)."""
+    names = (Path(word).name for word in argv if "=" not in word)
+    return next((name for name in names if name != "env"), argv[0])
+
+
+def describe_status(status: int) -> str:
+    """An exit status as words: "exit status 1", "killed by SIGSEGV"."""
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"
+
+
+class Process:
+    """One running program, in a process group of its own, tied to the life of this run.
+
+    Args:
+        argv: the command line.
+        cwd: where it runs.
+        env: its whole environment; ours when None.
+        stdin, stdout, stderr: as for subprocess.Popen; a file descriptor or a subprocess constant.
+        pass_fds: descriptors that it inherits under the same numbers.
+        scratch: a folder that is removed if we die before we could do so ourselves.
+        output_file: where its output goes, if it is a QEMU: a signal that ended it is named there.
+
+    Raises:
+        HostError: the program cannot be started.
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str | Path],
+        *,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int | None = None,
+        stderr: int | None = None,
+        pass_fds: Sequence[int] = (),
+        scratch: Path | None = None,
+        output_file: Path | None = None,
+    ) -> None:
+        self.argv = [str(word) for word in argv]
+        self.status: int | None = None
+        """The exit status, negative for a signal; None while it runs."""
+        self._output_file = output_file
+        self._signalled = False
+        self._killed: KilledError | None = None
+        self._scratch = scratch
+        self._oom_kills = oom.kills()
+        self._waiting = threading.Lock()
+        run_members = _run_members()
+        lifeline_r, self._lifeline = os.pipe()
+        self._report, report_w = os.pipe()
+        spec = {
+            "argv": self.argv,
+            "cwd": str(cwd) if cwd else None,
+            "pass_fds": list(pass_fds),
+            "lifeline": lifeline_r,
+            "report": report_w,
+            "run": run_members,
+            "scratch": str(scratch) if scratch else None,
+        }
+        try:
+            self._keeper = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(_KEEPER), json.dumps(spec)],
+                stdin=stdin,
+                stdout=stdout,
+                stderr=stderr,
+                env=dict(env) if env is not None else None,
+                pass_fds=[*pass_fds, lifeline_r, report_w],
+            )
+        finally:
+            os.close(lifeline_r)
+            os.close(report_w)
+        self._lines = b""
+        try:
+            first = self._next_report(None) or {}
+        except BaseException:
+            # ^C, most likely; the program may have been started already.
+            self._hang_up()
+            self._keeper.wait()
+            raise
+        if "pid" not in first:
+            self._close()
+            reason, hint = first.get("error", "its keeper was killed"), None
+            if "ended" in first:
+                reason = f"process {first['ended']} of this run has ended"
+                hint = f"if it was of another run, unset {_RUN}"
+            raise HostError(f"cannot start {self.argv[0]}: {reason}", hint=hint)
+        self.pid: int = first["pid"]
+        """The program's own process id."""
+
+    @property
+    def stdout(self) -> int:
+        """The read end of the program's standard output, if it was given subprocess.PIPE."""
+        if self._keeper.stdout is None:
+            raise ValueError("stdout is not a pipe")
+        return self._keeper.stdout.fileno()
+
+    def fileno(self) -> int:
+        """A descriptor that polls readable when the program has ended."""
+        return self._report
+
+    def wait(self, timeout_s: float | None = None) -> int | None:
+        """Wait for the end; the exit status, or None if it still runs after `timeout_s`.
+
+        Raises:
+            KilledError: it was ended from outside, and not through kill() or send_signal().
+        """
+        with self._waiting:
+            if self.status is None:
+                report = self._next_report(timeout_s)
+                if report is None:
+                    return None
+                # No report at all: the keeper itself was killed, and the kernel killed the program.
+                self.status = report.get("status", -signal.SIGKILL)
+                self._killed = self._judge_end(report.get("end", ""), self.status)
+                self._close()
+        if self._killed is not None:
+            raise self._killed
+        return self.status
+
+    def kill(self) -> int:
+        """Kill the program and all it started; return only when they are gone.
+
+        Raises:
+            KilledError: it had been ended from outside before.
+            HostError: something did not die within 10 s (a process in uninterruptible sleep).
+        """
+        if self.status is None:
+            self._hang_up()
+        status = self.wait(_KILL_LIMIT_S)
+        if status is None:
+            raise HostError(f"process {self.pid} ({self.argv[0]}) does not die")
+        return status
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send the program a signal; if that ends it, it is not taken for one from outside."""
+        self._signalled = True
+        os.kill(self.pid, number)
+
+    def _judge_end(self, end: str, status: int) -> KilledError | None:
+        """What ended the program from outside; None: it ended by itself, or we ended it."""
+        if end == keeper.ASKED or self._signalled:
+            return None
+        program = f"{_name(self.argv)} (process {self.pid})"
+        if end == keeper.RUN:
+            return KilledError(f"{program} was ended because a process of its run has ended")
+        if not end:
+            facts, by_oom = oom.evidence(self._keeper.pid, self._oom_kills)
+            text = f"the keeper of {program} was killed from outside: {facts}"
+            return KilledError(text, hint=oom.HINT if by_oom else None)
+        if status == -signal.SIGKILL:
+            facts, by_oom = oom.evidence(self.pid, self._oom_kills)
+            text = f"{program} was killed by SIGKILL from outside: {facts}"
+            return KilledError(text, hint=oom.HINT if by_oom else None)
+        if status == -signal.SIGBUS and (place := self._scratch) is not None:
+            # A store into a sparse file for which there is no block.
+            free = shutil.disk_usage(place).free
+            text = f"{program} was killed by SIGBUS: no space left in {place.parent}"
+            hint = "free some, or set scratch_dir"
+            return KilledError(text, hint=hint) if free < _FULL_BYTES else None
+        if status < 0 and -status not in _OWN_SIGNALS:
+            return KilledError(f"{program} was {describe_status(status)} from outside")
+        if status == 0 and self._output_file is not None:
+            told = _TERMINATED.search(self._output_file.read_text(errors="replace"))
+            return KilledError(f"{program} was ended from outside by {told[1]}") if told else None
+        return None
+
+    def _hang_up(self) -> None:
+        """Tell the keeper that the program is wanted no more."""
+        with contextlib.suppress(OSError):
+            os.write(self._lifeline, keeper.END)
+
+    def _next_report(self, timeout_s: float | None) -> dict[str, Any] | None:
+        """The keeper's next line; None when none came in time, {} when the keeper is gone."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        while b"\n" not in self._lines:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            poll = select.poll()
+            poll.register(self._report, select.POLLIN)
+            if not poll.poll(None if left is None else left * 1000):
+                return None
+            chunk = os.read(self._report, 4096)
+            if not chunk:
+                return {}
+            self._lines += chunk
+        line, _, self._lines = self._lines.partition(b"\n")
+        report: dict[str, Any] = json.loads(line)
+        return report
+
+    def _close(self) -> None:
+        for handle in (self._lifeline, self._report):
+            if handle >= 0:
+                with contextlib.suppress(OSError):
+                    os.close(handle)
+        self._keeper.wait()
+
+
+class StoppedError(Exception):
+    """A task that ran beside others was stopped because one of them failed."""
+
+
+class Beside(Generic[T]):
+    """A task that runs in a thread while its caller does something else."""
+
+    def __init__(self, future: Future[T]) -> None:
+        self._future = future
+
+    def check(self) -> None:
+        """Raise what the task has raised, if it has failed already."""
+        if self._future.done():
+            self._future.result()
+
+    def result(self) -> T:
+        """Wait for the task's end; its result, or raise what it raised."""
+        return self._future.result()
+
+
+@contextlib.contextmanager
+def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
+    """Run a task in a thread for as long as the body of the `with` runs, and until the task's end.
+
+    Args:
+        task: gets a function that it must call several times a second; once the body has failed
+            this raises StoppedError.
+    """
+    stop = threading.Event()
+
+    def proceed() -> None:
+        if stop.is_set():
+            raise StoppedError
+
+    def run_task() -> T:
+        with log.in_background():
+            return task(proceed)
+
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield Beside(pool.submit(run_task))
+        except BaseException:
+            stop.set()
+            raise
+
+
+@dataclass(frozen=True)
+class Completed:
+    """What a tool left: its lines of output (both streams) and how long it took, s."""
+
+    lines: tuple[str, ...]
+    duration_s: float
+
+    @property
+    def text(self) -> str:
+        """The output in one piece."""
+        return "\n".join(self.lines)
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout_s: float | None = None,
+    log_file: Path | None = None,
+    on_line: Callable[[str], None] | None = None,
+    idle_s: float | None = None,
+    on_idle: Callable[[], None] | None = None,
+    keep_lines: int = 2000,
+) -> Completed:
+    """Run a tool to its end; it dies with us, together with everything that it started.
+
+    Args:
+        argv: the command line.
+        cwd: where it runs.
+        env: its whole environment; ours when None.
+        timeout_s: kill it after so long.
+        log_file: also append its output there.
+        on_line: called with each line of its output, stdout and stderr together.
+        idle_s, on_idle: call `on_idle` at least every `idle_s` seconds while it runs.
+        keep_lines: how many of the last lines to keep.
+
+    Raises:
+        HostError: it cannot be started, failed or took too long; with the output's last lines.
+    """
+    started = time.monotonic()
+    lines: deque[str] = deque(maxlen=keep_lines)
+    with contextlib.ExitStack() as stack:
+        output = stack.enter_context(log_file.open("ab")) if log_file else None
+        process = Process(argv, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        stack.callback(process.kill)
+        rest = b""
+        poll = select.poll()
+        poll.register(process.stdout, select.POLLIN)
+        while True:
+            waits = [w for w in (idle_s,) if w is not None]
+            if timeout_s is not None:
+                waits.append(max(0.0, started + timeout_s - time.monotonic()))
+            ready = poll.poll(min(waits) * 1000 if waits else None)
+            if on_idle is not None:
+                on_idle()
+            if timeout_s is not None and time.monotonic() - started >= timeout_s:
+                process.kill()
+                raise _failure(argv, f"took more than {timeout_s:g} s", lines, log_file)
+            if not ready:
+                continue
+            chunk = os.read(process.stdout, 65536)
+            if output is not None:
+                output.write(chunk)
+            rest += chunk
+            *complete, rest = rest.split(b"\n") if chunk else ([rest, b""] if rest else [b""])
+            for raw in complete:
+                line = raw.decode(errors="replace").rstrip("\r")
+                lines.append(line)
+                if on_line is not None:
+                    on_line(line)
+            if not chunk:
+                break
+        status = process.wait()
+    if status:
+        raise _failure(argv, describe_status(status), lines, log_file)
+    return Completed(tuple(lines), time.monotonic() - started)
+
+
+def _failure(
+    argv: Sequence[str | Path], how: str, lines: Sequence[str], log_file: Path | None
+) -> HostError:
+    command = shlex.join(str(word) for word in argv)
+    last = "\n".join(f"    {line}" for line in list(lines)[-15:]) or "    (no output)"
+    hint = f"all of it: {log_file}" if log_file else None
+    return HostError(f"{command}: {how}; its last lines:\n{last}", hint=hint)

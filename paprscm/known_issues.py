@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Known issues: one file each, with the versions of a product that brought and fixed the bug."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from paprscm.errors import ConfigError, HostError
+from paprscm.paths import KNOWN_ISSUES
+
+PRODUCTS = ("QEMU", "Linux", "Avocado")
+"""Products whose bugs have a file."""
+
+FOLDER = KNOWN_ISSUES
+
+RECORD = "known issue "
+"""Prefix of the measurements that QemuTest.known_issue() makes; the issue's name follows."""
+
+_RELEASE = 1000
+_LAST_MINOR = {"Linux": 19, "QEMU": 2}
+_HINT = "see known_issues/README.md for the format"
+_LISTED = re.compile(r"(\d+)\.(\d+)(?:\.([1-9]\d*)|-rc(\d+))?")
+_VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:-rc(\d+))?(.*)")
+_DEVELOPMENT = re.compile(r"(-g[0-9a-f]{6,}|\+|-dirty)$")
+_DISTRIBUTION = re.compile(r"\+deb|[-.]\d")
+
+
+class Number(NamedTuple):
+    """Point in a product's history; numbers of one branch compare as it went on."""
+
+    major: int
+    minor: int
+    patch: int = 0
+    rc: int = _RELEASE
+    """N of -rcN; a release comes after all of its candidates."""
+
+    def __str__(self) -> str:
+        patch = f".{self.patch}" if self.patch else ""
+        return f"{self.major}.{self.minor}{patch}" + (f"-rc{self.rc}" * (self.rc < _RELEASE))
+
+
+class State(enum.Enum):
+    """A file's statement about one version."""
+
+    BEFORE = "before 'Since'"
+    PRESENT = "has it"
+    UNCERTAIN = "may have the fix"
+    FIXED = "fixed"
+
+
+@dataclass(frozen=True)
+class KnownIssue:
+    """A bug of a product under test.
+
+    Attributes:
+        name: its file's name without the suffix.
+        title: its first line.
+        product: one of PRODUCTS.
+        since: versions that brought it.
+        fixed_in: versions that fixed it; empty if no fix is known.
+    """
+
+    name: str
+    title: str
+    product: str
+    since: tuple[Number, ...]
+    fixed_in: tuple[Number, ...]
+
+    def state(self, version: str) -> State:
+        """State of the bug in a version of the product.
+
+        Args:
+            version: as in bounds().
+
+        Raises:
+            HostError: it is not a version.
+        """
+        first, last = bounds(self.product, version)
+        if reached(self.fixed_in, first):
+            return State.FIXED
+        if last is None or reached(self.fixed_in, last):
+            return State.UNCERTAIN
+        return State.PRESENT if reached(self.since, last) else State.BEFORE
+
+
+def reached(listed: Iterable[Number], version: Number) -> bool:
+    """Whether a version has a change that is in the listed ones.
+
+    A stable release (6.12.113) counts for its own branch, a mainline one (7.0) for each later
+    version: 6.13.9 has neither, though its number is above 6.12.113.
+    """
+    return any(
+        version >= number and (not number.patch or version[:2] == number[:2]) for number in listed
+    )
+
+
+def bounds(product: str, version: str) -> tuple[Number, Number | None]:
+    """Bounds of the changes in a version: those up to the first, and none beyond the second.
+
+    Both are the same for a release ("7.2.13", "6.12.117-paprscm", "10.0.13 (Debian …)"). A
+    development version ("7.3-rc2+", "6.12.0-00123-gabcdef", QEMU's "11.1.50" and "11.1.92") is
+    bounded by the release that it leads to. A distribution's kernel ("6.12.117+deb13-powerpc64le",
+    "5.14.0-503.el9.ppc64le") may have any fix of a later version: there is no second bound.
+
+    Args:
+        product: one of PRODUCTS.
+        version: of a kernel its release, of QEMU its version, with or without what follows it.
+
+    Raises:
+        HostError: it does not begin with two numbers.
+    """
+    match = _VERSION.match(version)
+    if match is None:
+        raise HostError(f"{version!r} is not a version of {product}")
+    major, minor, patch = int(match[1]), int(match[2]), int(match[3] or 0)
+    suffix = match[5]
+    mainline = Number(major, minor)
+    following = (
+        Number(major + 1, 0)
+        if minor >= _LAST_MINOR.get(product, minor + 1)
+        else Number(major, minor + 1)
+    )
+    if product == "QEMU" and patch >= 50:
+        # VERSION in QEMU's tree: x.y.50 once x.y is released, x.y.9N is -rcN of the next release.
+        return (following._replace(rc=patch - 90) if patch >= 90 else mainline), following
+    release = Number(major, minor, patch)
+    if match[4]:
+        last = following if "-next-" in suffix else release
+        return release._replace(rc=int(match[4])), last
+    if _DEVELOPMENT.search(suffix):
+        return release, release._replace(patch=patch + 1) if patch else following
+    if product == "Linux" and _DISTRIBUTION.match(suffix):
+        return release, None
+    return release, release
+
+
+def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Requests to update files of known issues, one sentence each.
+
+    Args:
+        records: measurements of each test of a job. An issue that one test shows is not gone in
+            that version, though another test may not show it.
+    """
+    verdicts = [
+        (name, verdict)
+        for record in records
+        for name, verdict in record.items()
+        if name.startswith(RECORD)
+    ]
+    shown = {(name, verdict["version"]) for name, verdict in verdicts if verdict["shows"]}
+    return sorted(
+        {
+            verdict["update"]
+            for name, verdict in verdicts
+            if verdict["update"] and (verdict["shows"] or (name, verdict["version"]) not in shown)
+        }
+    )
+
+
+def load(name: str, *, folder: Path = FOLDER) -> KnownIssue:
+    """Read the file of one known issue.
+
+    Args:
+        name: the file's name without ".md".
+
+    Raises:
+        ConfigError: there is no such file, or its lines "Since" and "Fixed in" cannot be read, as
+            in "- **Since:** Linux 5.3" and "- **Fixed in:** 6.12.112, 7.1" (or "none").
+    """
+    file = folder / f"{name}.md"
+    try:
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"known issue {file}: {error.strerror}") from error
+    product, _, brought = _line(file, text, "Since").partition(" ")
+    if product not in PRODUCTS:
+        raise ConfigError(f"{file}: 'Since' names none of {', '.join(PRODUCTS)}", hint=_HINT)
+    fixed = _line(file, text, "Fixed in")
+    since = _numbers(file, brought)
+    fixed_in = () if fixed == "none" else _numbers(file, fixed)
+    for number in fixed_in:
+        if not reached(since, number) or number in since:
+            raise ConfigError(f"{file}: fixed in {number}, which does not come after 'Since'")
+    title = text.splitlines()[0].removeprefix("# ")
+    return KnownIssue(name, title, product, since, fixed_in)
+
+
+def _line(file: Path, text: str, name: str) -> str:
+    lines = re.findall(rf"^- \*\*{name}:\*\* (.+)$", text, re.MULTILINE)
+    if len(lines) != 1:
+        raise ConfigError(f"{file} has {len(lines)} lines '- **{name}:** …', not one", hint=_HINT)
+    return str(lines[0])
+
+
+def _numbers(file: Path, text: str) -> tuple[Number, ...]:
+    """Read a list of versions, of which each counts for a branch of its own."""
+    numbers: list[Number] = []
+    for word in text.split(", "):
+        match = _LISTED.fullmatch(word)
+        if match is None:
+            raise ConfigError(
+                f"{file}: '{word}' is not a version such as 7.0 or 6.12.113", hint=_HINT
+            )
+        number = Number(int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or _RELEASE))
+        for other in numbers:
+            if (
+                reached([other], number)
+                or reached([number], other)
+                or not (number.patch or other.patch)
+            ):
+                raise ConfigError(
+                    f"{file}: {other} and {number} count for the same branch", hint=_HINT
+                )
+        numbers.append(number)
+    return tuple(numbers)

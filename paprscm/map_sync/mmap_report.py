@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Reports of map_sync --cell: one mmap() call each, parsed strictly."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from paprscm.guest.report import (
+    Fields,
+    MalformedError,
+    ProbeError,
+    load_line,
+    parse_errno,
+    parse_path,
+)
+from paprscm.map_sync.verdict import FileFacts, Mapping, Result, parse_file, parse_mapping
+
+_MASK: Final = (1 << 64) - 1
+
+
+class Access(Enum):
+    """How the file is opened and protected: `opened` and `prot` of a report, and in words."""
+
+    READ_WRITE = ("rw", "rw", "")
+    WRITE = ("r", "rw", " on O_RDONLY with PROT_WRITE")
+    READ = ("r", "r", " on O_RDONLY with PROT_READ")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One mapping to try.
+
+    Attributes:
+        type: "shared", "shared_validate", "private" or "none".
+        sync, unknown_bit: with MAP_SYNC, with a flag that no kernel knows.
+        access: how the file is opened and protected.
+        anonymous: no file is mapped.
+        offset, length: of the range, bytes; None: to the end of the file, at least a page.
+        fsync: fsync() the file afterwards.
+        address_align: map it (MAP_FIXED) at a free address that is a multiple of so many bytes;
+            None: where the kernel wants it.
+    """
+
+    type: str
+    sync: bool = False
+    unknown_bit: bool = False
+    access: Access = Access.READ_WRITE
+    anonymous: bool = False
+    offset: int = 0
+    length: int | None = None
+    fsync: bool = False
+    address_align: int | None = None
+
+    @property
+    def words(self) -> str:
+        """As map_sync's --cell takes it."""
+        opened, prot, _ = self.access.value
+        words = [self.type, f"prot={prot}", f"offset={self.offset}"]
+        words += ["sync"] * self.sync + ["unknown-bit"] * self.unknown_bit
+        words += ["read-only"] * (opened == "r") + ["anonymous"] * self.anonymous
+        words += ["fsync"] * self.fsync
+        words += [] if self.length is None else [f"length={self.length}"]
+        words += [] if self.address_align is None else [f"address-align={self.address_align}"]
+        return ",".join(words)
+
+    def __str__(self) -> str:
+        flags = [f"MAP_{self.type.upper()}"] if self.type != "none" else []
+        flags += ["MAP_SYNC"] * self.sync + ["UNKNOWN_BIT"] * self.unknown_bit
+        flags += ["MAP_ANONYMOUS"] * self.anonymous
+        flags += ["MAP_FIXED"] * (self.address_align is not None)
+        text = ("|".join(flags) or "no flag") + self.access.value[2]
+        text += f", offset {self.offset:#x}" if self.offset else ""
+        return text if self.length is None else f"{text}, length {self.length:#x}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellReport:
+    """What became of one cell.
+
+    Attributes:
+        cell: what was asked for.
+        page_size: of the guest's kernel, bytes.
+        file: what was known of it just before; None if nothing was opened.
+        mapping: the mapping.
+        seed: what the stored values were made of; see `stored`.
+        fsync: whether fsync() succeeded; None: not asked for.
+        fsync_errno: why it did not.
+    """
+
+    cell: Cell
+    page_size: int
+    file: FileFacts | None
+    mapping: Mapping
+    seed: int
+    fsync: bool | None
+    fsync_errno: int | None
+
+    @property
+    def mapped_bytes(self) -> int:
+        """The length of the mapping in whole pages (mm/mmap.c, do_mmap: PAGE_ALIGN)."""
+        return -(-self.mapping.length // self.page_size) * self.page_size
+
+    def stored(self) -> dict[int, bytes]:
+        """The eight bytes that were stored in each page, by their offset in the file."""
+        end = self.mapping.pages_accessed * self.page_size
+        return {
+            self.mapping.offset + at: _page_value(self.seed, at).to_bytes(8, "little")
+            for at in range(0, end, self.page_size)
+        }
+
+
+def parse_cells(
+    stdout: str, status: int, stderr: str, *, path: str, cells: Sequence[Cell]
+) -> tuple[CellReport, ...]:
+    """Parse map_sync's answers to several --cell; nothing may be missing, unknown, contradictory.
+
+    Args:
+        stdout: a line of JSON for each cell, in their order.
+        status: its exit status.
+        stderr: what else it said.
+        path: the file that was asked for.
+        cells: what was asked for.
+
+    Raises:
+        ProbeError: the answers cannot be believed, or are to other questions.
+    """
+    lines = stdout.splitlines()
+    try:
+        if len(lines) != len(cells):
+            raise MalformedError(f"{len(lines)} answers to {len(cells)} cells")
+        reports = [
+            _report(load_line(line), cell, path) for line, cell in zip(lines, cells, strict=True)
+        ]
+        failed = any(report.mapping.result is Result.ERROR for report in reports)
+        if status != (4 if failed else 0):
+            raise MalformedError(f"status {status}, and a step failed: {failed}")
+        if len({report.page_size for report in reports}) > 1:
+            raise MalformedError("several page sizes")
+    except MalformedError as error:
+        raise ProbeError(
+            f"map_sync's answers for {path!r} cannot be believed: {error}; status {status}, "
+            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
+        ) from error
+    return tuple(reports)
+
+
+def _report(fields: Fields, cell: Cell, path: str) -> CellReport:
+    fields.require(fields.take("probe", str) == "map_sync_cell", "not map_sync's")
+    fields.require(fields.take("version", int) == 1, "of another version")
+    told_path, opened = parse_path(fields.take("path", str)), fields.take("opened", str)
+    file = fields.optional("file", dict)
+    inner = Fields(fields.take("mapping", dict), "mapping")
+    report = CellReport(
+        cell=cell,
+        page_size=fields.take("page_size", int),
+        file=None if file is None else parse_file(Fields(file, "file")),
+        mapping=parse_mapping(
+            inner, anonymous=cell.anonymous, fixed=cell.address_align is not None
+        ),
+        seed=fields.take("seed", int),
+        fsync=fields.optional("fsync", bool),
+        fsync_errno=parse_errno(fields, "fsync_errno")[0],
+    )
+    fields.done()
+    size, mapping = report.page_size, report.mapping
+    fields.require(size >= 4096 and not size & (size - 1), f"page_size is {size}")
+    fields.require(report.seed <= _MASK, f"seed is {report.seed}")
+    told = (told_path, opened, mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot)
+    by = ("none" if cell.anonymous else cell.access.value[0], cell.type, cell.sync)
+    asked = (path, *by, cell.unknown_bit, cell.access.value[1])
+    fields.require(told == asked, f"it answers {told}, it was asked for {asked}")
+    fields.require(mapping.offset == cell.offset, "of another offset")
+    failed = mapping.result is Result.ERROR
+    fields.require(
+        failed or cell.length in (None, mapping.length), f"of another length, {mapping.length}"
+    )
+    fields.require(
+        failed or (report.file is None) == cell.anonymous, "a file and an anonymous mapping"
+    )
+    fields.require((report.fsync is False) == (report.fsync_errno is not None), "fsync and errno")
+    fields.require(failed or (report.fsync is not None) == cell.fsync, "fsync and the question")
+    return report
+
+
+def _page_value(seed: int, at: int) -> int:
+    """The value that map_sync stores `at` bytes into a mapping: guest_tools/map_sync.c."""
+    x = (seed + at * 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 31)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 29)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 32)

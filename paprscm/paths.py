@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Folders of the project's files, in a checkout and in an installed package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parent
+
+ROOT = _CHECKOUT if (_CHECKOUT / "guest_tools").is_dir() else _PACKAGE / "data"
+"""The checkout, or the copies of its folders that pyproject.toml puts into the wheel."""
+
+GUEST_TOOLS = ROOT / "guest_tools"
+HOST_TOOLS = ROOT / "host_tools"
+IMAGES = ROOT / "images"
+KNOWN_ISSUES = ROOT / "known_issues"
+TESTS = ROOT / "tests"

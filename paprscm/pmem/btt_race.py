@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Writers of a sector namespace: starting them, their report and state, kernel messages."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from paprscm.errors import ContractError, HostError
+from paprscm.guest.guest import Guest
+from paprscm.guest.kmsg import traces
+from paprscm.guest.report import MalformedError, ProbeError, load_line, unbelievable
+
+PROGRESS = re.compile(r"same_block: (\d+) writes$")
+DONE = re.compile(r"same_block: done$")
+"""The lines that it writes to the console."""
+
+BTT_ISSUE = "linux-btt-sleeps-under-spinlock"
+SLEEPS = re.compile(
+    r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
+)
+"""A task slept in atomic context: the scheduler reports it where the kernel counts preemption
+(PREEMPT_COUNT, part of PREEMPT and PREEMPT_LAZY), DEBUG_ATOMIC_SLEEP before it happens."""
+WRITE_PATH = re.compile(r"\] btt_(?:write_pg|do_bvec|submit_bio)\+")
+"""btt_write_pg is inlined in kernels that are built for size."""
+_FLUSH = re.compile(r"\] papr_scm_pmem_flush\+")
+_MAP_LOCK = re.compile(r"\(&arena->map_locks\[i\]")
+_WRITTEN = re.compile(r"one block written$")
+
+# The tool's pid first, so that its threads can be listed while it runs; its status when it ended.
+_START = """
+echo on > /proc/sys/kernel/printk_devkmsg
+setsid sh -c '"$@" > /tmp/same_block.out 2> /tmp/same_block.err &
+	echo $! > /tmp/same_block.pid; wait $!; echo $? > /tmp/same_block.status' \
+	sh {words} < /dev/null > /dev/null 2>&1 &
+"""
+# Its line on the console comes a moment before its end.
+_STATE = """
+for try in 1 2 3 4 5; do [ -s /tmp/same_block.status ] || sleep 1; done
+if [ -s /tmp/same_block.status ]; then
+	echo ended; cat /tmp/same_block.status /tmp/same_block.out; cat /tmp/same_block.err >&2
+else
+	read -r pid < /tmp/same_block.pid; echo $pid; cat /proc/$pid/task/[0-9]*/stat
+fi
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SameBlock:
+    """What guest_tools/same_block.c reports.
+
+    Attributes:
+        writes: of each thread.
+        moves: how often a thread was given another CPU.
+        duration_ns: of the whole.
+        errno: of the first write that failed, or 0.
+        whole: the block is one thread's, all of it.
+    """
+
+    writes: tuple[int, ...]
+    moves: int
+    duration_ns: int
+    errno: int
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Running:
+    """The writers have not ended.
+
+    Attributes:
+        states: of each writer thread, as in /proc/PID/stat: "R", "D", …
+    """
+
+    states: tuple[str, ...]
+
+
+def start(guest: Guest, tool: PurePosixPath, disk: str, *, threads: int, seconds: int) -> None:
+    """Start the writers in the background; their progress is on the console.
+
+    Args:
+        guest: where.
+        tool: the compiled guest_tools/same_block.c.
+        disk: path of a block device.
+        threads: number of writers.
+        seconds: how long they write, s.
+    """
+    words = [str(tool), f"--threads={threads}", f"--seconds={seconds}", "--progress=/dev/kmsg"]
+    # printk would drop more than 10 lines in 5 s (kernel/printk/printk.c, devkmsg_write).
+    guest.succeed(_START.format(words=shlex.join([*words, disk])))
+
+
+def state(guest: Guest, *, timeout_s: float = 30.0) -> SameBlock | Running:
+    """The writers' report if they have ended, else the state of their threads.
+
+    Raises:
+        ProbeError: the tool ended without a report, or with one that cannot be believed.
+    """
+    result = guest.run(_STATE, timeout_s=timeout_s)
+    return parse_state(result.stdout, result.stderr)
+
+
+def parse_state(stdout: str, stderr: str = "") -> SameBlock | Running:
+    """Parse the output of the shell that looks at the tool: its report, or /proc/PID/task/*/stat.
+
+    Raises:
+        ProbeError: it is neither.
+    """
+    first, _, rest = stdout.partition("\n")
+    if first == "ended":
+        status, _, report = rest.partition("\n")
+        return parse_same_block(report, int(status) if status.isdecimal() else -1, stderr)
+    # comm may hold blanks and brackets; the state is behind the last bracket (proc(5)).
+    found = re.findall(r"^([0-9]+) \(.*\) ([A-Za-z]) ", rest, re.MULTILINE)
+    states = tuple(letter for tid, letter in found if tid != first)
+    if not states:
+        raise ProbeError(f"same_block has no writer threads: {stdout!r}, {stderr!r}")
+    return Running(states)
+
+
+def parse_same_block(stdout: str, status: int, stderr: str = "") -> SameBlock:
+    """Parse the report.
+
+    Args:
+        stdout: one line of JSON.
+        status: its exit status.
+        stderr: for the message.
+
+    Raises:
+        ProbeError: it cannot be believed.
+    """
+    try:
+        fields = load_line(stdout)
+        fields.require(fields.take("tool", str) == "same_block", "it is another tool's")
+        fields.require(fields.take("version", int) == 1, "it is of another version")
+        threads, writes = fields.take("threads", int), fields.take("writes", list)
+        fields.require(
+            len(writes) == threads and all(type(n) is int and n >= 0 for n in writes),
+            f"writes is {writes}",
+        )
+        report = SameBlock(
+            writes=tuple(writes),
+            moves=fields.take("moves", int),
+            duration_ns=fields.take("duration_ns", int),
+            errno=fields.take("errno", int),
+            whole=fields.take("whole", bool),
+        )
+        fields.done()
+        good = not report.errno and report.whole
+        fields.require(status == (0 if good else 1), f"status {status}")
+    except MalformedError as error:
+        raise unbelievable("same_block", error, stdout, status, stderr) from error
+    return report
+
+
+def expect_written(report: SameBlock) -> None:
+    """Assert that all threads wrote, and that the block is one thread's.
+
+    Raises:
+        ContractError: a write failed, or the block is of two of them.
+        HostError: a thread never wrote, or none was moved: nothing was tried.
+    """
+    if report.errno or not report.whole:
+        state = "whole" if report.whole else "torn"
+        raise ContractError(f"the block is {state}, the first error is errno {report.errno}")
+    if not all(report.writes) or not report.moves:
+        raise HostError(f"not every thread wrote and was moved: {report}")
+
+
+def btt_sleep(trace: str) -> str:
+    """The known BTT bug in one sentence, if `trace` shows it.
+
+    Args:
+        trace: a message that matches SLEEPS, with its call trace.
+
+    Raises:
+        ContractError: it is not the BTT's flush that sleeps.
+    """
+    if not WRITE_PATH.search(trace) or not _FLUSH.search(trace):
+        raise ContractError(f"a task sleeps in atomic context, not in a flush of the BTT:\n{trace}")
+    # Lockdep names the locks.
+    lock = " with the lock of the block's map entry" if _MAP_LOCK.search(trace) else ""
+    return f"papr_scm_pmem_flush sleeps below btt_write_pg in atomic context{lock}"
+
+
+def first_write(guest: Guest, disk: str) -> str:
+    """Write one block; return the kernel's message if the write slept in atomic context, else "".
+
+    Only the first message counts: after it preempt_count is wrong (kernel/sched/core.c,
+    schedule_debug), so later ones are meaningless, and the guest is killed.
+
+    Args:
+        guest: SLEEPS is among the messages that it allows.
+        disk: the sector namespace's path in the guest.
+
+    Raises:
+        ContractError: after 60 s the write has not ended, and the kernel reports nothing.
+    """
+    guest.succeed(
+        f"setsid sh -c 'dd if=/dev/zero of={disk} bs=4096 count=1 oflag=direct && "
+        f'echo "<1>one block written" > /dev/kmsg\' > /dev/null 2>&1 < /dev/null &'
+    )
+    console = guest.console
+    event = console.wait_for(
+        {"sleeps": SLEEPS, "written": _WRITTEN}, timeout_s=60, silence_s=float("inf")
+    )
+    console.settle(1.0, 10.0)
+    if found := traces(console.lines, SLEEPS):
+        guest.kill()
+        return found[0]
+    guest.check()
+    if event is None:
+        raise ContractError("a write of one block did not end within 60 s")
+    return ""

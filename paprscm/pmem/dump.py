@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Run guest_tools/pmem.sh in a guest and parse the lines it prints."""
+
+from __future__ import annotations
+
+import math
+import re
+import shlex
+from typing import Final
+
+from paprscm.errors import ContractError, HostError
+from paprscm.guest.guest import Guest
+from paprscm.papr import drc_index
+from paprscm.paths import GUEST_TOOLS
+
+_OD_LINE: Final = re.compile(r"(?: [0-9a-f]{2})+")
+
+
+class RegionError(ContractError):
+    """The guest has no region for the slot, or it is not what the device tree says."""
+
+
+class Dump:
+    """What the script printed, parsed strictly.
+
+    guest_tools/pmem.sh describes the lines.
+
+    Raises:
+        HostError: the output is anything else.
+    """
+
+    def __init__(self, output: str) -> None:
+        self.texts: dict[str, str] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.found: list[tuple[str, str, str]] = []
+        self.sizes: dict[str, int] = {}
+        self.step = ""
+        self.complete = False
+        blob: str | None = None
+        for line in output.removesuffix("\n").split("\n") if output else ():
+            word, _, rest = line.partition(" ")
+            key, _, value = rest.partition(" ")
+            if self.complete:
+                raise HostError(f"output after the end of the pmem script: {line!r}")
+            if blob is not None and _OD_LINE.fullmatch(line):
+                self.blobs[blob] += bytes.fromhex(line)
+                continue
+            blob = None
+            if word == "text" and key and key not in self.texts:
+                self.texts[key] = value
+            elif word == "blob" and key and not value and key not in self.blobs:
+                self.blobs[blob := key] = b""
+            elif word == "found" and len(parts := rest.split(" ")) == 3:
+                self.found.append((parts[0], parts[1], parts[2]))
+            elif word == "prop" and key.isdecimal() and value and value not in self.sizes:
+                self.sizes[value] = int(key)
+            elif word == "step" and key and not value:
+                self.step = key
+            elif line == "done":
+                self.complete = True
+            else:
+                raise HostError(f"the pmem script printed what it should not: {line!r}")
+
+    def text(self, key: str) -> str:
+        try:
+            return self.texts[key]
+        except KeyError:
+            raise ContractError(f"the guest has no {key}; it has {sorted(self.texts)}") from None
+
+    def number(self, key: str) -> int:
+        text = self.text(key)
+        if not re.fullmatch(r"[0-9]+|0x[0-9a-f]+", text):
+            raise ContractError(f"{key} is no number: {text!r}")
+        return int(text, 0)
+
+    def properties(self) -> dict[str, bytes]:
+        rest, found = self.blobs.get("props", b""), {}
+        if len(rest) != sum(self.sizes.values()):
+            raise HostError(f"{len(rest)} bytes of properties whose sizes are {self.sizes}")
+        for name, size in self.sizes.items():
+            found[name], rest = rest[:size], rest[size:]
+        return found
+
+    def words(self, key: str) -> frozenset[str] | None:
+        return frozenset(self.texts[key].split()) if key in self.texts else None
+
+
+_STEPS_LIMIT_S = 120.0
+
+
+# What the script's step "find" ends with where there is no region.
+_NO_REGION = 3
+
+
+def read_script() -> bytes:
+    """Return guest_tools/pmem.sh."""
+    return (GUEST_TOOLS / "pmem.sh").read_bytes()
+
+
+def run_steps(
+    guest: Guest,
+    what: str,
+    steps: list[str],
+    values: dict[str, str] | None = None,
+    *,
+    slot: int | None = None,
+    timeout_s: float = 0.0,
+) -> Dump:
+    """Run steps of the script in the guest; what they printed, if they succeeded."""
+    # One more, for the second that has already begun.
+    given = {"wait_s": str(math.ceil(timeout_s) + 1 if timeout_s else 0), **(values or {})}
+    if slot is not None:
+        given["drc"] = f"{drc_index(slot):x}"
+    # The script comes on stdin, so that the log of commands stays readable.
+    settings = [f"{key}={value}" for key, value in given.items()]
+    result = guest.run(
+        shlex.join(["env", *settings, "sh", "-s", *steps]),
+        stdin=read_script(),
+        timeout_s=timeout_s + _STEPS_LIMIT_S,
+    )
+    dump = Dump(result.stdout)
+    if result.status == _NO_REGION and dump.step == "find" and slot is not None:
+        there = "".join(f"\n  {name}: node {node}, {path}" for name, node, path in dump.found)
+        raise RegionError(
+            f"no region of slot {slot} (drc {drc_index(slot):#x}) within {timeout_s:g} s; "
+            f"there are: {there or 'none'}{_said(dump)}"
+        )
+    message = result.stderr.strip() or "(no message)"
+    if result.tool_failure:
+        raise HostError(f"{what}: step '{dump.step}': {result.tool_failure}:\n{message}")
+    if result.status:
+        raise ContractError(
+            f"{what}: step '{dump.step}' ended with status {result.status}:\n{message}"
+        )
+    if not dump.complete:
+        raise HostError(f"{what}: the output ends in step '{dump.step}':\n{message}")
+    return dump
+
+
+def _said(dump: Dump) -> str:
+    return f"\n  {dump.texts['trouble']}" if "trouble" in dump.texts else ""

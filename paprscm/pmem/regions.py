@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the pmem script printed in the guest, as data: region and device tree node."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from paprscm.errors import ContractError, HostError
+from paprscm.guest.guest import Guest
+from paprscm.papr import Property, drc_index
+from paprscm.pmem.dump import Dump, RegionError, run_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """The device tree node of one nvdimm, as the guest's kernel got it.
+
+    Attributes:
+        path: below /proc/device-tree, "/ibm,persistent-memory/ibm,pmemory@90000000".
+        raw: each property in binary.
+        drc_index, block_size, number_of_blocks, metadata_size: the numbers; bytes and counts.
+        unit_guid, device_type, application: the strings.
+        compatible: the list of strings.
+        cache_flush_required, hcall_flush_required: whether the empty property is there.
+
+    A property that is not there is None.
+    """
+
+    path: str
+    raw: dict[str, bytes]
+    drc_index: int | None
+    block_size: int | None
+    number_of_blocks: int | None
+    metadata_size: int | None
+    unit_guid: str | None
+    device_type: str | None
+    application: str | None
+    compatible: tuple[str, ...] | None
+    cache_flush_required: bool
+    hcall_flush_required: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dimm:
+    """The nmem device behind a region.
+
+    Attributes:
+        name: "nmem0".
+        flags: of libnvdimm, a subset of "label", "lock"; None if there is no such file.
+        papr_flags: of papr_scm, such as "not_armed", "flush_fail"; empty when healthy.
+        dirty_shutdown: how often the contents were not saved.
+    """
+
+    name: str
+    flags: frozenset[str] | None
+    papr_flags: frozenset[str] | None
+    dirty_shutdown: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Region:
+    """One libnvdimm region, which is one nvdimm here.
+
+    Attributes:
+        name: "region0"; says nothing about the slot.
+        slot, drc: the memory slot, and the DRC index that made this the region of that slot.
+        device: its path in sysfs.
+        node: its device tree node.
+        dimm: its nmem device; None if the region has no mapping.
+        deep_flush: "1": the region has a flush of its own, "0": it has none; None: not shown.
+        deep_flush_mode: the permissions of that file, such as 0o644.
+        persistence_domain: "memory_controller", "cpu_cache" or ""; None: not shown.
+        size_bytes: what it holds, without the label area.
+        read_only: the kernel refuses to write to it.
+        align_bytes: the alignment that namespaces must have.
+        nstype: the kind of its namespaces; 5 is persistent memory with labels.
+    """
+
+    name: str
+    slot: int
+    drc: int
+    device: str
+    node: Node
+    dimm: Dimm | None
+    deep_flush: str | None
+    deep_flush_mode: int | None
+    persistence_domain: str | None
+    size_bytes: int
+    read_only: bool
+    align_bytes: int | None
+    nstype: int
+
+
+def parse_region(dump: Dump, slot: int) -> Region:
+    node = _node(dump)
+    drc = drc_index(slot)
+    name = dump.text("region")
+    if node.drc_index != drc:
+        told = "none" if node.drc_index is None else f"{node.drc_index:#x}"
+        raise RegionError(
+            f"{name} belongs to {node.path}, whose {Property.DRC_INDEX} is {told}, not {drc:#x}"
+        )
+    dimm = None
+    if "mapping0" in dump.texts:
+        dirty = "papr/dirty_shutdown"
+        dimm = Dimm(
+            name=dump.text("mapping0").partition(",")[0],
+            flags=dump.words("flags"),
+            papr_flags=dump.words("papr/flags"),
+            dirty_shutdown=dump.number(dirty) if dirty in dump.texts else None,
+        )
+    read_only = dump.text("read_only")
+    if read_only not in ("0", "1"):
+        raise ContractError(f"{name}/read_only is {read_only!r}")
+    return Region(
+        name=name,
+        slot=slot,
+        drc=drc,
+        device=dump.text("device"),
+        node=node,
+        dimm=dimm,
+        deep_flush=dump.texts.get("deep_flush"),
+        deep_flush_mode=_mode(dump),
+        persistence_domain=dump.texts.get("persistence_domain"),
+        size_bytes=dump.number("size"),
+        read_only=read_only == "1",
+        align_bytes=dump.number("align") if "align" in dump.texts else None,
+        nstype=dump.number("nstype"),
+    )
+
+
+def _mode(dump: Dump) -> int | None:
+    mode = dump.texts.get("deep_flush_mode")
+    if mode is not None and not re.fullmatch("[0-7]{3,4}", mode):
+        raise HostError(f"the mode of deep_flush is {mode!r}")
+    return None if mode is None else int(mode, 8)
+
+
+def _node(dump: Dump) -> Node:
+    path = dump.text("node")
+    raw = dump.properties()
+
+    def refuse(name: str, wanted: str) -> ContractError:
+        return ContractError(f"{path}: {name} is {raw[name].hex(' ') or 'empty'}, not {wanted}")
+
+    def number(name: str, size: int) -> int | None:
+        if name in raw and len(raw[name]) != size:
+            raise refuse(name, f"a number of {size} bytes")
+        return int.from_bytes(raw[name], "big") if name in raw else None
+
+    def strings(name: str) -> tuple[str, ...] | None:
+        if name not in raw:
+            return None
+        if not re.fullmatch(rb"([\x20-\x7e]+\x00)+", raw[name]):
+            raise refuse(name, "text that ends with a zero byte")
+        return tuple(raw[name].decode("ascii").removesuffix("\0").split("\0"))
+
+    def string(name: str) -> str | None:
+        found = strings(name)
+        if found is not None and len(found) != 1:
+            raise refuse(name, "one string")
+        return found[0] if found else None
+
+    def flag(name: str) -> bool:
+        if raw.get(name):
+            raise refuse(name, "empty")
+        return name in raw
+
+    return Node(
+        path=path.partition("/devicetree/base")[2] or path,
+        raw=raw,
+        drc_index=number(Property.DRC_INDEX, 4),
+        block_size=number(Property.BLOCK_SIZE, 8),
+        number_of_blocks=number(Property.NUMBER_OF_BLOCKS, 8),
+        metadata_size=number(Property.METADATA_SIZE, 4),
+        unit_guid=string(Property.UNIT_GUID),
+        device_type=string(Property.DEVICE_TYPE),
+        application=string(Property.APPLICATION),
+        compatible=strings(Property.COMPATIBLE),
+        cache_flush_required=flag(Property.CACHE_FLUSH_REQUIRED),
+        hcall_flush_required=flag(Property.HCALL_FLUSH_REQUIRED),
+    )
+
+
+def region(guest: Guest, slot: int) -> Region:
+    """The region of the nvdimm in `slot`, found by its DRC index, in one round trip.
+
+    Raises:
+        RegionError: there is none (the message names those that there are), or device tree and
+            sysfs contradict each other.
+    """
+    return wait_for_region(guest, slot, 0)
+
+
+def wait_for_region(guest: Guest, slot: int, timeout_s: float) -> Region:
+    """The same, waiting in the guest until the region is there and its driver is bound.
+
+    Args:
+        slot: the memory slot.
+        timeout_s: how long, by the guest's clock in whole seconds.
+    """
+    return parse_region(
+        run_steps(guest, f"find {slot}", ["find"], slot=slot, timeout_s=timeout_s), slot
+    )
+
+
+def page_size(guest: Guest) -> int:
+    """The page size of the guest's kernel, bytes: the block size that DAX wants."""
+    line = guest.succeed("grep -m 1 KernelPageSize /proc/self/smaps")
+    found = re.fullmatch(r"KernelPageSize:\s+([0-9]+) kB", line)
+    if found is None:
+        raise ContractError(f"/proc/self/smaps says {line!r}")
+    return int(found[1]) * 1024
+
+
+def same_region(before: Region, now: Region) -> Region:
+    if before.name != now.name:
+        raise ContractError(f"slot {now.slot} was {before.name} and is now {now.name}")
+    return now

@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One QEMU binary: where it is or where it is fetched from, and what it says it can do."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from elftools.common.exceptions import ELFError
+from elftools.elf.elffile import ELFFile
+from elftools.elf.segments import InterpSegment
+
+from paprscm import log
+from paprscm.build.debian import Archive
+from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.host.cache import Cache
+from paprscm.host.folders import require_loader
+from paprscm.settings import expanded
+from paprscm.vm.capabilities import ASKED_TYPES, BINARY, FORMAT, GUEST_TYPES, JSON, ask
+
+INSTALL_HINT = "apt install qemu-system-ppc, or set qemu=debian:trixie to fetch one without root"
+_FETCH_HINT = "qemu=debian:trixie fetches one that has it"
+
+_FETCHED_FORMAT = "1"
+"""Changes when the layout of a fetched QEMU does."""
+_NEEDS_BYTES = 600_000_000
+_DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}
+KVM_API_VERSION = 12
+"""The only value that KVM_GET_API_VERSION has (Linux Documentation/virt/kvm/api.rst, 4.1)."""
+
+
+@dataclass(frozen=True)
+class Qemu:
+    """One QEMU for pseries machines and its abilities, as it told them itself.
+
+    Attributes:
+        argv_prefix: what to put before a machine's arguments.
+        path: the binary.
+        key: digest that changes when the binary does.
+        version: major, minor, micro.
+        version_text: with the distribution's package version.
+        machine: the machine type behind the alias "pseries".
+        properties: names of properties by type, for "machine" (pseries) and each of
+            qemu_facts.ASKED_TYPES that this QEMU knows.
+        has_kvm: it was built with KVM for its target.
+        has_netdev_user: it was built with libslirp, the network of guests (-netdev user).
+        cpu_models: what -cpu takes.
+        qmp_commands: QMP commands.
+        migration_capabilities: what migrate-set-capabilities takes.
+    """
+
+    argv_prefix: tuple[str, ...]
+    path: Path
+    key: str
+    version: tuple[int, int, int]
+    version_text: str
+    machine: str
+    properties: Mapping[str, frozenset[str]] = field(hash=False, repr=False)
+    has_kvm: bool
+    has_netdev_user: bool
+    cpu_models: frozenset[str] = field(repr=False)
+    qmp_commands: frozenset[str] = field(repr=False)
+    migration_capabilities: frozenset[str] = field(repr=False)
+
+    def has(self, type_name: str, property_name: str | None = None) -> bool:
+        """Whether it knows the type, and the type has the property.
+
+        Raises:
+            KeyError: nobody asked QEMU about that type (see qemu_facts.ASKED_TYPES).
+        """
+        if type_name != "machine" and type_name not in ASKED_TYPES:
+            raise KeyError(type_name)
+        found = self.properties.get(type_name)
+        return found is not None and (property_name is None or property_name in found)
+
+    @property
+    def has_vof(self) -> bool:
+        """It can boot a pseries machine without SLOF."""
+        return self.has("machine", "x-vof")
+
+    @property
+    def has_pmem(self) -> bool:
+        """It was built with libpmem, which pmem=on needs."""
+        return self.has("memory-backend-file", "pmem")
+
+    @property
+    def has_pmem_override(self) -> bool:
+        """A spapr-nvdimm can ask for flushes although its backend is pmem=on."""
+        return self.has("spapr-nvdimm", "pmem-override")
+
+    @property
+    def lacks_for_guests(self) -> tuple[str, ...]:
+        """Devices and backends of every guest that it was built without."""
+        absent = tuple(name for name in GUEST_TYPES if not self.has(name))
+        return absent if self.has_netdev_user else (*absent, "-netdev user (libslirp)")
+
+
+def resolve(archive: Archive, setting: str) -> Qemu:
+    """Find, or fetch, the QEMU that the setting names, and ask what it can do.
+
+    Args:
+        archive: where a QEMU is fetched from; its cache holds fetched QEMUs and what binaries
+            answered.
+        setting: 'auto' (the host's), 'debian:SUITE', or a path.
+
+    Raises:
+        ConfigError: no such file, not executable, not a QEMU, or one for another target.
+        HostError: it is not installed, cannot be fetched, or does not start.
+        CapabilityError: it has no spapr-nvdimm device.
+    """
+    cache = archive.cache
+    argv_prefix, path = _locate(archive, setting)
+    key = _binary_key(cache, path)
+    facts = _remember(cache, key, f"capabilities-{FORMAT}", lambda: ask(argv_prefix, path))
+    qemu = _from_facts(facts, argv_prefix, path, key)
+    if not qemu.has("spapr-nvdimm"):
+        # QEMU commit 8601b4f11d47 (in v7.0).
+        why = "it came with QEMU 7.0" if qemu.version < (7, 0, 0) else "build it with CONFIG_NVDIMM"
+        raise CapabilityError(
+            f"{path} (version {qemu.version_text}) has no spapr-nvdimm device",
+            hint=f"{why}; {_FETCH_HINT}",
+        )
+    return qemu
+
+
+def require_guests(qemu: Qemu) -> None:
+    """Raise unless the QEMU can run the guests of this suite.
+
+    Raises:
+        CapabilityError: it was built without some of their devices; the message names them.
+    """
+    if lacking := qemu.lacks_for_guests:
+        raise CapabilityError(
+            f"{qemu.path} (version {qemu.version_text}) cannot run the suite's guests: "
+            f"it is built without {', '.join(lacking)}",
+            hint=f"configure it with --enable-slirp and its default devices; {_FETCH_HINT}",
+        )
+
+
+def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -> JSON:
+    """What was computed about this very binary once; computed now if it was not.
+
+    Args:
+        name: names the answer, and its format's version; a file name.
+        compute: gives something that JSON can hold. Other runs wait meanwhile.
+    """
+    return _remember(cache, qemu.key, name, compute)
+
+
+def accel(
+    setting: str, qemu: Qemu, *, host: str | None = None, device: Path = Path("/dev/kvm")
+) -> str:
+    """The accelerator to use, "tcg" or "kvm"; see `accel_and_reason`."""
+    return accel_and_reason(setting, qemu, host=host, device=device)[0]
+
+
+def accel_and_reason(
+    setting: str, qemu: Qemu, *, host: str | None = None, device: Path = Path("/dev/kvm")
+) -> tuple[str, str | None]:
+    """The accelerator to use, "tcg" or "kvm", and why it is not KVM where that was possible.
+
+    Args:
+        setting: 'auto', 'tcg' or 'kvm'.
+        host: the host's machine name as uname gives it; this host's when None.
+        device: KVM's device node.
+
+    Raises:
+        CapabilityError: KVM was asked for and cannot be had.
+    """
+    if setting == "tcg":
+        return "tcg", "accel=tcg is set"
+    reason = _why_no_kvm(qemu, host or platform.machine(), device)
+    if reason is None:
+        return "kvm", None
+    if setting == "kvm":
+        raise CapabilityError(f"accel=kvm: {reason}", hint="accel=auto takes TCG here")
+    return "tcg", reason
+
+
+def _why_no_kvm(qemu: Qemu, host: str, device: Path) -> str | None:
+    if host not in ("ppc64", "ppc64le"):
+        return f"this host is {host}, and KVM runs pseries guests on ppc64 hosts only"
+    if not qemu.has_kvm:
+        return f"{qemu.path} is built without KVM"
+    # _IO() is 0 << 30 on most architectures and 1 << 29 on powerpc (asm/ioctl.h).
+    get_api_version = 0x2000AE00
+    try:
+        handle = os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        return f"{device}: {error.strerror}"
+    try:
+        api = fcntl.ioctl(handle, get_api_version, 0)
+    except OSError as error:
+        return f"{device} is no KVM: {error.strerror}"
+    finally:
+        os.close(handle)
+    return None if api == KVM_API_VERSION else f"{device} has API version {api}, not 12"
+
+
+def is_fetched(cache: Cache, setting: str) -> bool:
+    """Whether the cache already holds the QEMU of a setting 'debian:SUITE'."""
+    arch = _DEBIAN_ARCH.get(platform.machine(), "")
+    return cache.find("qemu", _fetched_fields(setting.removeprefix("debian:"), arch)) is not None
+
+
+def _fetched_fields(suite: str, arch: str) -> dict[str, str]:
+    return {"suite": suite, "arch": arch, "format": _FETCHED_FORMAT}
+
+
+def _locate(archive: Archive, setting: str) -> tuple[tuple[str, ...], Path]:
+    if setting.startswith("debian:"):
+        return _fetched(archive, setting.removeprefix("debian:"))
+    if setting == "auto":
+        found = shutil.which(BINARY)
+        if found is None:
+            raise HostError(f"there is no {BINARY} on this host", hint=INSTALL_HINT)
+        path = Path(found)
+    else:
+        path = expanded(Path(setting))
+        if "/" not in setting and (on_path := shutil.which(setting)):
+            path = Path(on_path)
+    # Absolute, because QEMU is started in other folders; links are kept, because a QEMU that is
+    # run from its build folder finds its firmware by the name it was called by.
+    path = path.absolute()
+    if not path.exists():
+        raise ConfigError(f"qemu={setting}: there is no such file", hint=INSTALL_HINT)
+    if path.is_dir():
+        raise ConfigError(f"qemu={setting} is a folder", hint=f"name the binary, {BINARY}")
+    if not os.access(path, os.X_OK):
+        raise ConfigError(f"qemu={setting} is not executable", hint=f"chmod +x {path}")
+    return (str(path),), path
+
+
+def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
+    if not re.fullmatch(r"[a-z][a-z0-9-]*", suite):
+        raise ConfigError(f"qemu=debian:{suite} names no suite", hint="such as debian:trixie")
+    arch = _DEBIAN_ARCH.get(platform.machine())
+    if arch is None:
+        raise ConfigError(
+            f"qemu=debian:{suite}: Debian has no packages for this host ({platform.machine()})",
+            hint="give the path of a QEMU",
+        )
+
+    require_loader(archive.cache.root)
+
+    def build(folder: Path) -> None:
+        with log.step(f"fetching QEMU of Debian {suite}"):
+            archive.extract(
+                ["qemu-system-ppc"],
+                suite=suite,
+                arch=arch,
+                target=folder / "root",
+                title="QEMU",
+            )
+            for unused in ("doc", "man", "locale", "icons"):
+                shutil.rmtree(folder / "root/usr/share" / unused, ignore_errors=True)
+            # Never publish what does not start.
+            argv_prefix, path = _prefix_in(folder / "root")
+            ask(argv_prefix, path)
+
+    fields = _fetched_fields(suite, arch)
+    entry = archive.cache.ensure("qemu", fields, build, needs_bytes=_NEEDS_BYTES)
+    return _prefix_in(entry.path / "root")
+
+
+def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
+    """How to start the QEMU that was unpacked into `root`, with its own C library and firmware."""
+    path = root / "usr/bin" / BINARY
+    try:
+        with path.open("rb") as file:
+            segments = ELFFile(file).iter_segments()
+            loaders = [s.get_interp_name() for s in segments if isinstance(s, InterpSegment)]
+    except (OSError, ELFError) as error:
+        raise HostError(f"{path} is no program: {error}") from error
+    if not loaders:
+        raise HostError(f"{path} is no dynamically linked program")
+    # The second level: some libraries live in a folder of their own (pulseaudio).
+    libraries = [*root.glob("usr/lib/*/lib*.so*"), *root.glob("usr/lib/*/*/lib*.so*")]
+    folders = sorted({library.parent for library in libraries})
+    prefix = (
+        str(_inside(root, root / loaders[0].lstrip("/"))),
+        "--library-path",
+        ":".join(str(folder) for folder in folders),
+        str(path),
+        "-L",
+        str(root / "usr/share/qemu"),
+    )
+    return prefix, path
+
+
+def _inside(root: Path, path: Path) -> Path:
+    """The file that a link leads to when `root` is the root folder, as it was packed to be."""
+    for _ in range(8):
+        if not path.is_symlink():
+            break
+        target = path.readlink()
+        path = root / str(target).lstrip("/") if target.is_absolute() else path.parent / target
+    return path
+
+
+def _binary_key(cache: Cache, path: Path) -> str:
+    return hashlib.sha256(cache.identity(path).encode()).hexdigest()[:16]
+
+
+def _remember(cache: Cache, key: str, name: str, compute: Callable[[], JSON]) -> JSON:
+    place = cache.root / "qemu-facts" / key / f"{name}.json"
+    try:
+        return json.loads(place.read_bytes())
+    except (OSError, ValueError):
+        pass
+    with cache.lock(f"qemu-facts-{key}-{name}", what=f"asks a QEMU for its {name}"):
+        # Somebody else may have asked while we waited.
+        try:
+            return json.loads(place.read_bytes())
+        except (OSError, ValueError):
+            pass
+        answer = compute()
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            draft = place.with_suffix(".new")
+            draft.write_text(json.dumps(answer))
+            draft.replace(place)
+        except OSError as error:
+            raise HostError(
+                f"the cache {cache.root} cannot be written: {error.strerror}",
+                hint="set cache_dir to a folder that you can write to",
+            ) from error
+        return answer
+
+
+def _from_facts(facts: JSON, argv_prefix: tuple[str, ...], path: Path, key: str) -> Qemu:
+    major, minor, micro = facts["version"]
+    return Qemu(
+        argv_prefix=argv_prefix,
+        path=path,
+        key=key,
+        version=(major, minor, micro),
+        version_text=facts["version_text"],
+        machine=facts["machine"],
+        properties={name: frozenset(found) for name, found in facts["properties"].items()},
+        has_kvm=facts["kvm"],
+        has_netdev_user=facts["netdev_user"],
+        cpu_models=frozenset(facts["cpu_models"]),
+        qmp_commands=frozenset(facts["qmp_commands"]),
+        migration_capabilities=frozenset(facts["migration_capabilities"]),
+    )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Probe which persistent-memory instructions a QEMU executes under TCG."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from paprscm.build.tcg_fixup import _DCBF, _TOOLS, _TOOLS_HINT, INSTRUCTIONS
+from paprscm.errors import CapabilityError, HostError, KilledError
+from paprscm.host.process import run
+from paprscm.paths import GUEST_TOOLS
+
+# What a trustworthy probe must answer: dcbf is as old as the architecture, 0 is illegal for good.
+_CONTROLS = {"dcbf": (_DCBF, True), "illegal": (0, False)}
+
+
+def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) -> dict[str, bool]:
+    """Which of `INSTRUCTIONS` this QEMU executes under TCG, by a bare-metal program of 0.1 s.
+
+    Args:
+        qemu: the command line that starts qemu-system-ppc64, without options of a machine.
+        cpu: the -cpu model that the guests will have; TCG's decoder depends on it.
+        timeout_s: how long the program may take.
+
+    Raises:
+        CapabilityError: the QEMU does not run the program (no x-vof machine option, say).
+        HostError: the cross binutils are missing, or the answer cannot be trusted.
+    """
+    with tempfile.TemporaryDirectory(prefix="paprscm-isa-") as folder:
+        program = _assemble(Path(folder))
+        argv = [
+            *qemu,
+            *("-nodefaults", "-display", "none", "-monitor", "none", "-serial", "none"),
+            *("-accel", "tcg", "-cpu", cpu, "-m", "256M", "-no-reboot"),
+            "-machine",
+            "pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off",
+            *("-chardev", "stdio,id=out,signal=off"),
+            *("-device", "spapr-vty,chardev=out,reg=0x30000000"),
+            *("-kernel", str(program)),
+        ]
+        try:
+            output = run(argv, timeout_s=timeout_s).text
+        except KilledError:
+            raise
+        except HostError as error:
+            raise CapabilityError(
+                f"{qemu[-1]} gave no answer to the instruction probe: {error.message}"
+            ) from error
+    line = re.search(r"isa-probe: ((?:\w+=[01] )+)end", output)
+    if line is None:
+        raise CapabilityError(
+            f"{qemu[-1]} ended without an answer to the instruction probe; it said: "
+            + (output.strip() or "nothing")
+        )
+    answers = {name: value == "1" for name, value in (x.split("=") for x in line[1].split())}
+    for name, (_word, expected) in _CONTROLS.items():
+        if answers.pop(name, None) is not expected:
+            raise HostError(f"the instruction probe on {qemu[-1]} is not to be trusted: {line[0]}")
+    return answers
+
+
+def probe_digest() -> str:
+    """A short digest of what the probe asks and how; its answers are good for no other."""
+    asked = repr((INSTRUCTIONS, _CONTROLS)).encode()
+    return hashlib.sha256(_probe_source().read_bytes() + asked).hexdigest()[:12]
+
+
+def _probe_source() -> Path:
+    return GUEST_TOOLS / "isa_probe.S"
+
+
+def _assemble(folder: Path) -> Path:
+    """Assemble and link guest_tools/isa_probe.S with the table of instructions."""
+    source = _probe_source()
+    words = {name: word for name, (word, _expected) in _CONTROLS.items() if word}
+    # RA=0, RB=r28 where the form has registers.
+    words |= {i.name: i.word for i in INSTRUCTIONS}
+    lines = [
+        f"\tprobe {name}, {word | (28 << 11 if word & 0x7FF == _DCBF & 0x7FF else 0):#010x}\n"
+        for name, word in [*words.items(), ("illegal", 0)]
+    ]
+    (folder / "isa_probe_table.inc").write_text("".join(lines))
+    objects, program = folder / "isa_probe.o", folder / "isa_probe"
+    for tool in ("as", "ld"):
+        if shutil.which(_TOOLS + tool) is None:
+            raise HostError(f"{_TOOLS}{tool} is not installed", hint=_TOOLS_HINT)
+    assemble: list[str | Path] = [
+        _TOOLS + "as",
+        "-mbig",
+        "-a64",
+        "-mpower8",
+        f"-I{folder}",
+        "-o",
+        objects,
+        source,
+    ]
+    run(assemble, timeout_s=60)
+    run([_TOOLS + "ld", "-EB", "-m", "elf64ppc", "-Ttext", "0", "-o", program, objects])
+    return program

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A pseries machine and its NVDIMMs as data."""
+
+from __future__ import annotations
+
+import shlex
+import uuid as uuids
+from dataclasses import dataclass
+from pathlib import Path
+
+from paprscm.errors import CapabilityError, ConfigError
+from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
+from paprscm.vm.binary import Qemu
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# Room for DIMMs, the same for all machines whose DIMMs fit: a restored guest has that of the one
+# that was saved.
+_DIMM_ROOM = 6 * GIB
+# A machine with more of them still has room for some that are plugged into the running guest.
+_HOTPLUG_ROOM = 2 * GIB
+
+_UUIDS = uuids.UUID("6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9d4")
+
+type_names = ("spapr-nvdimm", "nvdimm")
+
+Properties = dict[str, str | int | bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nvdimm:
+    """One NVDIMM and the file behind it.
+
+    Attributes:
+        slot: the memory slot; it decides the DRC index, by which the guest finds the region.
+        device: "spapr-nvdimm", or "nvdimm" (which never asks the guest for H_SCM_FLUSH).
+        pmem: the backend's pmem=on: QEMU may treat the file as real persistent memory.
+        pmem_override: ask the guest for H_SCM_FLUSH in spite of pmem=on.
+        size_bytes: what the guest can use: a multiple of 256 MiB (PAPR's SCM block).
+        label_bytes: the label area behind it, in the same file; at least 128 KiB.
+        uuid: None: made from the slot, the same at every start.
+        share: the backend's share=on; without it nothing that is written reaches the file.
+        unarmed: the device says that it cannot persist.
+        read_only: the backend's readonly=on; QEMU takes it only with `unarmed`.
+        file: an existing backing file of size_bytes + label_bytes; None: made, and removed again.
+    """
+
+    slot: int = 0
+    device: str = "spapr-nvdimm"
+    pmem: bool = False
+    pmem_override: bool = False
+    size_bytes: int = 512 * MIB
+    label_bytes: int = SCM_MIN_LABEL_SIZE
+    uuid: str | None = None
+    share: bool = True
+    unarmed: bool = False
+    read_only: bool = False
+    file: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.device not in type_names:
+            raise ConfigError(
+                f"there is no NVDIMM device '{self.device}'", hint="one of " + ", ".join(type_names)
+            )
+        if not 0 <= self.slot < MAX_SLOTS:
+            raise ConfigError(f"slot {self.slot} is out of range", hint=f"0 to {MAX_SLOTS - 1}")
+        if self.label_bytes < SCM_MIN_LABEL_SIZE:
+            raise ConfigError(
+                f"a label area of {self.label_bytes} bytes is too small",
+                hint=f"at least {SCM_MIN_LABEL_SIZE} (128K)",
+            )
+        if self.size_bytes <= 0 or self.size_bytes % SCM_BLOCK_SIZE:
+            lower = max(1, self.size_bytes // SCM_BLOCK_SIZE) * SCM_BLOCK_SIZE
+            upper = lower + SCM_BLOCK_SIZE
+            raise ConfigError(
+                f"a DIMM of {self.size_bytes} bytes besides its {self.label_bytes} bytes of label "
+                "is no multiple of 256 MiB",
+                hint=f"{lower // MIB}M or {upper // MIB}M; a file of "
+                f"{lower + self.label_bytes} or {upper + self.label_bytes} bytes",
+            )
+        if self.uuid is not None:
+            try:
+                uuids.UUID(self.uuid)
+            except ValueError as error:
+                raise ConfigError(f"'{self.uuid}' is no uuid") from error
+        if self.file is not None:
+            self._check_file(self.file)
+
+    def _check_file(self, file: Path) -> None:
+        try:
+            found = file.stat().st_size
+        except OSError as error:
+            raise ConfigError(f"backing file {file}: {error.strerror}") from error
+        if found != self.file_bytes:
+            raise ConfigError(
+                f"backing file {file} has {found} bytes; size {self.size_bytes} and label "
+                f"{self.label_bytes} make {self.file_bytes}",
+                hint=f"truncate -s {self.file_bytes} {shlex.quote(str(file))}, or another size=",
+            )
+
+    @property
+    def drc(self) -> int:
+        """The DRC index that QEMU gives the device, and the guest's name for it."""
+        return drc_index(self.slot)
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the backing file: data and label area."""
+        return self.size_bytes + self.label_bytes
+
+    @property
+    def guid(self) -> str:
+        """The uuid that the device has."""
+        return self.uuid or str(uuids.uuid5(_UUIDS, str(self.slot)))
+
+    def backend(self, file: Path) -> Properties:
+        """The object behind the device, as QMP's object-add takes it."""
+        properties: Properties = {
+            "qom-type": "memory-backend-file",
+            "id": f"mem{self.slot}",
+            "mem-path": str(file),
+            "size": self.file_bytes,
+            "share": self.share,
+        }
+        # A QEMU without libpmem has no such property, not even for "off".
+        if self.pmem:
+            properties["pmem"] = True
+        if self.read_only:
+            properties["readonly"] = True
+        return properties
+
+    def frontend(self) -> Properties:
+        """The device, as QMP's device_add takes it."""
+        properties: Properties = {
+            "driver": self.device,
+            "id": f"nv{self.slot}",
+            "memdev": f"mem{self.slot}",
+            "slot": self.slot,
+            "label-size": self.label_bytes,
+            "uuid": self.guid,
+        }
+        if self.pmem_override:
+            properties["pmem-override"] = True
+        if self.unarmed:
+            properties["unarmed"] = True
+        return properties
+
+
+def require(qemu: Qemu, nvdimm: Nvdimm) -> None:
+    """Raise unless the QEMU has what the DIMM needs.
+
+    Raises:
+        CapabilityError: it has not; with the way to one that has.
+    """
+    hint = "qemu=debian:trixie fetches one that has it"
+    if nvdimm.pmem and not qemu.has_pmem:
+        raise CapabilityError(f"{qemu.path} is built without libpmem: it has no pmem=on", hint=hint)
+    if nvdimm.pmem_override and not qemu.has_pmem_override:
+        raise CapabilityError(f"{qemu.path} has no pmem-override", hint=hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """A pseries machine; how it boots and is wired to us stands in Payload and Wiring.
+
+    Attributes:
+        nvdimms: those that are there at boot.
+        smp: vCPUs.
+        memory_mib: its memory, besides the DIMMs, MiB.
+        cpu: the -cpu model.
+        firmware: "vof" or "slof".
+        accel: "tcg" or "kvm".
+        slots: how many memory slots, and so PMEM DRCs, there are.
+        cmdline: words to add to the kernel's command line.
+    """
+
+    nvdimms: tuple[Nvdimm, ...] = ()
+    smp: int = 2
+    memory_mib: int = 1024
+    cpu: str = "POWER9"
+    firmware: str = "vof"
+    accel: str = "tcg"
+    slots: int = 8
+    cmdline: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        taken: set[int] = set()
+        for nvdimm in self.nvdimms:
+            if nvdimm.slot in taken:
+                raise ConfigError(f"two DIMMs want slot {nvdimm.slot}", hint="give each its slot=")
+            if nvdimm.slot >= self.slots:
+                raise ConfigError(
+                    f"slot {nvdimm.slot} is not there", hint=f"the machine has {self.slots} slots"
+                )
+            taken.add(nvdimm.slot)
+        if not 0 < self.slots <= MAX_SLOTS:
+            raise ConfigError(f"{self.slots} slots are not possible", hint=f"1 to {MAX_SLOTS}")
+
+    @property
+    def maxmem_mib(self) -> int:
+        """-m maxmem: the memory, every DIMM, and room for some that come later; MiB."""
+        dimms = sum(nvdimm.size_bytes for nvdimm in self.nvdimms)
+        return self.memory_mib + max(_DIMM_ROOM, dimms + _HOTPLUG_ROOM) // MIB
+
+
+def in_words(nvdimm: Nvdimm) -> str:
+    """What a DIMM is: "slot 0: spapr-nvdimm pmem=on"."""
+    return (
+        f"slot {nvdimm.slot}: {nvdimm.device}"
+        + (" pmem=on" if nvdimm.pmem else " pmem=off")
+        + (" pmem-override=on" if nvdimm.pmem_override else "")
+    )

@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""See how QEMU flushes the backing files of DIMMs, and meddle with it while it runs.
+
+A small library (host_tools/flush_shim.c) is preloaded into QEMU alone. It notes each fdatasync,
+fsync, msync and pmem_persist on a watched file in memory that it shares with us, and delays, fails
+or holds it as the rule says that we wrote there.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import mmap
+import os
+import platform
+import shutil
+import threading
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from pathlib import Path
+from typing import Any, Self
+
+from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.host.cache import Cache
+from paprscm.host.process import run
+from paprscm.paths import HOST_TOOLS
+
+_SOURCE = HOST_TOOLS / "flush_shim.c"
+_FLAGS = "-std=gnu11 -O2 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden -pthread"
+_MAGIC = int.from_bytes(b"paprshim", "big")
+_FILES = 64
+_RECORDS = 65536
+# From claiming a record to filling it in takes the library less than 1 µs, if it gets a CPU.
+_FILL_LIMIT_S = 0.1
+_UINT32_MAX = (1 << 32) - 1
+
+
+class Operation(IntEnum):
+    """A call that makes a file's content durable; the numbers are those of flush_shim.c."""
+
+    FDATASYNC = 0
+    FSYNC = 1
+    MSYNC = 2
+    PMEM_PERSIST = 3
+
+
+class Injected(IntFlag):
+    """What the shim did to a call; the numbers are those of flush_shim.c."""
+
+    DELAYED = 1
+    FAILED = 2
+    HUNG = 4
+
+
+ALL = tuple(Operation)
+FALLIBLE = (Operation.FDATASYNC, Operation.FSYNC, Operation.MSYNC)
+"""Those that can fail: pmem_persist returns nothing."""
+
+_U32, _U64 = ctypes.c_uint32, ctypes.c_uint64
+
+
+def _struct(*members: tuple[Any, str]) -> Any:
+    """A C struct; members of one type in a row are the words of one string."""
+    fields = [(name, kind) for kind, names in members for name in names.split()]
+    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
+
+
+_RULE = _struct(
+    (_U32, "delay_mask delay_epoch delay_low_us delay_high_us"),
+    (_U32, "fail_mask fail_epoch fail_errno fail_first fail_step fail_last"),
+    (_U32, "hang_mask hang_epoch"),
+)
+_COUNTS = _struct((_U64, "begun ended failed in_flight most"))
+_FILE = _struct(
+    (_U64, "dev ino"),
+    (_U32, "generation released"),
+    (_RULE * 2, "rules"),
+    (_U64, "drawn matched"),
+    (_COUNTS * (len(Operation) + 1), "counts"),
+    (_U64, "mapped"),
+)
+_RECORD = _struct(
+    (_U64, "state begin_ns end_ns"),
+    (_U32, "file operation injected delay_us result thread"),
+    (_U64 * 2, "reserved"),
+)
+_PAGE = _struct(
+    (_U64, "magic layout seed"),
+    (ctypes.c_int64, "loaded"),
+    (_U64, "lost files begun reserved"),
+    (_FILE * _FILES, "file"),
+    (_RECORD * _RECORDS, "records"),
+)
+
+
+def _layout() -> tuple[str, int]:
+    """What flush_shim.c must agree with, as C that does not compile otherwise; and its digest."""
+    claims = {f"{item.name} == {item.value}" for item in (*Operation, *Injected)}
+    structs = {"rule": _RULE, "counts": _COUNTS, "file": _FILE, "record": _RECORD, "page": _PAGE}
+    for name, struct in structs.items():
+        claims.add(f"sizeof(struct {name}) == {ctypes.sizeof(struct)}")
+        for member, _kind in struct._fields_:
+            place = getattr(struct, member)
+            claims.add(f"offsetof(struct {name}, {member}) == {place.offset}")
+            claims.add(f"sizeof(((struct {name} *)0)->{member}) == {place.size}")
+    lines = [f'_Static_assert({claim}, "paprscm/vm/sync_shim.py");' for claim in sorted(claims)]
+    digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:8], "big")
+    lines += [f"#define MAGIC {_MAGIC:#x}u", f"#define LAYOUT {digest:#x}u", ""]
+    return "\n".join(lines), digest
+
+
+def build(cache: Cache) -> Path:
+    """The library, compiled by the host's C compiler unless the cache has it.
+
+    Raises:
+        HostError: there is no C compiler, or it does not take the source.
+    """
+    compiler = shutil.which("cc")
+    if compiler is None:
+        raise HostError("there is no C compiler (cc) on this host", hint="apt install gcc libc-dev")
+    layout, _digest = _layout()
+
+    def compile_into(folder: Path) -> None:
+        (folder / "flush_shim_layout.inc").write_text(layout)
+        target = folder / "flush_shim.so"
+        run([compiler, *_FLAGS.split(), "-I", folder, "-o", target, _SOURCE], timeout_s=120)
+
+    fields = {
+        "source": hashlib.sha256(_SOURCE.read_bytes() + layout.encode()).hexdigest(),
+        "flags": _FLAGS,
+        "compiler": run([compiler, "--version"], timeout_s=30).lines[0],
+        "arch": platform.machine(),
+    }
+    return cache.ensure("flush-shim", fields, compile_into).path / "flush_shim.so"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One call on a watched file.
+
+    Attributes:
+        number: from 0, in the order in which the calls began.
+        path: the file, by the name under which it is watched.
+        operation: the call.
+        begin_ns: when it was made, comparable with time.monotonic_ns().
+        end_ns: when it returned; None: not yet.
+        result: 0 or the errno; None: not yet.
+        injected: what was done to it.
+        delay_s: for how long it was delayed, s.
+        thread: the kernel's id of the thread that made it.
+    """
+
+    number: int
+    path: Path
+    operation: Operation
+    begin_ns: int
+    end_ns: int | None
+    result: int | None
+    injected: Injected
+    delay_s: float
+    thread: int
+
+    @property
+    def duration_s(self) -> float | None:
+        """How long the caller had to wait, s; None when it still does."""
+        return None if self.end_ns is None else (self.end_ns - self.begin_ns) / 1e9
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many calls began, ended and failed so far, and how many at most were in progress."""
+
+    begun: int
+    ended: int
+    failed: int
+    most_in_flight: int
+
+
+class Shim:
+    """What we share with the library in one QEMU; each QEMU wants its own.
+
+    As a context manager it clears all rules at the end. What was recorded stays readable.
+
+    Args:
+        library: what `build` returned.
+        before: qemu_facts.sanitizers() of the QEMU.
+        seed: of the random delays, which it makes repeatable.
+    """
+
+    def __init__(self, library: Path, *, before: Sequence[str] = (), seed: int = 0) -> None:
+        self._library = library
+        # LD_PRELOAD cannot hold every path (ld.so(8): " :$"), nor a noexec mount a library.
+        self._copy = os.memfd_create("flush_shim.so")
+        os.write(self._copy, library.read_bytes())
+        self._preload = ":".join((*before, f"/proc/{os.getpid()}/fd/{self._copy}"))
+        self._handle = os.memfd_create("paprscm-shim")
+        os.ftruncate(self._handle, ctypes.sizeof(_PAGE))
+        # Its fields are aligned, so each is read and written at once.
+        self._page = _PAGE.from_buffer(mmap.mmap(self._handle, ctypes.sizeof(_PAGE)))
+        self._page.magic, self._page.layout, self._page.seed = _MAGIC, _layout()[1], seed
+        self._files: list[WatchedFile] = []
+        self._handles = [self._handle, self._copy]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        for file in self._files:
+            file.clear()
+        while self._handles:
+            os.close(self._handles.pop())
+
+    def prefix(self) -> tuple[str, ...]:
+        """What to put before QEMU's own command line, so that it and nobody else is preloaded."""
+        env = shutil.which("env") or "/usr/bin/env"
+        return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={self._handle}"
+
+    @property
+    def pass_fds(self) -> tuple[int, ...]:
+        """The descriptors that QEMU must inherit under the same numbers."""
+        return (self._handle,)
+
+    @property
+    def loaded(self) -> int | None:
+        """The pid of the process that has loaded the library; None: none yet."""
+        pid: int = self._page.loaded
+        return pid if pid > 0 else None
+
+    def require_loaded(self, timeout_s: float = 5.0) -> int:
+        """Wait until QEMU has loaded the library, which it does before its main(); its pid.
+
+        Raises:
+            CapabilityError: it has not within `timeout_s`.
+            HostError: what it loaded is of another source.
+        """
+        if not _until(lambda: self._page.loaded != 0, timeout_s):
+            raise CapabilityError(
+                f"QEMU did not load the flush shim within {timeout_s:g} s",
+                hint="start it with prefix() and pass_fds; a static program cannot load it",
+            )
+        if self.loaded is None:
+            raise HostError(f"{self._library} is not of the same source as paprscm/vm/sync_shim.py")
+        return self.loaded
+
+    def watch(self, path: Path) -> WatchedFile:
+        """Record what is done to a file from now on, under whatever name.
+
+        It must be there, and not mapped yet: msync and pmem_persist have but an address, and only
+        the mappings made from now on are known.
+
+        Raises:
+            HostError: it cannot be opened, or 64 files are watched already.
+        """
+        try:
+            # Kept open, so that no other file can get its inode number.
+            handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(f"{path} cannot be watched: {error.strerror}") from error
+        self._handles.append(handle)
+        info, number = os.fstat(handle), len(self._files)
+        for known, entry in zip(self._files, self._page.file, strict=False):
+            if (entry.dev, entry.ino) == (info.st_dev, info.st_ino):
+                return known
+        if number == _FILES:
+            raise HostError(f"{path} cannot be watched: {_FILES} files are already")
+        entry = self._page.file[number]
+        entry.dev, entry.ino = info.st_dev, info.st_ino
+        _barrier()
+        self._page.files = number + 1
+        self._files.append(WatchedFile(self, entry, path))
+        return self._files[-1]
+
+    def records(self, since: int = 0) -> list[Record]:
+        """The calls that began so far, in that order, from number `since` on.
+
+        Raises:
+            HostError: some of these were overwritten (the last 65,536 are kept); see also `check`.
+        """
+        self.check()
+        found = []
+        for number in range(since, self._page.begun):
+            if (record := self._read(number)) is None:
+                break
+            found.append(record)
+        _barrier()
+        if since < (oldest := self._page.begun - _RECORDS):
+            raise HostError(f"the flush shim's records {since} to {oldest - 1} are overwritten")
+        return found
+
+    def check(self) -> None:
+        """Raise HostError if msync and pmem_persist may have passed unseen."""
+        if self._page.lost:
+            raise HostError(f"{self._page.lost} mappings of watched files are unknown to the shim")
+
+    def _read(self, number: int) -> Record | None:
+        slot = self._page.records[number % _RECORDS]
+        # A QEMU that was killed while it filled one in leaves it unfinished.
+        _until(lambda: slot.state >> 1 > number, _FILL_LIMIT_S)
+        state = slot.state
+        if state >> 1 != number + 1:
+            return None
+        # Only what is read after the state is as the state says.
+        _barrier()
+        ended = state & 1
+        return Record(
+            number=number,
+            path=self._files[slot.file].path,
+            operation=Operation(slot.operation),
+            begin_ns=slot.begin_ns,
+            end_ns=slot.end_ns if ended else None,
+            result=slot.result if ended else None,
+            injected=Injected(slot.injected),
+            delay_s=slot.delay_us / 1e6,
+            thread=slot.thread,
+        )
+
+
+class WatchedFile:
+    """One file that a Shim watches, and its rule.
+
+    A rule has three parts: delay, failure, hang. Each method sets one and leaves the others alone;
+    it holds for calls that begin from then on, of the given operations. A call that several parts
+    apply to hangs, then is delayed, then fails. A number out of range raises ValueError.
+    """
+
+    def __init__(self, shim: Shim, entry: Any, path: Path) -> None:
+        self.path = path
+        self._shim = shim
+        self._entry = entry
+        self._rule = _RULE()
+        self._changing = threading.Lock()
+
+    def is_mapped(self) -> bool:
+        """Whether a process with the shim has mapped it."""
+        return bool(self._entry.mapped)
+
+    def counts(self, operation: Operation | None = None) -> Counts:
+        """The calls so far, of one operation or of all; raises as Shim.check does."""
+        self._shim.check()
+        counts = self._entry.counts[len(Operation) if operation is None else operation]
+        # In this order: never more ended than begun.
+        ended, failed, most = counts.ended, counts.failed, counts.most
+        return Counts(counts.begun, ended, failed, most)
+
+    def delay(
+        self, low_s: float, high_s: float | None = None, *, operations: Collection[Operation] = ALL
+    ) -> None:
+        """Delay each call by a random time between the two, at most 3600 s, or by `low_s`."""
+        high_s = low_s if high_s is None else high_s
+        if not 0 <= low_s <= high_s <= 3600:
+            raise ValueError(f"delay from {low_s} to {high_s} s")
+        low_us, high_us = round(low_s * 1e6), round(high_s * 1e6)
+        self._set("delay", delay_mask=_mask(operations), delay_low_us=low_us, delay_high_us=high_us)
+
+    def fail(
+        self,
+        errno: int,
+        *,
+        nth: int | None = None,
+        every: int | None = None,
+        following: int | None = None,
+        operations: Collection[Operation] = FALLIBLE,
+    ) -> None:
+        """Let calls fail, which then are not made: all, if none of the first three is given.
+
+        Args:
+            errno: what they fail with, 1 to 4095.
+            nth: only the n-th from now; the next call is the first.
+            every: the n-th, 2n-th, 3n-th … from now.
+            following: the next so many.
+
+        Raises:
+            ValueError: as above, or two of the three are given, or pmem_persist is to fail.
+        """
+        given = [n for n in (nth, every, following) if n is not None]
+        if len(given) > 1 or not all(1 <= n <= _UINT32_MAX for n in given) or not 0 < errno < 4096:
+            raise ValueError(f"fail({errno}, {nth=}, {every=}, {following=})")
+        if Operation.PMEM_PERSIST in operations:
+            raise ValueError("pmem_persist cannot fail")
+        first, step, last = nth or every or 1, every or 1, nth or following or _UINT32_MAX
+        calls = {"fail_first": first, "fail_step": step, "fail_last": last}
+        self._set("fail", fail_mask=_mask(operations), fail_errno=errno, **calls)
+
+    def hang(self, *, operations: Collection[Operation] = ALL) -> None:
+        """Hold each call until `release`."""
+        self._set("hang", hang_mask=_mask(operations))
+
+    def release(self) -> None:
+        """Let go of the calls that hang, within some 2 ms, and hold no more."""
+        self._set("hang", hang_mask=0)
+
+    def clear(self) -> None:
+        """No rule any more; calls that hang are released, those that are delayed stay so."""
+        self._set("delay", "fail", "hang", delay_mask=0, fail_mask=0, hang_mask=0)
+
+    def wait_begun(self, n: int, timeout_s: float, operation: Operation | None = None) -> Counts:
+        """Wait until `n` calls have begun since `watch`; raises ContractError with the counts."""
+        return self._wait("begun", n, timeout_s, operation)
+
+    def wait_ended(self, n: int, timeout_s: float, operation: Operation | None = None) -> Counts:
+        """Wait until `n` calls have ended since `watch`; raises ContractError with the counts."""
+        return self._wait("ended", n, timeout_s, operation)
+
+    def _wait(self, verb: str, n: int, limit_s: float, operation: Operation | None) -> Counts:
+        if not _until(lambda: getattr(self.counts(operation), verb) >= n, limit_s):
+            counts = self.counts(operation)
+            what = "flushes" if operation is None else f"{operation.name.lower()} calls"
+            raise ContractError(
+                f"{self.path}: {n} {what} should have {verb} within {limit_s:g} s:"
+                f" {counts.begun} have begun, {counts.ended} ended, {counts.failed} failed"
+            )
+        return self.counts(operation)
+
+    def _set(self, *parts: str, **values: int) -> None:
+        """Put a rule in force that differs in these values, and whose parts count anew."""
+        with self._changing:
+            generation = self._entry.generation + 1
+            values |= {f"{part}_epoch": generation for part in parts}
+            for name, value in values.items():
+                setattr(self._rule, name, value)
+            # Not the one that the library reads now; see rule_of() in flush_shim.c.
+            _barrier()
+            self._entry.rules[generation & 1] = self._rule
+            _barrier()
+            self._entry.generation = generation
+            if not self._rule.hang_mask:
+                self._entry.released = generation
+
+
+def _until(done: Callable[[], bool], limit_s: float) -> bool:
+    """Wait until it is done; whether it was in time."""
+    deadline = time.monotonic() + limit_s
+    while not (ready := done()) and time.monotonic() < deadline:
+        time.sleep(0.0005)
+    return ready
+
+
+def _mask(operations: Collection[Operation]) -> int:
+    return sum(1 << operation for operation in set(operations))
+
+
+def _barrier() -> None:
+    """Other CPUs see what was written before this no later than what is written after.
+
+    Python has no name for it; but a lock cannot be taken and given back without.
+    """
+    with threading.Lock():
+        pass

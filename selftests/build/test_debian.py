@@ -1,0 +1,429 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Packages come from a real archive by the real apt, and each failure says what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import http.server
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from paprscm.build import apt, debian
+from paprscm.build.apt import UnavailableError
+from paprscm.build.debian import Archive, Download
+from paprscm.errors import ConfigError, Error, HostError
+from paprscm.host.cache import Cache
+
+SUITE, ARCH = "trixie", "ppc64el"
+
+needs_tools = pytest.mark.skipif(
+    not all(shutil.which(tool) for tool in ("apt-get", "gpg", "dpkg-deb")),
+    reason="needs apt, gpg and dpkg-deb",
+)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves the archive with ranges; cuts packages short while `cut` is set on the server."""
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+    def do_GET(self) -> None:
+        path = Path(self.translate_path(self.path))
+        if path.suffix != ".deb" or not path.is_file():
+            super().do_GET()
+            return
+        content = path.read_bytes()
+        start = int(self.headers.get("Range", "bytes=0-")[6:].split("-")[0])
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        cut = self.server.cut  # type: ignore[attr-defined]
+        body = content[start : len(content) // 2 if cut else None]
+        self.server.sent.append((path.name, len(body)))  # type: ignore[attr-defined]
+        self.wfile.write(body)
+        self.close_connection = True
+
+
+class Served:
+    """A signed Debian archive of two packages, on a port of this machine."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.keyring = root / "keyring.gpg"
+        self._gnupg = root / "gnupg"
+        self._gnupg.mkdir(mode=0o700)
+        self._gpg("--quick-generate-key", "archive", "ed25519", "sign", "never")
+        self.keyring.write_bytes(self._gpg("--export"))
+        library = self._package("libfirst", "2:1.0-1", "", b"library" * 100_000)
+        tool = self._package("second", "3.5", "Depends: libfirst\n", b"tool", old="lib/x.so")
+        self.tool_package = root / "pool/second_3.5_ppc64el.deb"
+        index = root / f"dists/{SUITE}/main/binary-{ARCH}/Packages"
+        index.parent.mkdir(parents=True)
+        index.write_text(library + "\n" + tool)
+        name = index.relative_to(root / "dists" / SUITE)
+        data = index.read_bytes()
+        release = (
+            f"Origin: Debian\nSuite: {SUITE}\nCodename: {SUITE}\nArchitectures: {ARCH}\n"
+            # Long expired: what is fetched is used for what it holds.
+            "Components: main\nDate: Sat, 01 Mar 2025 00:00:00 UTC\n"
+            "Valid-Until: Sat, 08 Mar 2025 00:00:00 UTC\n"
+            f"SHA256:\n {hashlib.sha256(data).hexdigest()} {len(data)} {name}\n"
+        )
+        signed = self._gpg("--clearsign", stdin=release.encode())
+        (root / f"dists/{SUITE}/InRelease").write_bytes(signed)
+        self.server = http.server.ThreadingHTTPServer(
+            ("127.0.0.1", 0), lambda *args: Handler(*args, directory=str(root))
+        )
+        self.server.cut = False  # type: ignore[attr-defined]
+        self.server.sent = []  # type: ignore[attr-defined]
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.mirror = f"http://127.0.0.1:{self.server.server_port}"
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        subprocess.run(["gpgconf", "--homedir", self._gnupg, "--kill", "all"], check=False)
+
+    def _gpg(self, *words: str, stdin: bytes = b"") -> bytes:
+        argv = ["gpg", "--homedir", self._gnupg, "--batch", "--passphrase", "", *words]
+        return subprocess.run(argv, input=stdin, capture_output=True, check=True).stdout
+
+    def _package(
+        self, name: str, version: str, relations: str, content: bytes, *, old: str | None = None
+    ) -> str:
+        tree = self.root / "tree" / name
+        if old:
+            (tree / old).parent.mkdir(parents=True)
+            (tree / old).write_bytes(content)
+        (tree / "DEBIAN").mkdir(parents=True)
+        (tree / f"usr/share/{name}").mkdir(parents=True)
+        (tree / f"usr/share/{name}/content").write_bytes(content)
+        control = (
+            f"Package: {name}\nVersion: {version}\nArchitecture: {ARCH}\n"
+            f"Maintainer: nobody <nobody@example.org>\n{relations}Description: a test\n"
+        )
+        (tree / "DEBIAN/control").write_text(control)
+        file = self.root / f"pool/{name}_{version.split(':')[-1]}_{ARCH}.deb"
+        file.parent.mkdir(exist_ok=True)
+        # Not compressed: the size on the disk is the size on the line.
+        argv = ["dpkg-deb", "-Znone", "--root-owner-group", "--build", tree, file]
+        subprocess.run(argv, check=True, capture_output=True)
+        data = file.read_bytes()
+        return (
+            f"{control}Filename: pool/{file.name}\nSize: {len(data)}\n"
+            f"SHA256: {hashlib.sha256(data).hexdigest()}\n"
+        )
+
+
+@pytest.fixture
+def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    root = tmp_path / "archive"
+    root.mkdir()
+    served = Served(root)
+    monkeypatch.setattr(apt, "KEYRING", served.keyring)
+    # Read by apt-config and passed on: no second try.
+    config = tmp_path / "apt.conf"
+    config.write_text('Acquire::Retries "0";\nAcquire::http::Proxy "DIRECT";\n')
+    monkeypatch.setenv("APT_CONFIG", str(config))
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return Cache(tmp_path / "cache, 100%: of it")
+
+
+@pytest.fixture
+def mirror(archive: Served, cache: Cache) -> Archive:
+    return Archive(cache, archive.mirror)
+
+
+def download(
+    mirror: Archive, packages: list[str], suite: str = SUITE, *, alone: bool = False
+) -> Download:
+    return mirror.download(packages, suite=suite, arch=ARCH, title="test", alone=alone)
+
+
+@needs_tools
+def test_packages_and_what_they_need_are_unpacked(
+    mirror: Archive, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "made" / "root"
+    with caplog.at_level(logging.INFO, "avocado.paprscm"):
+        versions = mirror.extract(["second"], suite=SUITE, arch=ARCH, target=target, title="test")
+    assert versions == {"libfirst": "2:1.0-1", "second": "3.5"}
+    assert (target / "usr/share/libfirst/content").read_bytes() == b"library" * 100_000
+    assert (target / "usr/share/second/content").read_bytes() == b"tool"
+    # As packages of Debian 12 hold it.
+    assert (target / "usr/lib/x.so").read_bytes() == b"tool"
+    assert (target / "lib").readlink() == Path("usr/lib")
+    assert not (target / "lib64").is_symlink(), "nothing is in it"
+    progress = [record.getMessage() for record in caplog.records]
+    assert "test: download: 1 of 1 MB" in progress
+    assert "test: unpack: 1 of 1 MB" in progress
+    left = [path.name for path in (mirror.cache.root / apt.FOLDER).iterdir()]
+    assert len(left) == 1, "packages stay after they were unpacked"
+    assert left[0].startswith("index-")
+    mirror.prune(unused_for_s=3600)
+    assert (mirror.cache.root / apt.FOLDER / left[0]).is_dir()
+    mirror.prune(unused_for_s=0)
+    assert not (mirror.cache.root / apt.FOLDER / left[0]).exists()
+
+
+@needs_tools
+def test_package_that_is_not_there(mirror: Archive) -> None:
+    with pytest.raises(
+        UnavailableError, match=r"Debian trixie .*ppc64el.* has no package gone, lo"
+    ):
+        download(mirror, ["second", "gone", "lost"])
+
+
+@needs_tools
+def test_suite_that_is_not_there(mirror: Archive) -> None:
+    with pytest.raises(UnavailableError, match="has no suite potato"):
+        download(mirror, ["second"], suite="potato")
+
+
+@needs_tools
+def test_files_that_the_index_names_and_the_mirror_lacks(
+    archive: Served, mirror: Archive, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the middle of a mirror's update the next suite is tried, and each file is named."""
+    archive.tool_package.unlink()
+    total, absent = mirror.absent_files(["second"], suite=SUITE, arch=ARCH)
+    assert absent == ["second_3.5_ppc64el.deb"]
+    assert total > 700_000
+    with pytest.raises(UnavailableError, match=r"lacks 1 package files .*: second_3.5_ppc64el.deb"):
+        download(mirror, ["second"])
+    with (
+        caplog.at_level(logging.INFO, "avocado.paprscm"),
+        pytest.raises(UnavailableError) as caught,
+    ):
+        debian.first_available(
+            [SUITE, "potato"], lambda suite: download(mirror, ["second"], suite), title="userland"
+        )
+    assert "no suite of trixie, potato can provide the userland" in caught.value.message
+    assert "second_3.5_ppc64el.deb" in caught.value.message
+    assert "has no suite potato" in caught.value.message
+    assert "mirror=" in str(caught.value.hint)
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "trying the next suite" in line] == [
+        f"Debian trixie ({archive.mirror}, ppc64el) lacks 1 package files that its index names: "
+        "second_3.5_ppc64el.deb; trying the next suite"
+    ]
+
+
+def test_first_suite_that_has_it() -> None:
+    asked = []
+
+    def attempt(suite: str) -> str:
+        asked.append(suite)
+        if suite != "c":
+            raise UnavailableError(f"{suite} does not have it")
+        return suite.upper()
+
+    assert debian.first_available("abcd", attempt, title="x") == "C"
+    assert asked == ["a", "b", "c"]
+    # Another suite of a mirror that does not answer is no way out.
+    with pytest.raises(HostError, match="no network"):
+        debian.first_available(
+            "ab", lambda _: (_ for _ in ()).throw(HostError("no network")), title="x"
+        )
+    assert debian.suites("auto") == debian.AUTO_SUITES
+    assert debian.suites("sid,forky") == ("sid", "forky")
+
+
+def test_offline_names_what_is_missing(cache: Cache) -> None:
+    with pytest.raises(HostError, match=r"offline=yes, .* does not have the test") as caught:
+        download(Archive(cache, "http://127.0.0.1:9/debian", offline=True), ["second"])
+    assert "cache import" in str(caught.value.hint)
+
+
+@needs_tools
+def test_mirror_that_does_not_answer(archive: Served, mirror: Archive) -> None:
+    archive.server.shutdown()
+    archive.server.server_close()
+    with pytest.raises(HostError, match=r"cannot be reached: .*Connection refused") as caught:
+        download(mirror, ["second"])
+    assert not isinstance(caught.value, UnavailableError)
+    assert "mirror=" in str(caught.value.hint)
+
+
+@needs_tools
+def test_package_without_its_dependencies(archive: Served, mirror: Archive) -> None:
+    """A mirror that lacks files of dependencies can still give the Linux source."""
+    next(archive.root.glob("pool/libfirst*")).unlink()
+    done = download(mirror, ["second"], alone=True)
+    assert [(file.package, file.version) for file in done.files] == [("second", "3.5")]
+    assert (done.folder / done.files[0].name).stat().st_size == done.size_bytes
+    with pytest.raises(UnavailableError, match="has no package gone"):
+        download(mirror, ["gone"], alone=True)
+    archive.tool_package.unlink()
+    done.remove()
+    with pytest.raises(UnavailableError, match=r"lacks 1 package files .*: second_3.5_ppc64el.deb"):
+        download(mirror, ["second"], alone=True)
+
+
+@needs_tools
+@pytest.mark.parametrize("alone", [False, True])
+def test_download_that_is_cut_continues_where_it_was(
+    archive: Served, mirror: Archive, alone: bool
+) -> None:
+    archive.server.cut = True  # type: ignore[attr-defined]
+    with pytest.raises(HostError, match="broke off") as caught:
+        download(mirror, ["libfirst"], alone=alone)
+    assert "run it again, it continues" in str(caught.value.hint)
+    archive.server.cut = False  # type: ignore[attr-defined]
+    sent: list[tuple[str, int]] = archive.server.sent  # type: ignore[attr-defined]
+    sent.clear()
+    done = download(mirror, ["libfirst"], alone=alone)
+    sizes = {file.name: file.size_bytes for file in done.files}
+    for name, size_bytes in sizes.items():
+        assert (done.folder / name).stat().st_size == size_bytes
+    assert 0 < sum(count for _, count in sent) <= sum(sizes.values()) * 0.6
+    # What is complete is not fetched again.
+    sent.clear()
+    assert download(mirror, ["libfirst"], alone=alone).files == done.files
+    assert sent == []
+
+
+@needs_tools
+def test_download_that_is_stopped(mirror: Archive) -> None:
+    calls = []
+
+    def proceed() -> None:
+        calls.append(1)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        mirror.download(["second"], suite=SUITE, arch=ARCH, title="test", proceed=proceed)
+    assert calls == [1]
+
+
+@needs_tools
+def test_package_that_was_changed_on_the_way(archive: Served, mirror: Archive) -> None:
+    data = bytearray(archive.tool_package.read_bytes())
+    data[-600] ^= 1
+    archive.tool_package.write_bytes(data)
+    with pytest.raises(UnavailableError, match=r"not those that Debian trixie signed: .*[Hh]ash"):
+        download(mirror, ["second"])
+
+
+@needs_tools
+def test_archive_signed_by_a_stranger(
+    mirror: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    stranger = Served(other)
+    stranger.close()
+    monkeypatch.setattr(apt, "KEYRING", stranger.keyring)
+    with pytest.raises(UnavailableError, match="has no key that signed") as caught:
+        download(mirror, ["second"])
+    assert "debian-archive-keyring" in str(caught.value.hint)
+
+
+def fake_tool(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    tool = folder / name
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+
+
+def test_no_space_left(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What apt 2.6 prints where the disk is full.
+    fake_tool(
+        tmp_path / "bin",
+        "apt-get",
+        "echo 'E: You don'\\''t have enough free space in /x/archives/.' >&2\nexit 100",
+    )
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(HostError, match="no space left") as caught:
+        download(Archive(cache, "http://127.0.0.1:9"), ["x"])
+    assert "cache_dir" in str(caught.value.hint)
+
+
+def test_failure_of_an_unknown_kind_shows_the_output(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tool(tmp_path / "bin", "apt-get", "echo 'something quite new' >&2; exit 7")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(HostError, match=r"(?s)exit status 7.*something quite new"):
+        download(Archive(cache, "http://127.0.0.1:9"), ["x"])
+
+
+@needs_tools
+def test_package_that_cannot_be_unpacked(mirror: Archive, tmp_path: Path) -> None:
+    done = download(mirror, ["second"])
+    (done.folder / done.files[0].name).write_bytes(b"not a package")
+    with pytest.raises(HostError, match=rf"{done.files[0].name} cannot be unpacked: dpkg-deb: "):
+        done.unpack(tmp_path / "root", title="test")
+
+
+def test_host_without_apt(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(HostError, match="no apt-get and dpkg-deb") as caught:
+        download(Archive(cache, "http://127.0.0.1:9"), ["x"])
+    assert "apt and dpkg" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("with_labels", "without", "expected"),
+    [
+        (
+            "Debian-Security|http://a/debian-security\nDebian|http://b/anything/",
+            "",
+            "http://b/anything",
+        ),
+        (
+            "",
+            "x|https://tools.example/apt\nx|http://b/debian/\nx|http://c/debian",
+            "http://b/debian",
+        ),
+        ("Debian|cdrom:[disc]", "x|http://b/debian", "http://b/debian"),
+    ],
+)
+def test_mirror_of_the_host(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    with_labels: str,
+    without: str,
+    expected: str,
+) -> None:
+    script = (
+        f"case $2 in --release-info) printf '%s\\n' '{with_labels}';;"
+        f" *) printf '%s\\n' '{without}';; esac"
+    )
+    fake_tool(tmp_path / "bin", "apt-get", script)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert debian.resolve_mirror("auto") == expected
+
+
+def test_host_without_a_debian_mirror(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_tool(tmp_path / "bin", "apt-get", "echo 'Ubuntu|http://b/ubuntu'")
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(ConfigError, match=r"no Debian mirror \(set mirror="):
+        debian.resolve_mirror("auto")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"no apt .*set mirror="):
+        debian.resolve_mirror("auto")
+
+
+def test_mirror_that_was_given() -> None:
+    assert debian.resolve_mirror("https://m.example/debian/") == "https://m.example/debian"
+    for wrong in ("m.example/debian", "http://a b/debian", "", "http://a/debian [trusted=yes]"):
+        with pytest.raises(Error, match="is not a URI"):
+            debian.resolve_mirror(wrong)

@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What `paprscm bench` measures is what it says, and nothing that it starts is left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+
+from paprscm import settings
+from paprscm.commands import bench_starts, bench_suite, cli
+from paprscm.commands.bench_suite import Job, Outcome, Plan
+from paprscm.commands.leaks import Watch, check_digests
+from paprscm.commands.series import Series
+from paprscm.errors import CapabilityError, ConfigError, HostError
+from paprscm.guest.environment import Environment, prepare
+from paprscm.host.cache import Cache
+from paprscm.paths import ROOT
+from paprscm.settings import Settings
+
+SNAPSHOT = SimpleNamespace(folder=Path("/nonexistent"))
+
+
+def printed(table: Table) -> str:
+    """The table as a terminal of 110 columns shows it."""
+    console = Console(width=110, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def made_of(*, snapshot: bool = True, **chosen: Any) -> Environment:
+    """As much of an environment as a plan needs."""
+    fake = SimpleNamespace(
+        settings=Settings(**chosen),
+        snapshot=SNAPSHOT if snapshot else None,
+        describe=lambda: {"qemu": "7.2"},
+    )
+    return cast(Environment, fake)
+
+
+def job(mode: str, **statuses: str) -> Job:
+    """A job of which only the statuses matter."""
+    tests = {
+        name: Outcome(status, 2.0, "" if status == "PASS" else "expected 1, found 2")
+        for name, status in statuses.items()
+    }
+    return Job(mode=mode, duration_s=10.0, tests=tests, restored=1, booted=1)
+
+
+# --- the series
+
+
+def test_the_table_of_starts_has_a_row_for_each_mark() -> None:
+    values = {
+        f"{kind} {mark}": [scale * place, scale * place * 2, scale * place * 4]
+        for kind, scale in (("warm", 0.1), ("cold", 1.0))
+        for place, mark in enumerate(bench_starts.MARKS[kind], start=1)
+    }
+    shown = printed(bench_starts.table(Series({}, 1.0, "s", values))).splitlines()
+    assert shown[0].startswith("3 starts of each kind with two pmem=off DIMMs")
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown if "│" in line]
+    # Median, minimum, maximum and the quartiles of n, 2n, 4n.
+    assert rows[0] == ["warm", "state loaded", "0.20", "0.10", "0.40", "0.15-0.30"]
+    assert rows[-1] == ["cold", "first command answered", "10.00", "5.00", "20.00", "7.50-15.00"]
+    assert [row[0] for row in rows] == ["warm"] * 5 + ["cold"] * 5
+
+
+def test_a_series_of_one_kind_says_which() -> None:
+    series = Series({}, 1.0, "s", {"warm ssh": [0.5]})
+    assert printed(bench_starts.table(series)).startswith("1 warm start with")
+
+
+def test_the_middle_half_lies_within_the_values() -> None:
+    spread = Series({}, 1.0, "s", {"ssh": [1.0, 2.0]}).summary()["ssh"]
+    assert spread["min"] <= spread["p25"] <= spread["median"] <= spread["p75"] <= spread["max"]
+
+
+# --- the suite
+
+
+def test_a_status_that_differs_is_told_with_its_reason() -> None:
+    jobs = [
+        job("cold", a="PASS", b="PASS", c="WARN"),
+        job("warm", a="PASS", b="FAIL", c="WARN"),
+        job("cold", a="PASS", b="PASS", c="WARN"),
+        job("warm", a="PASS", b="PASS"),
+    ]
+    assert bench_suite.differences(jobs[:1]) == []
+    assert bench_suite.differences(jobs) == [
+        "b did not end alike: cold PASS PASS, warm FAIL PASS (FAIL in warm: expected 1, found 2)",
+        "c did not end alike: cold WARN WARN, warm WARN (not run)"
+        " (WARN in cold: expected 1, found 2)",
+    ]
+
+
+def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    durations_s = iter([30.0, 10.0, 6.0, 12.0, 7.0, 40.0])
+
+    def fake(_plan: Plan, mode: str, folder: Path, _scratch: Path) -> Job:
+        assert folder.is_dir()
+        done = job(mode, a="PASS", b="PASS", c="CANCEL")
+        return dataclasses.replace(done, duration_s=next(durations_s), restored=int(mode != "cold"))
+
+    monkeypatch.setattr(bench_suite, "_job", fake)
+    plan = bench_suite.plan(made_of(), bench_suite.MODES, tests=["tests/"], given={})
+    series, doubts = bench_suite.measure(dataclasses.replace(plan, side_by_side=3), 2)
+    assert doubts == []
+    # Each round begins with another mode.
+    assert series.values["cold job"] == [30.0, 40.0]
+    assert series.values["parallel job"] == [6.0, 7.0]
+    assert series.values["warm all tests"] == [6.0, 6.0]
+    told = json.loads(series.as_json())
+    assert told["found"]["statuses"]["warm"] == [{"PASS": 2, "CANCEL": 1}] * 2
+    assert told["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
+    assert told["environment"]["side_by_side"] == "3"
+    rows = [line for line in printed(bench_suite.table(series)).splitlines() if "│" in line]
+    assert [word in rows[0] for word in ("cold, one at a time", "35.0", "30.0-40.0")] == [True] * 3
+    assert "warm, 3 side by side" in rows[2]
+    assert "2 PASS, 1 CANCEL" in rows[2]
+
+
+def test_what_a_job_leaves_behind_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(_plan: Plan, mode: str, _folder: Path, scratch: Path) -> Job:
+        (scratch / "paprscm-lost").touch()
+        return job(mode, a="PASS")
+
+    monkeypatch.setattr(bench_suite, "_job", fake)
+    monkeypatch.setattr("paprscm.commands.leaks._SETTLE_S", 0.0)
+    plan = bench_suite.plan(made_of(), ("cold",), tests=["tests/"], given={})
+    _series, (doubt,) = bench_suite.measure(plan, 1)
+    assert "1 file in the scratch folder (paprscm-lost)" in doubt
+
+
+def test_a_snapshot_that_a_job_loses_is_a_doubt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fake(_plan: Plan, mode: str, _folder: Path, _scratch: Path) -> Job:
+        tmp_path.joinpath("snapshot").rename(tmp_path / "gone")
+        return job(mode, a="PASS")
+
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(SNAPSHOT, "folder", tmp_path / "snapshot")
+    monkeypatch.setattr(bench_suite, "_job", fake)
+    plan = bench_suite.plan(made_of(), ("warm",), tests=["tests/"], given={})
+    _series, (doubt,) = bench_suite.measure(plan, 1)
+    assert doubt.endswith("the snapshot was lost, and guests booted from then on")
+
+
+def test_a_job_is_a_run_with_the_same_settings() -> None:
+    plan = bench_suite.plan(
+        made_of(),
+        bench_suite.MODES,
+        tests=["tests/test_x.py"],
+        given={"smp": "1", "start": "auto"},
+        words=["-t", "device"],
+    )
+    plan = dataclasses.replace(plan, side_by_side=4)
+    for mode, start, at_once in (("cold", "cold", 1), ("warm", "auto", 1), ("parallel", "auto", 4)):
+        argv = plan.argv(mode, results=Path("/r"), scratch=Path("/s"))
+        assert argv[1:] == [
+            *("run", "-t", "device", f"--max-parallel-tasks={at_once}"),
+            *("--job-results-dir", "/r", "tests/test_x.py"),
+            *("-p", "smp=1", "-p", f"start={start}", "-p", "scratch_dir=/s"),
+        ]
+
+
+def test_without_a_snapshot_only_cold_jobs_are_run(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="avocado.paprscm"):
+        plan = bench_suite.plan(made_of(snapshot=False), bench_suite.MODES, tests=[], given={})
+    assert plan.modes == ("cold",)
+    assert "there is no snapshot" in caplog.text
+    with pytest.raises(CapabilityError, match="there is no snapshot"):
+        bench_suite.plan(made_of(snapshot=False), ("warm",), tests=[], given={})
+
+
+def test_modes_by_name() -> None:
+    assert bench_suite.parse_modes("warm,cold,warm") == ("warm", "cold")
+    for text in ("warm,hot", ","):
+        with pytest.raises(ConfigError):
+            bench_suite.parse_modes(text)
+
+
+def test_results_are_read_as_avocado_leaves_them(tmp_path: Path) -> None:
+    def test(number: int, status: str, **more: Any) -> dict[str, Any]:
+        return {"id": f"{number}-tests/t.py:C.test_{number}", "status": status, **more}
+
+    starts = {"guest.start_s": {"restored": 0.1}, "guest2.start_s": {"banner": 1.0}, "answer": 42}
+    tests = [
+        test(1, "PASS", time_elapsed=1.5, whiteboard=json.dumps(starts), fail_reason=None),
+        test(2, "FAIL", time_elapsed=2.5, whiteboard="", fail_reason="it lied\nmore"),
+        test(3, "SKIP"),
+    ]
+    (tmp_path / "job-2026").mkdir()
+    (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
+    found = bench_suite.read(tmp_path, "warm", 5.0)
+    assert found.tests["tests/t.py:C.test_2"] == Outcome("FAIL", 2.5, "it lied")
+    assert found.tests["tests/t.py:C.test_3"] == Outcome("SKIP", 0.0, "")
+    assert (found.restored, found.booted) == (1, 1)
+    assert found.statuses == {"PASS": 1, "FAIL": 1, "SKIP": 1}
+
+
+def test_a_job_without_tests_shows_what_avocado_said(tmp_path: Path) -> None:
+    (tmp_path / "avocado.log").write_text("there can be no guests; no test was started\n")
+    with pytest.raises(HostError, match="no test was started"):
+        bench_suite.read(tmp_path, "cold", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["start", "-n", "0"], "-n must be at least 1"),
+        (["suite", "-n", "0"], "-n must be at least 1"),
+        (["suite", "--modes", "hot"], "there is no mode 'hot'"),
+        (["suite", "--modes", "warm", "--start", "cold"], "--modes=warm with start=cold"),
+        (["start", "--warm-only", "--start", "cold"], "--warm-only with start=cold"),
+    ],
+)
+def test_bad_input(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["bench", *words, "--cache-dir", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.startswith(f"paprscm: {message}")
+
+
+# --- what is left behind
+
+
+def test_nothing_is_left_behind_by_what_has_ended(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    before = watch.look()
+    process = subprocess.Popen(["sleep", "0.3"])
+    # It waits for what is about to end.
+    threading.Thread(target=process.wait).start()
+    left = watch.compare(before)
+    assert left.problems == ()
+    assert str(left).startswith("nothing left behind: no process, no file; descriptors ")
+
+
+def test_whatever_is_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paprscm.commands.leaks._SETTLE_S", 0.0)
+    watch = Watch(tmp_path)
+    before = watch.look()
+    # Its parent has ended: it is no descendant of ours any more.
+    made = subprocess.run(
+        ["sh", "-c", "sleep 60 > /dev/null & echo $!"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    orphan = int(made.stdout)
+    enough = threading.Event()
+    waiting = threading.Thread(target=enough.wait)
+    waiting.start()
+    try:
+        with (tmp_path / "backing").open("w"):
+            left = watch.compare(before)
+    finally:
+        os.kill(orphan, 9)
+        enough.set()
+        waiting.join()
+    now, threads = before.descriptors, before.threads
+    assert left.problems == (
+        f"1 process ({orphan} sleep)",
+        "1 file in the scratch folder (backing)",
+        f"{now + 1} descriptors instead of {now}",
+        f"{threads + 1} threads instead of {threads}",
+    )
+    assert str(left).startswith(f"left behind: 1 process ({orphan} sleep); ")
+
+
+def test_a_changed_file_of_the_snapshot_is_seen_though_its_time_is_not(tmp_path: Path) -> None:
+    def build(folder: Path) -> None:
+        (folder / "memory").write_bytes(b"guest")
+        (folder / "state").write_bytes(b"state")
+
+    entry = Cache(tmp_path).ensure("snapshot", {"a": "b"}, build)
+    assert check_digests(entry.path) == (2, [])
+    memory = entry.path / "memory"
+    when = memory.stat().st_mtime_ns
+    memory.write_bytes(b"guesT")
+    os.utime(memory, ns=(when, when))
+    (entry.path / "state").unlink()
+    assert check_digests(entry.path) == (0, ["memory was changed", "state is gone"])
+
+
+# --- with guests
+
+
+@pytest.fixture(scope="module")
+def warm() -> Environment:
+    """All that guests need, with a snapshot if there can be one."""
+    return prepare(settings.load(config=ROOT / "avocado.cfg"), make_snapshot=True)
+
+
+def paprscm(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a person does."""
+    return subprocess.run(
+        [sys.executable, "-m", "paprscm.commands.cli", *words],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "110"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.guest
+def test_bench_start_prints_both_kinds_and_leaves_nothing(
+    warm: Environment, tmp_path: Path
+) -> None:
+    file = tmp_path / "series.jsonl"
+    done = paprscm("bench", "start", "-n", "2", "--series", str(file))
+    assert done.returncode == 0, done.stderr
+    kinds = {"warm", "cold"} if warm.snapshot else {"cold"}
+    summary = json.loads(file.read_text())["summary"]
+    for kind in kinds:
+        median = f"{summary[f'{kind} command']['median']:.2f}"
+        rows = [line for line in done.stdout.splitlines() if kind in line]
+        assert any("first command answered" in row and median in row for row in rows), done.stdout
+    assert {name.split()[0] for name in summary} == kinds
+    assert "nothing left behind: no process, no file" in done.stdout
+
+
+@pytest.mark.guest
+def test_a_warm_start_that_fails_is_no_figure(warm: Environment, tmp_path: Path) -> None:
+    if warm.snapshot is None:
+        pytest.skip("guests of this QEMU are not restored")
+    broken = tmp_path / "snapshot"
+    broken.mkdir()
+    for name in ("memory", "console.log", "manifest.json"):
+        (broken / name).symlink_to(warm.snapshot.folder / name)
+    (broken / "state").write_bytes(warm.snapshot.state.read_bytes()[:100_000])
+    environment = dataclasses.replace(
+        warm, snapshot=dataclasses.replace(warm.snapshot, folder=broken)
+    )
+    began = time.monotonic()
+    with pytest.raises(HostError, match="warm-up: QEMU does not load the snapshot") as caught:
+        bench_starts.starts(environment, 1, failed=tmp_path / "failed")
+    assert (tmp_path / "failed" / "qemu.log").exists(), caught.value
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.guest
+def test_bench_suite_finds_the_same_in_each_mode(warm: Environment, tmp_path: Path) -> None:
+    file = tmp_path / "series.jsonl"
+    tests = (
+        "tests/device/test_validation.py:Validation.test_uuid_used_twice",
+        "tests/map_sync/test_map_sync.py:NotDax.test_tmpfs",
+    )
+    done = paprscm(
+        *("bench", "suite", "--json", "--keep", "--series", str(file)),
+        *("--tests", *tests),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    series = json.loads(done.stdout)
+    assert series == json.loads(file.read_text())
+    modes = bench_suite.MODES if warm.snapshot else ("cold",)
+    found = series["found"]
+    assert set(found["modes"]) == set(modes)
+    assert found["doubts"] == []
+    assert len({json.dumps(found["statuses"][mode]) for mode in modes}) == 1
+    assert sum(found["statuses"]["cold"][0].values()) == len(tests)
+    for mode in modes:
+        restored = int(mode != "cold")
+        assert found["guests"][mode] == [{"restored": restored, "booted": 1 - restored}]
+    kept = list((tmp_path / "bench-suite").glob("*/job-*/results.json"))
+    assert len(kept) == len(modes)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Bad input on the command line is one clear sentence and a hint, at once; good input is obeyed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paprscm.commands import bench_starts
+from paprscm.commands.cli import main
+from paprscm.guest.environment import Environment
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What the command prints when it refuses; it must end with status 2."""
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["image", "--kernel", "/nonexistent"], "the kernel /nonexistent does not exist"),
+        (["image", "--kernel", "/bin/true"], "is for x86-64, the guests are ppc64le"),
+        (["image", "--qemu", "/nonexistent"], "qemu=/nonexistent: there is no such file"),
+        (["image", "--qemu", "debian:no/suite"], "names no suite"),
+        (["image", "--firmware", "uefi"], "one of vof, slof"),
+        (["image", "--smp", "many"], "smp=many is not a number"),
+        (["image", "--modules", "/nonexistent"], "modules= without kernel="),
+        (["image", "--cache-dir", "/proc/nowhere"], "set cache_dir to a folder"),
+        (["shell", "-c", "true", "--nvdimm", "size=300M"], "256M or 512M"),
+        (["shell", "-c", "true", "--nvdimm", "pmen=on"], "did you mean pmem?"),
+        (["shell", "-c", "true", "--nvdimm", "slot=1", "--nvdimm", "slot=1"], "two DIMMs want"),
+        (["shell"], "a shell needs a terminal"),
+        (["kernel", "build", "--source", "/tmp"], "is not the top of a Linux source tree"),  # noqa: S108
+        (["bench", "start", "-n", "0"], "-n must be at least 1"),
+        (["cache", "prune", "--days", "-1"], "--days cannot be negative"),
+        (["kernel", "build", "--config", "/x"], "--config without --source"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    given = words if "--cache-dir" in words else [*words, "--cache-dir", str(tmp_path)]
+    assert message in refused(capsys, *given)
+
+
+def test_a_missing_qemu_names_the_package(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = refused(capsys, "image", "--cache-dir", str(tmp_path / "cache"))
+    assert "apt install qemu-system-ppc" in said
+
+
+def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from paprscm.host.cache import Cache
+
+    Cache(tmp_path).ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type, return-value]
+    assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
+    assert "thing" in capsys.readouterr().out
+    objects = tmp_path / "kbuild" / "0123456789abcdef"
+    objects.mkdir(parents=True)
+    (objects / "build.log").write_text("x")
+    assert main(["cache", "prune", "--days", "1", "--cache-dir", str(tmp_path)]) == 0
+    assert "0 entries and 0 kernel build folders removed" in capsys.readouterr().out
+    assert main(["cache", "prune", "--days", "0", "--cache-dir", str(tmp_path)]) == 0
+    assert "1 entries and 1 kernel build folders removed" in capsys.readouterr().out
+    assert not objects.exists()
+    assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
+    assert "thing" not in capsys.readouterr().out
+
+
+def test_what_the_system_refuses_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
+
+    monkeypatch.setattr("paprscm.commands.cli.prune_trees", full)
+    said = refused(capsys, "cache", "prune", "--cache-dir", str(tmp_path))
+    assert said.startswith("paprscm: /some/file: No space left on device\n")
+
+
+def test_what_follows_two_dashes_is_avocados(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda _path, words: seen.extend(words))
+    monkeypatch.chdir(tmp_path)
+    main(["run", "--kernel", "/k", "--smp", "1", "tests/test_x.py", "--", "-t", "map_sync"])
+    assert seen[1:4] == ["run", "-t", "map_sync"]
+    assert seen[4:] == ["tests/test_x.py", "-p", "smp=1", "-p", "kernel=/k"]
+
+
+def test_a_series_has_figures_summary_and_dimensions() -> None:
+    series = bench_starts.Series({"qemu": "7.2"}, 1.0, "s", {"ssh": [3.0, 1.0, 2.0]})
+    told = json.loads(series.as_json())
+    assert told["summary"]["ssh"]["median"] == 2.0
+    assert (told["values"]["ssh"], told["environment"]) == ([3.0, 1.0, 2.0], {"qemu": "7.2"})
+
+
+@pytest.mark.guest
+def test_settings_furnish_the_machine(environment: Environment) -> None:
+    chosen = dataclasses.replace(environment.settings, smp=1, memory_mib=768)
+    machine = dataclasses.replace(environment, settings=chosen).furnish(
+        Machine(nvdimms=(Nvdimm(size_bytes=256 * MIB),))
+    )
+    assert (machine.smp, machine.memory_mib, machine.cpu) == (1, 768, environment.cpu)
+    assert machine.nvdimms[0].size_bytes == 256 * MIB
+
+
+# A verb with a temporary folder that waits for ever.
+WAITS = """
+import signal, sys, tempfile
+from paprscm.commands import cli
+
+# A shell without job control starts what it puts into the background with SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def waits(arguments, chosen):
+    with tempfile.TemporaryDirectory() as folder:
+        print(folder, flush=True)
+        signal.pause()
+
+cli._doctor = waits
+sys.exit(cli.main(["doctor"]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_signal_ends_the_command_through_its_clean_up(
+    number: signal.Signals, nohup: bool
+) -> None:
+    """A terminal that closes, `kill`, ^C; and nohup(1) keeps its promise."""
+    command = subprocess.Popen(
+        [*(["nohup"] if nohup else []), sys.executable, "-c", WAITS],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with command, contextlib.ExitStack() as stack:
+        stack.callback(command.kill)
+        assert command.stdout is not None
+        folder = Path(command.stdout.readline().strip())
+        assert folder.is_dir()
+        command.send_signal(number)
+        if nohup and number is signal.SIGHUP:
+            with pytest.raises(subprocess.TimeoutExpired):
+                command.wait(0.5)
+            command.terminate()
+            number = signal.SIGTERM
+        assert command.wait(30) == 128 + number
+    assert not folder.exists()
+
+
+@pytest.mark.guest
+def test_one_command_in_a_guest_passes_its_status_through(environment: Environment) -> None:
+    del environment
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "paprscm.commands.cli", "shell", "--nvdimm", "pmem=on"),
+            *("-c", "cat /sys/bus/nd/devices/region0/deep_flush; exit 5"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert (done.returncode, done.stdout) == (5, "0\n"), done.stderr

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A snapshot belongs to its content, not its place; a slow host is not remembered as a bad QEMU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from paprscm.errors import ConfigError, Error, HostError, KilledError
+from paprscm.guest import make_snapshot
+from paprscm.guest.guest import Equipment
+from paprscm.guest.make_snapshot import Recipe
+from paprscm.guest.report import ProbeError
+from paprscm.guest.ssh import TimedOutError
+from paprscm.host.cache import Cache
+from paprscm.settings import Settings
+from paprscm.vm.argv import Payload
+from paprscm.vm.machine import Machine
+
+
+def recipe(root: Path) -> Recipe:
+    """A guest whose kernel and disk are entries of the cache below `root`."""
+    cache = Cache(root)
+
+    def fill(folder: Path) -> None:
+        (folder / "vmlinux").write_text("kernel")
+        (folder / "disk.img").write_text("disk")
+
+    entry = cache.ensure("userland", {"suite": "forky"}, fill)
+    equipment = Equipment(
+        settings=Settings(cache_dir=root),
+        qemu=(str(root / "qemu"),),
+        payload=Payload(kernel=entry.path / "vmlinux", disk=entry.path / "disk.img"),
+        client_key=entry.path / "key",
+        host_key="",
+    )
+    binary: Any = SimpleNamespace(key="0", version_text="11.1", has=lambda *_: True)
+    return Recipe(cache=cache, qemu=binary, equipment=equipment, machine=Machine())
+
+
+def test_same_content_in_another_folder(tmp_path: Path) -> None:
+    first, other = recipe(tmp_path / "a"), recipe(tmp_path / "elsewhere" / "b")
+    assert first.fields() == other.fields()
+    disk = other.equipment.payload.disk
+    (disk.parent / "manifest.json").write_text(
+        (disk.parent / "manifest.json").read_text().replace('"sha256": "', '"sha256": "f')
+    )
+    assert first.fields()["files"] != other.fields()["files"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TimedOutError("a command did not end within 120 s"),
+        ProbeError("gcc did not end within 120 s"),
+        KilledError("QEMU was killed by SIGKILL"),
+        ConfigError("the guest's kernel ignores QEMU's -append"),
+    ],
+)
+def test_what_is_not_the_qemus_fault_is_not_remembered(
+    error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise error
+
+    wanted = recipe(tmp_path)
+    monkeypatch.setattr(make_snapshot, "_save", refuse)
+    with pytest.raises(type(error)):
+        make_snapshot.ensure_snapshot(wanted)
+    assert make_snapshot.find_snapshot(wanted) is None
+
+
+def test_qemu_that_cannot_save_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise HostError("QEMU cannot save it")
+
+    wanted = recipe(tmp_path)
+    monkeypatch.setattr(make_snapshot, "_save", refuse)
+    assert make_snapshot.ensure_snapshot(wanted).snapshot is None
+    outcome = make_snapshot.find_snapshot(wanted)
+    assert outcome is not None
+    assert "QEMU cannot save it" in outcome.why

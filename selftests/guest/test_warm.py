@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guests that are restored: alike where tests look, unlike where they must be."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cold_and_warm.seen import Seen, differences
+
+from paprscm.errors import KilledError
+from paprscm.guest.environment import Environment
+from paprscm.guest.guest import Guest
+from paprscm.guest.snapshot import NotRestoredError, Snapshot, load
+from paprscm.paths import ROOT
+from paprscm.vm.machine import Machine, Nvdimm
+from paprscm.vm.qmp import Qmp
+
+pytestmark = pytest.mark.guest
+
+TEN = ROOT / "selftests" / "cold_and_warm" / "ten.py"
+DIMMS = Machine(nvdimms=(Nvdimm(slot=1), Nvdimm(slot=4)))
+
+# Whatever a guest draws from its random numbers, and what it is told of the time.
+_DRAW = """
+set -e
+dd if=/dev/hwrng bs=32 count=1 2>/dev/null | od -An -v -tx1 | tr -d ' \\n'
+echo " hwrng"
+head -c 32 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'
+echo " urandom"
+echo "$(cat /proc/sys/kernel/random/uuid) uuid"
+echo "$(cat /proc/sys/kernel/random/boot_id) boot_id"
+mktemp -u /tmp/XXXXXXXXXX | sed 's/$/ mktemp/'
+truncate -s 320M /tmp/xfs /tmp/ext4
+mkfs.xfs -q /tmp/xfs
+mkfs.ext4 -q -F /tmp/ext4
+for type in xfs ext4; do
+	echo "$(blkid -p -o value -s UUID /tmp/$type) $type"
+done
+grep -m 1 '^[0-9a-f]*-' /proc/self/maps | sed 's/-.* .*/ address/'
+echo "$(date +%s.%N) time"
+"""
+
+
+@pytest.fixture
+def snapshot(environment: Environment) -> Snapshot:
+    """The snapshot; `make test` has made it before the first test."""
+    if environment.snapshot is None:
+        pytest.skip("no snapshot: `paprscm image` makes it, where restoring works")
+    return environment.snapshot
+
+
+@pytest.fixture
+def restore(
+    environment: Environment, snapshot: Snapshot, tmp_path: Path
+) -> Callable[..., contextlib.AbstractContextManager[Guest]]:
+    """Restores a guest that ends with the block, and never boots one instead."""
+
+    def start(machine: Machine = DIMMS, begin: Snapshot = snapshot) -> Guest:
+        folder = tmp_path / f"guest{len(list(tmp_path.iterdir()))}"
+        return Guest(
+            environment.equipment, environment.furnish(machine), folder=folder, snapshot=begin
+        )
+
+    return start
+
+
+Restore = Callable[..., contextlib.AbstractContextManager[Guest]]
+
+
+def draw(guest: Guest) -> tuple[dict[str, str], float]:
+    """What the guest drew, by name, and how late its clock is, s."""
+    answer = guest.succeed(_DRAW, timeout_s=120)
+    told = {name: value for value, name in (line.split() for line in answer.splitlines())}
+    assert set(told) >= {"hwrng", "urandom", "uuid", "boot_id", "mktemp", "xfs", "ext4", "time"}
+    return told, time.time() - float(told.pop("time"))
+
+
+def cookie(guest: Guest) -> bytes:
+    """The first random bytes that the ssh server sends: those of its SSH_MSG_KEXINIT.
+
+    It draws its half of the session's keys right after (RFC 4253, sections 6 and 7.1).
+    """
+    with socket.create_connection(("127.0.0.1", guest.ssh_port), timeout=20) as sock:
+        sock.sendall(b"SSH-2.0-selftest\r\n")
+        stream = sock.makefile("rb")
+        assert stream.readline().startswith(b"SSH-2.0-dropbear")
+        _length, _padding, kind = struct.unpack(">IBB", stream.read(6))
+        assert kind == 20
+        return stream.read(16)
+
+
+def test_what_should_differ_between_two_guests_does(restore: Restore) -> None:
+    """Random numbers, uuids of file systems, ssh's keys; the clock is that of the host."""
+    with restore() as one, restore() as other:
+        (first, late_s), (second, later_s) = draw(one), draw(other)
+        assert [name for name in first if first[name] == second[name]] == []
+        # The answer's way back is a part of it.
+        assert -0.1 < late_s < 5
+        assert -0.1 < later_s < 5
+        assert cookie(one) != cookie(other)
+
+
+def test_a_guest_keeps_to_itself_what_it_changes(restore: Restore, snapshot: Snapshot) -> None:
+    """Guests of one snapshot run side by side, and leave it as it was."""
+    before = [file.stat().st_mtime_ns for file in sorted(snapshot.folder.iterdir())]
+    with restore() as one, restore() as other:
+        one.succeed("head -c 64M /dev/urandom > /tmp/own")
+        other.fail("test -e /tmp/own")
+        assert one.machine.nvdimms == other.machine.nvdimms
+    with restore() as later:
+        later.fail("test -e /tmp/own")
+    assert [file.stat().st_mtime_ns for file in sorted(snapshot.folder.iterdir())] == before
+
+
+def test_the_console_begins_with_the_boot(restore: Restore) -> None:
+    """Who reads the log of a failed test finds all of it, whatever the guest began with."""
+    with restore() as guest:
+        guest.succeed("echo '<1>after the restore' > /dev/kmsg")
+    log = (guest.folder / "console.log").read_text(errors="replace")
+    positions = [log.index(what) for what in ("Linux version", "paprscm: ready", "after the")]
+    assert positions == sorted(positions)
+
+
+def damaged(snapshot: Snapshot, folder: Path) -> Snapshot:
+    """A copy of it, in a cache of its own, whose state cannot be loaded."""
+    copy = folder / "cache" / "snapshot" / snapshot.folder.name
+    shutil.copytree(snapshot.folder, copy, ignore=shutil.ignore_patterns("memory"))
+    (copy / "memory").symlink_to(snapshot.folder / "memory")
+    (copy / "state").write_bytes(b"\0" * 1000)
+    return dataclasses.replace(snapshot, folder=copy)
+
+
+def test_a_guest_that_does_not_wake_is_booted(
+    environment: Environment, snapshot: Snapshot, restore: Restore, tmp_path: Path
+) -> None:
+    """The test goes on, and the snapshot is made anew for the next job."""
+    bad = damaged(snapshot, tmp_path)
+    with pytest.raises(NotRestoredError, match="does not load"), restore(begin=bad):
+        pass
+    settings = dataclasses.replace(environment.settings, cache_dir=tmp_path / "cache")
+    here = dataclasses.replace(environment, settings=settings, snapshot=bad)
+    with here.guest(DIMMS, folder=tmp_path / "guest") as guest:
+        assert "restored" not in guest.times.reached()
+        assert "Linux version" in guest.succeed("cat /proc/version")
+    assert not bad.folder.exists()
+    assert (snapshot.folder / "memory").exists()
+
+
+def run_ten(start: str, folder: Path) -> dict[str, tuple[str, Path]]:
+    """Status and what was seen, by the name of the test."""
+    done = subprocess.run(
+        [
+            *(sys.executable.replace("python", "avocado"), "run", str(TEN)),
+            *("-p", f"start={start}", "--job-results-dir", str(folder)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests" / "map_sync")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    results = json.loads((folder / "latest" / "results.json").read_text())
+    assert len(results["tests"]) == 10, done.stdout + done.stderr
+    found = {}
+    for test in results["tests"]:
+        metrics = json.loads(test["whiteboard"])
+        warm = "restored" in metrics["guest.start_s"]
+        assert warm == (start == "auto"), f"{test['name']} was started otherwise: {metrics}"
+        place = Path(test["logdir"]) / "data" / "seen"
+        found[test["name"].rpartition(":")[2]] = (test["status"], place)
+    return found
+
+
+def test_ten_tests_do_not_depend_on_it(snapshot: Snapshot, tmp_path: Path) -> None:
+    """Ten tests of the suite, cold and warm: verdicts, device tree, sysfs and kernel messages."""
+    del snapshot
+    cold, warm = (run_ten(start, tmp_path / start) for start in ("cold", "auto"))
+    found = []
+    for name in sorted(cold.keys() | warm.keys()):
+        (status, seen), (status_warm, seen_warm) = cold[name], warm[name]
+        if (status, status_warm) != ("PASS", "PASS"):
+            found.append(f"{name}: {status} cold, {status_warm} warm")
+            continue
+        one, other = Seen(seen), Seen(seen_warm)
+        assert min(len(one.tree), len(one.files), len(one.log)) > 50, name
+        found += [f"{name}: {line}" for line in differences(one, other)]
+    assert found == []
+
+
+def qemu_below(logs: Path) -> int:
+    """The QEMU whose console is logged in a folder below."""
+    [pid] = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if b"qemu" in (words := cmdline(folder)).partition(b"\0")[0]
+        and f"logfile={logs}".encode() in words
+    ]
+    return pid
+
+
+def cmdline(folder: Path) -> bytes:
+    """The command line of a process, or nothing if it has just ended."""
+    try:
+        return (folder / "cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_qemu_that_is_killed_says_nothing_about_the_snapshot(
+    snapshot: Snapshot, restore: Restore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no reason to boot another one, and to drop what works."""
+
+    def load_and_kill(qmp: Qmp, begin: Snapshot) -> None:
+        os.kill(qemu_below(tmp_path), 9)
+        load(qmp, begin)
+
+    monkeypatch.setattr("paprscm.guest.guest.load", load_and_kill)
+    with pytest.raises(KilledError, match="was killed by SIGKILL from outside"), restore():
+        pass
+    assert snapshot.folder.exists()

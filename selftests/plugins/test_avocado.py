@@ -1,0 +1,387 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Avocado sees the suite as it is meant: configuration, tags, and whose fault is which status."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from paprscm.guest.environment import Environment
+from paprscm.paths import ROOT
+from paprscm.vm.capabilities import BINARY
+
+AVOCADO = str(Path(sys.executable).with_name("avocado"))
+
+VERDICTS = '''
+import os
+import signal
+
+from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.testcase import PaprScmTest
+
+
+class Verdict(PaprScmTest):
+    def test_pass(self):
+        self.measure("answer", 42)
+
+    def test_fail(self):
+        raise ContractError("the kernel lied", hint="look")
+
+    def test_error(self):
+        raise HostError("no disk")
+
+    def test_cancel(self):
+        raise CapabilityError("no libpmem")
+
+
+class Guests(PaprScmTest):
+    def test_command(self):
+        self.boot().succeed("echo said; exit 7")
+
+    def test_last_words(self):
+        """A message in the last moment, when nobody asks the guest anything any more."""
+        guest = self.boot()
+        guest.run("echo '<1>WARNING: CPU: 0 PID: 1 at last.c:1 f' > /dev/kmsg")
+
+    def test_killed(self):
+        guest = self.boot()
+        os.kill(guest.process.pid, signal.SIGKILL)
+        guest.run("sleep 60")
+
+    def test_ends_with_the_test(self):
+        self.measure("pid", self.boot().process.pid)
+'''
+
+
+KNOWN = '''
+import dataclasses
+import os
+import signal
+
+from paprscm.errors import GuestLostError
+from paprscm.vm.machine import Machine, Nvdimm
+from paprscm.testcase import QemuTest
+
+ISSUE = "qemu-unbind-mem-aborts"
+FIXED = "qemu-label-write-to-read-only-backend"
+
+
+class Known(QemuTest):
+    """
+    :avocado: tags=device
+    """
+
+    def on(self, *version):
+        self.qemu = dataclasses.replace(self.qemu, version=version)
+
+    def test_present(self):
+        self.on(99, 0, 0)
+        self.known_issue(ISSUE, shows=True, found="it ended")
+
+    def test_regression(self):
+        self.on(8, 2, 1)
+        self.known_issue(FIXED, shows=True, found="it ended")
+
+    def test_gone(self):
+        self.on(99, 1, 0)
+        self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_elsewhere_it_shows(self):
+        self.on(99, 0, 0)
+        self.known_issue(ISSUE, shows=False, found="it lives")
+
+    def test_fixed(self):
+        self.on(8, 2, 1)
+        self.known_issue(FIXED, shows=False, found="it lives")
+
+    def test_before_since(self):
+        self.on(6, 2, 0)
+        self.known_issue(ISSUE, shows=True, found="it ended")
+
+    def test_fails_besides(self):
+        self.known_issue(ISSUE, shows=True, found="it ended")
+        self.fail("something else is wrong, too")
+
+    def test_stopped_machine(self):
+        vm = self.vm(Machine(memory_mib=256, nvdimms=(Nvdimm(slot=3),)))
+        self.measure("pid", vm.process.pid)
+        (device,) = vm.qmp.execute("query-memory-devices")
+        assert (device["data"]["slot"], vm.file(3).is_file()) == (3, True)
+
+    def test_ended_by_another(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGTERM)
+        while True:
+            vm.qmp.execute("query-status")
+
+    def test_killed_is_no_known_issue(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGKILL)
+        try:
+            vm.qmp.execute("query-status")
+        except GuestLostError as error:
+            self.qemu = dataclasses.replace(self.qemu, version=(7, 2, 0))
+            self.known_issue(ISSUE, shows=True, found=str(error))
+
+    def test_crashes(self):
+        vm = self.vm(Machine(memory_mib=256))
+        os.kill(vm.process.pid, signal.SIGSEGV)
+        vm.qmp.execute("query-status")
+'''
+
+
+def avocado(*words: str, cwd: Path = ROOT) -> str:
+    """What Avocado prints; its exit status is not looked at."""
+    done = subprocess.run(
+        [AVOCADO, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
+    )
+    return done.stdout + done.stderr
+
+
+def run_module(module: Path, *words: str) -> tuple[dict[str, dict[str, Any]], str]:
+    """Results of the tests of a file, by method name, and what Avocado prints."""
+    results = module.parent / "results"
+    said = avocado("run", "--job-results-dir", str(results), *words, str(module))
+    (job,) = results.glob("job-*/results.json")
+    tests = json.loads(job.read_text())["tests"]
+    return {test["id"].rpartition(".")[2]: test for test in tests}, said
+
+
+def test_the_configuration_is_in_force_without_a_flag() -> None:
+    said = avocado("config")
+    assert "./results" in said
+    # Else it makes one in the home folder; without a home, in a folder that is called "~".
+    assert "./tests" in said
+    assert any(
+        line.split() == ["runner.task.interval.from_soft_to_hard_termination", "60"]
+        for line in said.splitlines()
+    )
+
+
+def test_tests_are_found_by_tag() -> None:
+    listed = avocado("list", "-t", "map_sync", "tests/").splitlines()
+    found = [
+        line
+        for line in listed
+        if "tests/map_sync/test_map_sync.py:OneDimm.test_pmem_on_xfs" in line
+    ]
+    assert len(found) == 1
+    assert "No module" not in "\n".join(listed)
+
+
+def test_a_job_without_guests_fails_at_once_with_the_reason() -> None:
+    said = avocado("run", "-p", "kernel=/nonexistent/vmlinux", "tests/")
+    assert "the kernel /nonexistent/vmlinux does not exist" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    (tmp_path / "verdicts.py").write_text(VERDICTS)
+    wrapper = tmp_path / "qemu"
+    edit = 's/"virtio-rng-pci"/"gone"/'
+    wrapper.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {shutil.which(BINARY)} \"$@\"\n")
+    wrapper.chmod(0o755)
+    words = "-p", f"qemu={wrapper}", "-p", f"cache_dir={tmp_path}/cache"
+    one = tmp_path / "known.py:Known.test_gone"
+    tests, _ = run_module(tmp_path / "verdicts.py", *words, str(one))
+    assert tests.pop("test_gone")["status"] == "PASS"
+    assert {test["status"] for test in tests.values()} == {"CANCEL"}
+    assert "without virtio-rng-pci" in tests["test_pass"]["fail_reason"]
+    built = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert built <= {"locks", "qemu-facts"}, "something was built that no test can use"
+    said = avocado("run", *words, str(tmp_path / "verdicts.py"))
+    assert "built without virtio-rng-pci" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_temporary_folder_that_is_too_long_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Avocado cannot bind its socket there, and would wait for its tests for ever."""
+    (tmp_path / "known.py").write_text(KNOWN)
+    words = (
+        "run",
+        "--job-results-dir",
+        str(tmp_path / "results"),
+        f"{tmp_path}/known.py:Known.test_gone",
+    )
+    # The longest that fits: 107 bytes with what Avocado adds.
+    folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="x"))
+    try:
+        fits = folder / (
+            "y" * (107 - len("/avocado_12345678/.status_server.sock") - len(str(folder)) - 1)
+        )
+        longer = Path(f"{fits}y")
+        fits.mkdir()
+        longer.mkdir()
+        monkeypatch.setenv("TMPDIR", str(fits))
+        assert "PASS 1" in avocado(*words)
+        monkeypatch.setenv("TMPDIR", str(longer))
+        said = avocado(*words)
+        assert "is too long for Avocado's socket; set TMPDIR" in said
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "test_other.py").write_text(
+        "# Not paprscm.testcase, which only a comment names.\n"
+        "from avocado import Test\nclass A(Test):\n    def test(self):\n        pass\n"
+    )
+    # A setting of ours, and a slip of the pen, are other tests' own parameters.
+    given = ("-p", "kernel=/nonexistent", "-p", "qemu=/nonexistent", "-p", "sead=7")
+    said = avocado("run", *given, "test_other.py", cwd=tmp_path)
+    assert "PASS 1" in said
+
+
+def test_a_known_issue_is_judged_by_the_version_and_updates_are_asked_for(tmp_path: Path) -> None:
+    """And tests of QEMU alone need no kernel, not even one that can be had."""
+    module = tmp_path / "known.py"
+    module.write_text(KNOWN)
+    tests, said = run_module(module, "-p", "kernel=/nonexistent")
+    assert {name: test["status"] for name, test in tests.items()} == {
+        "test_present": "WARN",
+        "test_regression": "FAIL",
+        "test_gone": "PASS",
+        "test_elsewhere_it_shows": "PASS",
+        "test_fixed": "PASS",
+        "test_before_since": "WARN",
+        "test_fails_besides": "FAIL",
+        "test_stopped_machine": "PASS",
+        "test_ended_by_another": "ERROR",
+        "test_killed_is_no_known_issue": "ERROR",
+        "test_crashes": "FAIL",
+    }
+    for name, reason in (
+        ("test_ended_by_another", "was ended from outside by signal 15 from pid "),
+        ("test_killed_is_no_known_issue", "was killed by SIGKILL from outside: the OOM killer"),
+    ):
+        assert reason in tests[name]["fail_reason"]
+    assert tests["test_present"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
+    assert "it as fixed in 8.2" in tests["test_regression"]["fail_reason"]
+    assert "something else" in tests["test_fails_besides"]["fail_reason"]
+    pid = json.loads(tests["test_stopped_machine"]["whiteboard"])["pid"]
+    assert not Path(f"/proc/{pid}").exists()
+    # At the end of the job, behind the results, and in the whiteboards.
+    lines = said[said.index("RESULTS ") :].splitlines()
+    updates = [line.partition(": ")[2] for line in lines if line.startswith("UPDATE")]
+    file = "known_issues/qemu-unbind-mem-aborts.md"
+    assert updates == [
+        "known issue qemu-unbind-mem-aborts no longer shows on QEMU 99.1.0: if it is fixed there, "
+        f"update 'Fixed in' of {file}",
+        f"known issue qemu-unbind-mem-aborts shows on QEMU 6.2.0: update 'Since' of {file}",
+    ]
+    whiteboard = json.loads(tests["test_gone"]["whiteboard"])
+    assert whiteboard["known issue qemu-unbind-mem-aborts"] == {
+        "version": "QEMU 99.1.0",
+        "shows": False,
+        "update": updates[0],
+    }
+
+
+OWN_PARAMETERS = """
+from bases import Base
+
+
+class Own(Base):
+    def test_own(self):
+        self.measure("cats", self.params.get("cats"))
+        self.measure("computed", self.params.get("ku" + "mquat"))
+"""
+
+# Only the base names the suite, and it is not in the file that Avocado is given.
+BASES = """
+from paprscm.testcase import QemuTest
+
+
+class Base(QemuTest):
+    pass
+"""
+
+
+def test_a_tests_own_parameter_is_registered_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "bases.py").write_text(BASES)
+    module = tmp_path / "own.py"
+    module.write_text(OWN_PARAMETERS)
+    tests, _ = run_module(module, "-p", "cats=9", "-p", "seed=7", "-p", "kumquat=1")
+    assert tests["test_own"]["status"] == "PASS"
+    figures = json.loads(tests["test_own"]["whiteboard"])
+    assert (figures["cats"], figures["computed"]) == ("9", "1")
+
+
+@pytest.mark.parametrize(
+    ("parameter", "meant"),
+    [("sead=7", "seed"), ("catz=9", "cats"), ("memory=512", "memory_mib")],
+)
+def test_a_parameter_with_a_slip_of_the_pen_is_refused(
+    tmp_path: Path, parameter: str, meant: str
+) -> None:
+    (tmp_path / "bases.py").write_text(BASES)
+    (tmp_path / "own.py").write_text(OWN_PARAMETERS)
+    said = avocado("run", "-p", parameter, str(tmp_path / "own.py"))
+    assert f"did you mean {meant}?" in said
+    assert "no test was started" in said
+    assert "STARTED" not in said
+
+
+def test_a_parameter_that_no_test_asks_for_is_mentioned(tmp_path: Path) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    said = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
+    assert "-p kumquat=: it is not a setting, and no test of this job asks for it" in said
+    assert "PASS 1" in said
+
+
+def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    (tmp_path / "verdicts.py").write_text(VERDICTS)
+    words = "run", "-p", "kernel=/nonexistent", str(tmp_path / "known.py")
+    assert "no test was started" in avocado(*words, str(tmp_path / "verdicts.py"))
+
+
+def test_a_guest_is_a_matter_of_the_class_and_not_of_tags(tmp_path: Path) -> None:
+    tagged = VERDICTS.replace("(PaprScmTest):", '(PaprScmTest):\n    """:avocado: tags=device"""')
+    (tmp_path / "tagged.py").write_text(tagged)
+    said = avocado("run", "-p", "kernel=/nonexistent", str(tmp_path / "tagged.py"))
+    assert "no test was started" in said
+
+
+@pytest.mark.guest
+def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_path: Path) -> None:
+    del environment  # Made before the job's time runs.
+    module = tmp_path / "verdicts.py"
+    module.write_text(VERDICTS)
+    tests, _ = run_module(module)
+    assert {name: test["status"] for name, test in tests.items()} == {
+        "test_pass": "PASS",
+        "test_fail": "FAIL",
+        "test_error": "ERROR",
+        "test_cancel": "CANCEL",
+        "test_command": "FAIL",
+        "test_last_words": "FAIL",
+        "test_killed": "ERROR",
+        "test_ends_with_the_test": "PASS",
+    }
+    assert "the kernel lied (look)" in tests["test_fail"]["fail_reason"]
+    assert "status 7" in tests["test_command"]["fail_reason"]
+    assert "said" in tests["test_command"]["fail_reason"]
+    assert "last.c:1" in tests["test_last_words"]["fail_reason"]
+    assert "was killed by SIGKILL from outside" in tests["test_killed"]["fail_reason"]
+    figures = json.loads(tests["test_pass"]["whiteboard"])
+    assert figures["answer"] == 42
+    assert figures["environment"]["page_size"] == "65536"
+    pid = json.loads(tests["test_ends_with_the_test"]["whiteboard"])["pid"]
+    assert not Path(f"/proc/{pid}").exists()
+    folder = Path(tests["test_command"]["logdir"])
+    logs = {path.name for path in (folder / "data" / "guest").iterdir()}
+    assert {"console.log", "qemu.log", "qemu.sh"} <= logs
+    assert "echo said; exit 7" in (folder / "debug.log").read_text()

@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""guest_tools/same_block.c on the host, its report, and call traces taken from a console."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from paprscm.errors import ContractError, HostError
+from paprscm.guest.kmsg import traces
+from paprscm.guest.report import ProbeError
+from paprscm.paths import GUEST_TOOLS
+from paprscm.pmem.btt_race import (
+    DONE,
+    PROGRESS,
+    Running,
+    SameBlock,
+    btt_sleep,
+    expect_written,
+    parse_same_block,
+    parse_state,
+)
+
+SOURCE = GUEST_TOOLS / "same_block.c"
+FINE = SameBlock(writes=(3, 4), moves=2, duration_ns=9, errno=0, whole=True)
+LINE = (
+    '{"tool":"same_block","version":1,"threads":2,"moves":2,"duration_ns":9,"writes":[3,4],'
+    '"errno":0,"whole":true}\n'
+)
+
+
+def compiled(compiler: str, target: Path) -> Path:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    flags = ["-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", target, SOURCE], check=True)
+    return target
+
+
+def test_compiles_for_the_guest(tmp_path: Path) -> None:
+    assert compiled("powerpc64le-linux-gnu-gcc", tmp_path / "tool").stat().st_size
+
+
+def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
+    tool = compiled("gcc", tmp_path / "tool")
+    disk, progress = tmp_path / "disk", tmp_path / "progress"
+    disk.write_bytes(bytes(65536))
+    progress.touch()
+    words = ["--threads=3", "--seconds=1", f"--progress={progress}", str(disk)]
+    result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    if result.returncode == 1 and '"errno":22' in result.stdout:
+        pytest.skip("no O_DIRECT there")
+    assert (result.returncode, result.stderr) == (0, "")
+    report = parse_same_block(result.stdout, 0)
+    expect_written(report)
+    assert len(report.writes) == 3
+    lines = progress.read_text().splitlines()
+    assert all(PROGRESS.search(line) for line in lines[:-1])
+    assert DONE.search(lines[-1])
+    # Of each word the thread's number, and the count of its last write.
+    number, count = divmod(int.from_bytes(disk.read_bytes()[:8], "little"), 1 << 48)
+    assert 0 < count <= report.writes[number - 1]
+
+
+def test_progress_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    tool = compiled("gcc", tmp_path / "tool")
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(65536))
+    words = ["--seconds=1", "--progress=/dev/full", str(disk)]
+    result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (4, "")
+    assert result.stderr == "same_block: /dev/full: 28 No space left on device\n"
+
+
+def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
+    """/dev/kmsg refuses lseek(2), and takes one line with each write(2)."""
+    if shutil.which("strace") is None:
+        pytest.skip("no strace")
+    tool = compiled("gcc", tmp_path / "tool")
+    disk, progress, log = tmp_path / "disk", tmp_path / "progress", tmp_path / "strace"
+    disk.write_bytes(bytes(65536))
+    progress.touch()
+    words = ["--seconds=1", f"--progress={progress}", str(disk)]
+    calls = ["strace", "-y", "-e", "trace=write,lseek", "-o", str(log)]
+    subprocess.run([*calls, tool, *words], capture_output=True, check=False)
+    made = [line for line in log.read_text().splitlines() if str(progress) in line]
+    assert made
+    assert all(line.startswith("write(") and line.count("\\n") == 1 for line in made)
+
+
+@pytest.mark.parametrize("words", [[], ["--threads=0", "x"], ["--seconds=x", "x"], ["--no", "x"]])
+def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> None:
+    tool = compiled("gcc", tmp_path / "tool")
+    result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    tool = compiled("gcc", tmp_path / "tool")
+    result = subprocess.run(
+        [tool, "--seconds=1", tmp_path / "none"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    with pytest.raises(ContractError, match="errno 2"):
+        expect_written(parse_same_block(result.stdout, 1))
+
+
+def test_report() -> None:
+    assert parse_same_block(LINE, 0) == FINE
+    assert parse_state(f"ended\n0\n{LINE}") == FINE
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("same_block", "other"),
+        ('"version":1', '"version":2'),
+        ("[3,4]", "[3]"),
+        ("[3,4]", "[3,-4]"),
+        ('"whole":true', '"whole":1'),
+        ('"errno":0,', ""),
+        ("}", ',"more":1}'),
+    ],
+)
+def test_report_that_cannot_be_believed(old: str, new: str) -> None:
+    with pytest.raises(ProbeError):
+        parse_same_block(LINE.replace(old, new), 0)
+
+
+def test_report_and_status_must_agree() -> None:
+    with pytest.raises(ProbeError, match="status 139"):
+        parse_same_block(LINE, 139)
+    failed = LINE.replace('"errno":0', '"errno":5')
+    with pytest.raises(ProbeError, match="status 0"):
+        parse_same_block(failed, 0)
+    assert parse_same_block(failed, 1).errno == 5
+
+
+def test_writers_that_still_run() -> None:
+    stats = "77 (same block) 1) S 1 77\n78 (same block) 1) D 1 77\n79 (same block) 1) R 1 77\n"
+    assert parse_state(f"77\n{stats}") == Running(("D", "R"))
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("ended\n139\n", "status 139"),
+        ("ended\n\n", "status -1"),
+        ("77\n77 (same_block) S 1 77\n", "no writer threads"),
+        ("77\n", "no writer threads"),
+        ("", "no writer threads"),
+    ],
+)
+def test_a_tool_that_ended_without_a_report(output: str, message: str) -> None:
+    with pytest.raises(ProbeError, match=rf"(?s){message}.*it said so"):
+        parse_state(output, "it said so")
+
+
+def test_what_is_expected() -> None:
+    expect_written(FINE)
+    with pytest.raises(ContractError, match="torn"):
+        expect_written(replace(FINE, whole=False))
+    with pytest.raises(ContractError, match="errno 5"):
+        expect_written(replace(FINE, errno=5))
+    for idle in (replace(FINE, writes=(3, 0)), replace(FINE, moves=0)):
+        with pytest.raises(HostError):
+            expect_written(idle)
+
+
+def test_traces() -> None:
+    lines = ["a", "BUG: x", "1", "2", "BUG: y", "3"]
+    assert traces(lines, re.compile("BUG")) == ["BUG: x\n1\n2", "BUG: y\n3"]
+    assert traces(lines, re.compile("BUG"), length=2) == ["BUG: x\n1", "BUG: y\n3"]
+    assert traces(lines, re.compile("Oops")) == []
+
+
+SLEEP = """\
+BUG: scheduling while atomic: dd/123/0x00000002
+Call Trace:
+[c00000000a1b7540] [c000000000c41e9c] schedule_timeout+0x8c/0x110
+[c00000000a1b7610] [c0000000001b8be8] msleep+0x40/0x60
+[c00000000a1b7640] [c00000000010f8b4] papr_scm_pmem_flush+0x94/0x150
+[c00000000a1b76d0] [c0000000008a7c40] nvdimm_flush+0x50/0xa0
+[c00000000a1b7820] [c0000000008b5b5c] btt_do_bvec+0x5ac/0xa10
+"""
+
+
+def test_btt_sleep() -> None:
+    assert btt_sleep(SLEEP) == "papr_scm_pmem_flush sleeps below btt_write_pg in atomic context"
+    lock = "3 locks held by dd/123:\n #2: c0 (&arena->map_locks[i].lock){+.+.}-{3:3}, at: btt\n"
+    assert btt_sleep(SLEEP + lock).endswith("with the lock of the block's map entry")
+
+
+@pytest.mark.parametrize("frame", ["] papr_scm_pmem_flush+", "] btt_do_bvec+"])
+def test_sleep_elsewhere(frame: str) -> None:
+    with pytest.raises(ContractError, match="not in a flush of the BTT"):
+        btt_sleep(SLEEP.replace(frame, "] other+"))

@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Failures on request: the report of guest_tools/fail_nth.c, what it means, and the aim."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import subprocess
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from paprscm.build.vmlinux import Kernel
+from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.guest.guest import Guest
+from paprscm.guest.report import ProbeError
+from paprscm.paths import GUEST_TOOLS
+from paprscm.pmem import fault_injection
+from paprscm.pmem.fault_injection import expect_errors, parse_rounds
+
+SOURCE = GUEST_TOOLS / "fail_nth.c"
+LINE = (
+    '{"tool":"fail_nth","version":1,"operation":"write",'
+    '"rounds":[[1,1,12,90],[2,1,0,80],[3,0,0,70]],"injected":2,"ended":true}\n'
+)
+
+
+def compiled(compiler: str, target: Path) -> Path:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    flags = ["-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    subprocess.run([compiler, *flags, "-o", target, SOURCE], check=True)
+    return target
+
+
+def test_compiles_for_the_guest(tmp_path: Path) -> None:
+    assert compiled("powerpc64le-linux-gnu-gcc", tmp_path / "tool").stat().st_size
+
+
+@pytest.mark.parametrize(
+    "words",
+    [[], ["read"], ["paint", "x"], ["write", "x"], ["read", "x", "y"], ["--most=0", "read", "x"]],
+)
+def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> None:
+    tool = compiled("gcc", tmp_path / "tool")
+    result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (2, "")
+
+
+def test_report() -> None:
+    report = parse_rounds(LINE, 0)
+    assert [(one.number, one.failed, one.errno, one.duration_us) for one in report.rounds] == [
+        (1, True, 12, 90),
+        (2, True, 0, 80),
+        (3, False, 0, 70),
+    ]
+    assert report.answers == {"ENOMEM": 1, "0": 1}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("fail_nth", "other"),
+        ('"version":1', '"version":2'),
+        ("[1,1,12,90],", ""),
+        ("[2,1,0,80]", "[2,1,0]"),
+        ("[2,1,0,80]", "[2,0,0,80]"),
+        ("[2,1,0,80]", "[2,1,-1,80]"),
+        ("[2,1,0,80]", "[2,2,0,80]"),
+        ('"injected":2', '"injected":3'),
+        ('"ended":true', '"ended":false'),
+        ("}", ',"more":1}'),
+    ],
+)
+def test_report_that_cannot_be_believed(old: str, new: str) -> None:
+    with pytest.raises(ProbeError):
+        parse_rounds(LINE.replace(old, new), 0)
+
+
+def test_the_status_must_fit() -> None:
+    with pytest.raises(ProbeError):
+        parse_rounds(LINE, 1)
+    with pytest.raises(ProbeError):
+        parse_rounds("", 4, "fail_nth: x: 2 No such file or directory\n")
+
+
+def test_what_is_expected() -> None:
+    report = parse_rounds(LINE, 0)
+    expect_errors(report, [errno.ENOMEM], optional=1)
+    with pytest.raises(ContractError, match="succeeds though something failed: rounds"):
+        expect_errors(report, [errno.ENOMEM])
+    with pytest.raises(ContractError, match="an errno that does not fit"):
+        expect_errors(report, [errno.EIO], optional=1)
+    broken = parse_rounds(LINE.replace("[3,0,0,70]", "[3,0,5,70]"), 1)
+    with pytest.raises(ContractError, match="without a failure it ends with errno 5"):
+        expect_errors(broken, [errno.ENOMEM], optional=1)
+    endless = LINE.replace(',[3,0,0,70]],"injected":2,"ended":true', '],"injected":2,"ended":false')
+    with pytest.raises(ContractError, match="no end after 2 failures"):
+        expect_errors(parse_rounds(endless, 1), [errno.ENOMEM], optional=1)
+    idle = LINE.replace("[1,1,12,90],[2,1,0,80],[3,0,0,70]", "[1,0,0,70]")
+    with pytest.raises(HostError, match="no allocation that could fail"):
+        expect_errors(parse_rounds(idle.replace('"injected":2', '"injected":0'), 0), [])
+
+
+class Told:
+    """A guest with these symbols; it keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.commands: list[str] = []
+
+    def succeed(self, command: str) -> str:
+        self.commands.append(command)
+        return (
+            "c000000000000100 t first\nc000000000000180 t between\n--\n"
+            "c000000000000200 t last\nc000000000000200 t alias\nc000000000000280 t behind\n"
+            "c000000000000300 t later\n--\n"
+            "c000000000000400 t kmemleak_open\nc000000000000480 T kmemleak_vmalloc\n"
+            "c000000000000500 T kmemleak_free_part\n"
+        )
+
+
+def test_the_aim_is_from_the_first_function_to_the_end_of_the_last() -> None:
+    guest = Told()
+    fault_injection.aim(cast(Guest, guest), ("last", "first"))
+    assert "debug/failslab " in guest.commands[1]
+    assert "echo 0xc000000000000100 > require-start" in guest.commands[1]
+    assert "echo 0xc000000000000280 > require-end" in guest.commands[1]
+    assert "echo 0xc000000000000400 > reject-start" in guest.commands[1]
+    assert "echo 0xc000000000000500 > reject-end" in guest.commands[1]
+    with pytest.raises(HostError, match="no function nobody"):
+        fault_injection.aim(cast(Guest, guest), ("first", "nobody"))
+
+
+@pytest.mark.parametrize("lacking", ["FAILSLAB", "DEBUG_KMEMLEAK", None])
+def test_a_kernel_without_it_is_refused(lacking: str | None) -> None:
+    names = ("FAILSLAB", "FAIL_MAKE_REQUEST", "FAULT_INJECTION_STACKTRACE_FILTER")
+    config = dict.fromkeys([*names, "DEBUG_KMEMLEAK"], "y")
+    config.pop(lacking, None) if lacking else None
+    kernel = Kernel(Path("x"), "6.12.1", 65536, config, "built in", True, 1, 1)
+    if lacking is None:
+        fault_injection.require(kernel)
+        return
+    with pytest.raises(CapabilityError, match=rf"without CONFIG_{lacking} \(-p kernel=debug"):
+        fault_injection.require(kernel)
+
+
+def test_a_kernel_of_unknown_configuration_is_refused() -> None:
+    kernel = Kernel(Path("x"), "6.12.1", 65536, None, "built in", True, 1, 1)
+    with pytest.raises(CapabilityError, match=r"does not hold its configuration.*IKCONFIG=y"):
+        fault_injection.require(kernel)

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Files of known issues: their versions, and the verdict on an issue that shows or is gone."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import re
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from paprscm.errors import ConfigError, ContractError, HostError
+from paprscm.known_issues import FOLDER, KnownIssue, State, load, updates
+from paprscm.testcase import QemuTest
+
+
+def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
+    lines = f"- **Since:** {since}\n- **Fixed in:** {fixed_in}\n- **Seen in:** 1.2 to 3.4\n"
+    (folder / "x.md").write_text(f"# It does x\n\n- **Where:** there\n{lines}\nThe prose.\n")
+    return load("x", folder=folder)
+
+
+STATES = {
+    # Releases, and builds of them.
+    "5.2.21": State.BEFORE,
+    "5.3.0-paprscm": State.PRESENT,
+    "6.1.192": State.PRESENT,
+    "6.12.111": State.PRESENT,
+    "6.12.112": State.FIXED,
+    "6.12.117-paprscm": State.FIXED,
+    "6.13.9": State.PRESENT,
+    "6.19.300": State.PRESENT,
+    "7.2.5": State.PRESENT,
+    "7.2.6-mine": State.FIXED,
+    "7.3.0": State.FIXED,
+    "7.10.0": State.FIXED,
+    "10.0.0": State.FIXED,
+    # Release candidates are before the release, and may have what it has.
+    "5.3.0-rc1": State.PRESENT,
+    "6.12.0-rc3-00123-gabcdef": State.PRESENT,
+    "v7.2-rc1-5-gdeadbeef": State.PRESENT,
+    "6.12.112-rc1": State.UNCERTAIN,
+    "6.12.113-rc1": State.FIXED,
+    "7.3.0-rc2+": State.UNCERTAIN,
+    "7.3-rc2": State.UNCERTAIN,
+    "7.4-rc1": State.FIXED,
+    "7.2.0-rc7-next-20260812": State.UNCERTAIN,
+    # Development after a release.
+    "6.12.110-00300-gabcdef0": State.PRESENT,
+    "6.12.111-00300-gabcdef0": State.UNCERTAIN,
+    "6.12.111+": State.UNCERTAIN,
+    "6.12.0-dirty": State.PRESENT,
+    "7.1.0-00300-gabcdef0": State.PRESENT,
+    "7.2.0-mine-00300-gabcdef0": State.UNCERTAIN,
+    "7.2.0-00300-gabcdef0-dirty": State.UNCERTAIN,
+    "7.2.0+": State.UNCERTAIN,
+    "7.3.0-00300-gabcdef0": State.FIXED,
+    # A distribution's kernel may have any fix.
+    "5.14.0-503.el9.ppc64le": State.UNCERTAIN,
+    "6.4.0-150600.23-default": State.UNCERTAIN,
+    "6.8.0-45-generic": State.UNCERTAIN,
+    "5.15.153.1-microsoft-standard": State.UNCERTAIN,
+    "6.1.192+deb12-powerpc64le": State.UNCERTAIN,
+    "6.12.117+deb13-powerpc64le": State.FIXED,
+}
+
+
+@pytest.mark.parametrize("version", STATES)
+def test_a_linux_version_is_held_against_since_and_fixed_in(tmp_path: Path, version: str) -> None:
+    known = issue(tmp_path, "Linux 5.3", "6.12.112, 7.2.6, 7.3")
+    assert (known.title, known.product) == ("It does x", "Linux")
+    assert known.state(version) is STATES[version]
+
+
+@pytest.mark.parametrize(
+    ("version", "state"),
+    [
+        ("7.2.18", State.PRESENT),
+        ("7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", State.FIXED),
+        ("8.2.4", State.PRESENT),
+        ("9.2.4", State.PRESENT),
+        ("9.2.50", State.UNCERTAIN),
+        ("9.2.92 (v10.0.0-rc2)", State.UNCERTAIN),
+        ("v10.0.0-rc2", State.UNCERTAIN),
+        ("10.0.0", State.FIXED),
+        ("10.0.13 (Debian 1:10.0.13+ds-0+deb13u1)", State.FIXED),
+        ("11.1.50 (v11.1.0-1234-gabcdef)", State.FIXED),
+    ],
+)
+def test_a_qemu_version_is_held_against_since_and_fixed_in(
+    tmp_path: Path, version: str, state: State
+) -> None:
+    assert issue(tmp_path, "QEMU 7.0", "7.2.19, 10.0").state(version) is state
+
+
+def test_the_next_release_bounds_a_development_version(tmp_path: Path) -> None:
+    known = issue(tmp_path, "QEMU 7.0", "11.1.3, 12.0")
+    # It is not on the stable branch 11.1, whatever its number.
+    assert known.state("11.1.50") is State.PRESENT
+    assert known.state("11.2.50") is State.UNCERTAIN
+    assert known.state("11.2.91") is State.UNCERTAIN
+    assert known.state("11.1.4") is State.FIXED
+    known = issue(tmp_path, "QEMU 7.0", "12.0-rc2")
+    assert known.state("11.2.91 (v12.0.0-rc1)") is State.UNCERTAIN
+    assert known.state("11.2.92 (v12.0.0-rc2)") is State.FIXED
+    known = issue(tmp_path, "Linux 5.3", "7.0-rc2")
+    assert known.state("6.18.0-00300-gabcdef0") is State.PRESENT
+    assert known.state("6.19.0-00300-gabcdef0") is State.UNCERTAIN
+    assert known.state("7.0.0-rc1") is State.UNCERTAIN
+    assert known.state("7.0.0-rc2") is State.FIXED
+
+
+def test_a_bug_that_came_with_a_backport_and_has_no_fix(tmp_path: Path) -> None:
+    known = issue(tmp_path, "Linux 6.12.112, 7.3", "none")
+    assert known.fixed_in == ()
+    assert known.state("6.12.111") is State.BEFORE
+    assert known.state("6.12.112") is State.PRESENT
+    assert known.state("7.2.13") is State.BEFORE
+    assert known.state("9.0.0") is State.PRESENT
+    assert known.state("5.14.0-503.el9.ppc64le") is State.UNCERTAIN
+
+
+@pytest.mark.parametrize("version", ["next-20261122", "7", "v7.x", ""])
+def test_what_is_not_a_version_is_an_error(tmp_path: Path, version: str) -> None:
+    with pytest.raises(HostError, match=r"is not a version of Linux"):
+        issue(tmp_path, "Linux 5.3", "7.0").state(version)
+
+
+@pytest.mark.parametrize(
+    ("since", "fixed_in", "message"),
+    [
+        ("Windows 11.0", "none", "'Since' names none of QEMU, Linux, Avocado"),
+        ("5.3", "none", "'Since' names none of"),
+        ("QEMU all", "none", "'all' is not a version"),
+        ("QEMU 7.0 to 11.1", "none", "'7.0 to 11.1' is not a version"),
+        ("QEMU 7.0", "not yet", "'not yet' is not a version"),
+        ("QEMU 7.0", "7.2, x", "'x' is not a version"),
+        ("QEMU 7.0", "7.2.0", "'7.2.0' is not a version"),
+        ("QEMU 7.0", "7.2 (in theory)", "is not a version"),
+        ("QEMU 7.0", "8.2, 10.0", "8.2 and 10.0 count for the same branch"),
+        ("QEMU 7.0", "7.2.19, 7.2.22", "count for the same branch"),
+        ("QEMU 7.0", "10.0, 10.1.3", "count for the same branch"),
+        ("QEMU 7.0", "6.2", "fixed in 6.2, which does not come after 'Since'"),
+        ("QEMU 7.0", "7.0", "fixed in 7.0, which does not come after 'Since'"),
+        ("Linux 6.12.112, 7.3", "6.13.5, 7.4", "fixed in 6.13.5, which does not come after"),
+    ],
+)
+def test_what_cannot_be_read_is_said(
+    tmp_path: Path, since: str, fixed_in: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        issue(tmp_path, since, fixed_in)
+
+
+@pytest.mark.parametrize("line", ["", "- **Fixed in:** 7.1\n" * 2, "- **Fixed in:** \n"])
+def test_each_line_is_there_once(tmp_path: Path, line: str) -> None:
+    (tmp_path / "x.md").write_text(f"# x\n\n- **Since:** QEMU 7.0\n{line}")
+    with pytest.raises(ConfigError, match="not one") as caught:
+        load("x", folder=tmp_path)
+    assert "README.md" in str(caught.value.hint)
+
+
+def test_a_missing_file_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"known issue .*qemu-y"):
+        load("qemu-y", folder=tmp_path)
+
+
+NAMES = sorted({file.stem for file in FOLDER.glob("*.md")} - {"README"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_file_can_be_read(name: str) -> None:
+    """And claims no fix before its bug, which load() refuses."""
+    assert name.startswith(f"{load(name).product.lower()}-")
+
+
+def test_every_file_is_in_the_table_and_the_table_names_no_other() -> None:
+    table = (FOLDER / "README.md").read_text()
+    assert sorted(re.findall(r"\]\(([a-z0-9-]+)\.md\)", table)) == NAMES
+
+
+def test_every_issue_that_a_test_names_can_be_read() -> None:
+    """A typing error would be noticed only where the bug shows."""
+    trees = [ast.parse(file.read_text()) for file in (FOLDER.parent / "tests").rglob("*.py")]
+    strings = {
+        node.value
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    named = {text for text in strings if re.fullmatch(r"(?:qemu|linux)-[a-z0-9-]+", text)}
+    assert len(named) > 10
+    for name in named:
+        load(name)
+
+
+class _Test:
+    """As much of a test as known_issue() needs."""
+
+    log = logging.getLogger("paprscm")
+
+    def __init__(self, **versions: str) -> None:
+        self.shown: list[str] = []
+        self.measured: dict[str, Any] = {}
+        self._versions = versions
+
+    def versions(self) -> dict[str, str]:
+        return self._versions
+
+    def measure(self, name: str, value: Any) -> None:
+        self.measured[name] = value
+
+    def says(self, *, shows: bool, issue: str = "linux-pmem-loses-preflush-error") -> str | None:
+        """Report the issue; the update that is asked for."""
+        QemuTest.known_issue(cast(QemuTest, self), issue, shows=shows, found="fsync returned 0")
+        (verdict,) = self.measured.values()
+        assert verdict["shows"] is shows
+        return cast(str | None, verdict["update"])
+
+
+def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
+    # The QEMU's version is not asked.
+    test = _Test(QEMU="99.0.0", Linux="6.12.107-paprscm")
+    assert test.says(shows=True) is None
+    assert test.shown == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
+    (verdict,) = test.measured.values()
+    assert verdict["version"] == "Linux 6.12.107-paprscm"
+
+
+@pytest.mark.parametrize("release", ["6.12.117", "6.12.117+deb13-powerpc64le", "7.4.0-rc1"])
+def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> None:
+    test = _Test(QEMU="7.2.22", Linux=release)
+    with pytest.raises(ContractError, match="fsync returned 0: A flush that failed") as caught:
+        test.says(shows=True)
+    assert str(caught.value.hint) == (
+        f"a regression on Linux {release}: known_issues/linux-pmem-loses-preflush-error.md lists "
+        "it as fixed in 6.12.112, 7.2.6, 7.3"
+    )
+    assert test.shown == []
+    assert next(iter(test.measured.values()))["shows"]
+
+
+def test_a_known_issue_is_gone() -> None:
+    update = _Test(Linux="6.13.9").says(shows=False)
+    assert update == (
+        "known issue linux-pmem-loses-preflush-error no longer shows on Linux 6.13.9: if it is "
+        "fixed there, update 'Fixed in' of known_issues/linux-pmem-loses-preflush-error.md"
+    )
+    for release in ("6.12.117", "7.3.0-rc2", "5.14.0-503.el9.ppc64le", "5.2.0"):
+        test = _Test(Linux=release)
+        assert test.says(shows=False) is None
+        assert test.shown == []
+
+
+def test_a_known_issue_shows_before_its_since() -> None:
+    test = _Test(Linux="5.2.21")
+    update = test.says(shows=True)
+    assert update is not None
+    assert "shows on Linux 5.2.21: update 'Since'" in update
+    assert len(test.shown) == 1
+
+
+def test_updates_of_a_job() -> None:
+    def verdict(version: str, update: str | None, *, shows: bool = False) -> dict[str, Any]:
+        return {"version": version, "shows": shows, "update": update}
+
+    records: list[dict[str, Any]] = [
+        {"known issue a": verdict("Linux 7", "a is gone on 7"), "codes": [1]},
+        {"known issue a": verdict("Linux 7", "a is gone on 7")},
+        {"known issue b": verdict("Linux 7", "b is gone on 7")},
+        # One test shows it, so it is not gone there; but with another kernel it is.
+        {"known issue b": verdict("Linux 7", None, shows=True)},
+        {"known issue b": verdict("Linux 8", "b is gone on 8")},
+        {"known issue c": verdict("Linux 7", "c shows on 7", shows=True)},
+        {"known issue d": verdict("Linux 7", None)},
+        {},
+    ]
+    assert updates(records) == ["a is gone on 7", "b is gone on 8", "c shows on 7"]

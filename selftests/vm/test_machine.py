@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The command line is a pure function of the machine, and nonsense is refused in one sentence."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from paprscm.errors import CapabilityError, ConfigError
+from paprscm.vm.argv import Payload, Wiring, bare_argv, qemu_argv, script
+from paprscm.vm.binary import Qemu
+from paprscm.vm.machine import MIB, Machine, Nvdimm, require
+
+PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
+WIRING = Wiring(console_fd=5, qmp_fd=6, port_fd=7, console_log=Path("/o/console.log"))
+
+
+def argv(machine: Machine, wiring: Wiring | None = WIRING, **files: str) -> list[str]:
+    """The command line, with /s/N behind the DIMM in slot N."""
+    named = {n.slot: Path(files.get(f"slot{n.slot}", f"/s/{n.slot}")) for n in machine.nvdimms}
+    return qemu_argv(("qemu",), machine, PAYLOAD, named, wiring)
+
+
+def after(words: list[str], option: str) -> list[str]:
+    """The values of every `option`."""
+    return [value for word, value in itertools.pairwise(words) if word == option]
+
+
+GOLDEN = """\
+qemu
+-machine pseries,x-vof=on,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off
+-accel tcg
+-cpu POWER9
+-smp 2
+-m 1024M,slots=8,maxmem=7168M
+-nodefaults
+-display none
+-no-reboot
+-kernel /k/vmlinux
+-append 'console=hvc0 root=/dev/vda ro init=/init \
+ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1'
+-blockdev driver=raw,node-name=root,read-only=on,file.driver=file,file.filename=/d/disk
+-device virtio-blk-pci,drive=root,romfile=
+-netdev user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22
+-device virtio-net-pci,netdev=net,romfile=
+-device virtio-rng-pci
+-device virtio-serial-pci
+-chardev socket,id=console,fd=5,logfile=/o/console.log,logappend=on
+-serial chardev:console
+-chardev socket,id=qmp,fd=6
+-qmp chardev:qmp
+-chardev socket,id=port,fd=7
+-device virtserialport,chardev=port,name=paprscm
+-object memory-backend-file,id=mem0,mem-path=/s/0,size=537001984,share=on,pmem=on
+-device spapr-nvdimm,id=nv0,memdev=mem0,slot=0,label-size=131072,\
+uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c
+-object memory-backend-file,id=mem3,mem-path=/s/3,size=537001984,share=on
+-device spapr-nvdimm,id=nv3,memdev=mem3,slot=3,label-size=131072,\
+uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1d
+"""
+
+
+def test_golden_command_line() -> None:
+    machine = Machine(
+        nvdimms=(
+            Nvdimm(pmem=True, uuid="26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c"),
+            Nvdimm(slot=3, uuid="26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1d"),
+        )
+    )
+    assert argv(machine) == shlex.split(GOLDEN)
+
+
+def test_a_bare_machine_has_its_dimms_and_nothing_else() -> None:
+    machine = Machine(nvdimms=(Nvdimm(),), smp=1, memory_mib=256)
+    words = bare_argv(("qemu",), machine, {0: Path("/s/0")}, 6)
+    assert "-S" in words
+    assert after(words, "-qmp") == ["chardev:qmp"]
+    assert not {"-netdev", "-blockdev", "-append"} & set(words)
+    assert [word.partition(",")[0] for word in after(words, "-device")] == ["spapr-nvdimm"]
+
+
+def test_the_memory_of_a_bare_machine_can_be_ours() -> None:
+    words = bare_argv(("qemu",), Machine(memory_mib=256), {}, 6, program=Path("/p"), memory_fd=9)
+    assert "-S" not in words
+    assert after(words, "-machine")[0].endswith(",memory-backend=ram")
+    assert after(words, "-object") == [
+        f"memory-backend-file,id=ram,mem-path=/proc/self/fd/9,size={256 * MIB},share=on"
+    ]
+
+
+def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
+    """No QEMU without libpmem can be had from Debian for this host."""
+    bare = Qemu(
+        argv_prefix=("qemu",),
+        path=Path("/q/qemu"),
+        key="",
+        version=(7, 2, 0),
+        version_text="7.2.0",
+        machine="pseries-7.2",
+        properties={"memory-backend-file": frozenset(), "spapr-nvdimm": frozenset()},
+        has_kvm=False,
+        has_netdev_user=True,
+        cpu_models=frozenset(),
+        qmp_commands=frozenset(),
+        migration_capabilities=frozenset(),
+    )
+    require(bare, Nvdimm())
+    with pytest.raises(CapabilityError, match=r"without libpmem.*debian:trixie"):
+        require(bare, Nvdimm(pmem=True))
+    with pytest.raises(CapabilityError, match="no pmem-override"):
+        require(bare, Nvdimm(pmem_override=True))
+
+
+def test_slof_and_kvm_take_no_tcg_words() -> None:
+    words = argv(Machine(firmware="slof", accel="kvm", cpu="host"))
+    assert after(words, "-machine") == ["pseries"]
+    assert after(words, "-accel") == ["kvm"]
+
+
+def test_words_of_the_kernel_come_before_those_of_the_machine() -> None:
+    payload = Payload(kernel=Path("/k"), disk=Path("/d"), words=("xmon=off",))
+    words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), payload, {}, WIRING)
+    assert after(words, "-append")[0].endswith(" panic=-1 xmon=off xmon=on")
+
+
+def test_with_modules_the_network_is_left_to_init() -> None:
+    payload = Payload(kernel=Path("/k"), disk=Path("/d"), initrd=Path("/i"))
+    words = qemu_argv(("qemu",), Machine(), payload, {}, WIRING)
+    assert after(words, "-initrd") == ["/i"]
+    assert "ip=" not in after(words, "-append")[0]
+
+
+def test_override_unarmed_and_private_are_passed_on() -> None:
+    nvdimm = Nvdimm(pmem=True, pmem_override=True, unarmed=True, share=False)
+    words = argv(Machine(nvdimms=(nvdimm,)))
+    assert "pmem-override=on,unarmed=on" in after(words, "-device")[-1]
+    assert ",share=off,pmem=on" in after(words, "-object")[-1]
+
+
+def test_pmem_off_names_no_pmem_property() -> None:
+    # A QEMU without libpmem knows neither.
+    words = " ".join(argv(Machine(nvdimms=(Nvdimm(),))))
+    assert "pmem=" not in words
+    assert "pmem-override" not in words
+
+
+def test_commas_in_paths_survive() -> None:
+    words = argv(Machine(nvdimms=(Nvdimm(),)), slot0="/s/a,b")
+    assert "mem-path=/s/a,,b," in after(words, "-object")[-1]
+
+
+def test_uuids_differ_by_slot_and_are_the_same_every_time() -> None:
+    assert Nvdimm(slot=1).guid == Nvdimm(slot=1).guid != Nvdimm(slot=2).guid
+
+
+def test_hotplug_says_the_same_as_the_command_line() -> None:
+    nvdimm = Nvdimm(slot=2, pmem=True)
+    words = after(argv(Machine(nvdimms=(nvdimm,))), "-device")[-1].split(",")[1:]
+    said = dict(word.split("=", 1) for word in words)
+    assert said == {k: str(v) for k, v in nvdimm.frontend().items() if k != "driver"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size_bytes": 300 * MIB}, "256M or 512M; a file of 268566528 or 537001984 bytes"),
+        ({"size_bytes": 0}, "no multiple of 256 MiB"),
+        ({"label_bytes": 65536}, "at least 131072"),
+        ({"slot": 32}, "slot 32 is out of range"),
+        ({"uuid": "xyz"}, "'xyz' is no uuid"),
+        ({"device": "pc-dimm"}, "one of spapr-nvdimm, nvdimm"),
+        ({"file": Path("/nonexistent")}, "backing file /nonexistent: No such file"),
+    ],
+)
+def test_bad_dimms_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Nvdimm(**arguments)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_file_of_the_wrong_size_is_refused_with_the_right_one(tmp_path: Path) -> None:
+    file = tmp_path / "backing"
+    file.write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"has 1 bytes.*truncate -s 537001984"):
+        Nvdimm(file=file)
+
+
+def test_two_dimms_in_one_slot_are_refused() -> None:
+    with pytest.raises(ConfigError, match="two DIMMs want slot 1"):
+        Machine(nvdimms=(Nvdimm(slot=1), Nvdimm(slot=1)))
+
+
+def test_script_runs_as_shell_and_makes_missing_files(tmp_path: Path) -> None:
+    backing = tmp_path / "a dir" / "backing"
+    text = script(["echo", "-append", "two words"], {backing: 4096})
+    done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "-append two words\n"
+    assert backing.stat().st_size == 4096

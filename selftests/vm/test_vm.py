@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A QEMU that hangs up is judged by its end, which comes a moment later."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from paprscm.errors import ContractError, GuestLostError, KilledError
+from paprscm.vm.vm import Vm
+
+# Greets, agrees, closes its monitor, and ends half a second later, as told.
+QEMU = """
+import json, os, socket, sys, time
+monitor = socket.socket(fileno=int(sys.argv[1]))
+version = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
+for answer in ({"QMP": {"version": version, "capabilities": []}}, {"return": {}}):
+    monitor.sendall(json.dumps(answer).encode() + b"\\r\\n")
+    monitor.recv(4096)
+monitor.close()
+time.sleep(0.5)
+exec(sys.argv[2])
+"""
+
+
+def with_end(folder: Path, end: str) -> Vm:
+    """A machine whose QEMU ends that way."""
+
+    def command(_files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
+        return [sys.executable, "-c", QEMU, str(qmp_fd), end]
+
+    return Vm(command, (), folder=folder, scratch_dir=folder)
+
+
+@pytest.mark.parametrize(
+    "end", ["os.kill(os.getpid(), 9)", "print('q: terminating on signal 15 from pid 1 (init)')"]
+)
+def test_a_signal_from_outside_is_seen_behind_a_monitor_that_hung_up(
+    tmp_path: Path, end: str
+) -> None:
+    with pytest.raises(KilledError, match="from outside"), with_end(tmp_path, end) as vm:
+        vm.qmp.execute("query-status")
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 11)", "sys.exit(1)", "sys.exit(0)"])
+def test_an_end_of_its_own_is_the_products(tmp_path: Path, end: str) -> None:
+    with pytest.raises(ContractError) as caught, with_end(tmp_path, end) as vm:
+        vm.qmp.execute("query-status")
+    assert isinstance(caught.value, GuestLostError)
+    assert "monitor is gone" in caught.value.message

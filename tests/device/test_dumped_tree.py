@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The device tree of a stopped machine says of its DIMMs what the command line asked for.
+
+No guest runs: QEMU is asked for the tree through its monitor, 0.1 s a machine. QEMU's side is
+hw/ppc/spapr_nvdimm.c (spapr_dt_persistent_memory, spapr_dt_nvdimm).
+"""
+
+import itertools
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from mmap import PAGESIZE
+from pathlib import Path
+
+import hypothesis
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+
+from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
+from paprscm.device.comparison import judge, nodes_differ, questions, unusual
+from paprscm.device.device_tree import distance, parse
+from paprscm.device.launch import Attempt, attempt
+from paprscm.device.prediction import Refusal, predict
+from paprscm.device.strategies import FLAWS, any_machines, flawed_machines, valid_machines
+from paprscm.errors import ContractError
+from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
+from paprscm.testcase import QemuTest
+from paprscm.vm.machine import GIB, MIB
+
+# How many machines the properties are tried on, at least; how many QEMUs at once.
+MACHINES = 500
+AT_ONCE = 2
+# How long to look for a simpler machine that shows the same.
+SIMPLER_S = 60.0
+
+# What is behind the smallest DIMM.
+PLAIN = RawBackend(SCM_BLOCK_SIZE + SCM_MIN_LABEL_SIZE)
+
+UUID = "6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9%02x"
+
+
+def dimms_of(
+    pairs: Iterable[tuple[RawBackend, RawDimm]],
+    *,
+    slots: int = 32,
+    nodes: tuple[int, ...] = (),
+    distances: tuple[tuple[int, int, int], ...] = (),
+) -> RawMachine:
+    """A machine with these DIMMs, each with its own backend and uuid, and room for all."""
+    backends, dimms = [], []
+    for number, (backend, dimm) in enumerate(pairs):
+        backends.append(backend)
+        changes = {"memdev": number, "uuid": dimm.uuid or UUID % number}
+        dimms.append(RawDimm(**{**vars(dimm), **changes}))
+    memory = sum(nodes) or 256 * MIB
+    return RawMachine(
+        memory_bytes=memory,
+        slots=slots,
+        maxmem_bytes=memory + GIB + sum(backend.size_bytes for backend in backends) // GIB * GIB,
+        nodes=nodes,
+        distances=distances,
+        backends=tuple(backends),
+        dimms=tuple(dimms),
+    )
+
+
+class TreeTest(QemuTest):
+    """What all tests of the tree need: to try machines, and to judge what became of them."""
+
+    timeout = 500
+
+    def setUp(self) -> None:
+        """Nothing is tried yet."""
+        super().setUp()
+        self.verdicts: dict[RawMachine, str | None] = {}
+        """What is wrong of each machine that was tried; None: nothing."""
+        self.outcomes: Counter[str] = Counter()
+        self.unusual: set[str] = set()
+        """Messages in words that were not seen so far."""
+        self.end_s: float | None = None
+        """When to try no more, after something was wrong."""
+        # Avocado makes it when it is asked for, and must not be asked by two threads at once.
+        self.place = Path(self.workdir)
+        self.pool = self.leave.enter_context(ThreadPoolExecutor(AT_ONCE))
+
+    def attempt(self, machine: RawMachine) -> Attempt:
+        """Let QEMU make the machine, and ask it for its DIMMs."""
+        with tempfile.TemporaryDirectory(dir=self.place) as folder:
+            for name, size in machine.files().items():
+                with (Path(folder) / name).open("wb") as file:
+                    file.truncate(size)
+            return attempt(
+                self.qemu,
+                machine.words(),
+                machine=machine.option(),
+                commands=questions(machine),
+                cwd=Path(folder),
+            )
+
+    def tried(self, machine: RawMachine) -> str | None:
+        """What is wrong of what QEMU makes of the machine; the same machine is tried only once."""
+        if machine not in self.verdicts:
+            if self.end_s is not None and time.monotonic() > self.end_s:
+                return None
+            prediction = predict(machine, has_override=self.qemu.has_pmem_override)
+            found = self.attempt(machine)
+            named = [reason.name for reason in Refusal if reason.said_in(found.text)]
+            self.outcomes["accepted" if found.accepted else " and ".join(named)] += 1
+            try:
+                self.verdicts[machine] = judge(machine, prediction, found)
+            except ContractError as error:
+                self.verdicts[machine] = str(error)
+            if self.verdicts[machine] is None and (other := unusual(prediction, found)):
+                self.unusual.add(other)
+        return self.verdicts[machine]
+
+    def remark_unusual(self) -> None:
+        """WARN of messages in other words; numbers in them may differ, so only the first few."""
+        if self.unusual:
+            first = "\n".join(sorted(self.unusual)[:5])
+            self.remark(f"{len(self.unusual)} messages of QEMU, the first:\n{first}")
+
+    def try_all(self, machines: Sequence[RawMachine]) -> None:
+        """Try machines, some at once.
+
+        Raises:
+            ContractError: one of them is not what it must be; with a command for a person.
+        """
+        for machine, wrong in zip(machines, self.pool.map(self.tried, machines), strict=True):
+            if wrong is not None:
+                self.end_s = self.end_s or time.monotonic() + SIMPLER_S
+                command = machine.script(self.qemu.argv_prefix)
+                raise ContractError(f"{wrong}\nmachine:\n    {command}")
+
+
+class EveryKind(TreeTest):
+    """
+    Every combination of what a DIMM can be, and every number of DIMMs and slots.
+
+    :avocado: tags=device,device_tree
+    """
+
+    def kinds(self) -> list[tuple[RawBackend, RawDimm]]:
+        """All combinations that this QEMU has, of sizes that differ."""
+        on_off = (False, True)
+        pmem = on_off if self.qemu.has_pmem else (False,)
+        found: list[tuple[RawBackend, RawDimm]] = []
+        for driver, is_pmem, override, share, unarmed, label, node in itertools.product(
+            ("spapr-nvdimm", "nvdimm"),
+            pmem,
+            on_off if self.qemu.has_pmem_override else (False,),
+            on_off,
+            on_off,
+            (SCM_MIN_LABEL_SIZE, SCM_MIN_LABEL_SIZE + 4097, 2 * MIB),
+            (0, 1),
+        ):
+            if driver == "nvdimm" and override:
+                continue
+            blocks = 1 + len(found) % 3
+            # A file has whole pages; QEMU leaves the rest of the last one to nobody.
+            size = blocks * SCM_BLOCK_SIZE + -(-label // PAGESIZE) * PAGESIZE
+            found.append(
+                (
+                    RawBackend(size_bytes=size, share=share, pmem=is_pmem),
+                    RawDimm(
+                        driver=driver,
+                        label_bytes=label,
+                        node=node,
+                        pmem_override=override,
+                        unarmed=unarmed,
+                    ),
+                )
+            )
+        return found
+
+    def machines_of(self, count: int) -> list[RawMachine]:
+        """Machines with so many DIMMs each, which have every combination between them."""
+        kinds = self.kinds()
+        nodes = (256 * MIB, 256 * MIB)
+        # The same number in each of them: the last ones begin again from the front.
+        starts = range(0, len(kinds), count)
+        return [dimms_of((kinds + kinds)[n : n + count], nodes=nodes) for n in starts]
+
+    def try_right(self, machines: Sequence[RawMachine]) -> None:
+        """Try machines of which none has a flaw."""
+        self.try_all(machines)
+        if self.outcomes != {"accepted": len(set(machines))}:
+            raise ContractError(f"not all of the machines were accepted: {self.outcomes}")
+        self.remark_unusual()
+
+    def test_one(self) -> None:
+        """Each kind of DIMM, alone in a machine, has the node that it must have."""
+        self.try_right(self.machines_of(1))
+
+    def test_two(self) -> None:
+        """Each kind of DIMM, one of two, has the node that it must have."""
+        self.try_right(self.machines_of(2))
+
+    def test_all_slots(self) -> None:
+        """Each kind of DIMM, one of 32, has the node that it must have."""
+        self.try_right(self.machines_of(32))
+
+    def test_slots(self) -> None:
+        """For each slot a connector is announced, though there is no DIMM in any."""
+        machines = [dimms_of((), slots=slots) for slots in range(33)]
+        self.try_right([*machines, RawMachine()])
+
+
+class AnyMachine(TreeTest):
+    """
+    Machines that nobody thought of.
+
+    :avocado: tags=device,device_tree
+    """
+
+    def test_machines(self) -> None:
+        """QEMU refuses a wrong machine with the reason, and a right one comes out as it went in."""
+        source = self.random()
+        began = time.monotonic()
+        # Of eight machines four have a flaw, a different one each, and three have none.
+        reasons = [reason for reason in Refusal if reason in FLAWS]
+        groups = [reasons[n : n + 4] for n in range(0, len(reasons), 4)]
+        # The first of each group are the simplest ones, and the same as in the others.
+        examples = MACHINES // (8 * len(groups)) + 2
+        try:
+            for group in groups:
+                self.try_group(group, examples=examples, seed=source.getrandbits(64))
+        finally:
+            self.measure("machines", sum(self.outcomes.values()))
+            self.measure("outcomes", dict(self.outcomes.most_common()))
+            self.measure("duration_s", round(time.monotonic() - began, 1))
+        # Each comes alone in as many machines as there are examples, so none can be missed.
+        unseen = [
+            r.name
+            for r in reasons
+            if not any(r.name in said.split(" and ") for said in self.outcomes)
+        ]
+        self.remark_unusual()
+        # A reason that was reworded cannot be recognised.
+        if unseen and not self.unusual:
+            raise ContractError(f"QEMU never gave the reason {', '.join(unseen)}")
+        if 10 * self.outcomes["accepted"] < 3 * sum(self.outcomes.values()):
+            raise ContractError(f"too few machines were accepted: {self.outcomes['accepted']}")
+
+    def try_group(self, reasons: Sequence[Refusal], *, examples: int, seed: int) -> None:
+        """Try batches of machines: right ones, and one for each of these reasons."""
+        has_pmem = self.qemu.has_pmem and self.qemu.has_pmem_override
+        valid = valid_machines(has_pmem)
+        batch = st.tuples(
+            *(flawed_machines(reason, has_pmem) for reason in reasons),
+            *[valid] * (7 - len(reasons)),
+            any_machines(has_pmem),
+        )
+
+        @hypothesis.seed(seed)
+        @hypothesis.settings(
+            max_examples=examples,
+            database=None,
+            deadline=None,
+            report_multiple_bugs=False,
+            verbosity=hypothesis.Verbosity.quiet,
+            suppress_health_check=list(hypothesis.HealthCheck),
+            phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        )
+        @hypothesis.given(batch)
+        def look(machines: tuple[RawMachine, ...]) -> None:
+            self.try_all(machines)
+
+        # Hypothesis keeps what it knows of Unicode there.
+        set_hypothesis_home_dir(self.place / "hypothesis")
+        look()
+
+
+class Distances(TreeTest):
+    """
+    How far apart DIMMs are.
+
+    :avocado: tags=device,device_tree
+    """
+
+    def test_distances(self) -> None:
+        """Linux takes two DIMMs to be as far apart as their nodes, rounded to 20, 40, 80 or 160."""
+        wrong = {}
+        steps = ((20, 11, 30), (40, 31, 60), (80, 61, 120), (160, 121, 254))
+        for rounded, *limits in steps:
+            for away in (*limits, rounded):
+                seen = self.distance_of(away)
+                if seen != rounded:
+                    wrong[away] = seen
+        at_limits = {11: 160, 31: 160, 61: 160}
+        if wrong and wrong != at_limits:
+            raise ContractError(f"by the distance that was asked for, Linux sees {wrong}")
+        self.known_issue(
+            "qemu-numa-distance-11-31-61",
+            shows=bool(wrong),
+            found=f"wrong distances, by the one that was asked for: {wrong}",
+        )
+
+    def distance_of(self, away: int) -> int:
+        """How far apart Linux takes two DIMMs to be, in nodes that are `away` apart."""
+        pairs = [(PLAIN, RawDimm(node=node)) for node in (0, 1)]
+        nodes = (256 * MIB, 256 * MIB)
+        found = self.attempt(dimms_of(pairs, nodes=nodes, distances=((0, 1, away),)))
+        if not found.accepted:
+            raise ContractError(f"a distance of {away} was {found}")
+        tree = parse(found.tree or b"")
+        cells = [tree.nvdimms[drc_index(n)].cells("ibm,associativity") for n in (0, 1)]
+        if [c[-1] for c in cells] != [0, 1] or list(nodes_differ(tree)):
+            raise ContractError(f"at a distance of {away} the nodes 0 and 1 are {cells}")
+        return distance(*cells)

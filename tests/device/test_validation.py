@@ -1,0 +1,249 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""QEMU refuses command lines of NVDIMMs that cannot be, and says why; no guest runs.
+
+Most of it is hw/ppc/spapr_nvdimm.c (spapr_nvdimm_validate), hw/mem/nvdimm.c and hw/mem/pc-dimm.c;
+the command lines and texts are in paprscm/device/refusal_rows.py. The contract is an orderly
+refusal (exit status 1) with a reason; other words than those seen so far end a test as WARN.
+"""
+
+import mmap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from paprscm.device.device_tree import parse
+from paprscm.device.launch import Attempt, attempt
+from paprscm.device.refusal_rows import GROUPS
+from paprscm.device.refusals import LIMITS, backend, board, device, dimm, filled, make_files, on
+from paprscm.papr import Property, drc_index
+from paprscm.testcase import QemuTest
+from paprscm.vm.machine import GIB, MIB, Nvdimm
+
+# include/uapi/asm-generic/mman-common.h
+MAP_SHARED_VALIDATE, MAP_SYNC = 0x03, 0x080000
+
+
+class Validation(QemuTest):
+    """
+    Command lines that QEMU must refuse, or must take.
+
+    :avocado: tags=device
+    """
+
+    def setUp(self) -> None:
+        super().setUp()
+        # QEMU names a file as the kernel does.
+        self.places = make_files(Path(self.workdir).resolve())
+
+    def attempt(self, words: Sequence[str], *, machine: str = "") -> Attempt:
+        """Try a command line with placeholders."""
+        return attempt(self.qemu, filled(words, self.places), machine=machine)
+
+    def judge(self, group: str) -> None:
+        """Each row of the group is refused; other words than this version's are a remark."""
+        rows = GROUPS[group]
+        wrong, reworded = [], []
+        for row in rows:
+            found = self.attempt(row.words, machine=row.machine)
+            if difference := row.difference(found, self.qemu.version, self.places):
+                (reworded if found.refused else wrong).append(difference)
+        self.measure("rows", len(rows))
+        if wrong:
+            self.fail(f"{len(wrong)} of {len(rows)} command lines:\n" + "\n".join(wrong))
+        if reworded:
+            self.remark(f"{len(reworded)} of {len(rows)} refusals:\n" + "\n".join(reworded))
+
+    def pin(self, issue: str, cases: Mapping[str, Sequence[str]]) -> None:
+        """Each command line should be refused, but a known issue lets some of them pass."""
+        found = {name: self.attempt(words) for name, words in cases.items()}
+        for name, outcome in found.items():
+            if not outcome.accepted and not outcome.refused:
+                self.fail(f"{name}: {outcome}")
+        taken = [name for name, outcome in found.items() if outcome.accepted]
+        words = f"QEMU takes {', '.join(taken)}" if taken else "QEMU refuses all of it"
+        self.conclude(issue, shows=bool(taken), found=words)
+
+    def conclude(self, issue: str, *, shows: bool, found: str) -> None:
+        """Say whether a known issue shows; a QEMU that refuses everything is not mended."""
+        if not shows:
+            control = self.attempt(LIMITS["label of 128K"])
+            if not control.accepted:
+                self.fail(f"a good DIMM: {control}")
+        self.known_issue(issue, shows=shows, found=found)
+
+    def test_sizes_and_labels(self) -> None:
+        """Sizes and label sizes that PAPR or the backend cannot have are refused."""
+        self.judge("sizes and labels")
+
+    def test_uuid(self) -> None:
+        """A missing or malformed uuid is refused."""
+        self.judge("uuid")
+
+    def test_backend(self) -> None:
+        """A backend that cannot be a DIMM's is refused."""
+        self.judge("backend")
+
+    def test_slots(self) -> None:
+        """A slot that is not there or not free is refused."""
+        self.judge("slots")
+
+    def test_nodes_and_addresses(self) -> None:
+        """A NUMA node or an address that is not there or not free is refused."""
+        self.judge("nodes and addresses")
+
+    def test_machine(self) -> None:
+        """A machine that cannot have NVDIMMs refuses them."""
+        self.judge("machine")
+
+    def test_limits(self) -> None:
+        """What is just within the limits is taken."""
+        cases = dict(LIMITS)
+        if self.qemu.has("memory-backend-file", "offset"):
+            cases["offset of one page"] = board(*on(path="{large}", more="share=on,offset=4096"))
+        wrong = []
+        for name, words in cases.items():
+            outcome = self.attempt(words)
+            if not outcome.accepted:
+                wrong.append(f"{name}: {outcome}")
+            self.usual(f"message at {name}", outcome.text, "")
+        if wrong:
+            self.fail("\n".join(wrong))
+
+    def test_pmem_on_an_ordinary_file(self) -> None:
+        """With pmem=on on a file that is not persistent memory, QEMU warns, or refuses."""
+        self.require((Nvdimm(pmem=True),))
+        file = self.places["dimm"]
+        with Path(file).open("r+b") as opened:
+            try:
+                mmap.mmap(opened.fileno(), mmap.PAGESIZE, flags=MAP_SHARED_VALIDATE | MAP_SYNC)
+            except OSError:
+                pass
+            else:
+                self.cancel(f"{file} is persistent memory")
+        found = self.attempt(board(*on(more="share=on,pmem=on")))
+        wanted = (
+            f"Warning: requesting persistence across crashes for backend file {file} failed. "
+            "Proceeding without persistence, data might become corrupted in case of host crash.\n"
+            "warning: Using non DAX backing file with 'pmem=on' option is deprecated"
+        )
+        if not (found.accepted or found.refused) or not found.text:
+            self.fail(f"neither a warning nor a refusal: {found}")
+        self.usual("accepted, message", (found.accepted, found.text), (True, wanted))
+
+    def test_private_mapping(self) -> None:
+        """A backend that keeps the guest's writes from the file is refused."""
+        cases = {"share=off, the default": board(*on(more=""))}
+        if self.qemu.has_pmem:
+            cases["share=off,pmem=on"] = board(*on(more="share=off,pmem=on"))
+        if self.qemu.has("memory-backend-file", "rom"):
+            cases["share=off,readonly=on,rom=off"] = board(
+                *on(more="share=off,readonly=on,rom=off")
+            )
+        self.pin("qemu-nvdimm-share-off", cases)
+
+    def test_volatile_file(self) -> None:
+        """A backend with a file that nobody can open again is refused."""
+        self.pin(
+            "qemu-nvdimm-on-volatile-file",
+            {
+                "memory-backend-ram,share=on": board(*on(kind="ram", path=None)),
+                "memory-backend-memfd": board(*on(kind="memfd", path=None)),
+                "a folder as mem-path": board(*on(path="{folder}")),
+                "/dev/zero as mem-path": board(*on(path="/dev/zero")),
+            },
+        )
+
+    def test_plain_nvdimm_in_memory(self) -> None:
+        """A plain nvdimm on a backend without a file is refused."""
+        words = board(*backend(kind="ram", path=None, more=""), *device(driver="nvdimm"))
+        self.pin("qemu-plain-nvdimm-on-ram", {"nvdimm on memory-backend-ram": words})
+
+    def test_file_used_twice(self) -> None:
+        """Two DIMMs on the same file are refused."""
+        words = board(*backend(), *device(), *backend(1), *device(1))
+        self.pin("qemu-nvdimm-file-used-twice", {"two DIMMs on one file": words})
+
+    def test_uuid_used_twice(self) -> None:
+        """Two DIMMs with the same uuid are refused."""
+        uuid = "7f9b6a0e-52f5-4d0a-8d5c-0c3f1f0b9a11"
+        words = board(
+            *(*backend(), *device(uuid=uuid), *backend(1, path="{second}"), *device(1, uuid=uuid))
+        )
+        self.pin("qemu-nvdimm-uuid-used-twice", {"two DIMMs with one uuid": words})
+
+    def test_address_not_in_whole_blocks(self) -> None:
+        """A DIMM at an address that is no multiple of PAPR's SCM block is refused."""
+        cases = {
+            name: board(*dimm(addr=addr))
+            for name, addr in (("addr=0x40001000", "0x40001000"), ("addr=0x48000000", "0x48000000"))
+        }
+        self.pin("qemu-nvdimm-address-not-aligned", cases)
+
+    def test_label_beyond_32_bits(self) -> None:
+        """A label area that ibm,metadata-size cannot tell is refused."""
+        size = 256 * MIB + 4 * GIB
+        found = self.attempt(
+            board(*backend(path="{label4g}", size=size), *device(label_size=str(4 * GIB)))
+        )
+        if found.tree is None:
+            told = None
+            if not found.refused:
+                self.fail(str(found))
+        else:
+            told = parse(found.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
+        self.conclude(
+            "qemu-nvdimm-label-size-truncated",
+            shows=told is not None,
+            found=f"of a label area of 4 GiB the guest is told {told} bytes",
+        )
+
+    def test_read_only_and_preallocated(self) -> None:
+        """Preallocating a read-only file does not end QEMU by a signal."""
+        found = self.attempt(
+            board(*backend(more="share=on,readonly=on,prealloc=on"), *device(unarmed="on"))
+        )
+        self.conclude("qemu-prealloc-read-only-crash", shows=found.status < 0, found=str(found))
+
+    def test_read_only_and_absent(self) -> None:
+        """With readonly=on, a file that is not there is not made."""
+        found = self.attempt(
+            board(*backend(path="{absent}", more="share=on,readonly=on"), *device(unarmed="on"))
+        )
+        made = Path(self.places["absent"]).exists()
+        if not made and not found.refused:
+            self.fail(str(found))
+        self.conclude("qemu-readonly-makes-file", shows=made, found=str(found))
+
+    def test_numbers_in_messages(self) -> None:
+        """A number in a refusal is the one that is wrong."""
+        cases = {
+            "slot=0 without slots": (
+                board(*dimm(slot="0"), memory="256M,maxmem=8G"),
+                "18446744073709551615",
+            ),
+            "maxmem=8100M": (
+                board(*dimm(), memory="256M,slots=4,maxmem=8100M"),
+                "0x10000000",
+            ),
+            "-m 64M": (board(memory="64M"), "80ldMiB"),
+            "size=2^64-1": (board(*backend(size=(1 << 64) - 1), *device()), "size 0x0"),
+        }
+        shown = []
+        for name, (words, number) in cases.items():
+            found = self.attempt(words)
+            if not found.refused:
+                self.fail(f"{name}: {found}")
+            if number in found.text:
+                shown.append(f"{name} is refused because of {number}")
+        self.conclude("qemu-refusals-with-wrong-numbers", shows=bool(shown), found="; ".join(shown))
+
+    def test_dumpdtb_option(self) -> None:
+        """The machine option dumpdtb= writes the device tree, as the monitor's command does."""
+        file = Path(self.workdir) / "tree"
+        words = board(*dimm())
+        asked, option = self.attempt(words), self.attempt(words, machine=f"dumpdtb={file}")
+        if not asked.accepted:
+            self.fail(f"with the monitor's dumpdtb: {asked}")
+        written = option.status == 0 and file.exists()
+        if written and drc_index(0) not in parse(file.read_bytes()).nvdimms:
+            self.fail(f"the tree that dumpdtb= wrote has no DIMM: {option}")
+        self.conclude("qemu-pseries-dumpdtb-option", shows=not written, found=str(option))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""As many flushes as were asked for: in the guest, at its hypervisor calls, and on the host.
+
+A write of 1 to a region's deep_flush calls nvdimm_flush (drivers/nvdimm/region_devs.c), that calls
+papr_scm_pmem_flush where the DIMM wants it (ibm,hcall-flush-required), that makes H_SCM_FLUSH
+until it has ended (papr_scm.c, 75b7c05ebf90), and QEMU syncs the backing file once for each
+(spapr_nvdimm.c, b5513584a08d). Nobody may lose one, and nobody may merge two.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from paprscm.errors import ContractError
+from paprscm.flush.accounts import Account, FlushAccounts
+from paprscm.flush.load import load
+from paprscm.flush.trace import expect_protocol
+from paprscm.guest.guest import Guest
+from paprscm.pmem.namespaces import create_namespace
+from paprscm.pmem.regions import Region, wait_for_region
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.sync_shim import Operation
+
+SMALL = 256 * MIB
+
+
+class FlushAccounting(PaprScmTest):
+    """What the tests of this file share."""
+
+    def machine(self, *nvdimms: Nvdimm) -> Guest:
+        """A guest with these DIMMs, its regions and its accounts."""
+        guest = self.boot(Machine(nvdimms=nvdimms), shim=self.shim())
+        slots = [nvdimm.slot for nvdimm in nvdimms]
+        self.regions = {slot: wait_for_region(guest, slot, 10) for slot in slots}
+        self.accounts = FlushAccounts(guest, slots)
+        return guest
+
+    def attribute(self, region: Region) -> str:
+        """Where a flush of the whole region is asked for."""
+        if (region.deep_flush, region.deep_flush_mode) != ("1", 0o644):
+            raise ContractError(f"{region.name} has no deep_flush that can be written to: {region}")
+        return f"{region.device}/deep_flush"
+
+    def deep_flush(self, guest: Guest, slots: Sequence[int], threads: int, count: int) -> Account:
+        """Flush from several threads, each so many times; what was counted, which is as many."""
+        targets = [self.attribute(self.regions[slot]) for slot in slots]
+        made = load(guest, "deep_flush", targets, threads=threads, count=count)
+        made.expect_success()
+        account = self.accounts.take()
+        asked = {slot: len(made.on(number)) for number, slot in enumerate(slots)}
+        if sum(asked.values()) != threads * count:
+            raise ContractError(
+                f"{asked} flushes of {threads} times {count} in {made.duration_s} s"
+            )
+        account.expect(asked)
+        flushes = account.all()
+        expect_protocol(flushes)
+        waits = sorted(wait for flush in flushes for wait in flush.waits_us)
+        self.measure(
+            f"{threads} threads, slots {list(slots)}",
+            {
+                "flushes": account.count,
+                "hcalls": account.calls,
+                "flushes_per_s": account.count / made.duration_s,
+                "p50_ms": statistics.median(call.duration_s for call in made.calls) * 1000,
+                "wait_ms": [waits[0] / 1000, statistics.median(waits) / 1000, waits[-1] / 1000],
+            },
+        )
+        return account
+
+
+class DeepFlush(FlushAccounting):
+    """
+    Flushes of a whole region, asked for by its attribute.
+
+    :avocado: tags=flush
+    """
+
+    def test_one_thread(self) -> None:
+        """Fifty flushes in turn are fifty H_SCM_FLUSH, each polled to its end, and fifty syncs.
+
+        The driver asks again 10 ms later, as the answer said, and not very much later: msleep(10)
+        takes a jiffy more, of 10 ms at most.
+        """
+        guest = self.machine(Nvdimm(slot=3, size_bytes=SMALL))
+        account = self.deep_flush(guest, [3], threads=1, count=50)
+        shortest = min(flush.waits_us[0] for flush in account.all())
+        if shortest > 30_000:
+            raise ContractError(f"the shortest of 50 waits took {shortest / 1000} ms, not 10 to 20")
+
+    def test_sixteen_threads(self) -> None:
+        """Sixteen threads, twenty flushes each: 320 tokens, and as many syncs; none are merged."""
+        guest = self.machine(Nvdimm(slot=0, size_bytes=SMALL))
+        self.deep_flush(guest, [0], threads=16, count=20)
+
+    def test_four_dimms(self) -> None:
+        """Sixteen threads on four DIMMs: each flush syncs its own DIMM's file alone."""
+        slots = (6, 1, 4, 3)
+        guest = self.machine(*(Nvdimm(slot=slot, size_bytes=SMALL) for slot in slots))
+        for slot in slots:
+            self.deep_flush(guest, [slot], threads=1, count=slot)
+        self.deep_flush(guest, slots, threads=16, count=10)
+
+
+class NothingToFlush(FlushAccounting):
+    """
+    DIMMs that a guest need not flush through the hypervisor.
+
+    :avocado: tags=flush
+    """
+
+    def judge(self, nvdimm: Nvdimm) -> None:
+        """Whatever asks for durability there, no hypervisor call is made and nothing synced.
+
+        That all is counted is seen on a second DIMM, which does need it.
+        """
+        other = Nvdimm(slot=5, size_bytes=SMALL)
+        guest = self.machine(nvdimm, other)
+        region = self.regions[nvdimm.slot]
+        # region_devs.c:region_visible: it is there to be read, not to be written.
+        attribute = f"{region.device}/deep_flush"
+        result = guest.run(f"cat {attribute}; stat -c %a {attribute}; echo 1 > {attribute}")
+        if result.stdout.split() != ["0", "444"] or not result.status:
+            raise ContractError(f"{attribute} can be written to: {result}")
+        disk = create_namespace(guest, region, mode="fsdax").disk
+        for operation in ("fsync", "fdatasync", "dsync", "direct_dsync"):
+            load(guest, operation, [disk.path], threads=2, count=5).expect_success()
+        guest.succeed(f"mkfs.ext4 -q {disk.path} && mkdir -p /mnt/a && mount {disk.path} /mnt/a")
+        load(guest, "mixed", ["/mnt/a"], threads=2, count=20).expect_success()
+        guest.succeed("umount /mnt/a")
+        self.accounts.take().expect({})
+        self.deep_flush(guest, [other.slot], threads=1, count=3)
+
+    def test_pmem_on(self) -> None:
+        """On pmem=on no call that promises durability makes an H_SCM_FLUSH or a sync."""
+        self.judge(Nvdimm(slot=2, size_bytes=SMALL, pmem=True))
+
+    def test_plain_nvdimm(self) -> None:
+        """On a plain nvdimm no such call makes an H_SCM_FLUSH or a sync: nobody asks it to."""
+        self.judge(Nvdimm(slot=2, size_bytes=SMALL, device="nvdimm"))
+
+
+class Override(FlushAccounting):
+    """
+    A DIMM that could do without, and wants to be flushed all the same.
+
+    :avocado: tags=flush
+    """
+
+    def test_pmem_persist(self) -> None:
+        """With pmem-override on pmem=on each flush is one pmem_persist, and never an fdatasync."""
+        guest = self.machine(Nvdimm(slot=1, size_bytes=SMALL, pmem=True, pmem_override=True))
+        attribute = self.attribute(self.regions[1])
+        # The first writes back every cache line of the DIMM: seconds.
+        made = load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
+        made.expect_success()
+        account = self.accounts.take()
+        account.expect({1: 20}, Operation.PMEM_PERSIST)
+        expect_protocol(account.all())
+        self.measure("slowest_s", max(call.duration_s for call in made.calls))

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The host's sync never ends, and somebody wants the machine to: how QEMU takes it, in seconds.
+
+A reset waits in spapr_nvdimm_finish_flushes (QEMU hw/ppc/spapr_nvdimm.c) until no flush is pending.
+The end of QEMU does not; and a powerdown is the guest's to do, whose nd_pmem flushes each DIMM that
+has a namespace before the power goes (Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown).
+
+Every hang is bounded: the shim lets go of it in the end, and QEMU must end.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from paprscm.errors import GuestLostError
+from paprscm.flush.syscalls import persist
+from paprscm.guest.guest import Guest
+from paprscm.pmem.namespaces import create_namespace
+from paprscm.pmem.regions import region
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+
+DIMM = Nvdimm(slot=2, size_bytes=256 * MIB)
+HELD_S = 2.0
+"""How long a hang is watched."""
+SOON_S = 30.0
+"""Within this, on a busy host, what does not hang has happened."""
+
+
+class FlushHang(PaprScmTest):
+    """
+    A flush that never ends, and then …
+
+    :avocado: tags=flush
+    """
+
+    def hanging(self, *, namespace: bool = False) -> Guest:
+        """A guest with one flush that hangs, of a DIMM with or without a namespace."""
+        guest = self.boot(Machine(nvdimms=(DIMM,)), shim=self.shim())
+        found, syncs = region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
+        if namespace:
+            create_namespace(guest, found, mode="raw")
+        # The control: it is this flush that hangs, not flushing.
+        path = f"{found.device}/deep_flush"
+        (step,) = persist(guest, path, "dwrite=0:1:49")
+        self.assertEqual(step.errno, 0)
+        self.begun = syncs.counts().ended
+        syncs.hang()
+        guest.succeed(f"echo 1 > {path} 2> /tmp/said < /dev/null &")
+        self.begun = syncs.wait_begun(self.begun + 1, SOON_S).begun
+        return guest
+
+    def expect_end(self, guest: Guest, limit_s: float) -> float:
+        """Wait until QEMU has ended, well; after how many seconds."""
+        began = time.monotonic()
+        status = guest.process.wait(limit_s)
+        took_s = time.monotonic() - began
+        self.assertEqual(status, 0, f"QEMU's exit status after {took_s:.1f} s")
+        self.assertIsNone(guest.console.trouble)
+        # It is gone, as it should be.
+        guest.kill()
+        return round(took_s, 3)
+
+    def powered_down(self, guest: Guest) -> bool:
+        """Whether the kernel has printed its last message (kernel/reboot.c, kernel_power_off)."""
+        return "reboot: Power down" in "\n".join(guest.console.lines)
+
+    def begin_reset(self, guest: Guest, pool: ThreadPoolExecutor) -> Future[object]:
+        """Reset the machine, which may take as long as the flush; whether it does is judged."""
+        # The suite's guests end with the first reset (-no-reboot).
+        guest.qmp.execute("set-action", reboot="reset")
+
+        def reset() -> None:
+            guest.qmp.execute("system_reset")
+            # It is done when the main loop comes to it; so is this, before or after.
+            for _ in range(3):
+                guest.qmp.execute("query-status")
+
+        return pool.submit(reset)
+
+    def with_reset(self, then: Callable[[Guest, Future[object]], None]) -> None:
+        """Reset a guest whose flush hangs, watch that for a while, and go on."""
+        guest = self.hanging()
+        syncs = guest.vm.syncs(DIMM.slot)
+        with ThreadPoolExecutor(1) as pool:
+            done = self.begin_reset(guest, pool)
+            try:
+                blocked = bool(wait([done], HELD_S).not_done)
+                self.assertEqual(syncs.counts().ended, self.begun - 1)
+                then(guest, done)
+            finally:
+                syncs.release()
+        self.known_issue(
+            "qemu-reset-waits-for-flush",
+            shows=blocked,
+            found=f"{HELD_S:g} s after a reset while a flush hangs the monitor "
+            + ("does not answer" if blocked else "answers"),
+        )
+
+    def test_reset(self) -> None:
+        """A reset while a flush hangs is done when that ends, and the guest starts again."""
+
+        def then(guest: Guest, done: Future[object]) -> None:
+            began, printed = time.monotonic(), len(guest.console.lines)
+            guest.vm.syncs(DIMM.slot).release()
+            done.result(SOON_S)
+            self.measure("answer after release, s", round(time.monotonic() - began, 3))
+            guest.hang_up()
+            ready = {"ready": re.compile("paprscm: ready")}
+            self.assertTrue(
+                guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed),
+                "the guest did not start again",
+            )
+            guest.connect()
+            self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
+            # Not persist, which would have to be compiled anew.
+            guest.succeed(f"echo 1 > {region(guest, DIMM.slot).device}/deep_flush")
+            counts = guest.vm.syncs(DIMM.slot).counts()
+            self.assertEqual((counts.begun, counts.ended), (self.begun + 1, self.begun + 1))
+
+        self.with_reset(then)
+
+    def test_reset_then_terminate(self) -> None:
+        """SIGTERM on top of a reset while a flush hangs ends QEMU when the flush ends."""
+
+        def then(guest: Guest, done: Future[object]) -> None:
+            guest.process.send_signal(signal.SIGTERM)
+            early = guest.process.wait(HELD_S) is not None
+            self.measure("ended by SIGTERM while the flush hangs", early)
+            self.assertEqual(early, done.done())
+            guest.vm.syncs(DIMM.slot).release()
+            self.measure("ended after release, s", self.expect_end(guest, SOON_S))
+            # Its answer may not have made it.
+            if done.exception(SOON_S) is not None:
+                self.assertIsInstance(done.exception(), GuestLostError)
+
+        self.with_reset(then)
+
+    def test_quit(self) -> None:
+        """quit ends QEMU at once while a flush hangs, which nobody waits for."""
+        guest = self.hanging()
+        syncs = guest.vm.syncs(DIMM.slot)
+        # As much as the monitor says goodbye, or does not.
+        began = time.monotonic()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(guest.qmp.execute, "quit")
+            ended = guest.process.wait(SOON_S)
+            syncs.release()
+        self.measure("ended, s", round(time.monotonic() - began, 3))
+        self.assertEqual(ended, 0, "QEMU waits for the flush")
+        self.expect_end(guest, SOON_S)
+        self.assertEqual(syncs.counts().ended, self.begun - 1)
+
+    def test_powerdown(self) -> None:
+        """A guest whose DIMM has no namespace powers down while a flush of it hangs."""
+        guest = self.hanging()
+        syncs = guest.vm.syncs(DIMM.slot)
+        guest.qmp.execute("system_powerdown")
+        self.measure("ended, s", self.expect_end(guest, SOON_S))
+        self.usual("the kernel's last word", self.powered_down(guest), True)
+        self.assertEqual(syncs.counts().ended, self.begun - 1)
+
+    def test_powerdown_with_namespace(self) -> None:
+        """A guest does not power down before a DIMM with a namespace is flushed, however long."""
+        guest = self.hanging(namespace=True)
+        syncs = guest.vm.syncs(DIMM.slot)
+        guest.qmp.execute("system_powerdown")
+        # nd_pmem's own, besides the one that hangs: the guest was told to power off.
+        syncs.wait_begun(self.begun + 1, SOON_S)
+        self.assertIsNone(guest.process.wait(HELD_S))
+        self.assertFalse(self.powered_down(guest))
+        # QEMU itself is well meanwhile.
+        self.assertEqual(guest.qmp.execute("query-status")["status"], "running")
+        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        syncs.release()
+        self.measure("ended after release, s", self.expect_end(guest, SOON_S))
+        counts = syncs.counts()
+        self.assertEqual(counts.begun, counts.ended)
+        self.usual("flushes of a power-down", counts.begun - self.begun, 1)

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Never too few flushes: no call that promises durability returns before it is true.
+
+fsync(2), fdatasync(2), msync(2) with MS_SYNC, syncfs(2), and writes with O_DSYNC return when the
+data are on stable storage, "so that all changed information can be retrieved even if the system
+crashes". On pmem=off that is when a sync of the backing file has ended that began after the data
+were stored; the host knows when that was.
+"""
+
+from __future__ import annotations
+
+from paprscm.errors import HostError
+from paprscm.flush.durability import Offset, compare_clocks, expect_durable
+from paprscm.flush.load import load
+from paprscm.guest.guest import Guest
+from paprscm.pmem.mounts import dax_mount
+from paprscm.pmem.namespaces import CharacterDevice, create_namespace
+from paprscm.pmem.regions import wait_for_region
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+
+DISK, XFS, EXT4, CLOCK = 0, 1, 2, 3
+# mkfs.xfs wants 300 MB or more.
+SIZES = {DISK: 256 * MIB, XFS: 512 * MIB, EXT4: 256 * MIB}
+THREADS = 12
+CALLS = 30
+"""Of each thread."""
+
+SYNC_LOW_S, SYNC_HIGH_S = 0.008, 0.04
+"""How long a sync takes: no call can return in less that does not leave its flush to others."""
+
+
+class FlushOrder(PaprScmTest):
+    """
+    A random mixture of calls from several threads, with syncs that take their time.
+
+    :avocado: tags=flush
+    """
+
+    def compare(self, guest: Guest) -> Offset:
+        """The difference of the clocks, to an accuracy that is worth something."""
+        offset = compare_clocks(guest, self.region, self.device)
+        for _ in range(4):
+            if offset.width_ns < SYNC_LOW_S * 1e9 / 4:
+                break
+            offset = offset.narrowed(compare_clocks(guest, self.region, self.device))
+        self.log.info("the clocks are compared to %d us", offset.width_ns // 1000)
+        return offset
+
+    def test_never_too_few(self) -> None:
+        """On a disk, XFS and ext4, what a call promised was synced before it returned."""
+        random = self.random()
+        dimms = [Nvdimm(slot=slot, size_bytes=size) for slot, size in SIZES.items()]
+        # It is never flushed, so nothing here depends on flushes.
+        dimms.append(Nvdimm(slot=CLOCK, size_bytes=256 * MIB, device="nvdimm"))
+        shim = self.shim()
+        guest = self.boot(Machine(nvdimms=tuple(dimms)), shim=shim)
+        self.region = wait_for_region(guest, CLOCK, 10)
+        device = create_namespace(guest, self.region, mode="devdax").device
+        assert isinstance(device, CharacterDevice)
+        self.device = device
+        disk = create_namespace(guest, wait_for_region(guest, DISK, 10), mode="fsdax").disk.path
+        targets = [disk, "/mnt/xfs", "/mnt/ext4"]
+        dax_mount(guest, XFS, "xfs", targets[XFS])
+        dax_mount(guest, EXT4, "ext4", targets[EXT4])
+        before = self.compare(guest)
+        for slot in SIZES:
+            guest.vm.syncs(slot).delay(SYNC_LOW_S, SYNC_HIGH_S)
+        made = load(
+            guest, "mixed", targets, threads=THREADS, count=CALLS, seed=random.getrandbits(60)
+        )
+        for slot in SIZES:
+            guest.vm.syncs(slot).clear()
+        made.expect_success()
+        offset = before.narrowed(self.compare(guest))
+        if offset.width_ns > SYNC_LOW_S * 1e9 / 2:
+            raise HostError(f"the clocks could be compared to {offset.width_ns} ns only")
+        records = shim.records()
+        for slot in SIZES:
+            path = guest.vm.syncs(slot).path
+            expect_durable(made.on(slot), [r for r in records if r.path == path], offset)
+        kinds: dict[str, int] = {}
+        for call in made.calls:
+            kinds[call.operation] = kinds.get(call.operation, 0) + 1
+        self.measure("calls", kinds)
+        self.measure("syncs", len(records))
+        self.measure("clock_width_us", offset.width_ns / 1000)

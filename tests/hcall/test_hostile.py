@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""A guest that flushes without end and never asks for the end: what that costs the host.
+
+H_SCM_FLUSH has no limit of flushes that are outstanding, and hands each to the thread pool of
+QEMU's main loop, which disks use too (hw/ppc/spapr_nvdimm.c:h_scm_flush; util/thread-pool.c).
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from paprscm.device.bare_metal import Bare
+from paprscm.device.mailbox import Call
+from paprscm.papr import Hcall, ReturnCode
+from paprscm.testcase import QemuTest
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+
+FLUSH = Hcall.H_SCM_FLUSH
+DIMM = Nvdimm(slot=0, size_bytes=256 * MIB)
+POOL_THREADS = 64
+"""QEMU util/async.c:aio_context_new, thread_pool_max."""
+
+
+class Hostile(QemuTest):
+    """
+    :avocado: tags=hcall,flush,hostile
+    """
+
+    def machine(self) -> Bare:
+        """Four vCPUs, one DIMM whose syncs are watched, and another disk."""
+        machine = Machine(nvdimms=(DIMM,), smp=4, memory_mib=256)
+        bare = self.bare(machine, shim=self.shim())
+        bare.start_cpus(4)
+        self.disk = bare.vm.scratch / "disk"
+        self.disk.write_bytes(bytes(MIB))
+        file = {"driver": "file", "filename": str(self.disk), "aio": "threads"}
+        bare.qmp.execute("blockdev-add", driver="raw", node_name="disk", file=file)
+        return bare
+
+    def begin(self, bare: Bare, count: int) -> None:
+        """Begin so many flushes, a quarter on each vCPU, all vCPUs at once."""
+        each = [Call(FLUSH, (DIMM.drc, 0), times=count // 4)]
+        bare.together(dict.fromkeys(range(4), each), timeout_s=120)
+
+    def cost(self, bare: Bare) -> dict[str, float]:
+        """What QEMU takes: memory of its own, threads, and how long it takes to answer."""
+        lines = Path(f"/proc/{bare.process.pid}/status").read_text().splitlines()
+        status = dict(line.split(":", 1) for line in lines)
+        return {
+            "anonymous_kib": float(status["RssAnon"].split()[0]),
+            "threads": float(status["Threads"]),
+            "monitor_s": timed(lambda: bare.qmp.execute("query-status")),
+            "disk_write_s": timed(lambda: self.write_disk(bare)),
+        }
+
+    def write_disk(self, bare: Bare) -> None:
+        """Write 4 KiB to the other disk, through the thread pool as a guest's request does."""
+        self.disk.write_bytes(bytes(4096))
+        bare.qmp.hmp('qemu-io disk "write -P 0xa5 0 4096"')
+        # What qemu-io says of it goes to QEMU's stdout.
+        if self.disk.read_bytes() != b"\xa5" * 4096:
+            self.error("the other disk was not written to")
+
+    def never_polled(self, count: int, sync_s: float) -> None:
+        """Begin `count` flushes that take `sync_s` each; then every one is told of once."""
+        bare = self.machine()
+        syncs = bare.vm.syncs(0)
+        idle = self.cost(bare)
+        syncs.delay(sync_s)
+        self.begin(bare, count)
+        outstanding = count - syncs.counts().ended
+        loaded = self.cost(bare)
+        # Far above what is usual: this is for what has no bound, not for a slow day.
+        limits = {
+            "anonymous_kib": idle["anonymous_kib"] + 64 * 1024,
+            "threads": POOL_THREADS + 32,
+            "monitor_s": 5.0,
+            # Its turn comes when those before it in the queue have ended.
+            "disk_write_s": count * sync_s / POOL_THREADS + 10.0,
+        }
+        self.measure("idle", idle)
+        self.measure("loaded", {"outstanding": outstanding, **loaded})
+        if beyond := [name for name, limit in limits.items() if loaded[name] > limit]:
+            self.fail(f"with {outstanding} flushes outstanding: {loaded}; too much: {beyond}")
+        syncs.wait_ended(count, 120)
+        self.assertEqual(syncs.counts().ended, count)
+        self.assertLessEqual(syncs.counts().most_in_flight, POOL_THREADS)
+        polls = [
+            Call(FLUSH, (DIMM.drc, token), 100_000, True, 100) for token in range(1, count + 1)
+        ]
+        codes = {answer.code for answer in bare.batch(polls, timeout_s=120)}
+        self.assertEqual(codes, {ReturnCode.H_SUCCESS})
+        again = bare.batch([Call(FLUSH, poll.args) for poll in polls], timeout_s=120)
+        self.assertEqual({answer.code for answer in again}, {ReturnCode.H_P2})
+
+    def test_64_outstanding(self) -> None:
+        """64 flushes at once leave monitor and disks able to answer, and each is told of once."""
+        self.never_polled(64, 0.2)
+
+    def test_4096_outstanding(self) -> None:
+        """4,096 flushes at once take a bounded part of the host, and each is told of once."""
+        self.never_polled(4096, 0.01)
+
+    def test_without_end(self) -> None:
+        """Flushes that are never polled take no memory of the host without a limit."""
+        bare = self.machine()
+        syncs, first, more = bare.vm.syncs(0), 20_000, 200_000
+        self.begin(bare, first)
+        syncs.wait_ended(first, 120)
+        before = self.cost(bare)
+        self.begin(bare, more)
+        syncs.wait_ended(first + more, 120)
+        after = self.cost(bare)
+        # One call walks all that ended, while nobody else may enter QEMU.
+        unknown = bare.call(FLUSH, DIMM.drc, 1 << 40)
+        self.measure("before", before)
+        self.measure("after", after)
+        self.measure("unknown_token_s", unknown.duration_s)
+        each = (after["anonymous_kib"] - before["anonymous_kib"]) * 1024 / more
+        self.known_issue(
+            "qemu-flushes-without-limit",
+            shows=each >= 32,
+            found=f"{more} flushes that nobody polls keep {each:.0f} bytes each; then one call "
+            f"with an unknown token takes {unknown.duration_s * 1000:.0f} ms",
+        )
+
+    def test_held_flushes_and_another_disk(self) -> None:
+        """However many flushes hang, another disk of the machine goes on."""
+        bare = self.machine()
+        syncs = bare.vm.syncs(0)
+        syncs.hang()
+        # The control: with a thread left the write must end, and it does while the flushes hang.
+        self.begin(bare, POOL_THREADS - 4)
+        syncs.wait_begun(POOL_THREADS - 4, 20)
+        self.assertFalse(self.blocks(lambda: self.write_disk(bare), 20, syncs.release))
+        self.assertEqual(syncs.counts().ended, 0)
+        # The pool starts no thread while it believes one to be idle: it may take some more.
+        for _ in range(100):
+            self.begin(bare, 4)
+            if syncs.counts().begun >= POOL_THREADS:
+                break
+            time.sleep(0.02)
+        syncs.wait_begun(POOL_THREADS, 1)
+        blocked = self.blocks(lambda: self.write_disk(bare), 2, syncs.release)
+        self.known_issue(
+            "qemu-flushes-starve-disks",
+            shows=blocked,
+            found=f"with {POOL_THREADS} flushes hanging, a write to another disk "
+            + ("does not end" if blocked else "ends"),
+        )
+
+    def test_reset_while_a_flush_hangs(self) -> None:
+        """The monitor answers although a machine is reset while a flush hangs."""
+        bare = self.machine()
+        syncs = bare.vm.syncs(0)
+        syncs.hang()
+        bare.batch([Call(FLUSH, (DIMM.drc, 0))])
+        syncs.wait_begun(1, 20)
+        # The control: a flush alone does not stop the monitor.
+        self.assertFalse(self.blocks(lambda: bare.qmp.execute("query-status"), 20, syncs.release))
+        self.assertEqual(syncs.counts().ended, 0)
+
+        def reset() -> None:
+            bare.qmp.execute("system_reset")
+            # It is done when the main loop comes to it; so is this, before or after.
+            for _ in range(3):
+                bare.qmp.execute("query-status")
+
+        blocked = self.blocks(reset, 2, syncs.release)
+        self.known_issue(
+            "qemu-reset-waits-for-flush",
+            shows=blocked,
+            found="a reset while a flush hangs "
+            + ("stops QEMU's main loop" if blocked else "leaves the monitor able to answer"),
+        )
+
+    def blocks(
+        self, action: Callable[[], object], limit_s: float, free: Callable[[], None]
+    ) -> bool:
+        """Whether the action is not over after `limit_s`; then it is freed, and waited for.
+
+        What it raises is raised here: an action that failed did not block, and did not work either.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(action)
+            blocked = bool(wait([done], limit_s).not_done)
+            if blocked:
+                free()
+            done.result(60)
+        return blocked
+
+
+def timed(action: Callable[[], object]) -> float:
+    """The longest of five times, s."""
+    durations = []
+    for _ in range(5):
+        began = time.monotonic()
+        action()
+        durations.append(time.monotonic() - began)
+    return round(max(durations), 6)

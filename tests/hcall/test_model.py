@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Random sequences of hcalls on several DIMMs, compared with the model call by call.
+
+Hypothesis makes the sequences and shrinks one that goes wrong to the shortest that does. They all
+run on one machine: what a sequence leaves behind (labels, outstanding flushes) is removed before
+the next, and what cannot be removed (the number of tokens given so far) does not count.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections import Counter
+from typing import NamedTuple
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+from hypothesis.configuration import set_hypothesis_home_dir
+from hypothesis.errors import Flaky
+
+from paprscm.device.hcall_judge import Request, ScmJudge, coverage, unbind_wraps
+from paprscm.device.mailbox import Call
+from paprscm.errors import ContractError, Error
+from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
+from paprscm.testcase import QemuTest
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+
+SMALL = 256 * MIB
+DIMMS = (
+    Nvdimm(slot=0, size_bytes=SMALL),
+    Nvdimm(slot=1, size_bytes=2 * SMALL, label_bytes=256 << 10),
+    Nvdimm(slot=2, size_bytes=SMALL, pmem=True),
+    Nvdimm(slot=3, size_bytes=SMALL, device="nvdimm"),
+    Nvdimm(slot=4, size_bytes=SMALL, unarmed=True),
+)
+MOST_HELD = 16
+"""How many flushes a sequence may hold back; QEMU has 64 threads for them."""
+
+
+class Token(NamedTuple):
+    """A token relative to the last one that this DIMM, or another, gave."""
+
+    slot: int
+    back: int
+
+
+class Address(NamedTuple):
+    """An address in the guest's memory: blocks from where the DIMM begins, and some bytes more."""
+
+    blocks: int
+    more: int
+
+
+class Make(NamedTuple):
+    """A call; arguments are numbers, or what they are relative to."""
+
+    call: Hcall
+    slot: int
+    arguments: tuple[Value, ...]
+
+
+class Control(NamedTuple):
+    """Something that is done to the machine: "hold", "release", "fail", "mend", "reset"."""
+
+    verb: str
+    slot: int
+
+
+Value = int | Token | Address
+
+
+def weighed(*choices: tuple[int, st.SearchStrategy[Value]]) -> st.SearchStrategy[Value]:
+    """Any of these, so often as the number says; one_of() would drop repetitions."""
+    picks = [strategy for weight, strategy in choices for _ in range(weight)]
+    return st.integers(0, len(picks) - 1).flatmap(lambda number: picks[number])
+
+
+slots = st.sampled_from([0, 0, 1, 1, 2, 3, 4, 5])
+words = st.one_of(st.integers(0, 16), st.integers(0, (1 << 64) - 1))
+# The edges of registers, of label areas, and of what the DIMMs have.
+edges = st.sampled_from([128 << 10, 256 << 10, 1 << 64])
+offsets = weighed(
+    # Few enough that what is read has often been written.
+    (3, st.integers(0, 16)),
+    (1, st.integers(0, (256 << 10) + 16)),
+    (2, edges.flatmap(lambda edge: st.integers(edge - 9, edge - 1))),
+)
+lengths = weighed((5, st.sampled_from([1, 2, 4, 8])), (1, words))
+data = st.one_of(st.integers(0, 255), st.integers(0, 65535), st.integers(0, (1 << 32) - 1), words)
+zero = weighed((9, st.just(0)), (1, words))
+blocks = weighed((6, st.integers(0, 3)), (1, words), (1, st.sampled_from([1 << 36, (1 << 64) - 1])))
+addresses = st.builds(Address, st.integers(-1, 3), st.sampled_from([*[0] * 6, 1, 4096]))
+anywhere = weighed((6, st.just(BIND_ANY_ADDRESS)), (1, words), (1, addresses))
+tokens = weighed(
+    (4, st.just(0)), (5, st.builds(Token, st.integers(0, 4), st.integers(-1, 5))), (1, words)
+)
+
+
+def call(which: Hcall, *arguments: st.SearchStrategy[Value]) -> st.SearchStrategy[Make]:
+    """Calls of one kind on any DIMM."""
+    return st.builds(Make, st.just(which), slots, st.tuples(*arguments))
+
+
+# Most of the state is that of flushes, so most of the calls are.
+KINDS = [
+    *[call(Hcall.H_SCM_FLUSH, tokens)] * 6,
+    *[call(Hcall.H_SCM_READ_METADATA, offsets, lengths)] * 2,
+    *[call(Hcall.H_SCM_WRITE_METADATA, offsets, data, lengths)] * 2,
+    *[call(Hcall.H_SCM_BIND_MEM, blocks, blocks, anywhere, zero)] * 2,
+    *[call(Hcall.H_SCM_UNBIND_MEM, weighed((5, addresses), (1, words)), blocks, zero)] * 2,
+    call(Hcall.H_SCM_UNBIND_ALL, zero),
+    call(Hcall.H_SCM_HEALTH),
+    call(Hcall.H_SCM_PERFORMANCE_STATS, words),
+]
+controls = st.builds(
+    Control,
+    # A reset takes longer than a thousand calls.
+    st.sampled_from([*["hold", "release", "fail", "mend"] * 16, "reset"]),
+    st.integers(0, 1),
+)
+steps = st.integers(0, len(KINDS) + 3).flatmap(
+    lambda number: KINDS[number] if number < len(KINDS) else controls
+)
+# A list of lists is longer than a list, and can be shrunk as far.
+sequences = st.lists(st.lists(steps, min_size=1, max_size=20), min_size=1, max_size=20)
+
+
+class Model(QemuTest):
+    """
+    :avocado: tags=hcall,stateful
+    """
+
+    timeout = 600
+
+    def test_random_sequences(self) -> None:
+        """Whatever is called in whatever order, the machine answers as the model does."""
+        count = int(self.params.get("sequences", default=500))
+        machine = Machine(nvdimms=self.possible(DIMMS), smp=1, memory_mib=256)
+        self.done: list[str] = []
+        self.found, self.shortest = ContractError(""), self.done
+        self.judge = self.new_judge(machine)
+        total: Counter[str] = Counter()
+
+        @seed(self.random().getrandbits(64))
+        @settings(
+            max_examples=count,
+            deadline=None,
+            database=None,
+            print_blob=False,
+            suppress_health_check=list(HealthCheck),
+            phases=[Phase.generate, Phase.shrink],
+        )
+        @given(sequences)
+        def run(sequence: list[list[Make | Control]]) -> None:
+            total["sequences"] += 1
+            try:
+                self.run_one([step for part in sequence for step in part])
+            except ContractError as error:
+                total["hcalls"] += self.judge.calls
+                self.found, self.shortest = error, self.done
+                self.recover(machine)
+                raise
+
+        # Hypothesis keeps what it knows of constants there.
+        set_hypothesis_home_dir(self.workdir)
+        try:
+            run()
+        except (ContractError, Flaky) as error:
+            # What time decides does not go wrong each time: then this is the last way that did.
+            sometimes = " that was found, and not every time" if isinstance(error, Flaky) else ""
+            way = "\n  ".join(self.shortest)
+            raise ContractError(
+                f"{self.found.message}\n  the shortest way there{sometimes}:\n  {way}"
+            ) from None
+        finally:
+            total["hcalls"] += self.judge.calls
+            self.measure("sequences", total["sequences"])
+            self.measure("hcalls", total["hcalls"])
+            self.measure("branches", coverage(self.judge.model.covered))
+        self.log.info("%d hcalls in %d sequences", total["hcalls"], total["sequences"])
+
+    def new_judge(self, machine: Machine) -> ScmJudge:
+        """A machine as all sequences begin with, and its judge."""
+        return ScmJudge(self.bare(machine, shim=self.shim()), machine.nvdimms)
+
+    def recover(self, machine: Machine) -> None:
+        """A machine to go on with when nobody knows which flushes and labels this one has."""
+        old = self.judge
+        try:
+            for slot in old.model.dimms:
+                old.bare.vm.syncs(slot).clear()
+            old.bare.reset()
+            self.judge = ScmJudge(old.bare, machine.nvdimms)
+            for slot, dimm in self.judge.model.dimms.items():
+                (begun,) = old.bare.batch([Call(Hcall.H_SCM_FLUSH, (drc_index(slot), 0))])
+                if begun.code == ReturnCode.H_LONG_BUSY_ORDER_10_MSEC:
+                    dimm.last_token = begun.outputs[0]
+            old.bare.reset()
+        except Error:
+            old.bare.close()
+            self.judge = self.new_judge(machine)
+
+    def run_one(self, sequence: list[Make | Control]) -> None:
+        """One sequence: calls in a row are made in one go."""
+        judge = self.judge
+        self.clean(judge)
+        self.done = []
+        waiting: list[Request] = []
+        for step in sequence:
+            if isinstance(step, Make):
+                made = self.request(judge, step)
+                if made is None:
+                    continue
+                waiting.append(made)
+                self.done.append(str(made))
+                # What a later step means may depend on the token that this one gives.
+                if step.call is not Hcall.H_SCM_FLUSH:
+                    continue
+            judge.make(*waiting)
+            waiting = []
+            if isinstance(step, Control):
+                self.control(judge, step)
+        judge.make(*waiting)
+        for slot in (0, 1):
+            self.control(judge, Control("release", slot))
+        judge.poll_to_the_end()
+
+    def clean(self, judge: ScmJudge) -> None:
+        """The machine as it was at its start: empty labels, no rule of the shim, no flush."""
+        for slot, dimm in judge.model.dimms.items():
+            judge.bare.vm.syncs(slot).clear()
+            judge.model.release(slot)
+            dimm.failing = False
+            if any(dimm.label):
+                dimm.label[:] = bytes(len(dimm.label))
+                with judge.bare.file(slot).open("r+b") as file:
+                    file.seek(dimm.size_bytes)
+                    file.write(dimm.label)
+        judge.poll_to_the_end()
+
+    def request(self, judge: ScmJudge, step: Make) -> Request | None:
+        """The call with numbers in place of what is relative; None if it would hold too much."""
+
+        def number(value: Value) -> int:
+            if isinstance(value, int):
+                return value
+            dimms = judge.model.dimms
+            if isinstance(value, Token):
+                dimm = dimms.get(value.slot)
+                return max(0, dimm.last_token - value.back) if dimm else 0
+            start = dimms[step.slot].address if step.slot in dimms else 0
+            return max(0, start + value.blocks * SCM_BLOCK_SIZE + value.more)
+
+        arguments = tuple(map(number, step.arguments))
+        if step.call is Hcall.H_SCM_UNBIND_ALL:
+            return Request(step.call, (1 + step.slot % 3, drc_index(step.slot), *arguments))
+        made = Request(step.call, (drc_index(step.slot), *arguments))
+        if step.call is Hcall.H_SCM_UNBIND_MEM and unbind_wraps(made):
+            return None
+        dimm = judge.model.dimms.get(step.slot)
+        held = dimm is not None and dimm.held and len(dimm.outstanding) >= MOST_HELD
+        return None if held and step.call is Hcall.H_SCM_FLUSH else made
+
+    def control(self, judge: ScmJudge, step: Control) -> None:
+        """Do something to the machine, and to the model."""
+        dimm, syncs = judge.model.dimms[step.slot], judge.bare.vm.syncs(step.slot)
+        if step.verb in ("fail", "mend"):
+            # How a flush ends that is on its way, nobody could say.
+            if dimm.held:
+                return
+            judge.poll_to_the_end(step.slot)
+            dimm.failing = step.verb == "fail"
+            syncs.fail(errno.EIO) if dimm.failing else syncs.clear()
+        elif step.verb == "hold":
+            syncs.hang()
+            dimm.held = True
+        elif step.verb == "release":
+            syncs.release()
+            judge.model.release(step.slot)
+        else:
+            # QEMU waits for every flush before it resets.
+            for slot in (0, 1):
+                self.control(judge, Control("release", slot))
+            judge.bare.reset()
+            judge.model.reset()
+        self.done.append(f"{step.verb} slot {step.slot}" if step.verb != "reset" else "reset")

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What devdax promises: its device grants MAP_SYNC, refuses what it must, and is the DIMM's memory.
+
+drivers/dax/device.c (check_vma, dax_mmap, dax_fops) and drivers/dax/bus.c (devm_create_dev_dax:
+set_dax_synchronous). It has no file system, so nothing but stores and cache-line write-backs; what
+only a flush by hcall makes persistent must not be promised to be persistent without one.
+"""
+
+import dataclasses
+import errno
+import os
+from collections.abc import Iterable
+
+from paprscm.errors import CapabilityError, ContractError
+from paprscm.guest.guest import Guest
+from paprscm.map_sync.mmap_report import Cell, CellReport
+from paprscm.map_sync.mmap_table import (
+    CELLS,
+    RANGES,
+    SF,
+    FileKind,
+    at_offsets,
+    differences,
+    expected,
+)
+from paprscm.map_sync.probe import map_sync_cells
+from paprscm.map_sync.verdict import Result
+from paprscm.pmem.namespaces import CharacterDevice, create_namespace, place_in_file
+from paprscm.pmem.regions import Region, page_size, wait_for_region
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.machine import Machine, Nvdimm
+
+# Message of check_vma for each mapping that it refuses, with the name of its caller: dax_mmap, and
+# dax_mmap_prepare in 7.2.
+REFUSAL = r"^device_dax dax[0-9.]+: \S+ \w+: fail, (?:attempted private mapping|unaligned vma)"
+
+
+def prove(reports: Iterable[CellReport]) -> None:
+    """Assert that each cell was tried on a DAX character device."""
+    found = {(report.file.type, report.file.dax) if report.file else None for report in reports}
+    if found != {("character", True)}:
+        raise ContractError(f"the file is no DAX character device: {found}")
+
+
+class OnHost:
+    """A device as the DIMM's backing file on the host has it."""
+
+    def __init__(self, guest: Guest, region: Region, device: CharacterDevice) -> None:
+        self._begin = place_in_file(guest, region, device)
+        self._file = guest.file(region.slot)
+
+    def absent(self, report: CellReport, *, shift: int = 0) -> list[int]:
+        """The offsets of stores that are not there.
+
+        Args:
+            report: of a cell that stored.
+            shift: how far from where they belong they are looked for, bytes.
+        """
+        with self._file.open("rb") as file:
+            return [
+                offset
+                for offset, value in report.stored().items()
+                if os.pread(file.fileno(), len(value), self._begin + offset + shift) != value
+            ]
+
+
+class Devdax(PaprScmTest):
+    """
+    A devdax namespace of a whole DIMM.
+
+    :avocado: tags=map_sync
+    """
+
+    def device(self, guest: Guest, nvdimm: Nvdimm) -> tuple[Region, CharacterDevice]:
+        """The device of a new devdax namespace, proven to be on the DIMM's region."""
+        region = wait_for_region(guest, nvdimm.slot, 10)
+        if region.node.hcall_flush_required is nvdimm.pmem:
+            raise ContractError(f"{nvdimm}: {region.node}")
+        device = create_namespace(guest, region, mode="devdax").device
+        if not isinstance(device, CharacterDevice):
+            raise ContractError(f"ndctl made no character device: {device}")
+        return region, device
+
+    def judge(self, nvdimm: Nvdimm) -> tuple[list[CellReport], int]:
+        """Everything but MAP_SYNC; the cells that ask for it where it can be granted, and align."""
+        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        region, device = self.device(guest, nvdimm)
+        align = device.align_bytes
+        whole = at_offsets([*CELLS, Cell(type="shared_validate", fsync=True)], align)
+        ranges = [*RANGES, Cell(type="shared_validate", length=align + align // 2)]
+        # Each of them elsewhere, too: with an alignment of one page more of them are mapped.
+        for number, cell in enumerate(ranges):
+            begin = (len(whole) + 2 * number) * align
+            ranges[number] = dataclasses.replace(cell, offset=begin + cell.offset)
+        with guest.expect_messages(REFUSAL):
+            reports = map_sync_cells(guest, device.path, (*whole, *ranges), pages=None)
+        self.measure("cells", {str(r.cell): str(r.mapping) for r in reports})
+        self.measure("align_bytes", align)
+        prove(reports)
+        by_sync = [
+            r
+            for r in reports
+            if expected(r.cell, FileKind.DEVICE)[0] == SF and not r.mapped_bytes % align
+        ]
+        rest = [r for r in reports if r not in by_sync]
+        found = differences(rest, FileKind.DEVICE, align_bytes=align)
+        # dax_fops has no fsync: fs/sync.c, vfs_fsync_range.
+        found += [
+            f"{r.cell}: expected fsync() to fail with EINVAL, found {r.fsync_errno}"
+            for r in reports
+            if r.cell.fsync and r.fsync_errno != errno.EINVAL
+        ]
+        if found:
+            raise ContractError(f"{device.name}:\n  " + "\n  ".join(found))
+        on_host = OnHost(guest, region, device)
+        stored = [r for r in reports if r.mapping.store_in_mapping]
+        absent = [f"{r.cell}: {len(lost)} pages" for r in stored if (lost := on_host.absent(r))]
+        if absent or not stored:
+            raise ContractError(
+                f"stores of {len(absent)} of {len(stored)} mappings are not where they belong in "
+                "the backing file:\n  " + "\n  ".join(absent)
+            )
+        self.measure("stores found on the host", sum(len(r.stored()) for r in stored))
+        return by_sync, align
+
+    def test_pmem_on(self) -> None:
+        """Devdax on pmem=on grants MAP_SYNC with each type of shared mapping; stores arrive.
+
+        A private or unaligned mapping is refused with EINVAL, and so is fsync().
+        """
+        by_sync, align = self.judge(Nvdimm(pmem=True))
+        if found := differences(by_sync, FileKind.DEVICE, align_bytes=align):
+            raise ContractError("MAP_SYNC:\n  " + "\n  ".join(found))
+
+    def test_pmem_off(self) -> None:
+        """Devdax on pmem=off refuses MAP_SYNC with EOPNOTSUPP; all else is as on pmem=on.
+
+        Linux grants it: known issue linux-devdax-grants-map-sync.
+        """
+        by_sync, align = self.judge(Nvdimm())
+        granted = differences(by_sync, FileKind.DEVICE, align_bytes=align)
+        refused = [
+            r
+            for r in by_sync
+            if r.mapping.result is Result.REFUSED and r.mapping.errno == errno.EOPNOTSUPP
+        ]
+        if granted and len(refused) != len(by_sync):
+            raise ContractError("MAP_SYNC, if it is granted:\n  " + "\n  ".join(granted))
+        self.known_issue(
+            "linux-devdax-grants-map-sync",
+            shows=not granted,
+            found=f"{len(by_sync) - len(refused)} of {len(by_sync)} mappings have MAP_SYNC though "
+            "the region needs H_SCM_FLUSH",
+        )
+
+    def test_offset(self) -> None:
+        """A mapping whose offset in the device is no multiple of its alignment is refused, EINVAL.
+
+        That is what drivers/dax means to do: 9702cffdbf21 ("device-dax: implement ->split() to
+        catch invalid munmap attempts") says so. But check_vma looks at the addresses only. Known
+        issue linux-devdax-maps-another-offset.
+        """
+        nvdimm = Nvdimm(pmem=True)
+        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        region, device = self.device(guest, nvdimm)
+        align = device.align_bytes
+        if align <= page_size(guest):
+            raise CapabilityError(
+                f"{device.name} has an alignment of {align} bytes, one page: no offset in whole "
+                "pages is unaligned",
+                hint="take a CPU with larger ones, as -p cpu=POWER9 has with its radix MMU",
+            )
+        whole = Cell(type="shared_validate", offset=align, length=align, address_align=align)
+        half = dataclasses.replace(whole, offset=3 * align + align // 2)
+        with guest.expect_messages(REFUSAL):
+            control, report = map_sync_cells(guest, device.path, (whole, half), pages=None)
+        prove((control, report))
+        on_host = OnHost(guest, region, device)
+        if found := differences([control], FileKind.DEVICE, align_bytes=align):
+            raise ContractError("the control:\n  " + "\n  ".join(found))
+        if on_host.absent(control):
+            raise ContractError(f"the control's stores are not in the backing file: {control.cell}")
+        mapping = report.mapping
+        if mapping.result is Result.REFUSED and mapping.errno == errno.EINVAL:
+            shows, found_text = False, "it is refused"
+        elif not mapping.store_in_mapping:
+            raise ContractError(f"{report.cell}: expected EINVAL, found {mapping}")
+        elif not on_host.absent(report):
+            shows, found_text = False, "it is mapped, and what is stored is where it belongs"
+        elif not on_host.absent(report, shift=-align // 2):
+            shows = True
+            found_text = f"stores at offset {half.offset:#x} are at {half.offset - align // 2:#x}"
+        else:
+            raise ContractError(f"{report.cell}: {mapping}, and the stores are nowhere")
+        self.known_issue("linux-devdax-maps-another-offset", shows=shows, found=found_text)

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Page faults under load: threads that map, store, truncate, punch holes and rename at a time.
+
+A DAX mapping is of the file system's own blocks. Where a truncation or a hole frees one, it must
+first be taken out of every mapping (fs/dax.c, dax_layout_busy_page; mm/truncate.c,
+truncate_pagecache), while other threads fault their pages in (mapping->invalidate_lock); what is
+left of a page must be zeroed in place (dax_truncate_page). A mistake is a store that lands in
+another file's block, or a block that nobody frees.
+"""
+
+from __future__ import annotations
+
+from paprscm.guest.guest import Guest
+from paprscm.guest.tools import build
+from paprscm.map_sync.fault_load import expect_load, expect_verified, parse_load, parse_verify
+from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
+from paprscm.pmem.mounts import FsType, dax_mount
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.machine import Machine, Nvdimm
+
+THREADS = 8
+OPERATIONS = 250
+"""Of each thread."""
+LIMIT_S = 30
+
+
+class Faults(PaprScmTest):
+    """
+    Eight threads on one DAX file system.
+
+    :avocado: tags=map_sync,faults
+    """
+
+    def judge(self, guest: Guest, slot: int, fstype: FsType, *, sync: bool) -> None:
+        """Load a new file system, unmount it, mount it again, and look at every byte."""
+        seed = self.random().getrandbits(62)
+        mounted = dax_mount(guest, slot, fstype, f"/mnt/{slot}").mount
+        tool, words = self.tool, f"--seed={seed} --expected=/tmp/expected{slot}"
+        result = guest.run(
+            f"mkdir /tmp/expected{slot} && {tool} load {words} --sync={'on' if sync else 'off'} "
+            f"--threads={THREADS} --operations={OPERATIONS} --limit={LIMIT_S} {mounted.mountpoint}"
+        )
+        load = parse_load(result.stdout, result.status, result.stderr)
+        self.measure(f"load {fstype}", result.stdout)
+        expect_load(load)
+        # Nothing of it is left in memory then.
+        guest.succeed(
+            f"umount {mounted.mountpoint} && echo 3 > /proc/sys/vm/drop_caches && "
+            f"mount -o dax=always {mounted.device} {mounted.mountpoint}"
+        )
+        result = guest.run(f"{tool} verify {words} {mounted.mountpoint}")
+        verified = parse_verify(result.stdout, result.status, result.stderr)
+        self.measure(f"verify {fstype}", result.stdout)
+        expect_verified(verified, load)
+        expect_no_complaints(guest.succeed(KERNEL_LOG))
+        check_offline(guest, [mounted])
+
+    def machine(self, *nvdimms: Nvdimm) -> Guest:
+        """A guest with these DIMMs, and the tool compiled in it."""
+        guest = self.boot(Machine(nvdimms=nvdimms))
+        self.tool = build(guest, "faults")
+        return guest
+
+    def test_map_sync_xfs(self) -> None:
+        """XFS, MAP_SYNC: under eight threads no byte is lost, no store succeeds behind an end."""
+        self.judge(self.machine(Nvdimm(pmem=True)), 0, "xfs", sync=True)
+
+    def test_map_sync_ext4(self) -> None:
+        """ext4, MAP_SYNC: under eight threads no byte is lost, no store succeeds behind an end."""
+        self.judge(self.machine(Nvdimm(pmem=True)), 0, "ext4", sync=True)
+
+    def test_flushed_by_hcall(self) -> None:
+        """The same with plain mappings and fsync over pmem=off, on XFS and ext4."""
+        guest = self.machine(Nvdimm(slot=0), Nvdimm(slot=1))
+        self.judge(guest, 0, "xfs", sync=False)
+        self.judge(guest, 1, "ext4", sync=False)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What mmap() answers to each combination of type, MAP_SYNC, unknown flag and access.
+
+paprscm/map_sync/mmap_table.py has the table, and for each answer the place in the kernel.
+Linux differs from mmap(2) twice. mmap(2) says that MAP_SHARED ignores flags that it does not know,
+and that MAP_SYNC is for MAP_SHARED_VALIDATE only. A kernel that does so passes with WARN. So far:
+
+* MAP_SHARED|MAP_SYNC and MAP_PRIVATE|MAP_SYNC are granted, or refused with EOPNOTSUPP, like
+  MAP_SHARED_VALIDATE|MAP_SYNC;
+* on tmpfs, on a block device and for anonymous memory they are granted, with `sf` in VmFlags.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from paprscm.errors import ContractError
+from paprscm.guest.guest import Guest
+from paprscm.map_sync.mmap_report import CellReport
+from paprscm.map_sync.mmap_table import (
+    ANONYMOUS,
+    CELLS,
+    RANGES,
+    FileKind,
+    as_documented,
+    differences,
+)
+from paprscm.map_sync.probe import map_sync_cells
+from paprscm.pmem.mounts import FsType, dax_mount
+from paprscm.pmem.namespaces import create_fsdax
+from paprscm.pmem.regions import wait_for_region
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.machine import Machine, Nvdimm
+
+ALL = (*CELLS, *RANGES, *ANONYMOUS)
+
+
+def prove(reports: Iterable[CellReport], *, dax: bool, fs: str, block: bool = False) -> None:
+    """Assert that each cell was tried on the kind of file that the test is about.
+
+    Args:
+        reports: what became of the cells.
+        dax: whether statx says that the file is DAX.
+        fs: the name of its file system; of a device's node it is devtmpfs, which is a tmpfs.
+        block: it is a block device, no regular file.
+    """
+    wanted = ("block" if block else "regular", dax, fs)
+    found = {
+        (report.file.type, report.file.dax, report.file.fs_name) if report.file else None
+        for report in reports
+        if not report.cell.anonymous
+    }
+    if found != {wanted}:
+        raise ContractError(f"the file is none of type, DAX, file system {wanted}: {found}")
+
+
+class Cells(PaprScmTest):
+    """
+    One kind of file on one backend.
+
+    :avocado: tags=map_sync
+    """
+
+    def judge(self, reports: Sequence[CellReport], kind: FileKind) -> None:
+        """Compare all cells with the column of the table."""
+        self.measure("cells", {str(r.cell): str(r.mapping) for r in reports})
+        if found := differences(reports, kind):
+            raise ContractError(f"{len(found)} of {len(reports)} cells:\n  " + "\n  ".join(found))
+        if other := as_documented(reports, kind):
+            self.remark("as without MAP_SYNC, so far with it:\n  " + "\n  ".join(other))
+
+    def mounted(self, nvdimm: Nvdimm, fstype: FsType, *, options: str = "dax=always") -> Guest:
+        """A guest with a file system of page-sized blocks on the DIMM, on /mnt."""
+        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        made = dax_mount(guest, nvdimm.slot, fstype, "/mnt", options=options)
+        asked = made.region.node.hcall_flush_required
+        if asked is (nvdimm.pmem and not nvdimm.pmem_override) or made.block_size != made.page_size:
+            raise ContractError(
+                f"{nvdimm}: ibm,hcall-flush-required is there: {asked}; "
+                f"blocks of {made.block_size} bytes, pages of {made.page_size}"
+            )
+        return guest
+
+    def on_dax(self, nvdimm: Nvdimm, fstype: FsType, kind: FileKind) -> None:
+        """A DAX file."""
+        guest = self.mounted(nvdimm, fstype)
+        reports = map_sync_cells(guest, "/mnt/file", ALL, pages=2)
+        prove(reports, dax=True, fs=fstype)
+        self.judge(reports, kind)
+
+    def off_dax(self, fstype: FsType) -> None:
+        """A file that differs from the one that is granted MAP_SYNC by dax=never alone."""
+        guest = self.mounted(Nvdimm(pmem=True), fstype, options="dax=never")
+        reports = map_sync_cells(guest, "/mnt/file", ALL, pages=2)
+        prove(reports, dax=False, fs=fstype)
+        self.judge(reports, FileKind.REFUSES)
+
+    def test_xfs_on_pmem_on(self) -> None:
+        """A DAX file on XFS over pmem=on: MAP_SYNC is granted with each type of mapping.
+
+        With MAP_SHARED and MAP_PRIVATE too, which mmap(2) does not say.
+        """
+        self.on_dax(Nvdimm(pmem=True), "xfs", FileKind.GRANTS)
+
+    def test_ext4_on_pmem_on(self) -> None:
+        """A DAX file on ext4 over pmem=on: MAP_SYNC is granted with each type of mapping.
+
+        With MAP_SHARED and MAP_PRIVATE too, which mmap(2) does not say.
+        """
+        self.on_dax(Nvdimm(pmem=True), "ext4", FileKind.GRANTS)
+
+    def test_xfs_on_pmem_off(self) -> None:
+        """A DAX file on XFS over pmem=off: MAP_SYNC fails with EOPNOTSUPP with each type.
+
+        mmap(2) says that MAP_SHARED ignores it.
+        """
+        self.on_dax(Nvdimm(), "xfs", FileKind.REFUSES)
+
+    def test_ext4_on_pmem_off(self) -> None:
+        """A DAX file on ext4 over pmem=off: MAP_SYNC fails with EOPNOTSUPP with each type.
+
+        mmap(2) says that MAP_SHARED ignores it.
+        """
+        self.on_dax(Nvdimm(), "ext4", FileKind.REFUSES)
+
+    def test_xfs_on_pmem_override(self) -> None:
+        """A DAX file on XFS over pmem=on with pmem-override=on is answered as over pmem=off."""
+        self.on_dax(Nvdimm(pmem=True, pmem_override=True), "xfs", FileKind.REFUSES)
+
+    def test_ext4_on_pmem_override(self) -> None:
+        """A DAX file on ext4 over pmem=on with pmem-override=on is answered as over pmem=off."""
+        self.on_dax(Nvdimm(pmem=True, pmem_override=True), "ext4", FileKind.REFUSES)
+
+    def test_xfs_without_dax(self) -> None:
+        """A file on XFS with dax=never is answered as over pmem=off, though the DIMM has pmem=on.
+
+        That is why no errno alone proves anything.
+        """
+        self.off_dax("xfs")
+
+    def test_ext4_without_dax(self) -> None:
+        """A file on ext4 with dax=never is answered as over pmem=off, though the DIMM has pmem=on.
+
+        That is why no errno alone proves anything.
+        """
+        self.off_dax("ext4")
+
+    def test_tmpfs(self) -> None:
+        """On tmpfs MAP_SYNC fails with MAP_SHARED_VALIDATE only.
+
+        With MAP_SHARED and MAP_PRIVATE it is granted, with `sf` in VmFlags, which promises nothing
+        and which mmap(2) does not say: mm/shmem.c, shmem_mmap, never looks at VM_SYNC.
+        """
+        guest = self.boot()
+        guest.succeed("mkdir /mnt/t && mount -t tmpfs tmpfs /mnt/t")
+        reports = map_sync_cells(guest, "/mnt/t/file", ALL, pages=2)
+        prove(reports, dax=False, fs="tmpfs")
+        self.judge(reports, FileKind.UNAWARE)
+
+    def test_block_device(self) -> None:
+        """The pmem block device itself is page cache, and answers to MAP_SYNC as tmpfs does.
+
+        On pmem=on, in an fsdax namespace, where a file system on it would grant MAP_SYNC.
+        """
+        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        region = wait_for_region(guest, 0, 10)
+        disk = create_fsdax(guest, region)
+        if disk.dax != "1" or region.node.hcall_flush_required:
+            raise ContractError(f"{disk.name} is not what fsdax on pmem=on is: {disk}")
+        reports = map_sync_cells(guest, disk.path, ALL, pages=None)
+        prove(reports, dax=False, fs="tmpfs", block=True)
+        self.judge(reports, FileKind.UNAWARE)

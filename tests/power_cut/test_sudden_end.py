@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What MAP_SYNC promises: after a store and a CPU flush, nothing more is needed, whatever happens.
+
+mmap(2) says it: shared file mappings with MAP_SYNC "provide the guarantee that while some memory
+is writably mapped in the address space of the process, it will be visible in the same file at the
+same offset even after the system crashes or is rebooted". In Linux the first write fault of a page
+whose extent is not yet durable returns VM_FAULT_NEEDDSYNC, and dax_finish_sync_fault (fs/dax.c)
+forces the journal before it makes the page writable.
+
+Here the machine ends between two instructions: QEMU is killed with SIGKILL. What its guest had
+stored to a DIMM is in the page cache of the host, which TCG's guest shares; what the guest's
+kernel still had in its own memory is lost. So it cannot be seen here whether the program flushed
+its caches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import random
+import re
+import time
+from dataclasses import dataclass
+
+from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
+from paprscm.guest.guest import Guest
+from paprscm.guest.tools import build
+from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
+from paprscm.pmem.mounts import DaxMount, dax_mount, make_filesystem, mount
+from paprscm.power_cut.sudden_end import (
+    Entry,
+    Ledger,
+    Phase,
+    Side,
+    State,
+    Tally,
+    expect_force,
+    expect_kept,
+    without_force,
+)
+from paprscm.power_cut.sudden_end_report import PromiseReport, parse_promise
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.backing_files import BackingFiles
+from paprscm.vm.machine import MIB, Machine, Nvdimm
+
+SIDES = (
+    Side(slot=0, fstype="xfs", sync=True),
+    Side(slot=1, fstype="xfs", sync=False),
+    Side(slot=2, fstype="ext4", sync=True),
+    Side(slot=3, fstype="ext4", sync=False),
+)
+LEDGER_SLOT = 4
+LEDGER = "/mnt/ledger"
+TOOL = f"{LEDGER}/promise"
+# mkfs.xfs wants 300 MB or more.
+SIZES = {0: 512 * MIB, 1: 512 * MIB, 2: 256 * MIB, 3: 256 * MIB, LEDGER_SLOT: 256 * MIB}
+
+START_LIMIT_S = 60.0
+MORE = 10
+"""How many cuts more a control is given to lose something."""
+RENEWED = 8
+"""One cut in so many, file systems are made anew instead of being used again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of the program on one side, and how far it was when it was killed."""
+
+    seed: int
+    nonce: int
+    folder: str
+    done: int = 0
+    phase: Phase = Phase.NOTHING
+
+
+class Promise(PaprScmTest):
+    """
+    QEMU is killed again and again, and its DIMMs are looked at by the next one.
+
+    :avocado: tags=map_sync,promise
+    """
+
+    def test_sudden_end(self) -> None:
+        """With MAP_SYNC, stores that the CPU flushed survive a sudden end; without, some do not.
+
+        pmem=on, XFS and ext4, files that grow, sparse and allocated ones: existence, size, extents
+        and bytes. The control without MAP_SYNC has file systems of its own, because a MAP_SYNC
+        fault forces the whole journal. -p cuts=N is how often QEMU is killed, which is a cut for
+        both file systems; a few more are made where a control has lost nothing by then.
+        """
+        cuts, dice = self.cuts(), self.random()
+        dimms = [Nvdimm(slot=slot, pmem=True, size_bytes=size) for slot, size in SIZES.items()]
+        self.require(dimms)
+        files = self.leave.enter_context(BackingFiles(self.settings.scratch_dir, dimms))
+        tallies = {side: Tally() for side in SIDES}
+        runs: dict[Side, Run] = {}
+        for cut in itertools.count():
+            guest = self.boot(Machine(nvdimms=files.nvdimms()))
+            mounts = self.mount(guest, again=cut > 0)
+            for side, report in self.verify(guest, runs).items():
+                tallies[side].add(side, runs[side].phase, report)
+            self.measure("sides", {str(side): tally.figures() for side, tally in tallies.items()})
+            # At once: a few cuts later nobody could see any more how it came.
+            expect_kept(tallies)
+            if cut >= cuts + MORE or (cut >= cuts and not without_force(tallies)):
+                check_offline(guest, [found.mount for found in mounts.values()])
+                break
+            self.renew(guest, mounts, dice)
+            runs = self.start(guest, cut, runs, dice)
+            with Ledger(files.path(LEDGER_SLOT)) as ledger:
+                runs = self.kill(guest, ledger, runs, dice)
+        expect_force(tallies)
+
+    def cuts(self) -> int:
+        """How often to kill QEMU."""
+        text = str(self.params.get("cuts", default="2"))
+        if not text.isdecimal() or not int(text):
+            raise ConfigError(f"cuts={text} is no number of cuts")
+        return int(text)
+
+    def mount(self, guest: Guest, *, again: bool) -> dict[int, DaxMount]:
+        """Mount all file systems by slot, which replays their journals; the first time, make them.
+
+        The program is compiled once, and kept beside the ledger.
+        """
+        mounts = {
+            side.slot: dax_mount(guest, side.slot, side.fstype, side.mountpoint, reuse=again)
+            for side in SIDES
+        }
+        mounts[LEDGER_SLOT] = dax_mount(guest, LEDGER_SLOT, "ext4", LEDGER, reuse=again)
+        if not again:
+            guest.succeed(f"cp {build(guest, 'promise')} {TOOL} && sync")
+        return mounts
+
+    def renew(self, guest: Guest, mounts: dict[int, DaxMount], dice: random.Random) -> None:
+        """Now and then, make both file systems of a kind anew."""
+        for fstype in ("xfs", "ext4"):
+            if dice.randrange(RENEWED):
+                continue
+            for side in SIDES:
+                if side.fstype == fstype:
+                    old = mounts[side.slot]
+                    guest.succeed(f"umount {side.mountpoint}")
+                    make_filesystem(guest, old.device, side.fstype, old.block_size)
+                    mount(guest, old.device, side.fstype, side.mountpoint)
+
+    def start(
+        self, guest: Guest, cut: int, old: dict[Side, Run], dice: random.Random
+    ) -> dict[Side, Run]:
+        """Start the program on all sides at once, in new folders; the old ones go meanwhile."""
+        runs = {
+            side: Run(
+                seed=dice.getrandbits(62),
+                nonce=dice.getrandbits(62),
+                folder=f"{side.mountpoint}/cut{cut}",
+            )
+            for side in SIDES
+        }
+        lines = [
+            "set -e",
+            f"mkdir {' '.join(run.folder for run in runs.values())}",
+            # The folders themselves are not what is promised.
+            "sync",
+        ]
+        lines += [
+            f"setsid {TOOL} store --ledger={LEDGER}/{side.slot} --nonce={run.nonce} "
+            f"--seed={run.seed} --sync={'on' if side.sync else 'off'} {run.folder} "
+            f"< /dev/null > /tmp/store{side.slot} 2>&1 &"
+            for side, run in runs.items()
+        ]
+        if old:
+            folders = " ".join(run.folder for run in old.values())
+            lines.append(f"setsid rm -rf {folders} < /dev/null > /dev/null 2>&1 &")
+        guest.succeed("\n".join(lines))
+        return runs
+
+    def kill(
+        self, guest: Guest, ledger: Ledger, runs: dict[Side, Run], dice: random.Random
+    ) -> dict[Side, Run]:
+        """Kill QEMU when a side that is drawn has done some more steps; what all had done then."""
+        chosen, more = dice.choice(SIDES), int(2 ** (dice.random() * 10))
+        delay_s = dice.random() * 0.01
+        deadline = time.monotonic() + START_LIMIT_S
+        target: int | None = None
+        while True:
+            guest.check()
+            entries = {side: self.entry(ledger, side, run) for side, run in runs.items()}
+            now = entries[chosen]
+            if target is None and now and all(entry and entry.done for entry in entries.values()):
+                target = now.done + more
+            if target is not None and now and now.done >= target:
+                break
+            if time.monotonic() > deadline:
+                raise self.stalled(guest, entries)
+            # There is no event to wait for: the guest stores to the file, and that is all.
+            time.sleep(0.001)
+        time.sleep(delay_s)
+        guest.kill()
+        # Reads the console to its end.
+        guest.close()
+        if guest.console.trouble:
+            raise ContractError(f"the guest's kernel reports: {guest.console.trouble.text}")
+        ended = {}
+        for side, run in runs.items():
+            entry = self.entry(ledger, side, run)
+            assert entry is not None
+            ended[side] = dataclasses.replace(run, done=entry.done, phase=entry.phase)
+        return ended
+
+    def stalled(self, guest: Guest, entries: dict[Side, Entry | None]) -> Error:
+        """The error for programs that have not all made a step: theirs, or the kernel's."""
+        for side in [side for side, entry in entries.items() if entry is None]:
+            # Its output is its errors; the ledger has the rest.
+            if said := guest.succeed(f"cat /tmp/store{side.slot}"):
+                return HostError(f"{side}: promise could not start: {said}")
+        steps = ", ".join(f"{side}: {e.done if e else 'none'}" for side, e in entries.items())
+        return GuestLostError(f"after {START_LIMIT_S:g} s not every program made a step: {steps}")
+
+    def entry(self, ledger: Ledger, side: Side, run: Run) -> Entry | None:
+        """What one side has done so far."""
+        entry = ledger.read(run.nonce)
+        if entry is None or entry.state in (State.STARTING, State.RUNNING):
+            return entry
+        name = os.strerror(entry.errno) if entry.errno else "no errno"
+        raise ContractError(
+            f"{side}: the program ended after {entry.done} steps, at {entry.stage!r}: {name}"
+        )
+
+    def verify(self, guest: Guest, runs: dict[Side, Run]) -> dict[Side, PromiseReport]:
+        """What is there after the replay of the journals, about which no file system complains."""
+        lines = [
+            f"echo side {side.slot}; {TOOL} verify --seed={run.seed} --done={run.done} "
+            f"{run.folder}; echo status $?"
+            for side, run in runs.items()
+        ]
+        printed = guest.succeed("\n".join([*lines, "echo kernel", KERNEL_LOG]))
+        parts, _, messages = printed.partition("kernel\n")
+        expect_no_complaints(messages)
+        found = re.findall(r"side (\d+)\n(.*\n)status (\d+)\n", parts)
+        reports = {int(slot): parse_promise(line, int(status)) for slot, line, status in found}
+        if [side.slot for side in runs] != list(reports):
+            raise HostError(f"promise printed what it should not:\n{parts}")
+        for side, run in runs.items():
+            told = reports[side.slot].seed, reports[side.slot].done
+            if told != (run.seed, run.done):
+                raise HostError(f"{side}: promise answers {told}, asked for was {run}")
+        return {side: reports[side.slot] for side in runs}
