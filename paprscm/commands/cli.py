@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # What follows "--" is Avocado's, whatever it looks like.
     cut = words.index("--") if "--" in words else len(words)
-    arguments = _parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
+    arguments = parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
     _unwind_on(signal.SIGHUP, signal.SIGTERM)
     try:
@@ -85,7 +85,7 @@ def _unwind_on(*numbers: signal.Signals) -> None:
             signal.signal(number, end)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="paprscm", description="Judge persistent memory of pseries guests."
     )

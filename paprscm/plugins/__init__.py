@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Avocado's entry points."""
+"""Entry points of Avocado."""

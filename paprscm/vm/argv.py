@@ -232,7 +232,7 @@ def script(argv: Sequence[str], files: Mapping[Path, int]) -> str:
     for word in argv:
         # One option and its value on a line.
         words.append(("\\\n  " if word.startswith("-") else "") + shlex.quote(word))
-    return "\n".join(lines) + "\nexec " + " ".join(words) + "\n"
+    return "\n".join(lines) + "\nexec " + " ".join(words) + ' "$@"\n'
 
 
 def _disk(disk: Path) -> Properties:

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Documents: links, paths, commands, test ids and quoted messages exist; generated files are current."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import fnmatch
+import functools
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+from paprscm import settings
+from paprscm.commands import cli
+from paprscm.paths import ROOT
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "known_issues").glob("*.md")),
+]
+BIN = Path(sys.executable).parent
+FOLDERS = "paprscm tests selftests guest_tools host_tools images known_issues docs tools .github"
+PATH = re.compile(rf"(?:{FOLDERS.replace(' ', '|')})/[\w./*-]+")
+TEST_ID = re.compile(r"(?:tests/)?(\w+/test_\w+\.py:\w+(?:\.[\w*]+)?)")
+TUTORIAL_TEST = "tests/flush/test_fsync.py"
+each_document = pytest.mark.parametrize(
+    "document", DOCUMENTS, ids=lambda file: str(file.relative_to(ROOT))
+)
+
+
+def tokens(document: Path) -> Iterator[Token]:
+    """All tokens of a document, those within a line included."""
+    for token in MarkdownIt().enable("table").parse(document.read_text()):
+        yield token
+        yield from token.children or ()
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors that GitHub and GitLab make of the headings."""
+    parsed = MarkdownIt().parse(document.read_text())
+    titles = [
+        b.content for a, b in zip(parsed, parsed[1:], strict=False) if a.type == "heading_open"
+    ]
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@each_document
+def test_links_lead_to_a_file_and_a_heading(document: Path) -> None:
+    wrong = []
+    for token in tokens(document):
+        target = str(token.attrGet("href") or token.attrGet("src") or "")
+        if not target or re.match("[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path) if path else document
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            wrong.append(target)
+    assert wrong == []
+
+
+@each_document
+def test_paths_exist(document: Path) -> None:
+    """Words in code quotes that begin with a folder of ours."""
+    words = [w for t in tokens(document) if t.type == "code_inline" for w in t.content.split()]
+    paths = [match[0] for word in words if (match := PATH.match(word))]
+    missing = [p for p in paths if not any(ROOT.glob(p.rstrip("./"))) and p != TUTORIAL_TEST]
+    assert missing == []
+
+
+@functools.cache
+def listed() -> dict[str, set[str]]:
+    """Each test's id and tags, as Avocado finds them."""
+    done = subprocess.run(
+        [BIN / "avocado", "list", "--json", "-", "tests/"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    answer = json.loads(done.stdout)
+    return {one["uri"]: set(one["tags"] or ()) for one in answer["resolutions"]}
+
+
+@each_document
+def test_test_ids_exist(document: Path) -> None:
+    """With or without tests/ before it; a class alone, and * for several."""
+    known = [f"{id_[len('tests/') :]}" for id_ in listed()]
+    wrong = [
+        name
+        for name in TEST_ID.findall(document.read_text())
+        if f"tests/{name}".partition(":")[0] != TUTORIAL_TEST
+        and not fnmatch.filter(known, name if "." in name.partition(":")[2] else f"{name}.*")
+    ]
+    assert wrong == []
+
+
+def command_lines(document: Path) -> set[str]:
+    """Lines of blocks, and words in code quotes, that begin with one of our commands."""
+    lines: list[str] = []
+    for token in tokens(document):
+        if token.type in ("fence", "code_block"):
+            lines += token.content.splitlines()
+        elif token.type == "code_inline":
+            lines.append(token.content)
+    found = set()
+    for line in lines:
+        words = line.strip().removeprefix("$ ")
+        inner = re.findall(r"\$\((.*?)\)|<\((.*?)\)", words)
+        for text in [words, *("".join(pair) for pair in inner)]:
+            if re.match(r"(paprscm|avocado (run|list)|make) \S", text):
+                found.add(re.sub(r'"\$\(.*?\)"|[…›]', "X", text).partition("  #")[0].rstrip())
+    return found
+
+
+COMMANDS = sorted({line for document in DOCUMENTS for line in command_lines(document)})
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) > 40
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("paprscm")])
+def test_paprscm_takes_the_command(line: str) -> None:
+    words = shlex.split(line.partition(" > ")[0])[1:]
+    words = words[: words.index("--")] if "--" in words else words
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            cli.parser().parse_args(words)
+        except SystemExit as end:
+            # --help, --man, --completion; or a verb that stands for all of its verbs.
+            group = len(words) < 2 and "required" in output.getvalue()
+            assert end.code in (0, None) or group, output.getvalue()
+
+
+@functools.cache
+def parameters() -> set[str]:
+    """Names that -p takes: settings, and what tests ask for."""
+    sources = [*(ROOT / "tests").rglob("*.py"), ROOT / "paprscm/testcase.py"]
+    asked = [n for f in sources for n in re.findall(r'params\.get\("(\w+)"', f.read_text())]
+    return {*settings.names(), *asked}
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("avocado")])
+def test_avocado_takes_the_command(line: str) -> None:
+    """Options that its help names, parameters that exist, and tests that the tags leave."""
+    words = shlex.split(line)
+    usage = subprocess.run(
+        [BIN / "avocado", words[1], "--help"], stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
+    rest, tags, references = iter(words[2:]), [], []
+    for word in rest:
+        if word == "--":
+            break
+        if word.startswith("-"):
+            assert re.search(rf"^\s+(-\w \w+, |-\w, )?{word.partition('=')[0]}\b", usage, re.M), (
+                word
+            )
+            value = next(rest, "") if word in ("-p", "-t") else ""
+            if word == "-p":
+                assert value.partition("=")[0] in parameters()
+            if word == "-t":
+                tags.append(set(value.split(",")))
+        else:
+            references.append(word)
+    if TUTORIAL_TEST in references:
+        return
+    chosen = [t for id_, t in listed().items() if any(id_.startswith(r) for r in references)]
+    assert not references or chosen, references
+    assert not tags or any(wanted <= have for wanted in tags for have in chosen), tags
+
+
+@pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("make")])
+def test_make_has_the_target(line: str) -> None:
+    ours = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    kernels = ["modules_install", "allnoconfig", "olddefconfig", "mrproper", "modules"]
+    assert line.split()[1].rstrip("&") in [*ours, *kernels]
+
+
+@functools.cache
+def messages() -> list[str]:
+    """Strings of the library, with … for each value that is put in."""
+    found = []
+    for file in (ROOT / "paprscm").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            values = [p.value if isinstance(p, ast.Constant) else "…" for p in parts]
+            if all(isinstance(value, str) for value in values):
+                found.append("".join(map(str, values)))
+    return found
+
+
+def quoted() -> list[str]:
+    """Messages in the first column of the table of docs/failures.md."""
+    text = (ROOT / "docs/failures.md").read_text().partition("## Messages")[2]
+    first = [line.split(" | ")[0] for line in text.splitlines() if line.startswith("| `")]
+    return [message for cell in first for message in re.findall("`([^`]+)`", cell)]
+
+
+@pytest.mark.parametrize("message", quoted())
+def test_a_message_of_the_table_is_printed_by_the_code(message: str) -> None:
+    assert any(message in text for text in messages())
+
+
+def test_generated_files_are_current() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools/docs.py", "--check"], stderr=subprocess.PIPE, text=True
+    )
+    assert done.stderr == ""
+
+
+def test_contracts_have_every_test() -> None:
+    """Read without executing anything; Avocado's own list is the measure."""
+    rows, name, class_ = set(), "", ""
+    for line in (ROOT / "docs/contracts.md").read_text().splitlines():
+        if match := re.match(r"### \[(.*?)\]", line):
+            name = match[1]
+        elif match := re.match(r"`(\w+)`, tags", line):
+            class_ = match[1]
+        elif match := re.match(r"\| `(test_\w+)` \| (.+?) \|", line):
+            rows.add(f"{name}:{class_}.{match[1]}")
+    assert rows == set(listed())
