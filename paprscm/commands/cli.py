@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import shtab
 from rich.console import Console
 from rich.table import Table
 
@@ -85,11 +86,26 @@ def _unwind_on(*numbers: signal.Signals) -> None:
             signal.signal(number, end)
 
 
+class _Man(argparse.Action):
+    """Print the manual page and exit."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from argparse_manpage.manpage import Manpage  # type: ignore[import-untyped]
+
+        page = Manpage(parser)
+        page.manual = "paprscm"
+        print(page)
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
+    """The parser of the `paprscm` command, with all verbs."""
     parser = argparse.ArgumentParser(
         prog="paprscm", description="Judge persistent memory of pseries guests."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    shtab.add_argument_to(parser, "--completion", help="print the completion script of a shell")
+    parser.add_argument("--man", action=_Man, nargs=0, help="print the manual page")
     common = _settings_parser()
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -106,7 +122,8 @@ def parser() -> argparse.ArgumentParser:
         "--no-snapshot", action="store_true", help="not the guest that others are restored from"
     )
     run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
-    run.add_argument("tests", nargs="*", default=None, help="files or test names; default: tests/")
+    text = "files or test names; default: tests/"
+    _takes_files(run.add_argument("tests", nargs="*", default=None, help=text))
     one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
     one.add_argument("--nvdimm", action="append", default=[], metavar="KEY=VALUE,…")
     one.add_argument("--serial", action="store_true", help="the serial console; Ctrl-] leaves")
@@ -135,7 +152,7 @@ def parser() -> argparse.ArgumentParser:
         ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
     ):
         moved = caches.add_parser(name, help=text, description=text, parents=[common])
-        moved.add_argument("file", type=Path)
+        _takes_files(moved.add_argument("file", type=Path))
         moved.set_defaults(verb=verb)
     prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
     prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
@@ -181,10 +198,17 @@ def _settings_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     group = common.add_argument_group("settings (also in avocado.cfg)")
     for name in settings.names():
-        group.add_argument(
+        option = group.add_argument(
             "--" + name.replace("_", "-"), dest=name, metavar="…", help=settings.meaning(name)
         )
+        if name in ("qemu", "kernel", "modules", "cache_dir", "scratch_dir"):
+            _takes_files(option)
     return common
+
+
+def _takes_files(action: argparse.Action) -> None:
+    """Let the shell complete file names; the attribute is shtab's."""
+    action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
