@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from paprscm.commands import cli
 PAPRSCM = Path(sys.executable).with_name("paprscm")
 
 
+@functools.cache
 def printed(*words: str) -> str:
     done = subprocess.run([PAPRSCM, *words], stdout=subprocess.PIPE, text=True, check=True)
     return done.stdout
