@@ -162,7 +162,7 @@ def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
     )
 
 
-def load(name: str, *, folder: Path = FOLDER) -> KnownIssue:
+def read_issue(name: str, *, folder: Path = FOLDER) -> KnownIssue:
     """Read the file of one known issue.
 
     Args:

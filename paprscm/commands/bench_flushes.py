@@ -52,7 +52,7 @@ _RAW_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
+class RateCell:
     """So many threads on so many DIMMs; each figure is the median of the rounds.
 
     Attributes:
@@ -147,7 +147,7 @@ def rates(
     return Series(dimensions, began, "1/s", dict(values), found)
 
 
-def cells_of(series: Series) -> list[Cell]:
+def cells_of(series: Series) -> list[RateCell]:
     """The cells of a series, by DIMMs and threads."""
 
     def median(name: str) -> float:
@@ -155,7 +155,7 @@ def cells_of(series: Series) -> list[Cell]:
         return statistics.median(values)
 
     return [
-        Cell(
+        RateCell(
             threads=threads,
             dimms=dimms,
             flushes=median(f"{name} flushes"),

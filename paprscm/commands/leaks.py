@@ -76,7 +76,7 @@ class Left:
         )
 
 
-class Watch:
+class LeakWatch:
     """Knows everything that is started from now on, by a mark in its environment.
 
     Args:

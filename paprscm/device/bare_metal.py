@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from paprscm.build.toolchain import PREFIX, compile_c
-from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, Mailbox, Memory
+from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, GuestMemory, Mailbox
 from paprscm.device.mailbox import TIMEBASE_HZ as TIMEBASE_HZ
 from paprscm.device.mailbox import Answer as Answer
 from paprscm.device.mailbox import Call as Call
@@ -252,7 +252,7 @@ class Bare(Lifetime):
             box.end()
 
     def _start(self) -> None:
-        self._memory = Memory(self.machine.memory_mib * MIB)
+        self._memory = GuestMemory(self.machine.memory_mib * MIB)
         self._resources.callback(self._memory.close)
         self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.machine.smp)]
 

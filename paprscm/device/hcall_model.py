@@ -119,7 +119,7 @@ class Expected:
 
 
 @dataclass
-class Flush:
+class PendingFlush:
     """A flush that was begun and whose end was not told.
 
     Attributes:
@@ -160,7 +160,7 @@ class Dimm:
     failing: bool = False
     held: bool = False
     last_token: int = 0
-    outstanding: dict[int, Flush] = field(default_factory=dict)
+    outstanding: dict[int, PendingFlush] = field(default_factory=dict)
     """By token."""
 
     @property
@@ -235,7 +235,7 @@ class ScmModel:
         if call is Hcall.H_SCM_FLUSH and why == "begun":
             dimm = self._by_drc[words[0] & 0xFFFFFFFF]
             dimm.last_token += 1
-            dimm.outstanding[dimm.last_token] = Flush(
+            dimm.outstanding[dimm.last_token] = PendingFlush(
                 ReturnCode.H_HARDWARE if dimm.failing else ReturnCode.H_SUCCESS,
                 dimm.held,
             )

@@ -134,7 +134,7 @@ class Answer:
         return ", ".join(words) + (f" (call {self.made})" if self.made > 1 else "")
 
 
-class Memory:
+class GuestMemory:
     """A guest's memory, shared with us: a file without a name.
 
     Args:
@@ -223,7 +223,7 @@ class Mailbox:
         is_free: there is no batch.
     """
 
-    def __init__(self, memory: Memory, cpu: int) -> None:
+    def __init__(self, memory: GuestMemory, cpu: int) -> None:
         self._memory = memory
         self._start = MAILBOXES + cpu * MAILBOX_SIZE
         self.spare = self._start + _SPARE

@@ -19,7 +19,7 @@ from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import tools
 from paprscm.guest.guest import Equipment, Guest
 from paprscm.guest.report import ProbeError
-from paprscm.guest.snapshot import Snapshot, save
+from paprscm.guest.snapshot import Snapshot, save_state
 from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
 from paprscm.host.cache import Cache, Entry
@@ -218,7 +218,7 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
         guest.hang_up()
         time.sleep(_QUIET_S)
         guest.check()
-        save(guest.qmp, folder / "state")
+        save_state(guest.qmp, folder / "state")
         shutil.copy(guest.folder / "console.log", folder)
     # The guest's memory is full of pages of zeros.
     process.run(["cp", "--sparse=always", memory, folder / "memory"])

@@ -71,7 +71,7 @@ class Snapshot:
         )
 
 
-def save(qmp: Qmp, file: Path) -> None:
+def save_state(qmp: Qmp, file: Path) -> None:
     """Write the state of a machine, without its memory, to a file; the machine is stopped then.
 
     Its memory must be a file of its own (MemoryFile), which QEMU leaves out of the stream.
@@ -91,7 +91,7 @@ def save(qmp: Qmp, file: Path) -> None:
         time.sleep(0.005)
 
 
-def load(qmp: Qmp, snapshot: Snapshot) -> None:
+def load_state(qmp: Qmp, snapshot: Snapshot) -> None:
     """Load the state into a QEMU that was started with -incoming defer -S.
 
     Raises:
