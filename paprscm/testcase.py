@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a test of this suite is, as Avocado sees it: `PaprScmTest`, or `QemuTest` without guest."""
+"""Base classes of the suite's tests: `PaprScmTest`, and `QemuTest` for those without a guest."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ _LAST_LINES = 15
 
 @dataclass(frozen=True)
 class JobTest:
-    """What became of one test: its status, its own time, and why it did not pass."""
+    """Result of one test: its status, its own duration, and the reason why it did not pass."""
 
     status: str
     duration_s: float
@@ -63,14 +63,14 @@ class Job:
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many tests ended with which status, the most frequent one first."""
+        """Number of tests by status, the most frequent one first."""
         counted = Counter(sorted(test.status for test in self.tests.values()))
         return dict(counted.most_common())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is run.
+    """Jobs to run.
 
     Attributes:
         environment: what the guests are made of.
@@ -136,7 +136,7 @@ def plan(
     given: Mapping[str, str],
     words: Iterable[str] = (),
 ) -> Plan:
-    """What can be run here of what is wanted; without a snapshot, the cold mode only.
+    """Select the modes that can run here; without a snapshot, the cold mode only.
 
     Raises:
         CapabilityError: nothing of it can.
@@ -246,7 +246,7 @@ def table(series: Series) -> Table:
 
 
 def read(folder: Path, mode: str, duration_s: float) -> Job:
-    """What a job left in its results.
+    """Read a job's results.
 
     Args:
         folder: where Avocado made the job's own folder.

@@ -114,7 +114,7 @@ def _finish(axes: Axes, series: Series, label: str, steps: Sequence[float]) -> N
 
 
 def _explain(axes: Axes, *words: str) -> None:
-    """What the kinds of lines mean, below the data."""
+    """Draw the legend of the kinds of lines below the data."""
     from matplotlib.lines import Line2D
 
     styles = (_SOLID, _DASHED, _DOTTED)

@@ -31,7 +31,7 @@ from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Lifetime, Vm
 
 FREE: Final = range(160 * MIB, 256 * MIB)
-"""Guest memory that nobody uses, for a test's own data."""
+"""Unused guest memory, for a test's own data."""
 
 # Floating point and vectors are off at the start; where it is loaded is QEMU's affair.
 _FLAGS = (
@@ -354,7 +354,7 @@ class Bare(Lifetime):
                 raise HostError(f"vCPU {cpu} got {exception}; QEMU {self._doing()}")
 
     def _doing(self) -> str:
-        """What QEMU does for the vCPUs, in words."""
+        """Describe the calls that QEMU is executing for the vCPUs."""
         calls = {cpu: self._boxes[cpu].current for cpu in self._running}
         busy = [f"{call} on vCPU {cpu}" for cpu, call in calls.items() if call]
         return f"executed {' and '.join(busy)}" if busy else "had no call to execute"

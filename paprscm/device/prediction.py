@@ -19,7 +19,7 @@ NO_UUID = str(uuids.UUID(int=0))
 
 
 class RefusalReason(Enum):
-    """Why QEMU refuses a machine: what its message must say (a regular expression).
+    """Reason for which QEMU refuses a machine; the value is a pattern of its message.
 
     The comments name the function that says it, in the sources of QEMU 7.2 and 10.0.
     """
@@ -75,13 +75,13 @@ class RefusalReason(Enum):
     MEMDEV_BUSY = r"can't use already busy memdev: \w+"
 
     def said_in(self, text: str) -> bool:
-        """Whether QEMU's messages give this reason."""
+        """Return True if QEMU's messages give this reason."""
         return re.search(self.value, text, re.MULTILINE) is not None
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a DIMM is, and how much of it the guest can use."""
+    """Address of a DIMM, and the size that the guest can use."""
 
     slot: int
     addr: int
@@ -90,7 +90,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What must become of a machine.
+    """Predicted result of a command line.
 
     Attributes:
         reasons: why it is refused; QEMU may name any of them, for they are of the same step. Empty:
@@ -103,7 +103,7 @@ class Prediction:
 
 
 def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
-    """Whether QEMU takes the machine, why not, or where the DIMMs are.
+    """Predict whether QEMU accepts the machine: the reasons why not, or the places of the DIMMs.
 
     Args:
         has_override: this QEMU's spapr-nvdimm has pmem-override.
@@ -173,7 +173,7 @@ def _board(machine: RawMachine) -> Iterator[RefusalReason]:
 
 
 def _properties(dimm: RawDimm, has_override: bool) -> Iterator[RefusalReason]:
-    """What a single property may be."""
+    """Check each property by itself."""
     if dimm.label_bytes is not None and dimm.label_bytes < SCM_MIN_LABEL_SIZE:
         yield RefusalReason.LABEL_TOO_SMALL
     form = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"

@@ -342,4 +342,4 @@ FLAWS: dict[RefusalReason, Flaw] = {
     ),
     RefusalReason.MEMDEV_BUSY: _busy,
 }
-"""How each reason comes about. What a machine of them says may be another reason as well."""
+"""For each refusal, a mutation of a valid machine that triggers it (others may apply too)."""

@@ -40,7 +40,7 @@ _NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in 
 
 @dataclass(frozen=True, kw_only=True)
 class Equipment:
-    """What every guest of a run is made of.
+    """Parts that all guests of a run have in common.
 
     Attributes:
         settings: time limits and folders.

@@ -31,7 +31,7 @@ KIND = "snapshot"
 _FORMAT = "2"
 """Changes when this file saves otherwise."""
 _KEEP = 6
-"""So many are kept, some 100 MB each: a kernel that is rebuilt all day has a new one each time."""
+"""Snapshots to keep (about 100 MB each); every rebuilt kernel adds one."""
 _NEEDS_BYTES = 1_500_000_000
 _RECORD = "proof.json"
 
@@ -79,7 +79,7 @@ echo urandom $(head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' ')
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a snapshot is made of.
+    """Inputs of a snapshot.
 
     Attributes:
         cache: where it is kept.

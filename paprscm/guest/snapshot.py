@@ -50,7 +50,7 @@ class Snapshot:
 
     @property
     def memory(self) -> MemoryFile:
-        """What the guest's memory begins with."""
+        """File with the initial content of the guest's memory."""
         return MemoryFile(path=self.folder / "memory", restored=True, has_rom=self.has_rom)
 
     @property
@@ -60,11 +60,11 @@ class Snapshot:
 
     @property
     def console(self) -> Path:
-        """What the guest had printed when it was saved."""
+        """Console output of the guest until it was saved."""
         return self.folder / "console.log"
 
     def fits(self, machine: Machine) -> bool:
-        """Whether such a machine can begin here: its DIMMs are plugged, all else must be equal."""
+        """Return True if a machine equals the saved one except for its DIMMs, which are plugged."""
         return (
             dataclasses.replace(machine, nvdimms=()) == self.machine
             and machine.maxmem_mib == self.machine.maxmem_mib
