@@ -89,7 +89,7 @@ exec $b switch_root /root /init
 
 @dataclass(frozen=True)
 class Initramfs:
-    """What was put into an initramfs.
+    """An initramfs and its contents.
 
     Attributes:
         path: the cpio archive.
@@ -277,7 +277,7 @@ def modinfo(path: Path) -> dict[str, list[str]]:
 
 
 def _softdeps(info: Mapping[str, Sequence[str]]) -> list[str]:
-    """What must be loaded before, of "pre: A B post: C"."""
+    """Return the modules to load before, A and B of "pre: A B post: C"."""
     needed: list[str] = []
     for value in info.get("softdep", ()):
         before = re.search(r"\bpre:((?:\s+[^\s:]+(?=\s|$))*)", value)

@@ -68,7 +68,7 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class FixReport:
-    """What the fix-up did to one file.
+    """Result of the fix-up of one file.
 
     Attributes:
         target: the copy.
@@ -87,7 +87,7 @@ class FixReport:
 
     @property
     def sites(self) -> int:
-        """How many instruction words were changed."""
+        """Number of instruction words that were changed."""
         return sum(self.functions.values())
 
     def __str__(self) -> str:

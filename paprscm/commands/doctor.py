@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this machine offers to the suite, what is missing, and the line that installs it."""
+"""Check what this machine offers to the suite, and name the packages that are missing."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class HostPackage:
 
     @property
     def is_there(self) -> bool:
-        """Whether the proof is found."""
+        """Return True if the package's file or program is there."""
         if self.proof.startswith("module:"):
             return importlib.util.find_spec(self.proof.removeprefix("module:")) is not None
         if self.proof.startswith("/"):
@@ -138,7 +138,7 @@ def doctor(settings: Settings) -> list[Finding]:
 
 
 def broken(findings: Sequence[Finding]) -> bool:
-    """Whether something needed is missing."""
+    """Return True if something that is needed is missing."""
     return any(finding.grade == "missing" for finding in findings)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from paprscm.build.toolchain import PREFIX, compile_c
-from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, Mailbox, Memory
+from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, GuestMemory, Mailbox
 from paprscm.device.mailbox import TIMEBASE_HZ as TIMEBASE_HZ
 from paprscm.device.mailbox import Answer as Answer
 from paprscm.device.mailbox import Call as Call
@@ -31,7 +31,7 @@ from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Lifetime, Vm
 
 FREE: Final = range(160 * MIB, 256 * MIB)
-"""Guest memory that nobody uses, for a test's own data."""
+"""Unused guest memory, for a test's own data."""
 
 # Floating point and vectors are off at the start; where it is loaded is QEMU's affair.
 _FLAGS = (
@@ -252,7 +252,7 @@ class Bare(Lifetime):
             box.end()
 
     def _start(self) -> None:
-        self._memory = Memory(self.machine.memory_mib * MIB)
+        self._memory = GuestMemory(self.machine.memory_mib * MIB)
         self._resources.callback(self._memory.close)
         self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.machine.smp)]
 
@@ -354,7 +354,7 @@ class Bare(Lifetime):
                 raise HostError(f"vCPU {cpu} got {exception}; QEMU {self._doing()}")
 
     def _doing(self) -> str:
-        """What QEMU does for the vCPUs, in words."""
+        """Describe the calls that QEMU is executing for the vCPUs."""
         calls = {cpu: self._boxes[cpu].current for cpu in self._running}
         busy = [f"{call} on vCPU {cpu}" for cpu, call in calls.items() if call]
         return f"executed {' and '.join(busy)}" if busy else "had no call to execute"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the kernel says on its console when something is wrong with it."""
+"""Kernel messages on the console that report a fault, and their call traces."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def text_of(line: str) -> str:
 
 
 def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | None:
-    """What is wrong according to one line of the console, or None.
+    """Return the fault that a line of the console reports, or None.
 
     Args:
         line: without its line end.

@@ -22,7 +22,7 @@ from paprscm.host.process import Process, describe_status
 from paprscm.vm.qmp import Qmp, RefusedError
 
 JSON: TypeAlias = Any
-"""Whatever json.dumps() takes and json.loads() gives back."""
+"""A value that json.dumps() accepts and json.loads() returns."""
 
 BINARY = "qemu-system-ppc64"
 FORMAT = "2"

@@ -46,7 +46,7 @@ class Operation(IntEnum):
 
 
 class Injected(IntFlag):
-    """What the shim did to a call; the numbers are those of flush_shim.c."""
+    """Faults that the shim injected into a call; the numbers are those of flush_shim.c."""
 
     DELAYED = 1
     FAILED = 2
@@ -95,7 +95,7 @@ _PAGE = _struct(
 
 
 def _layout() -> tuple[str, int]:
-    """What flush_shim.c must agree with, as C that does not compile otherwise; and its digest."""
+    """Return C assertions of the layout that flush_shim.c must have, and their digest."""
     claims = {f"{item.name} == {item.value}" for item in (*Operation, *Injected)}
     structs = {"rule": _RULE, "counts": _COUNTS, "file": _FILE, "record": _RECORD, "page": _PAGE}
     for name, struct in structs.items():
@@ -155,13 +155,13 @@ class Record:
 
     @property
     def duration_s(self) -> float | None:
-        """How long the caller had to wait, s; None when it still does."""
+        """Duration of the call, s; None while it is in progress."""
         return None if self.end_ns is None else (self.end_ns - self.begin_ns) / 1e9
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many calls began, ended and failed so far, and how many at most were in progress."""
+    """Calls begun, ended and failed so far, and the most that were in progress concurrently."""
 
     begun: int
     ended: int
@@ -170,7 +170,7 @@ class Counts:
 
 
 class Shim:
-    """What we share with the library in one QEMU; each QEMU wants its own.
+    """Memory shared with the library in one QEMU; each QEMU needs its own.
 
     As a context manager it clears all rules at the end. What was recorded stays readable.
 
@@ -204,7 +204,7 @@ class Shim:
             os.close(self._handles.pop())
 
     def prefix(self) -> tuple[str, ...]:
-        """What to put before QEMU's own command line, so that it and nobody else is preloaded."""
+        """Words before QEMU's command line that preload the library into QEMU only."""
         env = shutil.which("env") or "/usr/bin/env"
         return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={self._handle}"
 
@@ -324,7 +324,7 @@ class WatchedFile:
         self._changing = threading.Lock()
 
     def is_mapped(self) -> bool:
-        """Whether a process with the shim has mapped it."""
+        """Return True if a process with the shim has mapped the file."""
         return bool(self._entry.mapped)
 
     def counts(self, operation: Operation | None = None) -> Counts:
