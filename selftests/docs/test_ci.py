@@ -27,7 +27,7 @@ PIPELINES = [GITHUB / "workflows/suite.yml", ROOT / ".gitlab-ci.yml"]
 def check(file: Path, schema: str, *words: str) -> None:
     """Check a file against a schema that comes with check-jsonschema; nothing is downloaded."""
     program = Path(sys.executable).with_name("check-jsonschema")
-    argv = [program, *words, "--builtin-schema", schema, file]
+    argv = [str(program), *words, "--builtin-schema", schema, str(file)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 0, done.stdout
 

@@ -154,7 +154,7 @@ def parameters() -> set[str]:
 @functools.cache
 def avocado_help(verb: str) -> str:
     """The options of `avocado VERB`."""
-    argv = [BIN / "avocado", verb, "--help"]
+    argv = [str(BIN / "avocado"), verb, "--help"]
     return subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
