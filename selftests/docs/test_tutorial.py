@@ -80,7 +80,14 @@ def test_the_tutorial_without_a_kernel_build(copy: Path, environment: Environmen
 @pytest.mark.guest
 @pytest.mark.slow
 def test_the_tutorial_with_a_kernel_build(copy: Path, environment: Environment) -> None:
-    archive = kernel_source.find(Cache(environment.settings.cache_dir), environment.settings)
+    cache_dir = environment.settings.cache_dir
+    archive = kernel_source.find(Cache(cache_dir), environment.settings)
     assert archive is not None
-    kernel_source.unpack(archive, copy.parent / "home/linux")
-    assert follow(TUTORIAL.read_text(), copy, environment.settings.cache_dir) == 7
+    tree = copy.parent / "home/linux"
+    kernel_source.unpack(archive, tree)
+    try:
+        assert follow(TUTORIAL.read_text(), copy, cache_dir) == 7
+    finally:
+        for source in cache_dir.glob("kbuild/*/source"):
+            if source.read_text() == f"{tree.resolve()}\n":
+                shutil.rmtree(source.parent)
