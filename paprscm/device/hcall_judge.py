@@ -57,7 +57,7 @@ class ScmJudge:
         model: what the machine must be like.
         calls: how many were judged.
         known_wrong: what was answered as a known bug answers, by the known issue's name; the first
-            example of each. It is no reason to fail: the test of that issue says so once.
+            example of each. It does not fail: the test of that issue reports it once.
     """
 
     def __init__(self, bare: Bare, nvdimms: Iterable[Nvdimm]) -> None:
@@ -107,7 +107,7 @@ class ScmJudge:
             )
 
     def poll_to_the_end(self, *slots: int, limit: int = 100_000) -> None:
-        """Poll every outstanding flush of these DIMMs until its end is told.
+        """Poll every outstanding flush of these DIMMs until its end is reported.
 
         Args:
             slots: all DIMMs if none is given.

@@ -120,7 +120,7 @@ class Expected:
 
 @dataclass
 class PendingFlush:
-    """A flush that was begun and whose end was not told.
+    """A flush that was begun and whose end was not reported.
 
     Attributes:
         end: how it must end.
@@ -371,7 +371,7 @@ class ScmModel:
         ]
 
     def _flush(self, words: list[int]) -> Sequence[Expected]:
-        """(drc, token): 0 begins a flush; its token, in r4, asks for its end, which is told once.
+        """(drc, token): 0 begins a flush; its token, in r4, asks for its end, reported once.
 
         QEMU commit b5513584a08d (in v7.0). The first answer is always long-busy: the flush is
         completed by QEMU's main loop, which cannot run while the call does.
