@@ -207,17 +207,6 @@ class ScmModel:
             return (_answer(call, words, ReturnCode.H_FUNCTION, "not implemented"),)
         return tuple(made(words))
 
-    def known_wrong(self, call: Hcall, arguments: Sequence[int]) -> tuple[str, Expected] | None:
-        """Return the answer of a QEMU with a known bug, and the name of the known issue."""
-        (right, *_others) = self.allowed(call, arguments)
-        if right.branch == (Hcall.H_SCM_READ_METADATA, ReturnCode.H_SUCCESS, "4 bytes"):
-            value, *rest = right.outputs
-            if value >= 1 << 31:
-                extended = value | 0xFFFFFFFF << 32
-                wrong = Expected(right.code, (extended, *rest), right.branch)
-                return "qemu-read-metadata-sign-extends", wrong
-        return None
-
     def observe(self, expected: Expected, arguments: Sequence[int]) -> None:
         """The call was answered so: note its effect.
 
