@@ -106,7 +106,7 @@ class ScmJudge:
             wanted = self.model.allowed(made.call, made.arguments)
             found = [e for e in wanted if (e.code, e.outputs) == (answer.code, answer.outputs)]
             text = f"{made} {describe(answer.code, answer.outputs, wanted)}"
-            known = known_bug(self.model.allowed(made.call, made.arguments))
+            known = known_bug(wanted)
             if found:
                 self.model.observe(found[0], made.arguments)
             elif known and (known[1].code, known[1].outputs) == (answer.code, answer.outputs):
