@@ -15,6 +15,7 @@ from paprscm.paths import GUEST_TOOLS
 
 _SOURCES = GUEST_TOOLS
 _TARGET = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest's
+_INCLUDE = '#include "report.h"\n'
 _GCC = "gcc -O2 -Wall -Wextra -Werror"
 _GCC_LIMIT_S = 120.0
 # None of the probe's own exit statuses (guest_tools/map_sync.c).
@@ -71,10 +72,24 @@ def run_tool(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
     return result
 
 
-def _tool(name: str) -> tuple[bytes, PurePosixPath]:
-    """A tool's source, and where its binary is in the guest: named after that very source."""
+def tool_source(name: str) -> str:
+    """Return guest_tools/NAME.c as one file: report.h takes the place of its #include.
+
+    Raises:
+        ProbeError: it cannot be read.
+    """
     try:
-        content = (_SOURCES / f"{name}.c").read_bytes()
+        text = (_SOURCES / f"{name}.c").read_text()
+        before, include, after = text.partition(_INCLUDE)
+        if include:
+            header, line = (_SOURCES / "report.h").read_text(), before.count("\n") + 2
+            text = f'{before}#line 1 "report.h"\n{header}#line {line} "{name}.c"\n{after}'
     except OSError as error:
-        raise ProbeError(f"guest_tools/{name}.c: {error.strerror}") from error
+        raise ProbeError(f"{error.filename}: {error.strerror}") from error
+    return text
+
+
+def _tool(name: str) -> tuple[bytes, PurePosixPath]:
+    """Return a tool's source, and the path of its binary in the guest, which has its digest."""
+    content = tool_source(name).encode()
     return content, _TARGET / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -12,27 +11,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_tool, is_ppc64le
 
 from paprscm.errors import ContractError
 from paprscm.flush import durability
 from paprscm.flush.durability import compare_clocks
 from paprscm.flush.load import FlushLoad, parse_load
-from paprscm.paths import GUEST_TOOLS
-
-SOURCE = GUEST_TOOLS / "flush.c"
-CFLAGS = ["-Wall", "-Wextra", "-Werror"]
-
-
-def _compile(compiler: str, target: Path, *flags: str) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    subprocess.run([compiler, *CFLAGS, *flags, "-o", target, SOURCE], check=True)
-    return target
 
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _compile("gcc", tmp_path_factory.mktemp("flush") / "flush", "-O2", "-Wshadow")
+    return compile_tool("flush", tmp_path_factory.mktemp("flush") / "flush")
 
 
 def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -45,8 +34,7 @@ def _load(binary: Path, *words: str | Path) -> FlushLoad:
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    target = _compile("powerpc64le-linux-gnu-gcc", tmp_path / "flush", "-O2")
-    assert target.read_bytes()[:6] == b"\x7fELF\x02\x01"
+    assert is_ppc64le(compile_tool("flush", tmp_path / "flush", compiler=FOR_THE_GUEST))
 
 
 def test_threads_share_the_targets(binary: Path, tmp_path: Path) -> None:
@@ -120,7 +108,7 @@ def test_a_wrong_command_line(binary: Path, words: list[str]) -> None:
 def test_what_cannot_be_set_up(binary: Path, tmp_path: Path) -> None:
     result = _run(binary, "load", "--op=fsync", tmp_path / "missing")
     assert (result.returncode, result.stdout) == (4, "")
-    assert "No such file" in result.stderr
+    assert "missing: 2 ENOENT" in result.stderr
 
 
 class _Guest:

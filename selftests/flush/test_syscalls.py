@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from guest_tool import compile_tool
 
 from paprscm.errors import ContractError
 from paprscm.flush import syscalls
 from paprscm.flush.syscalls import HeldFile, parse_persist
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
-from paprscm.paths import GUEST_TOOLS
 
-SOURCE = GUEST_TOOLS / "persist.c"
 FINE = {"offset": 0, "length": 0, "byte": None, "errno": 0, "error": "", "begin_ns": 1, "end_ns": 3}
 OPEN = {"step": "open", "result": 0, **FINE}
 FSYNC = {"step": "fsync", "result": 0, **FINE}
@@ -33,12 +31,7 @@ def line(*steps: dict[str, Any], **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def tool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("gcc") is None:
-        pytest.skip("there is no gcc")
-    target = tmp_path_factory.mktemp("persist") / "persist"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, "-o", target, SOURCE], check=True)
-    return target
+    return compile_tool("persist", tmp_path_factory.mktemp("persist") / "persist")
 
 
 def run(tool: Path, path: Path | str, *steps: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from paprscm.map_sync.fault_load import (
     parse_verify,
 )
 
-ERRORS = [{"thread": 3, "what": "load a/t3-1: byte 0x10 is 0x00, not 0x41"}]
+ERRORS = ["thread 3: load a/t3-1: byte 0x10 is 0x00, not 0x41"]
 
 
 def load(**changes: Any) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def test_bad_load_reports(change: Callable[[dict[str, Any]], object]) -> None:
         lambda raw: raw.pop("files"),
         lambda raw: raw.update(files=None),
         lambda raw: raw.update(error_count=1, errors=[{"thread": 1}]),
-        lambda raw: raw.update(error_count=1, errors=["text"]),
+        lambda raw: raw.update(error_count=1, errors=[1]),
         lambda raw: raw.update(error_count=1, errors=ERRORS * 2),
     ],
 )

@@ -96,7 +96,8 @@ def _file(dax: bool | None) -> Raw:
 
 def _report(mapping: Raw, control: Raw | None, dax: bool | None = True, **changes: Any) -> Raw:
     raw: Raw = {
-        "probe": "map_sync",
+        "tool": "map_sync",
+        "verb": "map",
         "version": 1,
         "path": "/mnt1/file",
         "page_size": PAGE,
@@ -260,7 +261,8 @@ def _set(raw: Raw, path: str, value: Any) -> Raw:
 
 
 LIES: list[tuple[str, Any]] = [
-    ("probe", "other"),
+    ("tool", "other"),
+    ("verb", "cell"),
     ("version", 2),
     ("version", True),
     ("page_size", 65537),

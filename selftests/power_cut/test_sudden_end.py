@@ -52,7 +52,7 @@ def report(**changes: Any) -> dict[str, Any]:
 
 def lossy(kind: str = "extent", **changes: Any) -> dict[str, Any]:
     """One in which one page is lost."""
-    finding = {"kind": kind, "file": 2, "offset": 65536, "expected": "0xab", "found": "0"}
+    finding = {"kind": kind, "file": 2, "offset": 65536, "expected": 0xAB, "found": 0}
     lost = {**report()["lost"], kind: 1}
     return report(intact=19, lost=lost, findings=[finding], **changes)
 
@@ -120,10 +120,10 @@ def test_bad_reports(change: Callable[[dict[str, Any]], object]) -> None:
         lambda raw: raw["findings"].clear(),
         lambda raw: raw["findings"][0].update(kind="bytes"),
         lambda raw: raw["findings"][0].update(kind="other"),
-        lambda raw: raw["findings"][0].update(expected=171),
+        lambda raw: raw["findings"][0].update(expected=None),
         lambda raw: raw["findings"][0].update(expected="171"),
-        lambda raw: raw["findings"][0].update(found="0x"),
-        lambda raw: raw["findings"][0].update(found="-0x1"),
+        lambda raw: raw["findings"][0].update(found=True),
+        lambda raw: raw["findings"][0].update(found=-1),
         lambda raw: raw["findings"][0].pop("offset"),
         lambda raw: raw["findings"][0].update(more=1),
     ],
