@@ -38,9 +38,9 @@
 #define MOST_UNDOS 4
 
 static const struct option options[] = {
-	{ "most", required_argument, NULL, 'm' },
-	{ "undo", required_argument, NULL, 'u' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("most", 'm'),
+	OPTION("undo", 'u'),
+	END_OF_OPTIONS,
 };
 
 static const char *path, *text;
@@ -64,9 +64,8 @@ static union {
 static unsigned char label[LABEL_BYTES];
 
 const char tool_name[] = "fail_nth";
-const char usage_text[] =
-	"usage: fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT\n"
-	"       fail_nth [--most=N] read|health|label|pwrite|fsync PATH\n";
+const char usage_text[] = "usage: fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT\n"
+			  "       fail_nth [--most=N] read|health|label|pwrite|fsync PATH\n";
 
 static bool call_write(void)
 {
@@ -127,7 +126,7 @@ static bool call_fsync(void)
 static const struct operation {
 	const char *name;
 	int flags;
-	void (*begin)(void); /* once */
+	void (*begin)(void);   /* once */
 	void (*prepare)(void); /* each time */
 	bool (*call)(void);
 } operations[] = {

@@ -37,10 +37,25 @@
 #define WORD sizeof(uint64_t)
 
 enum operation {
-	CREATE, STORE, LOAD, READ, EXTEND, TRUNCATE, PUNCH, RENAME, REPLACE, REMOVE, SYNC,
-	STRIPE_STORE, STRIPE_LOAD, STRIPE_PUNCH, STRIPE_EXTEND,
-	ARENA_STORE, ARENA_TRUNCATE, ARENA_PUNCH,
-	OPERATIONS,
+	CREATE,
+	STORE,
+	LOAD,
+	READ,
+	EXTEND,
+	TRUNCATE,
+	PUNCH,
+	RENAME,
+	REPLACE,
+	REMOVE,
+	SYNC,
+	STRIPE_STORE,
+	STRIPE_LOAD,
+	STRIPE_PUNCH,
+	STRIPE_EXTEND,
+	ARENA_STORE,
+	ARENA_TRUNCATE,
+	ARENA_PUNCH,
+	OPERATIONS
 };
 
 static const struct {
@@ -93,14 +108,10 @@ struct worker {
 };
 
 static const struct option options[] = {
-	{ "seed", required_argument, NULL, 's' },
-	{ "sync", required_argument, NULL, 'y' },
-	{ "expected", required_argument, NULL, 'e' },
-	{ "threads", required_argument, NULL, 't' },
-	{ "operations", required_argument, NULL, 'o' },
-	{ "limit", required_argument, NULL, 'l' },
-	{ "any-file", no_argument, NULL, 'a' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("seed", 's'),	   OPTION("sync", 'y'),
+	OPTION("expected", 'e'),   OPTION("threads", 't'),
+	OPTION("operations", 'o'), OPTION("limit", 'l'),
+	FLAG("any-file", 'a'),	   END_OF_OPTIONS,
 };
 
 const char tool_name[] = "faults";
@@ -125,8 +136,8 @@ static pthread_mutex_t findings_lock = PTHREAD_MUTEX_INITIALIZER;
 static char findings[MOST_ERRORS][FINDING_BYTES];
 static unsigned int error_count;
 
-static void __attribute__((format(printf, 2, 3)))
-complain(unsigned int thread, const char *format, ...)
+static void __attribute__((format(printf, 2, 3))) complain(unsigned int thread, const char *format,
+							   ...)
 {
 	va_list arguments;
 
@@ -231,8 +242,9 @@ static void compare(unsigned int thread, const char *what, const char *name, uin
 {
 	for (uint64_t i = 0; i < size; i++) {
 		if (expected[i] != found[i]) {
-			complain(thread, "%s %s: byte %#" PRIx64 " is 0x%02x, not 0x%02x", what, name,
-				 offset + i, (unsigned char)found[i], (unsigned char)expected[i]);
+			complain(thread, "%s %s: byte %#" PRIx64 " is 0x%02x, not 0x%02x", what,
+				 name, offset + i, (unsigned char)found[i],
+				 (unsigned char)expected[i]);
 			return;
 		}
 	}
@@ -333,15 +345,17 @@ static void store(struct worker *worker, struct file *file, char *buffer)
 	fill(worker, buffer, size);
 	if (store_words(file->map + offset, buffer, size)) {
 		if (offset >= end)
-			complain(worker->number, "store %s: no SIGBUS at %#" PRIx64
-				 ", behind the end at %#" PRIx64, file->name, offset, file->size);
+			complain(worker->number,
+				 "store %s: no SIGBUS at %#" PRIx64 ", behind the end at %#" PRIx64,
+				 file->name, offset, file->size);
 		else
 			memcpy(file->shadow + offset, buffer, size);
 	} else if (offset >= end) {
 		worker->sigbus_expected++;
 	} else {
-		complain(worker->number, "store %s: SIGBUS at %#" PRIx64 ", the end is at %#" PRIx64,
-			 file->name, offset, file->size);
+		complain(worker->number,
+			 "store %s: SIGBUS at %#" PRIx64 ", the end is at %#" PRIx64, file->name,
+			 offset, file->size);
 	}
 	worker->counts[STORE]++;
 }
@@ -463,8 +477,7 @@ static void remove_file(struct worker *worker, struct file *file)
 
 static void sync_file(struct worker *worker, struct file *file)
 {
-	if (draw(worker, 2) ? fsync(file->fd) :
-			      msync(file->map, FILE_PAGES * page_size, MS_SYNC))
+	if (draw(worker, 2) ? fsync(file->fd) : msync(file->map, FILE_PAGES * page_size, MS_SYNC))
 		failed(worker, "sync", file->name);
 	worker->counts[SYNC]++;
 }
@@ -559,8 +572,10 @@ static void check_arena(unsigned int thread, uint64_t offset, const char *data, 
 		uint64_t found = ((const uint64_t *)data)[i];
 
 		if (found && found != arena_word(command.seed, offset / WORD + i)) {
-			complain(thread, "arena: the word at %#" PRIx64 " is %#" PRIx64
-				 ", which nobody stored there", offset + i * WORD, found);
+			complain(thread,
+				 "arena: the word at %#" PRIx64 " is %#" PRIx64
+				 ", which nobody stored there",
+				 offset + i * WORD, found);
 			return;
 		}
 	}
@@ -872,8 +887,8 @@ static void verify_file(int expected, const char *name, uint64_t size, uint32_t 
 	} else {
 		compare(0, "verify", name, 0, wanted, found, size);
 		if (crc32_of(found, size) != crc)
-			complain(0, "verify %s: the checksum is %08" PRIx32 ", not %08" PRIx32, name,
-				 crc32_of(found, size), crc);
+			complain(0, "verify %s: the checksum is %08" PRIx32 ", not %08" PRIx32,
+				 name, crc32_of(found, size), crc);
 	}
 	free(found);
 	free(wanted);

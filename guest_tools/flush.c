@@ -57,13 +57,8 @@ struct worker {
 };
 
 static const struct option options[] = {
-	{ "op", required_argument, NULL, 'o' },
-	{ "threads", required_argument, NULL, 't' },
-	{ "count", required_argument, NULL, 'c' },
-	{ "limit", required_argument, NULL, 'l' },
-	{ "seed", required_argument, NULL, 's' },
-	{ "rounds", required_argument, NULL, 'r' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("op", 'o'),   OPTION("threads", 't'), OPTION("count", 'c'), OPTION("limit", 'l'),
+	OPTION("seed", 's'), OPTION("rounds", 'r'),  END_OF_OPTIONS,
 };
 
 const char tool_name[] = "flush";
@@ -205,7 +200,8 @@ static void open_file(struct worker *worker, const char *folder_name)
 	worker->dsync = open_at(folder, name, O_RDWR | O_DSYNC);
 	if (ftruncate(worker->plain, (off_t)(PAGES * page_size)))
 		fail("ftruncate");
-	worker->map = mmap(NULL, PAGES * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, worker->plain, 0);
+	worker->map =
+		mmap(NULL, PAGES * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, worker->plain, 0);
 	if (worker->map == MAP_FAILED)
 		fail("mmap");
 	close(folder);

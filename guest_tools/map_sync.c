@@ -50,8 +50,8 @@ struct request {
 	int prot;
 	uint64_t offset, length;
 	bool have_length;
-	bool read_only; /* how the file is opened for it */
-	bool anonymous; /* no file at all */
+	bool read_only;		/* how the file is opened for it */
+	bool anonymous;		/* no file at all */
 	uint64_t address_align; /* of a place chosen by us; 0: the kernel chooses */
 	bool fsync_it;
 };
@@ -84,18 +84,10 @@ struct outcome {
 };
 
 static const struct option options[] = {
-	{ "pages", required_argument, NULL, 'p' },
-	{ "no-truncate", no_argument, NULL, 'n' },
-	{ "read-only", no_argument, NULL, 'r' },
-	{ "offset", required_argument, NULL, 'o' },
-	{ "length", required_argument, NULL, 'l' },
-	{ "type", required_argument, NULL, 't' },
-	{ "sync", required_argument, NULL, 's' },
-	{ "unknown-bit", no_argument, NULL, 'u' },
-	{ "prot", required_argument, NULL, 'P' },
-	{ "control", no_argument, NULL, 'c' },
-	{ "cell", required_argument, NULL, 'C' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("pages", 'p'),  FLAG("no-truncate", 'n'), FLAG("read-only", 'r'),
+	OPTION("offset", 'o'), OPTION("length", 'l'),	 OPTION("type", 't'),
+	OPTION("sync", 's'),   FLAG("unknown-bit", 'u'), OPTION("prot", 'P'),
+	FLAG("control", 'c'),  OPTION("cell", 'C'),	 END_OF_OPTIONS,
 };
 
 const char tool_name[] = "map_sync";
@@ -166,8 +158,8 @@ static void parse_cell(struct request *cell, char *words)
 {
 	enum { SYNC, UNKNOWN, READ_ONLY, ANONYMOUS, FSYNC, PROT, OFFSET, LENGTH, ALIGN };
 	static char *const tokens[] = {
-		"sync", "unknown-bit", "read-only", "anonymous", "fsync", "prot", "offset",
-		"length", "address-align", NULL,
+		"sync", "unknown-bit", "read-only", "anonymous",     "fsync",
+		"prot", "offset",      "length",    "address-align", NULL,
 	};
 	char *rest = strchr(words, ',');
 
@@ -210,7 +202,8 @@ static void parse_cell(struct request *cell, char *words)
 			cell->have_length = true;
 			break;
 		case ALIGN:
-			cell->address_align = parse_number("--cell, address-align", value, 0, INT64_MAX);
+			cell->address_align =
+				parse_number("--cell, address-align", value, 0, INT64_MAX);
 			if (!cell->address_align || cell->address_align % page_size)
 				usage("--cell, address-align is not in pages", value);
 			break;
@@ -349,8 +342,7 @@ static void read_vm_flags(const void *map, struct outcome *out)
 static int request_flags(const struct request *request)
 {
 	return request->type_flag | (request->sync ? MAP_SYNC : 0) |
-	       (request->unknown_bit ? UNKNOWN_BIT : 0) |
-	       (request->anonymous ? MAP_ANONYMOUS : 0) |
+	       (request->unknown_bit ? UNKNOWN_BIT : 0) | (request->anonymous ? MAP_ANONYMOUS : 0) |
 	       (request->address_align ? MAP_FIXED : 0);
 }
 
@@ -520,7 +512,7 @@ static void report_file(const struct file_facts *file)
 		report_open("statx", '{');
 		report_number("attributes", attributes);
 		report_number("attributes_mask", mask);
-		report_answer("dax", !(mask & STATX_ATTR_DAX)	  ? NOT_ASKED :
+		report_answer("dax", !(mask & STATX_ATTR_DAX)	 ? NOT_ASKED :
 				     attributes & STATX_ATTR_DAX ? YES :
 								   NO);
 		report_close('}');
@@ -694,8 +686,8 @@ static int try_one(struct command *command)
 	}
 	if (!strcmp(out.result, "refused"))
 		/* As the reference checker says it, whatever the C library's wording. */
-		fprintf(stderr, "Failed to mmap with %s\n", out.error == EOPNOTSUPP ?
-			"Operation not supported" : strerror(out.error));
+		fprintf(stderr, "Failed to mmap with %s\n",
+			out.error == EOPNOTSUPP ? "Operation not supported" : strerror(out.error));
 
 	report_start("map", command, request, &file);
 	if (control_tried)

@@ -39,7 +39,8 @@ int main(int argc, char **argv)
 	if (argc != 2)
 		usage("expected exactly one number", NULL);
 	moves = parse_number("MOVES", argv[1], 1, UINT64_MAX);
-	reads = mmap(NULL, sizeof(*reads), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	reads = mmap(NULL, sizeof(*reads), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+		     0);
 	if (reads == MAP_FAILED)
 		fail("mmap");
 	reader = fork();
@@ -59,7 +60,8 @@ int main(int argc, char **argv)
 		/* The first of two may have begun on the old CPU. */
 		while (atomic_load(reads) < before + 2) {
 			if (waitpid(reader, NULL, WNOHANG)) {
-				fprintf(stderr, "moved: the process ended after %" PRIu64 " moves\n", n);
+				fprintf(stderr,
+					"moved: the process ended after %" PRIu64 " moves\n", n);
 				return EXIT_WRONG;
 			}
 			sched_yield();

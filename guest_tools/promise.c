@@ -55,11 +55,11 @@ struct ledger {
 _Static_assert(offsetof(struct ledger, done) == 64, "paprscm/power_cut/sudden_end.py looks there");
 
 struct step {
-	enum phase what; /* STORE includes FAULT */
-	uint64_t page; /* of STORE and OVERWRITE; pages for EXTEND and ALLOCATE */
+	enum phase what;      /* STORE includes FAULT */
+	uint64_t page;	      /* of STORE and OVERWRITE; pages for EXTEND and ALLOCATE */
 	unsigned int version; /* of the page's content, from 1 */
-	uint64_t file; /* to REMOVE */
-	bool dwell; /* in the middle of it, so that the end comes there more often */
+	uint64_t file;	      /* to REMOVE */
+	bool dwell;	      /* in the middle of it, so that the end comes there more often */
 };
 
 /* All that happens to one file until it is removed. */
@@ -77,14 +77,8 @@ struct command {
 };
 
 static const struct option options[] = {
-	{ "ledger", required_argument, NULL, 'l' },
-	{ "nonce", required_argument, NULL, 'n' },
-	{ "seed", required_argument, NULL, 's' },
-	{ "sync", required_argument, NULL, 'y' },
-	{ "steps", required_argument, NULL, 'c' },
-	{ "any-file", no_argument, NULL, 'a' },
-	{ "done", required_argument, NULL, 'd' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("ledger", 'l'), OPTION("nonce", 'n'),  OPTION("seed", 's'), OPTION("sync", 'y'),
+	OPTION("steps", 'c'),  FLAG("any-file", 'a'), OPTION("done", 'd'), END_OF_OPTIONS,
 };
 
 const char tool_name[] = "promise";
@@ -221,7 +215,8 @@ static void make_plan(struct plan *plan, uint64_t seed, uint64_t number)
 			if (more > plan->pages - size)
 				more = plan->pages - size;
 			add(plan, EXTEND, size + more, 0);
-			add_stores(plan, &random, size, more, 1 + draw_below(&random, more < 6 ? more : 6));
+			add_stores(plan, &random, size, more,
+				   1 + draw_below(&random, more < 6 ? more : 6));
 			size += more;
 			if (plan->count > MOST_STEPS - 16)
 				break;
@@ -420,8 +415,8 @@ struct result {
 struct expectation {
 	const struct plan *plan;
 	bool created, promised, removed;
-	uint64_t size, most; /* promised, and the longest that it ever was; pages */
-	unsigned int *version; /* of each page; 0: not promised */
+	uint64_t size, most;	 /* promised, and the longest that it ever was; pages */
+	unsigned int *version;	 /* of each page; 0: not promised */
 	unsigned int *under_way; /* the version that was being stored, or 0 */
 };
 
@@ -507,7 +502,8 @@ static void verify_pages(struct result *result, uint64_t seed, const struct expe
 			fail("lseek");
 		if (data < 0 || data >= offset + (off_t)page_size) {
 			if (file->version[page])
-				found(result, LOST_EXTENT, file->plan->number, (uint64_t)offset, 0, 0);
+				found(result, LOST_EXTENT, file->plan->number, (uint64_t)offset, 0,
+				      0);
 			continue;
 		}
 		memset(words, 0, page_size);

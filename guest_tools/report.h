@@ -35,6 +35,9 @@ enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4, EXIT_NO_REPORT };
 
 #define CACHE_LINE 64
 #define NS_PER_S UINT64_C(1000000000)
+#define OPTION(name, letter) { name, required_argument, NULL, letter }
+#define FLAG(name, letter) { name, no_argument, NULL, letter }
+#define END_OF_OPTIONS { NULL, 0, NULL, 0 }
 #define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
 
 extern const char tool_name[], usage_text[];
@@ -61,8 +64,8 @@ static inline void __attribute__((noreturn)) fail(const char *stage)
 
 static inline void __attribute__((noreturn)) usage(const char *what, const char *detail)
 {
-	fprintf(stderr, "%s: %s%s%s\n%s", tool_name, what, detail ? ": " : "",
-		detail ? detail : "", usage_text);
+	fprintf(stderr, "%s: %s%s%s\n%s", tool_name, what, detail ? ": " : "", detail ? detail : "",
+		usage_text);
 	exit(EXIT_USAGE);
 }
 

@@ -27,10 +27,10 @@
 #define REPORT_NS 500000000ULL
 
 static const struct option options[] = {
-	{ "threads", required_argument, NULL, 't' },
-	{ "seconds", required_argument, NULL, 's' },
-	{ "progress", required_argument, NULL, 'p' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("threads", 't'),
+	OPTION("seconds", 's'),
+	OPTION("progress", 'p'),
+	END_OF_OPTIONS,
 };
 
 static const char *disk, *progress;
@@ -46,8 +46,7 @@ static struct worker {
 static atomic_bool stop;
 
 const char tool_name[] = "same_block";
-const char usage_text[] =
-	"usage: same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK\n";
+const char usage_text[] = "usage: same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK\n";
 
 /* One line for the progress file. */
 static void __attribute__((format(printf, 2, 3))) print_progress(int log, const char *format, ...)
@@ -160,7 +159,8 @@ int main(int argc, char **argv)
 	while ((option = next_option(argc, argv, options)) != -1) {
 		switch (option) {
 		case 't':
-			thread_count = (unsigned int)parse_number("--threads", optarg, 1, MOST_THREADS);
+			thread_count =
+				(unsigned int)parse_number("--threads", optarg, 1, MOST_THREADS);
 			break;
 		case 's':
 			seconds = parse_number("--seconds", optarg, 1, 3600);

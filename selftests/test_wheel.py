@@ -84,7 +84,9 @@ def test_doctor(bin_folder: Path, tmp_path: Path) -> None:
     "test",
     [
         "device/test_validation.py:Validation.test_sizes_and_labels$",
-        pytest.param("map_sync/test_map_sync.py:OneDimm.test_pmem_on_xfs$", marks=pytest.mark.guest),
+        pytest.param(
+            "map_sync/test_map_sync.py:OneDimm.test_pmem_on_xfs$", marks=pytest.mark.guest
+        ),
     ],
 )
 def test_a_test_of_the_suite(bin_folder: Path, tmp_path: Path, test: str) -> None:
