@@ -18,6 +18,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from paprscm.build.tcg_fixup import fix_file, is_signed, read_object
+from paprscm.build.toolchain import PREFIX
 from paprscm.build.vmlinux import UNKNOWN, Kernel, configured, embedded_config
 from paprscm.errors import ConfigError
 from paprscm.host.process import run
@@ -47,7 +48,7 @@ WANTED: Mapping[str, str] = {
 _NEEDED = frozenset(("virtio_pci", "virtio_blk", "ext4", "papr_scm", "nd_pmem"))
 
 _SUFFIX = re.compile(r"\.ko(\.gz|\.xz|\.zst)?$")
-_STRIP = "powerpc64le-linux-gnu-strip"
+_STRIP = f"{PREFIX}strip"
 _ROOT_LIMIT_S = 10
 
 # It works on a read-only root without /proc and /sys mounted: the disk's own /init does that.

@@ -40,7 +40,7 @@ _RUN = "PAPRSCM_RUN"
 # Signals that a program raises itself, by what it does; any other one comes from outside.
 _OWN_SIGNALS = {
     *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL),
-    *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS),
+    *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS, signal.SIGPIPE),
 }
 
 # QEMU catches SIGINT, SIGHUP and SIGTERM, prints this and exits with status 0.

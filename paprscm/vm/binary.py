@@ -311,29 +311,11 @@ def _binary_key(cache: Cache, path: Path) -> str:
 
 
 def _remember(cache: Cache, key: str, name: str, compute: Callable[[], JSON]) -> JSON:
-    place = cache.root / "qemu-facts" / key / f"{name}.json"
-    try:
-        return json.loads(place.read_bytes())
-    except (OSError, ValueError):
-        pass
-    with cache.lock(f"qemu-facts-{key}-{name}", what=f"asks a QEMU for its {name}"):
-        # Somebody else may have asked while we waited.
-        try:
-            return json.loads(place.read_bytes())
-        except (OSError, ValueError):
-            pass
-        answer = compute()
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft = place.with_suffix(".new")
-            draft.write_text(json.dumps(answer))
-            draft.replace(place)
-        except OSError as error:
-            raise HostError(
-                f"the cache {cache.root} cannot be written: {error.strerror}",
-                hint="set cache_dir to a folder that you can write to",
-            ) from error
-        return answer
+    def build(folder: Path) -> None:
+        (folder / "answer.json").write_text(json.dumps(compute()))
+
+    entry = cache.ensure("qemu-facts", {"binary": key, "question": name}, build)
+    return json.loads((entry.path / "answer.json").read_bytes())
 
 
 def _from_facts(facts: JSON, argv_prefix: tuple[str, ...], path: Path, key: str) -> Qemu:

@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import mmap
 import os
-import platform
 import shutil
 import threading
 import time
@@ -22,9 +21,9 @@ from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, Self
 
+from paprscm.build.toolchain import compile_c
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
-from paprscm.host.process import run
 from paprscm.paths import HOST_TOOLS
 
 _SOURCE = HOST_TOOLS / "flush_shim.c"
@@ -112,28 +111,20 @@ def _layout() -> tuple[str, int]:
 
 
 def build(cache: Cache) -> Path:
-    """The library, compiled by the host's C compiler unless the cache has it.
+    """Return the library, compiled by the host's C compiler unless the cache has it.
 
     Raises:
-        HostError: there is no C compiler, or it does not take the source.
+        HostError: there is no C compiler, or it rejects the source.
     """
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise HostError("there is no C compiler (cc) on this host", hint="apt install gcc libc-dev")
     layout, _digest = _layout()
-
-    def compile_into(folder: Path) -> None:
-        (folder / "flush_shim_layout.inc").write_text(layout)
-        target = folder / "flush_shim.so"
-        run([compiler, *_FLAGS.split(), "-I", folder, "-o", target, _SOURCE], timeout_s=120)
-
-    fields = {
-        "source": hashlib.sha256(_SOURCE.read_bytes() + layout.encode()).hexdigest(),
-        "flags": _FLAGS,
-        "compiler": run([compiler, "--version"], timeout_s=30).lines[0],
-        "arch": platform.machine(),
-    }
-    return cache.ensure("flush-shim", fields, compile_into).path / "flush_shim.so"
+    return compile_c(
+        cache,
+        "flush-shim",
+        [_SOURCE],
+        compiler="cc",
+        flags=_FLAGS,
+        headers={"flush_shim_layout.inc": layout},
+    )
 
 
 @dataclass(frozen=True)
