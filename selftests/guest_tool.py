@@ -15,7 +15,7 @@ from paprscm.guest.tools import tool_source
 FOR_THE_GUEST = "powerpc64le-linux-gnu-gcc"
 
 
-def compile_tool(
+def compile_on_host(
     name: str,
     target: Path,
     *flags: str,

@@ -24,7 +24,7 @@ from paprscm.errors import ContractError, HostError
 from paprscm.flush.load import Call
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ProbeError, ToolReport, read_report
-from paprscm.guest.tools import build
+from paprscm.guest.tools import compile_tool
 from paprscm.pmem.namespaces import CharacterDevice, place_in_file
 from paprscm.pmem.regions import Region
 from paprscm.vm.sync_shim import Record
@@ -84,7 +84,7 @@ def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Off
         HostError: it can hardly be the memory of that DIMM.
     """
     begin = place_in_file(guest, region, device)
-    command = [str(build(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
+    command = [str(compile_tool(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
     with _Answers(guest.file(region.slot), begin):
         result = guest.run(shlex.join(command))
     rounds = read_report(_ClockReport, result.stdout, result.status, result.stderr).rounds

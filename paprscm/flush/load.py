@@ -18,7 +18,7 @@ from paprscm.guest.report import (
     check_report,
     read_report,
 )
-from paprscm.guest.tools import build
+from paprscm.guest.tools import compile_tool
 
 Operation = Literal[
     "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
@@ -125,7 +125,7 @@ def load(
         ProbeError: the program does not build, or gave no report that can be believed.
     """
     words = [
-        str(build(guest, "flush")),
+        str(compile_tool(guest, "flush")),
         "load",
         f"--op={operation}",
         f"--threads={threads}",
@@ -135,7 +135,7 @@ def load(
         *targets,
     ]
     result = guest.run(shlex.join(words), timeout_s=limit_s + _MORE_S)
-    report = parse_load(result.stdout, result.status, result.stderr)
+    report = read_report(FlushLoad, result.stdout, result.status, result.stderr)
     asked = (seed, threads, len(targets))
     told = (report.seed, report.threads, report.targets)
     if asked != told:
@@ -143,17 +143,3 @@ def load(
     if len(report.calls) > threads * count:
         raise ProbeError(f"flush made {len(report.calls)} calls, not {threads} times {count}")
     return report
-
-
-def parse_load(stdout: str, status: int, stderr: str = "") -> FlushLoad:
-    """Parse a report of `flush load`; nothing in it may be missing, unknown or contradictory.
-
-    Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    return read_report(FlushLoad, stdout, status, stderr)

@@ -12,7 +12,7 @@ from typing import Literal
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, believed, check_report, read_report
-from paprscm.guest.tools import build
+from paprscm.guest.tools import compile_tool
 
 
 class Step(Fields, frozen=True, kw_only=True):
@@ -86,7 +86,7 @@ def persist(
         ProbeError: the program does not build, or gave no report that can be believed.
         ContractError: the file cannot be opened.
     """
-    tool = build(guest, "persist")
+    tool = compile_tool(guest, "persist")
     result = guest.run(shlex.join([str(tool), path, *steps]), timeout_s=timeout_s)
     return parse_persist(result.stdout, result.status, steps, result.stderr)
 
@@ -105,7 +105,7 @@ class HeldFile:
 
     def __init__(self, guest: Guest, path: str, *steps: str) -> None:
         self._guest, self._steps = guest, steps
-        words = shlex.join([str(build(guest, "persist")), path, *steps])
+        words = shlex.join([str(compile_tool(guest, "persist")), path, *steps])
         # The end of the program releases the lock; "await", or its end, closes "ready".
         self._folder = guest.succeed(
             "folder=$(mktemp -d) && cd $folder && mkfifo go ready && echo $folder\n"

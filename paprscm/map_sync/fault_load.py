@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Final, Literal
 
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.report import Natural, ToolReport, check_report, read_report
+from paprscm.guest.report import Natural, ToolReport, check_report
 
 OPERATIONS: Final = (
     *("create", "store", "load", "read", "extend", "truncate", "punch", "rename", "replace"),
@@ -81,25 +81,6 @@ class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
     files: Natural
     bytes: Natural
     arena_bytes: Natural
-
-
-def parse_load(stdout: str, status: int, stderr: str = "") -> LoadReport:
-    """Parse a report of `faults load`; nothing in it may be missing, unknown or contradictory.
-
-    Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    return read_report(LoadReport, stdout, status, stderr)
-
-
-def parse_verify(stdout: str, status: int, stderr: str = "") -> VerifyReport:
-    """The same for `faults verify`."""
-    return read_report(VerifyReport, stdout, status, stderr)
 
 
 def expect_load(report: LoadReport) -> None:

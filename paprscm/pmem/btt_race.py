@@ -121,27 +121,13 @@ def parse_state(stdout: str, stderr: str = "") -> SameBlock | Running:
     first, _, rest = stdout.partition("\n")
     if first == "ended":
         status, _, report = rest.partition("\n")
-        return parse_same_block(report, int(status) if status.isdecimal() else -1, stderr)
+        return read_report(SameBlock, report, int(status) if status.isdecimal() else -1, stderr)
     # comm may hold blanks and brackets; the state is behind the last bracket (proc(5)).
     found = re.findall(r"^([0-9]+) \(.*\) ([A-Za-z]) ", rest, re.MULTILINE)
     states = tuple(letter for tid, letter in found if tid != first)
     if not states:
         raise ProbeError(f"same_block has no writer threads: {stdout!r}, {stderr!r}")
     return Running(states)
-
-
-def parse_same_block(stdout: str, status: int, stderr: str = "") -> SameBlock:
-    """Parse the report.
-
-    Args:
-        stdout: one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: it cannot be believed.
-    """
-    return read_report(SameBlock, stdout, status, stderr)
 
 
 def expect_written(report: SameBlock) -> None:

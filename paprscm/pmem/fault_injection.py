@@ -19,7 +19,7 @@ from paprscm.build.vmlinux import Kernel
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
-from paprscm.guest.tools import build
+from paprscm.guest.tools import compile_tool
 
 Attribute = Literal["failslab", "fail_page_alloc", "fail_make_request"]
 
@@ -158,19 +158,10 @@ def fail_each(
     Raises:
         ProbeError: the tool gave no report that can be believed.
     """
-    tool = str(build(guest, "fail_nth"))
+    tool = str(compile_tool(guest, "fail_nth"))
     options = [f"--most={most}", *(f"--undo={path}={text}" for path, text in undo)]
     result = guest.run(shlex.join([tool, *options, *words]), timeout_s=timeout_s)
-    return parse_rounds(result.stdout, result.status, result.stderr)
-
-
-def parse_rounds(stdout: str, status: int, stderr: str = "") -> Report:
-    """Parse a report of fail_nth; nothing in it may be missing, unknown or contradictory.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    return read_report(Report, stdout, status, stderr)
+    return read_report(Report, result.stdout, result.status, result.stderr)
 
 
 def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) -> None:

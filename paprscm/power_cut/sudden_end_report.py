@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final, Literal
 
-from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
+from paprscm.guest.report import Fields, Natural, ToolReport, check_report
 
 KINDS: Final = ("file", "size", "extent", "bytes", "strange")
 """What can be wrong: a file is not there, is too short, a page has no extent, or not the bytes that
@@ -99,17 +99,3 @@ class PromiseReport(ToolReport, frozen=True, kw_only=True):
             f"{self.pages - self.intact} of {self.pages} pages of {self.files} files are lost "
             f"({counts}): " + "; ".join(map(str, self.findings))
         )
-
-
-def parse_promise(stdout: str, status: int, stderr: str = "") -> PromiseReport:
-    """Parse a report of `promise verify`; nothing in it may be missing, unknown or contradictory.
-
-    Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    return read_report(PromiseReport, stdout, status, stderr)

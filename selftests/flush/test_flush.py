@@ -14,9 +14,9 @@ from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.flush import accounts, trace
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.flush.durability import Offset, expect_durable
-from paprscm.flush.load import Call, parse_load
+from paprscm.flush.load import Call, FlushLoad
 from paprscm.flush.trace import Flush, FlushHcall, FlushTrace, expect_protocol
-from paprscm.guest.report import ProbeError
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.papr import ReturnCode
 from paprscm.vm.sync_shim import Counts, Injected, Operation, Record
 
@@ -41,7 +41,7 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_report() -> None:
-    made = parse_load(json.dumps(report()), 0)
+    made = read_report(FlushLoad, json.dumps(report()), 0)
     assert made.duration_s == 2
     assert made.calls == (Call(0, "fsync", 5, 9, 0), Call(1, "deep_flush", 6, 7, 5))
 
@@ -68,12 +68,12 @@ def test_a_report() -> None:
 )
 def test_a_report_that_cannot_be_believed(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ProbeError, match=what):
-        parse_load(json.dumps(report(**changes)), 0)
+        read_report(FlushLoad, json.dumps(report(**changes)), 0)
 
 
 def test_a_report_with_another_status() -> None:
     with pytest.raises(ProbeError, match="status 4"):
-        parse_load(json.dumps(report()), 4)
+        read_report(FlushLoad, json.dumps(report()), 4)
 
 
 # --- order -----------------------------------------------------------------------------------

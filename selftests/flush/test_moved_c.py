@@ -8,11 +8,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guest_tool import compile_tool
+from guest_tool import compile_on_host
 
 
 def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    tool = compile_tool("moved", tmp_path / "moved")
+    tool = compile_on_host("moved", tmp_path / "moved")
     return subprocess.run([tool, *words], capture_output=True, text=True, check=False, timeout=60)
 
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from guest_tool import compile_tool
+from guest_tool import compile_on_host
 
 from paprscm.errors import ContractError
 from paprscm.flush import syscalls
@@ -31,7 +31,7 @@ def line(*steps: dict[str, Any], **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def tool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_tool("persist", tmp_path_factory.mktemp("persist") / "persist")
+    return compile_on_host("persist", tmp_path_factory.mktemp("persist") / "persist")
 
 
 def run(tool: Path, path: Path | str, *steps: str) -> subprocess.CompletedProcess[str]:
@@ -106,7 +106,7 @@ def here(tool: Path) -> Guest:
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tool of this host instead of one that is compiled in the guest."""
-    monkeypatch.setattr(syscalls, "build", lambda guest, _name: guest.tool)
+    monkeypatch.setattr(syscalls, "compile_tool", lambda guest, _name: guest.tool)
 
 
 def test_a_held_file(tool: Path, tmp_path: Path) -> None:

@@ -7,16 +7,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guest_tool import FOR_THE_GUEST, compile_tool, is_ppc64le
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.errors import ContractError
+from paprscm.guest.report import read_report
 from paprscm.map_sync.fault_load import (
     LoadReport,
     VerifyReport,
     expect_load,
     expect_verified,
-    parse_load,
-    parse_verify,
 )
 from paprscm.paths import GUEST_TOOLS
 
@@ -25,7 +24,7 @@ SEED = 3
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_tool("faults", tmp_path_factory.mktemp("faults") / "faults")
+    return compile_on_host("faults", tmp_path_factory.mktemp("faults") / "faults")
 
 
 def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -39,13 +38,13 @@ def _load(binary: Path, base: Path, *options: str) -> LoadReport:
         *(binary, "load", f"--seed={SEED}", "--sync=off", f"--expected={base / 'expected'}"),
         *("--any-file", "--operations=400", *options, base / "files"),
     )
-    return parse_load(result.stdout, result.returncode, result.stderr)
+    return read_report(LoadReport, result.stdout, result.returncode, result.stderr)
 
 
 def _verify(binary: Path, base: Path) -> VerifyReport:
     expected = f"--expected={base / 'expected'}"
     result = _run(binary, "verify", f"--seed={SEED}", expected, base / "files")
-    return parse_verify(result.stdout, result.returncode, result.stderr)
+    return read_report(VerifyReport, result.stdout, result.returncode, result.stderr)
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def _largest(base: Path) -> Path:
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    assert is_ppc64le(compile_tool("faults", tmp_path / "faults", compiler=FOR_THE_GUEST))
+    assert is_ppc64le(compile_on_host("faults", tmp_path / "faults", compiler=FOR_THE_GUEST))
 
 
 def test_a_healthy_file_system(binary: Path, tmp_path: Path) -> None:
@@ -135,7 +134,7 @@ def test_a_file_system_that_lies(tmp_path: Path, call: str, what: str | None) ->
         cut = text.index("\n", text.rindex("#include")) + 1
         return text[:cut] + call + "\n" + text[cut:]
 
-    binary = compile_tool("faults", tmp_path / "liar", change=lie)
+    binary = compile_on_host("faults", tmp_path / "liar", change=lie)
     load = _load(binary, tmp_path)
     if what is None:
         # Only the names that are left over tell.

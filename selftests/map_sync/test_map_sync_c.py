@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from guest_tool import FOR_THE_GUEST, compile_tool, is_ppc64le
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.map_sync.verdict import MapSyncReport, Result, Verdict, judge, parse_map_sync
 
@@ -23,7 +23,7 @@ Probe = Callable[..., MapSyncReport]
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_tool("map_sync", tmp_path_factory.mktemp("map_sync") / "map_sync")
+    return compile_on_host("map_sync", tmp_path_factory.mktemp("map_sync") / "map_sync")
 
 
 def _run(binary: Path, *args: str | bytes | Path) -> subprocess.CompletedProcess[str]:
@@ -49,11 +49,11 @@ def tmpfs() -> Path:
 
 @pytest.mark.parametrize("optimisation", ["-O0", "-O2", "-O3"])
 def test_compiles_natively(tmp_path: Path, optimisation: str) -> None:
-    compile_tool("map_sync", tmp_path / "map_sync", optimisation)
+    compile_on_host("map_sync", tmp_path / "map_sync", optimisation)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    assert is_ppc64le(compile_tool("map_sync", tmp_path / "map_sync", compiler=FOR_THE_GUEST))
+    assert is_ppc64le(compile_on_host("map_sync", tmp_path / "map_sync", compiler=FOR_THE_GUEST))
 
 
 def test_ordinary_file(probe: Probe, tmp_path: Path) -> None:

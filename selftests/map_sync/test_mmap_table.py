@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from guest_tool import compile_tool
+from guest_tool import compile_on_host
 
 from paprscm.guest.report import ProbeError
 from paprscm.map_sync.mmap_report import Access, Cell, CellReport, parse_cells
@@ -54,7 +54,7 @@ def changed(mapping: Mapping, **changes: Any) -> Mapping:
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_tool("map_sync", tmp_path_factory.mktemp("map_sync") / "map_sync")
+    return compile_on_host("map_sync", tmp_path_factory.mktemp("map_sync") / "map_sync")
 
 
 def run(

@@ -9,12 +9,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from guest_tool import FOR_THE_GUEST, compile_tool, is_ppc64le
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 from msgspec.structs import replace
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.kmsg import traces
-from paprscm.guest.report import ProbeError
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem.btt_race import (
     DONE,
     PROGRESS,
@@ -22,7 +22,6 @@ from paprscm.pmem.btt_race import (
     SameBlock,
     btt_sleep,
     expect_written,
-    parse_same_block,
     parse_state,
 )
 
@@ -43,11 +42,11 @@ FINE = SameBlock(
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    assert is_ppc64le(compile_tool("same_block", tmp_path / "tool", compiler=FOR_THE_GUEST))
+    assert is_ppc64le(compile_on_host("same_block", tmp_path / "tool", compiler=FOR_THE_GUEST))
 
 
 def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
-    tool = compile_tool("same_block", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     disk, progress = tmp_path / "disk", tmp_path / "progress"
     disk.write_bytes(bytes(65536))
     progress.touch()
@@ -56,7 +55,7 @@ def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
     if result.returncode == 1 and '"errno":22' in result.stdout:
         pytest.skip("no O_DIRECT there")
     assert (result.returncode, result.stderr) == (0, "")
-    report = parse_same_block(result.stdout, 0)
+    report = read_report(SameBlock, result.stdout, 0)
     expect_written(report)
     assert len(report.writes) == 3
     lines = progress.read_text().splitlines()
@@ -68,7 +67,7 @@ def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
 
 
 def test_progress_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    tool = compile_tool("same_block", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(65536))
     words = ["--seconds=1", "--progress=/dev/full", str(disk)]
@@ -81,7 +80,7 @@ def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
     """/dev/kmsg refuses lseek(2), and takes one line with each write(2)."""
     if shutil.which("strace") is None:
         pytest.skip("no strace")
-    tool = compile_tool("same_block", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     disk, progress, log = tmp_path / "disk", tmp_path / "progress", tmp_path / "strace"
     disk.write_bytes(bytes(65536))
     progress.touch()
@@ -95,23 +94,23 @@ def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [[], ["--threads=0", "x"], ["--seconds=x", "x"], ["--no", "x"]])
 def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> None:
-    tool = compile_tool("same_block", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    tool = compile_tool("same_block", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     result = subprocess.run(
         [tool, "--seconds=1", tmp_path / "none"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     with pytest.raises(ContractError, match="errno 2"):
-        expect_written(parse_same_block(result.stdout, 1))
+        expect_written(read_report(SameBlock, result.stdout, 1))
 
 
 def test_report() -> None:
-    assert parse_same_block(LINE, 0) == FINE
+    assert read_report(SameBlock, LINE, 0) == FINE
     assert parse_state(f"ended\n0\n{LINE}") == FINE
 
 
@@ -129,16 +128,16 @@ def test_report() -> None:
 )
 def test_report_that_cannot_be_believed(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
-        parse_same_block(LINE.replace(old, new), 0)
+        read_report(SameBlock, LINE.replace(old, new), 0)
 
 
 def test_report_and_status_must_agree() -> None:
     with pytest.raises(ProbeError, match="status 139"):
-        parse_same_block(LINE, 139)
+        read_report(SameBlock, LINE, 139)
     failed = LINE.replace('"errno":0', '"errno":5')
     with pytest.raises(ProbeError, match="status 0"):
-        parse_same_block(failed, 0)
-    assert parse_same_block(failed, 1).errno == 5
+        read_report(SameBlock, failed, 0)
+    assert read_report(SameBlock, failed, 1).errno == 5
 
 
 def test_writers_that_still_run() -> None:

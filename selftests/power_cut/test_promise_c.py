@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guest_tool import FOR_THE_GUEST, compile_tool, is_ppc64le
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
+from paprscm.guest.report import read_report
 from paprscm.power_cut.sudden_end import Ledger, Phase, State
-from paprscm.power_cut.sudden_end_report import PromiseReport, parse_promise
+from paprscm.power_cut.sudden_end_report import PromiseReport
 
 PAGE = os.sysconf("SC_PAGESIZE")
 SEED, NONCE, STEPS = 11, 0x1122334455667788, 150
@@ -23,7 +24,7 @@ Verify = Callable[..., PromiseReport]
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return compile_tool("promise", tmp_path_factory.mktemp("promise") / "promise")
+    return compile_on_host("promise", tmp_path_factory.mktemp("promise") / "promise")
 
 
 def _store(
@@ -45,7 +46,7 @@ def _verify(binary: Path, folder: Path, *, done: int = STEPS, seed: int = SEED) 
         timeout=60,
         check=False,
     )
-    return parse_promise(result.stdout, result.returncode, result.stderr)
+    return read_report(PromiseReport, result.stdout, result.returncode, result.stderr)
 
 
 @pytest.fixture
@@ -68,11 +69,11 @@ def _stored(folder: Path) -> tuple[Path, int]:
 
 @pytest.mark.parametrize("optimisation", ["-O0", "-O2", "-O3"])
 def test_compiles_natively(tmp_path: Path, optimisation: str) -> None:
-    compile_tool("promise", tmp_path / "promise", optimisation)
+    compile_on_host("promise", tmp_path / "promise", optimisation)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    assert is_ppc64le(compile_tool("promise", tmp_path / "promise", compiler=FOR_THE_GUEST))
+    assert is_ppc64le(compile_on_host("promise", tmp_path / "promise", compiler=FOR_THE_GUEST))
 
 
 def test_all_is_there(binary: Path, folder: Path) -> None:
