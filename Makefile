@@ -23,4 +23,4 @@ setup:
 	@tools/setup
 
 clean:
-	rm -rf .venv results *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv results *.egg-info .mypy_cache .pytest_cache .ruff_cache .coverage*

@@ -17,29 +17,14 @@
  *     pwrite  writes 4 KiB at offset 0 with O_DIRECT
  *     fsync   a disk
  *
- * It reports in one line of JSON: of each round its number, whether something failed in the kernel,
- * the call's errno or 0, and how long it took, us. Exit status:
- *   0  it came to its end, and the last call succeeded
- *   1  it did not; the report says how far it came
- *   2  the command line was wrong, nothing was tried
- *   4  it could not be set up, or a success not be undone
+ * Of each round it reports the number, whether something failed in the kernel, the call's errno or
+ * 0, and how long it took, us. Exit status 1: the rounds did not end, or the last call failed. See
+ * report.h for the others.
  */
-#define _GNU_SOURCE
+#include "report.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <linux/ndctl.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/ioctl.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
 
 /* include/uapi/linux/papr_pdsm.h, which no header package of a host that is no POWER has. */
 #define FAMILY_PAPR 5
@@ -53,9 +38,9 @@ enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
 #define MOST_UNDOS 4
 
 static const struct option options[] = {
-	{ "most", required_argument, NULL, 'm' },
-	{ "undo", required_argument, NULL, 'u' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("most", 'm'),
+	OPTION("undo", 'u'),
+	END_OF_OPTIONS,
 };
 
 static const char *path, *text;
@@ -78,19 +63,9 @@ static union {
 } command;
 static unsigned char label[LABEL_BYTES];
 
-static void __attribute__((noreturn)) usage(const char *what)
-{
-	fprintf(stderr, "fail_nth: %s\n"
-		"usage: fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT\n"
-		"       fail_nth [--most=N] read|health|label|pwrite|fsync PATH\n", what);
-	exit(EXIT_USAGE);
-}
-
-static void __attribute__((noreturn)) fail(const char *stage)
-{
-	fprintf(stderr, "fail_nth: %s: %d %s\n", stage, errno, strerror(errno));
-	exit(EXIT_FAILED);
-}
+const char tool_name[] = "fail_nth";
+const char usage_text[] = "usage: fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT\n"
+			  "       fail_nth [--most=N] read|health|label|pwrite|fsync PATH\n";
 
 static bool call_write(void)
 {
@@ -151,7 +126,7 @@ static bool call_fsync(void)
 static const struct operation {
 	const char *name;
 	int flags;
-	void (*begin)(void); /* once */
+	void (*begin)(void);   /* once */
 	void (*prepare)(void); /* each time */
 	bool (*call)(void);
 } operations[] = {
@@ -162,14 +137,6 @@ static const struct operation {
 	{ "pwrite", O_RDWR | O_DIRECT, NULL, NULL, call_pwrite },
 	{ "fsync", O_RDWR, NULL, NULL, call_fsync },
 };
-
-static uint64_t now_us(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000 + (uint64_t)now.tv_nsec / 1000;
-}
 
 static void set_nth(unsigned int n)
 {
@@ -205,26 +172,21 @@ static void parse(int argc, char **argv)
 {
 	int option;
 
-	opterr = 0;
-	while ((option = getopt_long(argc, argv, "+", options, NULL)) != -1) {
+	while ((option = next_option(argc, argv, options)) != -1) {
 		char *equals;
 
 		switch (option) {
 		case 'm':
-			most = (unsigned int)strtoul(optarg, NULL, 10);
-			if (!most || most > MOST_ROUNDS)
-				usage("--most is out of range");
+			most = (unsigned int)parse_number("--most", optarg, 1, MOST_ROUNDS);
 			break;
 		case 'u':
 			equals = strrchr(optarg, '=');
 			if (!equals || undo_count == MOST_UNDOS)
-				usage("--undo wants PATH=TEXT, four times at the most");
+				usage("expected --undo=PATH=TEXT, four times at most", optarg);
 			*equals = 0;
 			undos[undo_count].path = optarg;
 			undos[undo_count++].text = equals + 1;
 			break;
-		default:
-			usage("wrong option");
 		}
 	}
 }
@@ -232,18 +194,17 @@ static void parse(int argc, char **argv)
 int main(int argc, char **argv)
 {
 	const struct operation *operation = NULL;
-	const char *separator = "";
 	unsigned int n, injected = 0;
 	bool works = false, ended = false;
 
 	parse(argc, argv);
-	for (size_t i = 0; optind < argc && i < sizeof(operations) / sizeof(operations[0]); i++)
+	for (size_t i = 0; optind < argc && i < LENGTH(operations); i++)
 		if (!strcmp(argv[optind], operations[i].name))
 			operation = &operations[i];
 	if (!operation)
-		usage("what to do?");
+		usage("unknown operation", argv[optind]);
 	if (argc - optind != (operation->call == call_write ? 3 : 2))
-		usage("too many words, or too few");
+		usage("wrong number of arguments", NULL);
 	path = argv[optind + 1];
 	text = argv[optind + 2];
 	errno = posix_memalign((void **)&block, 65536, BLOCK);
@@ -253,10 +214,11 @@ int main(int argc, char **argv)
 	nth_fd = open("/proc/thread-self/fail-nth", O_RDWR);
 	if (nth_fd < 0)
 		fail("/proc/thread-self/fail-nth");
-	printf("{\"tool\":\"fail_nth\",\"version\":1,\"operation\":\"%s\",\"rounds\":[",
-	       operation->name);
+	report_begin();
+	report_string("operation", operation->name);
+	report_open("rounds", '[');
 	for (n = 1; n <= most && !ended; n++) {
-		uint64_t begin_us;
+		uint64_t begin_ns, duration_ns;
 		int error;
 
 		fd = open(path, operation->flags | O_CLOEXEC);
@@ -266,23 +228,28 @@ int main(int argc, char **argv)
 			operation->begin();
 		if (operation->prepare)
 			operation->prepare();
-		begin_us = now_us();
+		begin_ns = now_ns();
 		set_nth(n);
 		errno = 0;
 		works = operation->call();
 		error = works ? 0 : errno;
+		duration_ns = now_ns() - begin_ns;
 		ended = !has_failed();
 		set_nth(0);
 		injected += !ended;
-		printf("%s[%u,%d,%d,%" PRIu64 "]", separator, n, !ended, error,
-		       now_us() - begin_us);
-		separator = ",";
+		report_open(NULL, '[');
+		report_number(NULL, n);
+		report_bool(NULL, !ended);
+		report_number(NULL, (uint64_t)error);
+		report_number(NULL, duration_ns / 1000);
+		report_close(']');
 		close(fd);
 		for (unsigned int i = 0; works && !ended && i < undo_count; i++)
 			undo(undos[i].path, undos[i].text);
 	}
-	printf("],\"injected\":%u,\"ended\":%s}\n", injected, ended ? "true" : "false");
-	if (fflush(stdout))
-		return EXIT_FAILED;
+	report_close(']');
+	report_number("injected", injected);
+	report_bool("ended", ended);
+	report_end();
 	return ended && works ? EXIT_FINE : EXIT_WRONG;
 }

@@ -13,45 +13,17 @@
  * faults verify --seed=N --expected=DIR DIR
  *   Reads all files, and compares: their names, sizes, bytes and checksums.
  *
- * Each reports in one line of JSON. Exit status:
- *   0  all was as it must be
- *   1  there were errors; they are in the report
- *   2  the command line was wrong, nothing was tried
- *   4  it could not be set up, or the report not be written
+ * Exit status 1: there were errors; the report has them. See report.h for the others.
  */
-#define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
+#include "report.h"
 
 #include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <pthread.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-
-#ifndef MAP_SHARED_VALIDATE
-#define MAP_SHARED_VALIDATE 0x03
-#endif
-#ifndef MAP_SYNC
-#define MAP_SYNC 0x080000
-#endif
-#ifndef STATX_ATTR_DAX
-#define STATX_ATTR_DAX 0x00200000
-#endif
-
-enum { EXIT_FINE, EXIT_ERRORS, EXIT_USAGE, EXIT_FAILED = 4 };
 
 #define MOST_THREADS 64
 /* Of each thread, at a time. */
@@ -61,14 +33,29 @@ enum { EXIT_FINE, EXIT_ERRORS, EXIT_USAGE, EXIT_FAILED = 4 };
 #define STRIPES_BYTES (8U << 20)
 #define ARENA_PAGES 24
 #define MOST_ERRORS 12
-#define CACHE_LINE 64
+#define FINDING_BYTES 176
 #define WORD sizeof(uint64_t)
 
 enum operation {
-	CREATE, STORE, LOAD, READ, EXTEND, TRUNCATE, PUNCH, RENAME, REPLACE, REMOVE, SYNC,
-	STRIPE_STORE, STRIPE_LOAD, STRIPE_PUNCH, STRIPE_EXTEND,
-	ARENA_STORE, ARENA_TRUNCATE, ARENA_PUNCH,
-	OPERATIONS,
+	CREATE,
+	STORE,
+	LOAD,
+	READ,
+	EXTEND,
+	TRUNCATE,
+	PUNCH,
+	RENAME,
+	REPLACE,
+	REMOVE,
+	SYNC,
+	STRIPE_STORE,
+	STRIPE_LOAD,
+	STRIPE_PUNCH,
+	STRIPE_EXTEND,
+	ARENA_STORE,
+	ARENA_TRUNCATE,
+	ARENA_PUNCH,
+	OPERATIONS
 };
 
 static const struct {
@@ -120,23 +107,15 @@ struct worker {
 	uint64_t counts[OPERATIONS], sigbus_expected, sigbus_arena;
 };
 
-struct finding {
-	unsigned int thread;
-	char what[160];
-};
-
 static const struct option options[] = {
-	{ "seed", required_argument, NULL, 's' },
-	{ "sync", required_argument, NULL, 'y' },
-	{ "expected", required_argument, NULL, 'e' },
-	{ "threads", required_argument, NULL, 't' },
-	{ "operations", required_argument, NULL, 'o' },
-	{ "limit", required_argument, NULL, 'l' },
-	{ "any-file", no_argument, NULL, 'a' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("seed", 's'),	   OPTION("sync", 'y'),
+	OPTION("expected", 'e'),   OPTION("threads", 't'),
+	OPTION("operations", 'o'), OPTION("limit", 'l'),
+	FLAG("any-file", 'a'),	   END_OF_OPTIONS,
 };
 
-static const char usage_text[] =
+const char tool_name[] = "faults";
+const char usage_text[] =
 	"usage: faults load [OPTION]... --seed=N --sync=on|off --expected=DIR DIR\n"
 	"       faults verify --seed=N --expected=DIR DIR\n"
 	"  --seed=N         of all that is done\n"
@@ -154,46 +133,21 @@ static int stripes_fd, arena_fd;
 /* How long the stripes are at least, pages; it only grows. */
 static atomic_uint_fast64_t stripes_pages;
 static pthread_mutex_t findings_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct finding findings[MOST_ERRORS];
+static char findings[MOST_ERRORS][FINDING_BYTES];
 static unsigned int error_count;
 
-static void usage(const char *what, const char *detail)
-{
-	fprintf(stderr, "faults: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
-		usage_text);
-	exit(EXIT_USAGE);
-}
-
-static uint64_t parse_number(const char *option, const char *text)
-{
-	unsigned long long value;
-	char *end;
-
-	errno = 0;
-	value = strtoull(text, &end, 0);
-	if (*text < '0' || *text > '9' || *end || errno)
-		usage(option, text);
-	return value;
-}
-
-static void __attribute__((noreturn)) fail(const char *stage)
-{
-	fprintf(stderr, "faults: %s: %d %s\n", stage, errno, strerror(errno));
-	exit(EXIT_FAILED);
-}
-
-static void __attribute__((format(printf, 2, 3)))
-complain(unsigned int thread, const char *format, ...)
+static void __attribute__((format(printf, 2, 3))) complain(unsigned int thread, const char *format,
+							   ...)
 {
 	va_list arguments;
 
 	pthread_mutex_lock(&findings_lock);
 	if (error_count < MOST_ERRORS) {
-		struct finding *finding = &findings[error_count];
+		int length = snprintf(findings[error_count], FINDING_BYTES, "thread %u: ", thread);
 
-		finding->thread = thread;
 		va_start(arguments, format);
-		vsnprintf(finding->what, sizeof(finding->what), format, arguments);
+		vsnprintf(findings[error_count] + length, FINDING_BYTES - (size_t)length, format,
+			  arguments);
 		va_end(arguments);
 	}
 	error_count++;
@@ -202,23 +156,14 @@ complain(unsigned int thread, const char *format, ...)
 
 static void failed(const struct worker *worker, const char *what, const char *name)
 {
-	complain(worker->number, "%s %s: errno %d %s", what, name, errno, strerror(errno));
+	complain(worker->number, "%s %s: errno %d %s", what, name, errno, errno_name(errno));
 }
 
 /* --- numbers --------------------------------------------------------------------------------- */
 
-static uint64_t mix(uint64_t x)
-{
-	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-	return x ^ (x >> 31);
-}
-
-/* splitmix64 */
 static uint64_t draw(struct worker *worker, uint64_t limit)
 {
-	worker->random += 0x9e3779b97f4a7c15ULL;
-	return mix(worker->random) % limit;
+	return draw_below(&worker->random, limit);
 }
 
 /* The only thing but zero that may be at this place of the arena. */
@@ -247,14 +192,6 @@ static uint32_t crc32_of(const char *data, size_t size)
 	return ~crc;
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
 /* --- accesses that may raise SIGBUS ---------------------------------------------------------- */
 
 static __thread sigjmp_buf escape;
@@ -271,27 +208,6 @@ static void on_sigbus(int number)
 	siglongjmp(escape, 1);
 }
 
-/* See guest_tools/promise.c. */
-static void flush(const volatile void *data, size_t size)
-{
-	const volatile char *at = data;
-
-	for (size_t offset = 0; offset < size; offset += CACHE_LINE) {
-#if defined(__powerpc__)
-		__asm__ volatile("dcbf 0,%0" : : "r"(at + offset) : "memory");
-#elif defined(__x86_64__)
-		__asm__ volatile("clflush (%0)" : : "r"(at + offset) : "memory");
-#else
-		(void)at;
-#endif
-	}
-#if defined(__powerpc__)
-	__asm__ volatile("sync" : : : "memory");
-#else
-	__sync_synchronize();
-#endif
-}
-
 /* Whether it went without SIGBUS. */
 static bool store_words(char *to, const char *from, uint64_t size)
 {
@@ -302,7 +218,7 @@ static bool store_words(char *to, const char *from, uint64_t size)
 	guarded = true;
 	for (uint64_t i = 0; i < size / WORD; i++)
 		target[i] = ((const uint64_t *)from)[i];
-	flush(to, size);
+	flush_cache(to, size);
 	guarded = false;
 	return true;
 }
@@ -326,8 +242,9 @@ static void compare(unsigned int thread, const char *what, const char *name, uin
 {
 	for (uint64_t i = 0; i < size; i++) {
 		if (expected[i] != found[i]) {
-			complain(thread, "%s %s: byte %#" PRIx64 " is 0x%02x, not 0x%02x", what, name,
-				 offset + i, (unsigned char)found[i], (unsigned char)expected[i]);
+			complain(thread, "%s %s: byte %#" PRIx64 " is 0x%02x, not 0x%02x", what,
+				 name, offset + i, (unsigned char)found[i],
+				 (unsigned char)expected[i]);
 			return;
 		}
 	}
@@ -343,13 +260,9 @@ static char *map_file(int fd, uint64_t length)
 	return map == MAP_FAILED ? NULL : map;
 }
 
-static bool is_dax(int fd)
+static bool is_allowed(int fd)
 {
-	struct statx facts;
-
-	return command.any_file ||
-	       (!statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &facts) &&
-		(facts.stx_attributes_mask & facts.stx_attributes & STATX_ATTR_DAX));
+	return command.any_file || is_dax(fd);
 }
 
 static void new_name(struct worker *worker, char *name, size_t size)
@@ -366,7 +279,7 @@ static void create(struct worker *worker, struct file *file)
 		failed(worker, "create", file->name);
 		return;
 	}
-	if (!is_dax(file->fd))
+	if (!is_allowed(file->fd))
 		complain(worker->number, "create %s: not DAX", file->name);
 	/* As long as it may become: what is behind the end must not be had. */
 	file->map = map_file(file->fd, FILE_PAGES * page_size);
@@ -432,15 +345,17 @@ static void store(struct worker *worker, struct file *file, char *buffer)
 	fill(worker, buffer, size);
 	if (store_words(file->map + offset, buffer, size)) {
 		if (offset >= end)
-			complain(worker->number, "store %s: no SIGBUS at %#" PRIx64
-				 ", behind the end at %#" PRIx64, file->name, offset, file->size);
+			complain(worker->number,
+				 "store %s: no SIGBUS at %#" PRIx64 ", behind the end at %#" PRIx64,
+				 file->name, offset, file->size);
 		else
 			memcpy(file->shadow + offset, buffer, size);
 	} else if (offset >= end) {
 		worker->sigbus_expected++;
 	} else {
-		complain(worker->number, "store %s: SIGBUS at %#" PRIx64 ", the end is at %#" PRIx64,
-			 file->name, offset, file->size);
+		complain(worker->number,
+			 "store %s: SIGBUS at %#" PRIx64 ", the end is at %#" PRIx64, file->name,
+			 offset, file->size);
 	}
 	worker->counts[STORE]++;
 }
@@ -562,8 +477,7 @@ static void remove_file(struct worker *worker, struct file *file)
 
 static void sync_file(struct worker *worker, struct file *file)
 {
-	if (draw(worker, 2) ? fsync(file->fd) :
-			      msync(file->map, FILE_PAGES * page_size, MS_SYNC))
+	if (draw(worker, 2) ? fsync(file->fd) : msync(file->map, FILE_PAGES * page_size, MS_SYNC))
 		failed(worker, "sync", file->name);
 	worker->counts[SYNC]++;
 }
@@ -658,8 +572,10 @@ static void check_arena(unsigned int thread, uint64_t offset, const char *data, 
 		uint64_t found = ((const uint64_t *)data)[i];
 
 		if (found && found != arena_word(command.seed, offset / WORD + i)) {
-			complain(thread, "arena: the word at %#" PRIx64 " is %#" PRIx64
-				 ", which nobody stored there", offset + i * WORD, found);
+			complain(thread,
+				 "arena: the word at %#" PRIx64 " is %#" PRIx64
+				 ", which nobody stored there",
+				 offset + i * WORD, found);
 			return;
 		}
 	}
@@ -782,7 +698,7 @@ static int shared_file(const char *name)
 
 	if (fd < 0)
 		fail(name);
-	if (!is_dax(fd)) {
+	if (!is_allowed(fd)) {
 		errno = EOPNOTSUPP;
 		fail("not DAX");
 	}
@@ -864,16 +780,15 @@ static void finish(struct worker *workers, const char *stripes_shadow)
 	close(expected);
 }
 
-static void print_errors(void)
+static int finish_report(void)
 {
-	printf(",\"error_count\":%u,\"errors\":[", error_count);
+	report_number("error_count", error_count);
+	report_open("errors", '[');
 	for (unsigned int i = 0; i < error_count && i < MOST_ERRORS; i++)
-		/* Names and formats of this program: nothing to escape. */
-		printf("%s{\"thread\":%u,\"what\":\"%s\"}", i ? "," : "", findings[i].thread,
-		       findings[i].what);
-	printf("]}\n");
-	if (fflush(stdout) || ferror(stdout))
-		fail("report");
+		report_string(NULL, findings[i]);
+	report_close(']');
+	report_end();
+	return error_count ? EXIT_WRONG : EXIT_FINE;
 }
 
 static int load_all(void)
@@ -892,7 +807,7 @@ static int load_all(void)
 	for (unsigned int i = 0; i < command.threads; i++)
 		set_up(&workers[i], i, stripes_shadow);
 	begin = now_ns();
-	deadline_ns = begin + command.limit_s * 1000000000;
+	deadline_ns = begin + command.limit_s * NS_PER_S;
 	for (unsigned int i = 0; i < command.threads; i++) {
 		if (pthread_create(&workers[i].thread, NULL, work, &workers[i]))
 			fail("thread");
@@ -905,21 +820,25 @@ static int load_all(void)
 		expected += workers[i].sigbus_expected;
 		arena += workers[i].sigbus_arena;
 	}
-	printf("{\"tool\":\"faults\",\"version\":1,\"verb\":\"load\",\"seed\":%" PRIu64
-	       ",\"sync\":%s,\"threads\":%u,\"page_size\":%" PRIu64 ",\"duration_ns\":%" PRIu64
-	       ",\"sigbus_expected\":%" PRIu64 ",\"sigbus_arena\":%" PRIu64 ",\"operations\":{",
-	       command.seed, command.sync ? "true" : "false", command.threads, page_size, begin,
-	       expected, arena);
+	report_begin();
+	report_string("verb", "load");
+	report_number("seed", command.seed);
+	report_bool("sync", command.sync);
+	report_number("threads", command.threads);
+	report_number("page_size", page_size);
+	report_number("duration_ns", begin);
+	report_number("sigbus_expected", expected);
+	report_number("sigbus_arena", arena);
+	report_open("operations", '{');
 	for (int kind = 0; kind < OPERATIONS; kind++) {
 		uint64_t count = 0;
 
 		for (unsigned int i = 0; i < command.threads; i++)
 			count += workers[i].counts[kind];
-		printf("%s\"%s\":%" PRIu64, kind ? "," : "", kinds[kind].name, count);
+		report_number(kinds[kind].name, count);
 	}
-	printf("}");
-	print_errors();
-	return error_count ? EXIT_ERRORS : EXIT_FINE;
+	report_close('}');
+	return finish_report();
 }
 
 /* --- verify ---------------------------------------------------------------------------------- */
@@ -968,8 +887,8 @@ static void verify_file(int expected, const char *name, uint64_t size, uint32_t 
 	} else {
 		compare(0, "verify", name, 0, wanted, found, size);
 		if (crc32_of(found, size) != crc)
-			complain(0, "verify %s: the checksum is %08" PRIx32 ", not %08" PRIx32, name,
-				 crc32_of(found, size), crc);
+			complain(0, "verify %s: the checksum is %08" PRIx32 ", not %08" PRIx32,
+				 name, crc32_of(found, size), crc);
 	}
 	free(found);
 	free(wanted);
@@ -1016,11 +935,13 @@ static int verify_all(void)
 	else
 		check_arena(0, 0, arena, size);
 	free(arena);
-	printf("{\"tool\":\"faults\",\"version\":1,\"verb\":\"verify\",\"seed\":%" PRIu64
-	       ",\"files\":%" PRIu64 ",\"bytes\":%" PRIu64 ",\"arena_bytes\":%" PRIu64,
-	       command.seed, files, bytes, arena ? size : 0);
-	print_errors();
-	return error_count ? EXIT_ERRORS : EXIT_FINE;
+	report_begin();
+	report_string("verb", "verify");
+	report_number("seed", command.seed);
+	report_number("files", files);
+	report_number("bytes", bytes);
+	report_number("arena_bytes", arena ? size : 0);
+	return finish_report();
 }
 
 static void parse_command(int argc, char **argv)
@@ -1028,51 +949,37 @@ static void parse_command(int argc, char **argv)
 	int option;
 
 	command = (struct command){ .threads = 8, .operations = 500, .limit_s = 20 };
-	if (argc < 2 || (strcmp(argv[1], "load") && strcmp(argv[1], "verify")))
-		usage("load or verify?", argc < 2 ? NULL : argv[1]);
-	command.verify = !strcmp(argv[1], "verify");
-	opterr = 0;
-	optind = 2;
-	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
-		uint64_t number;
-
+	command.verify = parse_verb(argc, argv, "load", "verify");
+	while ((option = next_option(argc, argv, options)) != -1) {
 		switch (option) {
 		case 's':
-			command.seed = parse_number("--seed", optarg);
+			command.seed = parse_number("--seed", optarg, 0, UINT64_MAX);
 			command.have_seed = true;
 			break;
 		case 'y':
-			if (strcmp(optarg, "on") && strcmp(optarg, "off"))
-				usage("--sync", optarg);
-			command.sync = !strcmp(optarg, "on");
+			command.sync = parse_switch("--sync", optarg);
 			command.have_sync = true;
 			break;
 		case 'e':
 			command.expected = optarg;
 			break;
 		case 't':
-			number = parse_number("--threads", optarg);
-			if (!number || number > MOST_THREADS)
-				usage("--threads", optarg);
-			command.threads = (unsigned int)number;
+			command.threads =
+				(unsigned int)parse_number("--threads", optarg, 1, MOST_THREADS);
 			break;
 		case 'o':
-			command.operations = parse_number("--operations", optarg);
+			command.operations = parse_number("--operations", optarg, 0, UINT64_MAX);
 			break;
 		case 'l':
-			command.limit_s = parse_number("--limit", optarg);
-			if (command.limit_s > 3600)
-				usage("--limit", optarg);
+			command.limit_s = parse_number("--limit", optarg, 0, 3600);
 			break;
 		case 'a':
 			command.any_file = true;
 			break;
-		default:
-			usage("cannot make sense of", argv[optind - 1]);
 		}
 	}
 	if (optind != argc - 1)
-		usage("exactly one DIR is wanted", NULL);
+		usage("expected exactly one DIR", NULL);
 	command.dir = argv[optind];
 	if (!command.have_seed || !command.expected || !(command.verify || command.have_sync))
 		usage("an option is missing", NULL);

@@ -13,29 +13,13 @@
  *   {ping, pong, host_ns}. The guest writes a round's number to ping; the host answers with its
  *   time, and then with the number in pong.
  *
- * Times are those of CLOCK_MONOTONIC_RAW, ns. Each verb reports in one line of JSON. Exit status:
- *   0  it is done; calls that failed are in the report
- *   2  the command line was wrong, nothing was tried
- *   4  it could not be set up, or the report not be written
+ * Times are those of CLOCK_MONOTONIC_RAW, ns. Calls that failed are in the report; the exit status
+ * is 0 then, too. See report.h for the others.
  */
-#define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
+#include "report.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <pthread.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { EXIT_FINE, EXIT_USAGE = 2, EXIT_FAILED = 4 };
 
 enum operation { DEEP_FLUSH, FSYNC, FDATASYNC, MSYNC, DSYNC, DIRECT_DSYNC, SYNCFS, OPERATIONS };
 
@@ -46,13 +30,12 @@ static const char *const names[OPERATIONS] = {
 /* What "mixed" means for the two kinds of target. */
 static const enum operation of_files[] = { FSYNC, FDATASYNC, MSYNC, DSYNC, SYNCFS };
 static const enum operation of_disks[] = { FSYNC, FDATASYNC, DSYNC, DIRECT_DSYNC };
-#define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
 
 #define MOST_THREADS 256
 #define MOST_TARGETS 16
 /* Pages of a thread's file, or of its part of a disk. */
 #define PAGES 8
-#define CLOCK_LIMIT_NS 10000000000ULL
+#define CLOCK_LIMIT_NS (10 * NS_PER_S)
 
 struct record {
 	enum operation operation;
@@ -74,16 +57,12 @@ struct worker {
 };
 
 static const struct option options[] = {
-	{ "op", required_argument, NULL, 'o' },
-	{ "threads", required_argument, NULL, 't' },
-	{ "count", required_argument, NULL, 'c' },
-	{ "limit", required_argument, NULL, 'l' },
-	{ "seed", required_argument, NULL, 's' },
-	{ "rounds", required_argument, NULL, 'r' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("op", 'o'),   OPTION("threads", 't'), OPTION("count", 'c'), OPTION("limit", 'l'),
+	OPTION("seed", 's'), OPTION("rounds", 'r'),  END_OF_OPTIONS,
 };
 
-static const char usage_text[] =
+const char tool_name[] = "flush";
+const char usage_text[] =
 	"usage: flush load [OPTION]... --op=OPERATION TARGET...\n"
 	"       flush clock --rounds=N DEVICE\n"
 	"  --op=OPERATION   deep_flush (the target is that attribute of a region), fsync, fdatasync,\n"
@@ -103,35 +82,9 @@ static struct {
 static uint64_t page_size, deadline_ns;
 static pthread_barrier_t start;
 
-static void __attribute__((noreturn)) usage(const char *what, const char *detail)
-{
-	fprintf(stderr, "flush: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
-		usage_text);
-	exit(EXIT_USAGE);
-}
-
-static void __attribute__((noreturn)) fail(const char *stage)
-{
-	fprintf(stderr, "flush: %s: %d %s\n", stage, errno, strerror(errno));
-	exit(EXIT_FAILED);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC_RAW, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
-/* splitmix64 */
 static uint64_t draw(struct worker *worker, uint64_t limit)
 {
-	uint64_t x = worker->random += 0x9e3779b97f4a7c15ULL;
-
-	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-	return (x ^ (x >> 31)) % limit;
+	return draw_below(&worker->random, limit);
 }
 
 /* --- load ------------------------------------------------------------------------------------ */
@@ -210,10 +163,10 @@ static void step(struct worker *worker, struct record *record)
 	}
 	if (!record->error && !by_call)
 		record->error = store(worker, operation, offset);
-	record->begin_ns = now_ns();
+	record->begin_ns = clock_ns(CLOCK_MONOTONIC_RAW);
 	if (!record->error)
 		record->error = call(worker, operation, offset);
-	record->end_ns = now_ns();
+	record->end_ns = clock_ns(CLOCK_MONOTONIC_RAW);
 }
 
 static void *work(void *argument)
@@ -221,7 +174,7 @@ static void *work(void *argument)
 	struct worker *worker = argument;
 
 	pthread_barrier_wait(&start);
-	while (worker->done < command.count && now_ns() < deadline_ns) {
+	while (worker->done < command.count && clock_ns(CLOCK_MONOTONIC_RAW) < deadline_ns) {
 		step(worker, &worker->records[worker->done]);
 		worker->done++;
 	}
@@ -247,7 +200,8 @@ static void open_file(struct worker *worker, const char *folder_name)
 	worker->dsync = open_at(folder, name, O_RDWR | O_DSYNC);
 	if (ftruncate(worker->plain, (off_t)(PAGES * page_size)))
 		fail("ftruncate");
-	worker->map = mmap(NULL, PAGES * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, worker->plain, 0);
+	worker->map =
+		mmap(NULL, PAGES * page_size, PROT_READ | PROT_WRITE, MAP_SHARED, worker->plain, 0);
 	if (worker->map == MAP_FAILED)
 		fail("mmap");
 	close(folder);
@@ -278,16 +232,9 @@ static void open_target(struct worker *worker, const char *target)
 	worker->direct = open_at(AT_FDCWD, target, O_RDWR | O_DSYNC | O_DIRECT);
 }
 
-static void finish_report(void)
-{
-	if (fflush(stdout) || ferror(stdout))
-		fail("report");
-}
-
 static int load(char **targets, unsigned int n_targets)
 {
 	struct worker *workers = calloc(command.threads, sizeof(*workers));
-	const char *separator = "";
 	uint64_t begin;
 
 	if (!workers || pthread_barrier_init(&start, NULL, command.threads + 1))
@@ -308,28 +255,33 @@ static int load(char **targets, unsigned int n_targets)
 		if (errno)
 			fail("thread");
 	}
-	begin = now_ns();
-	deadline_ns = begin + command.limit_s * 1000000000;
+	begin = clock_ns(CLOCK_MONOTONIC_RAW);
+	deadline_ns = begin + command.limit_s * NS_PER_S;
 	pthread_barrier_wait(&start);
 	for (unsigned int i = 0; i < command.threads; i++)
 		pthread_join(workers[i].thread, NULL);
-	printf("{\"tool\":\"flush\",\"version\":1,\"verb\":\"load\",\"seed\":%" PRIu64
-	       ",\"threads\":%u,\"targets\":%u,\"duration_ns\":%" PRIu64 ",\"operations\":[",
-	       command.seed, command.threads, n_targets, now_ns() - begin);
-	for (int i = 0; i < OPERATIONS; i++)
-		printf("%s\"%s\"", i ? "," : "", names[i]);
-	printf("],\"records\":[");
+	report_begin();
+	report_string("verb", "load");
+	report_number("seed", command.seed);
+	report_number("threads", command.threads);
+	report_number("targets", n_targets);
+	report_number("duration_ns", clock_ns(CLOCK_MONOTONIC_RAW) - begin);
+	report_open("calls", '[');
 	for (unsigned int i = 0; i < command.threads; i++) {
 		for (uint64_t j = 0; j < workers[i].done; j++) {
 			struct record *record = &workers[i].records[j];
 
-			printf("%s[%u,%d,%" PRIu64 ",%" PRIu64 ",%d]", separator, i,
-			       record->operation, record->begin_ns, record->end_ns, record->error);
-			separator = ",";
+			report_open(NULL, '[');
+			report_number(NULL, i);
+			report_string(NULL, names[record->operation]);
+			report_number(NULL, record->begin_ns);
+			report_number(NULL, record->end_ns);
+			report_number(NULL, (uint64_t)record->error);
+			report_close(']');
 		}
 	}
-	printf("]}\n");
-	finish_report();
+	report_close(']');
+	report_end();
 	return EXIT_FINE;
 }
 
@@ -341,45 +293,39 @@ static int exchange(const char *device)
 	size_t size = 2U << 20;
 	int fd = open_at(AT_FDCWD, device, O_RDWR);
 	volatile uint64_t *words = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-	uint64_t limit = now_ns() + CLOCK_LIMIT_NS;
+	uint64_t limit = clock_ns(CLOCK_MONOTONIC_RAW) + CLOCK_LIMIT_NS;
 
 	if (words == MAP_FAILED)
 		fail("mmap");
 	/* The host waits for a new number, so the first must not be there from another time. */
 	words[0] = words[1] = 0;
-	printf("{\"tool\":\"flush\",\"version\":1,\"verb\":\"clock\",\"rounds\":[");
+	report_begin();
+	report_string("verb", "clock");
+	report_open("rounds", '[');
 	for (uint64_t i = 1; i <= command.rounds; i++) {
-		uint64_t host, begin = now_ns();
+		uint64_t host, end, begin = clock_ns(CLOCK_MONOTONIC_RAW);
 
 		__atomic_store_n(&words[0], i, __ATOMIC_SEQ_CST);
 		while (__atomic_load_n(&words[1], __ATOMIC_ACQUIRE) != i) {
-			if (now_ns() > limit) {
+			if (clock_ns(CLOCK_MONOTONIC_RAW) > limit) {
 				errno = ETIMEDOUT;
 				fail("the host does not answer");
 			}
 		}
 		host = words[2];
-		printf("%s[%" PRIu64 ",%" PRIu64 ",%" PRIu64 "]", i > 1 ? "," : "", begin, host,
-		       now_ns());
+		end = clock_ns(CLOCK_MONOTONIC_RAW);
+		report_open(NULL, '[');
+		report_number(NULL, begin);
+		report_number(NULL, host);
+		report_number(NULL, end);
+		report_close(']');
 	}
-	printf("]}\n");
-	finish_report();
+	report_close(']');
+	report_end();
 	return EXIT_FINE;
 }
 
 /* --- command line ---------------------------------------------------------------------------- */
-
-static uint64_t parse_number(const char *option, const char *text, uint64_t least, uint64_t most)
-{
-	unsigned long long value;
-	char *end;
-
-	errno = 0;
-	value = strtoull(text, &end, 0);
-	if (*text < '0' || *text > '9' || *end || errno || value < least || value > most)
-		usage(option, text);
-	return value;
-}
 
 static int parse_operation(const char *text)
 {
@@ -394,14 +340,10 @@ static int parse_operation(const char *text)
 
 int main(int argc, char **argv)
 {
-	bool clock = argc > 1 && !strcmp(argv[1], "clock");
+	bool clock = parse_verb(argc, argv, "load", "clock");
 	int letter;
 
-	if (argc < 2 || (!clock && strcmp(argv[1], "load")))
-		usage("what to do: load or clock", NULL);
-	argc--;
-	argv++;
-	while ((letter = getopt_long(argc, argv, "", options, NULL)) != -1) {
+	while ((letter = next_option(argc, argv, options)) != -1) {
 		switch (letter) {
 		case 'o':
 			command.operation = parse_operation(optarg);
@@ -422,8 +364,6 @@ int main(int argc, char **argv)
 		case 'r':
 			command.rounds = parse_number("--rounds", optarg, 1, 1000000);
 			break;
-		default:
-			usage("wrong option", NULL);
 		}
 	}
 	argc -= optind;

@@ -11,47 +11,47 @@
 
 typedef unsigned long u64;
 
-#define POLL		1	/* repeat for as long as the answer is long-busy */
+#define POLL 1 /* repeat for as long as the answer is long-busy */
 
-#define H_CEDE		0xe0
-#define LONG_BUSY	9900	/* H_LONG_BUSY_ORDER_1_MSEC; there are six, one after the other */
-#define LONG_BUSY_LAST	9905
+#define H_CEDE 0xe0
+#define LONG_BUSY 9900 /* H_LONG_BUSY_ORDER_1_MSEC; there are six, one after the other */
+#define LONG_BUSY_LAST 9905
 
-#define MAILBOXES	0x8000000UL
-#define CALLS		3824	/* 0x1000 to 0xf0000; the stack comes down from 0x100000 */
+#define MAILBOXES 0x8000000UL
+#define CALLS 3824 /* 0x1000 to 0xf0000; the stack comes down from 0x100000 */
 
 /* Ticks of the timebase, which are those of the decrementer too: 512 MHz. */
-#define NAP_MIN		(512 * 50UL)
-#define NAP_MAX		(512 * 1000UL)
-#define DECREMENTER_MAX	0x7fffffffUL
+#define NAP_MIN (512 * 50UL)
+#define NAP_MAX (512 * 1000UL)
+#define DECREMENTER_MAX 0x7fffffffUL
 
 /* How long to look out for a request before the first nap. */
-#define LOOK		(512 * 100UL)
+#define LOOK (512 * 100UL)
 
 struct call {
-	u64 in[10];		/* r3 (the opcode) to r12 */
-	u64 times;		/* how often to call, at most; 1 or more */
+	u64 in[10]; /* r3 (the opcode) to r12 */
+	u64 times;  /* how often to call, at most; 1 or more */
 	u64 flags;
-	u64 pause;		/* between two polls, ticks */
-	u64 out[10];		/* r3 (the return code) to r12, of the last one */
-	u64 made;		/* how often it was called */
-	u64 busy;		/* how many of these answered long-busy */
-	u64 began, ended;	/* timebase around all of them */
+	u64 pause;	  /* between two polls, ticks */
+	u64 out[10];	  /* r3 (the return code) to r12, of the last one */
+	u64 made;	  /* how often it was called */
+	u64 busy;	  /* how many of these answered long-busy */
+	u64 began, ended; /* timebase around all of them */
 	u64 unused[5];
 };
 
 struct mailbox {
 	/* Of an exception, if `vector` is not 0; hcalls.S writes here. */
 	u64 vector, srr0, srr1, dar, dsisr;
-	u64 generation;		/* another one each time that this vCPU starts */
-	u64 entry;		/* where another vCPU can start */
-	u64 request;		/* written last by the host */
-	u64 response;		/* written last by us */
-	u64 count;		/* how many calls */
-	u64 gate;		/* if not 0: wait until the host opens the gate of this number */
-	u64 arrived;		/* the request that waits at the gate */
-	u64 index;		/* of the call in progress; `count` behind the last one */
-	u64 open;		/* the number of the open gate; only in the first mailbox */
+	u64 generation; /* another one each time that this vCPU starts */
+	u64 entry;	/* where another vCPU can start */
+	u64 request;	/* written last by the host */
+	u64 response;	/* written last by us */
+	u64 count;	/* how many calls */
+	u64 gate;	/* if not 0: wait until the host opens the gate of this number */
+	u64 arrived;	/* the request that waits at the gate */
+	u64 index;	/* of the call in progress; `count` behind the last one */
+	u64 open;	/* the number of the open gate; only in the first mailbox */
 	u64 unused[512 - 14];
 	struct call calls[CALLS];
 };
@@ -78,8 +78,11 @@ static void cede(void)
 {
 	register u64 r3 asm("r3") = H_CEDE;
 
-	asm volatile("sc 1" : "+r" (r3) : : "r0", "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11",
-		     "r12", "cr0", "cr1", "cr5", "cr6", "cr7", "ctr", "xer", "memory");
+	asm volatile("sc 1"
+		     : "+r"(r3)
+		     :
+		     : "r0", "r4", "r5", "r6", "r7", "r8", "r9", "r10", "r11", "r12", "cr0", "cr1",
+		       "cr5", "cr6", "cr7", "ctr", "xer", "memory");
 }
 
 /* Let the host have its processor for a while. */
@@ -94,8 +97,8 @@ static void nap(u64 ticks)
 		if (left < NAP_MIN / 2)
 			continue;
 		/* If the decrementer's interrupt came before the call, nothing would end it. */
-		asm volatile("mtmsrd %0, 1" : : "r" (0UL) : "memory");
-		asm volatile("mtdec %0" : : "r" (left < DECREMENTER_MAX ? left : DECREMENTER_MAX));
+		asm volatile("mtmsrd %0, 1" : : "r"(0UL) : "memory");
+		asm volatile("mtdec %0" : : "r"(left < DECREMENTER_MAX ? left : DECREMENTER_MAX));
 		cede();
 	}
 }

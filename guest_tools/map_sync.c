@@ -10,85 +10,33 @@
  * With --cell it tries one mapping after the other, each of a file that is opened (and emptied)
  * anew for it, and says in one line of JSON for each what became of it.
  *
- * Exit status, whatever else changes:
- *   0  the mapping was made and every access to it went well (this is no verdict)
+ * Exit status, of a single mapping (it is not a verdict, and the control never decides it):
+ *   0  the mapping was made and every access to it went well
  *   1  mmap() refused
- *   2  the command line was wrong, nothing was tried
  *   3  an access to the mapping raised SIGBUS or SIGSEGV
  *   4  another step failed: open, truncate, fstat, munmap
- *   5  the report could not be written
- * For all but 2 and 5 the report is on stdout. The control never decides the status. With --cell
- * it is 0 when all were tried, whatever came of it, and 4 when another step of one failed.
- *
- * Strings in the report are ASCII. A byte above 0x7f, which need not be valid UTF-8 in a path,
- * is written as \udcXX, as Python's "surrogateescape" does it, so nothing is lost.
+ * With --cell it is 0 when all were tried, with whatever result, and 4 when another step of one
+ * failed. There is a report of all of these. See report.h for the others.
  */
-#define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
+#include "report.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <setjmp.h>
 #include <signal.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/statfs.h>
 #include <sys/syscall.h>
-#include <time.h>
-#include <unistd.h>
-
-/* Headers older than Linux 4.15 lack the first two, older than 5.8 the last. */
-#ifndef MAP_SHARED_VALIDATE
-#define MAP_SHARED_VALIDATE 0x03
-#endif
-#ifndef MAP_SYNC
-#define MAP_SYNC 0x080000
-#endif
-#ifndef STATX_ATTR_DAX
-#define STATX_ATTR_DAX 0x00200000
-#endif
-#ifndef STATX_BASIC_STATS
-#define STATX_BASIC_STATS 0x000007ffU
-#endif
-#ifndef SYS_statx
-#if defined(__powerpc__)
-#define SYS_statx 383
-#elif defined(__x86_64__)
-#define SYS_statx 332
-#else
-#define SYS_statx 291
-#endif
-#endif
+#include <sys/vfs.h>
 
 /* Neither in LEGACY_MAP_MASK (include/linux/mman.h) nor a flag of any architecture. */
 #define UNKNOWN_BIT 0x02000000
 
-enum { EXIT_MAPPED, EXIT_REFUSED, EXIT_USAGE, EXIT_SIGNAL, EXIT_ERROR, EXIT_NO_REPORT };
-
-/* The kernel's struct statx; the C library's appeared only in glibc 2.28. */
-struct statx_buffer {
-	uint32_t mask;
-	uint32_t blksize;
-	uint64_t attributes;
-	uint32_t nlink, uid, gid;
-	uint16_t mode, pad;
-	uint64_t ino, size, blocks, attributes_mask;
-	uint64_t rest[24];
-};
-
-_Static_assert(sizeof(struct statx_buffer) == 256, "struct statx is 256 bytes");
+/* Beside those of report.h. */
+enum { EXIT_SIGNAL = 3 };
 
 /* What is known of the file before it is mapped. */
 struct file_facts {
 	bool have_stat, have_statx, have_statfs;
 	struct stat stat;
-	struct statx_buffer statx;
+	struct statx statx;
 	int statx_errno;
 	struct statfs statfs;
 };
@@ -102,8 +50,8 @@ struct request {
 	int prot;
 	uint64_t offset, length;
 	bool have_length;
-	bool read_only; /* how the file is opened for it */
-	bool anonymous; /* no file at all */
+	bool read_only;		/* how the file is opened for it */
+	bool anonymous;		/* no file at all */
 	uint64_t address_align; /* of a place chosen by us; 0: the kernel chooses */
 	bool fsync_it;
 };
@@ -136,21 +84,14 @@ struct outcome {
 };
 
 static const struct option options[] = {
-	{ "pages", required_argument, NULL, 'p' },
-	{ "no-truncate", no_argument, NULL, 'n' },
-	{ "read-only", no_argument, NULL, 'r' },
-	{ "offset", required_argument, NULL, 'o' },
-	{ "length", required_argument, NULL, 'l' },
-	{ "type", required_argument, NULL, 't' },
-	{ "sync", required_argument, NULL, 's' },
-	{ "unknown-bit", no_argument, NULL, 'u' },
-	{ "prot", required_argument, NULL, 'P' },
-	{ "control", no_argument, NULL, 'c' },
-	{ "cell", required_argument, NULL, 'C' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("pages", 'p'),  FLAG("no-truncate", 'n'), FLAG("read-only", 'r'),
+	OPTION("offset", 'o'), OPTION("length", 'l'),	 OPTION("type", 't'),
+	OPTION("sync", 's'),   FLAG("unknown-bit", 'u'), OPTION("prot", 'P'),
+	FLAG("control", 'c'),  OPTION("cell", 'C'),	 END_OF_OPTIONS,
 };
 
-static const char usage_text[] =
+const char tool_name[] = "map_sync";
+const char usage_text[] =
 	"usage: map_sync [OPTION]... PATH\n"
 	"  --pages=N       empty the file and make it N pages long first (default 1)\n"
 	"  --no-truncate   take the file as it is; it must exist\n"
@@ -169,25 +110,6 @@ static const char usage_text[] =
 
 static uint64_t page_size;
 
-static void usage(const char *what, const char *detail)
-{
-	fprintf(stderr, "map_sync: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
-		usage_text);
-	exit(EXIT_USAGE);
-}
-
-static uint64_t parse_number(const char *option, const char *text)
-{
-	unsigned long long value;
-	char *end;
-
-	errno = 0;
-	value = strtoull(text, &end, 0);
-	if (*text < '0' || *text > '9' || *end || errno || value > INT64_MAX)
-		usage(option, text);
-	return value;
-}
-
 static void parse_type(struct request *request, const char *text)
 {
 	static const struct {
@@ -200,7 +122,7 @@ static void parse_type(struct request *request, const char *text)
 		{ "none", 0 },
 	};
 
-	for (size_t i = 0; i < sizeof(types) / sizeof(types[0]); i++) {
+	for (size_t i = 0; i < LENGTH(types); i++) {
 		if (!strcmp(text, types[i].name)) {
 			request->type = types[i].name;
 			request->type_flag = types[i].flag;
@@ -222,7 +144,7 @@ static void parse_prot(struct request *request, const char *text)
 		{ "none", PROT_NONE },
 	};
 
-	for (size_t i = 0; i < sizeof(prots) / sizeof(prots[0]); i++) {
+	for (size_t i = 0; i < LENGTH(prots); i++) {
 		if (!strcmp(text, prots[i].name)) {
 			request->prot_name = prots[i].name;
 			request->prot = prots[i].prot;
@@ -236,8 +158,8 @@ static void parse_cell(struct request *cell, char *words)
 {
 	enum { SYNC, UNKNOWN, READ_ONLY, ANONYMOUS, FSYNC, PROT, OFFSET, LENGTH, ALIGN };
 	static char *const tokens[] = {
-		"sync", "unknown-bit", "read-only", "anonymous", "fsync", "prot", "offset",
-		"length", "address-align", NULL,
+		"sync", "unknown-bit", "read-only", "anonymous",     "fsync",
+		"prot", "offset",      "length",    "address-align", NULL,
 	};
 	char *rest = strchr(words, ',');
 
@@ -273,14 +195,15 @@ static void parse_cell(struct request *cell, char *words)
 			parse_prot(cell, value);
 			break;
 		case OFFSET:
-			cell->offset = parse_number("--cell, offset", value);
+			cell->offset = parse_number("--cell, offset", value, 0, INT64_MAX);
 			break;
 		case LENGTH:
-			cell->length = parse_number("--cell, length", value);
+			cell->length = parse_number("--cell, length", value, 0, INT64_MAX);
 			cell->have_length = true;
 			break;
 		case ALIGN:
-			cell->address_align = parse_number("--cell, address-align", value);
+			cell->address_align =
+				parse_number("--cell, address-align", value, 0, INT64_MAX);
 			if (!cell->address_align || cell->address_align % page_size)
 				usage("--cell, address-align is not in pages", value);
 			break;
@@ -288,31 +211,6 @@ static void parse_cell(struct request *cell, char *words)
 	}
 	if (cell->anonymous && (cell->read_only || cell->fsync_it))
 		usage("--cell", "an anonymous mapping has no file");
-}
-
-static const char *errno_name(int number)
-{
-#define NAME(e) { e, #e }
-	static const struct {
-		int number;
-		const char *name;
-	} names[] = {
-		NAME(EPERM), NAME(ENOENT), NAME(EINTR), NAME(EIO), NAME(ENXIO), NAME(EBADF),
-		NAME(EAGAIN), NAME(ENOMEM), NAME(EACCES), NAME(EFAULT), NAME(EBUSY), NAME(EEXIST),
-		NAME(EXDEV), NAME(ENODEV), NAME(ENOTDIR), NAME(EISDIR), NAME(EINVAL), NAME(ENFILE),
-		NAME(EMFILE), NAME(ENOTTY), NAME(ETXTBSY), NAME(EFBIG), NAME(ENOSPC), NAME(ESPIPE),
-		NAME(EROFS), NAME(EMLINK), NAME(EPIPE), NAME(ERANGE), NAME(ENAMETOOLONG),
-		NAME(ENOSYS), NAME(ELOOP), NAME(EOVERFLOW), NAME(EOPNOTSUPP), NAME(ETIMEDOUT),
-		NAME(ESTALE), NAME(EUCLEAN), NAME(EREMOTEIO), NAME(EDQUOT), NAME(EHWPOISON),
-		NAME(EPROTO), NAME(EBADMSG), NAME(ENODATA), NAME(ENOTSUP), NAME(ENOKEY),
-	};
-#undef NAME
-
-	for (size_t i = 0; i < sizeof(names) / sizeof(names[0]); i++) {
-		if (names[i].number == number)
-			return names[i].name;
-	}
-	return "unknown";
 }
 
 /* --- accesses that may raise a signal ------------------------------------------------------ */
@@ -346,22 +244,10 @@ static void catch_signals(void)
 	sigaction(SIGSEGV, &action, NULL);
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
-}
-
 /* The value for the page at `offset`; another one in each run and for each seed. */
 static uint64_t page_value(uint64_t seed, uint64_t offset)
 {
-	uint64_t x = seed + offset * 0x9e3779b97f4a7c15ULL;
-
-	x = (x ^ (x >> 31)) * 0xbf58476d1ce4e5b9ULL;
-	x = (x ^ (x >> 29)) * 0x94d049bb133111ebULL;
-	return x ^ (x >> 32);
+	return mix(seed + offset * GOLDEN);
 }
 
 /* Touch each page; what is known when a signal comes is in `out`, which is not in registers. */
@@ -456,8 +342,7 @@ static void read_vm_flags(const void *map, struct outcome *out)
 static int request_flags(const struct request *request)
 {
 	return request->type_flag | (request->sync ? MAP_SYNC : 0) |
-	       (request->unknown_bit ? UNKNOWN_BIT : 0) |
-	       (request->anonymous ? MAP_ANONYMOUS : 0) |
+	       (request->unknown_bit ? UNKNOWN_BIT : 0) | (request->anonymous ? MAP_ANONYMOUS : 0) |
 	       (request->address_align ? MAP_FIXED : 0);
 }
 
@@ -562,8 +447,7 @@ static bool look_at_file(int fd, struct file_facts *file, struct outcome *out)
 		return false;
 	}
 	file->have_stat = true;
-	file->have_statx = !syscall(SYS_statx, fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS,
-				    &file->statx);
+	file->have_statx = !statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &file->statx);
 	file->statx_errno = file->have_statx ? 0 : errno;
 	file->have_statfs = !fstatfs(fd, &file->statfs);
 	return true;
@@ -580,33 +464,25 @@ static void set_length(struct request *request, const struct file_facts *file)
 
 /* --- the report ------------------------------------------------------------------------------ */
 
-static void print_string(const char *text)
+static void report_answer(const char *key, enum answer answer)
 {
-	putchar('"');
-	for (const unsigned char *c = (const unsigned char *)text; *c; c++) {
-		if (*c == '"' || *c == '\\')
-			printf("\\%c", *c);
-		else if (*c >= 0x80)
-			printf("\\udc%02x", *c);
-		else if (*c < 0x20 || *c == 0x7f)
-			printf("\\u%04x", *c);
-		else
-			putchar(*c);
-	}
-	putchar('"');
-}
-
-static void print_answer(const char *key, enum answer answer)
-{
-	printf(",\"%s\":%s", key, answer == NOT_ASKED ? "null" : answer ? "true" : "false");
-}
-
-static void print_errno(const char *key, int number)
-{
-	if (number)
-		printf(",\"%s\":%d,\"%s_name\":\"%s\"", key, number, key, errno_name(number));
+	if (answer == NOT_ASKED)
+		report_null(key);
 	else
-		printf(",\"%s\":null,\"%s_name\":null", key, key);
+		report_bool(key, answer == YES);
+}
+
+/* An errno and its name, null where there was no error. */
+static void report_errno(const char *key, int number)
+{
+	char name_key[32];
+
+	snprintf(name_key, sizeof(name_key), "%s_name", key);
+	report_number_if(number, key, (uint64_t)number);
+	if (number)
+		report_string(name_key, errno_name(number));
+	else
+		report_null(name_key);
 }
 
 static const char *file_type(mode_t mode)
@@ -620,113 +496,99 @@ static const char *file_type(mode_t mode)
 	return S_ISDIR(mode) ? "directory" : "other";
 }
 
-static void print_file(const struct file_facts *file)
+static void report_file(const struct file_facts *file)
 {
 	if (!file->have_stat) {
-		printf("null");
+		report_null("file");
 		return;
 	}
-	printf("{\"type\":\"%s\",\"size\":%" PRIu64, file_type(file->stat.st_mode),
-	       (uint64_t)file->stat.st_size);
-	if (file->have_statx)
-		printf(",\"statx\":{\"attributes\":%" PRIu64 ",\"attributes_mask\":%" PRIu64
-		       ",\"dax\":%s}", file->statx.attributes, file->statx.attributes_mask,
-		       !(file->statx.attributes_mask & STATX_ATTR_DAX) ? "null" :
-		       file->statx.attributes & STATX_ATTR_DAX ? "true" : "false");
-	else
-		printf(",\"statx\":null");
-	print_errno("statx_errno", file->statx_errno);
-	if (file->have_statfs)
-		printf(",\"fs_type\":%" PRIu64 ",\"fs_block_size\":%" PRIu64,
-		       (uint64_t)file->statfs.f_type & 0xffffffff,
-		       (uint64_t)file->statfs.f_bsize);
-	else
-		printf(",\"fs_type\":null,\"fs_block_size\":null");
-	printf("}");
+	report_open("file", '{');
+	report_string("type", file_type(file->stat.st_mode));
+	report_number("size", (uint64_t)file->stat.st_size);
+	if (file->have_statx) {
+		uint64_t attributes = file->statx.stx_attributes;
+		uint64_t mask = file->statx.stx_attributes_mask;
+
+		report_open("statx", '{');
+		report_number("attributes", attributes);
+		report_number("attributes_mask", mask);
+		report_answer("dax", !(mask & STATX_ATTR_DAX)	 ? NOT_ASKED :
+				     attributes & STATX_ATTR_DAX ? YES :
+								   NO);
+		report_close('}');
+	} else {
+		report_null("statx");
+	}
+	report_errno("statx_errno", file->statx_errno);
+	report_number_if(file->have_statfs, "fs_type", (uint64_t)file->statfs.f_type & 0xffffffff);
+	report_number_if(file->have_statfs, "fs_block_size", (uint64_t)file->statfs.f_bsize);
+	report_close('}');
 }
 
-static void print_vm_flags(const struct outcome *out)
+static void report_vm_flags(struct outcome *out)
 {
-	const char *separator = "";
-	const char *c = out->vm_flags;
-
 	if (!out->have_vm_flags) {
-		printf(",\"vm_flags\":null");
+		report_null("vm_flags");
 		return;
 	}
-	printf(",\"vm_flags\":[");
-	while (*(c += strspn(c, " \t\n"))) {
-		size_t length = strcspn(c, " \t\n");
-
-		printf("%s\"%.*s\"", separator, (int)length, c);
-		separator = ",";
-		c += length;
-	}
-	printf("]");
+	report_open("vm_flags", '[');
+	for (char *word = strtok(out->vm_flags, " \t\n"); word; word = strtok(NULL, " \t\n"))
+		report_string(NULL, word);
+	report_close(']');
 }
 
-static void print_flag_names(const struct request *request)
+static void report_flag_names(const struct request *request)
 {
-	const char *separator = "";
-
-	printf(",\"flag_names\":[");
-	if (request->type_flag) {
-		printf("\"%s\"", request->type_flag == MAP_SHARED ? "MAP_SHARED" :
-		       request->type_flag == MAP_PRIVATE ? "MAP_PRIVATE" : "MAP_SHARED_VALIDATE");
-		separator = ",";
-	}
-	if (request->sync) {
-		printf("%s\"MAP_SYNC\"", separator);
-		separator = ",";
-	}
-	if (request->unknown_bit) {
-		printf("%s\"UNKNOWN_BIT\"", separator);
-		separator = ",";
-	}
-	if (request->anonymous) {
-		printf("%s\"MAP_ANONYMOUS\"", separator);
-		separator = ",";
-	}
+	report_open("flag_names", '[');
+	if (request->type_flag)
+		report_string(NULL, request->type_flag == MAP_SHARED  ? "MAP_SHARED" :
+				    request->type_flag == MAP_PRIVATE ? "MAP_PRIVATE" :
+									"MAP_SHARED_VALIDATE");
+	if (request->sync)
+		report_string(NULL, "MAP_SYNC");
+	if (request->unknown_bit)
+		report_string(NULL, "UNKNOWN_BIT");
+	if (request->anonymous)
+		report_string(NULL, "MAP_ANONYMOUS");
 	if (request->address_align)
-		printf("%s\"MAP_FIXED\"", separator);
-	printf("]");
+		report_string(NULL, "MAP_FIXED");
+	report_close(']');
 }
 
-static void print_mapping(const struct request *request, const struct outcome *out)
+static void report_mapping(const char *key, const struct request *request, struct outcome *out)
 {
-	printf("{\"type\":\"%s\",\"sync\":%s,\"unknown_bit\":%s,\"flags\":%d", request->type,
-	       request->sync ? "true" : "false", request->unknown_bit ? "true" : "false",
-	       request_flags(request));
-	print_flag_names(request);
-	printf(",\"prot\":\"%s\",\"offset\":%" PRIu64 ",\"length\":%" PRIu64, request->prot_name,
-	       request->offset, request->length);
-	printf(",\"result\":\"%s\",\"stage\":\"%s\"", out->result, out->stage);
-	print_errno("errno", out->error);
-	if (out->signal)
-		printf(",\"fault_offset\":%" PRIu64, out->fault_offset);
-	else
-		printf(",\"fault_offset\":null");
-	print_vm_flags(out);
-	printf(",\"pages_accessed\":%" PRIu64, out->pages_accessed);
-	if (out->pages_accessed)
-		printf(",\"first_access_ns\":%" PRIu64, out->first_access_ns);
-	else
-		printf(",\"first_access_ns\":null");
-	print_answer("store_in_mapping", out->in_mapping);
-	print_answer("store_in_file", out->in_file);
-	print_errno("pread_errno", out->pread_errno);
-	printf("}");
+	report_open(key, '{');
+	report_string("type", request->type);
+	report_bool("sync", request->sync);
+	report_bool("unknown_bit", request->unknown_bit);
+	report_number("flags", (uint64_t)request_flags(request));
+	report_flag_names(request);
+	report_string("prot", request->prot_name);
+	report_number("offset", request->offset);
+	report_number("length", request->length);
+	report_string("result", out->result);
+	report_string("stage", out->stage);
+	report_errno("errno", out->error);
+	report_number_if(out->signal, "fault_offset", out->fault_offset);
+	report_vm_flags(out);
+	report_number("pages_accessed", out->pages_accessed);
+	report_number_if(out->pages_accessed, "first_access_ns", out->first_access_ns);
+	report_answer("store_in_mapping", out->in_mapping);
+	report_answer("store_in_file", out->in_file);
+	report_errno("pread_errno", out->pread_errno);
+	report_close('}');
 }
 
-/* What all reports begin with. */
-static void print_start(const char *probe, const struct command *command,
-			const struct request *request, const struct file_facts *file)
+/* The beginning of both kinds of report. */
+static void report_start(const char *verb, const struct command *command,
+			 const struct request *request, const struct file_facts *file)
 {
-	printf("{\"probe\":\"%s\",\"version\":1,\"path\":", probe);
-	print_string(command->path);
-	printf(",\"page_size\":%" PRIu64 ",\"opened\":\"%s\",\"file\":", page_size,
-	       request->anonymous ? "none" : request->read_only ? "r" : "rw");
-	print_file(file);
+	report_begin();
+	report_string("verb", verb);
+	report_string("path", command->path);
+	report_number("page_size", page_size);
+	report_string("opened", request->anonymous ? "none" : request->read_only ? "r" : "rw");
+	report_file(file);
 }
 
 static int exit_status(const struct outcome *out)
@@ -734,8 +596,8 @@ static int exit_status(const struct outcome *out)
 	if (out->signal)
 		return EXIT_SIGNAL;
 	if (!strcmp(out->result, "refused"))
-		return EXIT_REFUSED;
-	return strcmp(out->result, "mapped") ? EXIT_ERROR : EXIT_MAPPED;
+		return EXIT_WRONG;
+	return strcmp(out->result, "mapped") ? EXIT_FAILED : EXIT_FINE;
 }
 
 static void parse_command(int argc, char **argv, struct command *command)
@@ -750,15 +612,12 @@ static void parse_command(int argc, char **argv, struct command *command)
 		usage("no memory", NULL);
 	parse_type(request, "shared_validate");
 	parse_prot(request, "rw");
-	opterr = 0;
-	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
-		if (!strchr("pnC?", option))
+	while ((option = next_option(argc, argv, options)) != -1) {
+		if (!strchr("pnC", option))
 			one_mapping = true;
 		switch (option) {
 		case 'p':
-			command->pages = parse_number("--pages", optarg);
-			if (command->pages > INT64_MAX / page_size)
-				usage("--pages is more than a file can have", optarg);
+			command->pages = parse_number("--pages", optarg, 0, INT64_MAX / page_size);
 			break;
 		case 'n':
 			command->truncate_it = false;
@@ -767,19 +626,17 @@ static void parse_command(int argc, char **argv, struct command *command)
 			request->read_only = true;
 			break;
 		case 'o':
-			request->offset = parse_number("--offset", optarg);
+			request->offset = parse_number("--offset", optarg, 0, INT64_MAX);
 			break;
 		case 'l':
-			request->length = parse_number("--length", optarg);
+			request->length = parse_number("--length", optarg, 0, INT64_MAX);
 			request->have_length = true;
 			break;
 		case 't':
 			parse_type(request, optarg);
 			break;
 		case 's':
-			if (strcmp(optarg, "on") && strcmp(optarg, "off"))
-				usage("--sync", optarg);
-			request->sync = !strcmp(optarg, "on");
+			request->sync = parse_switch("--sync", optarg);
 			break;
 		case 'u':
 			request->unknown_bit = true;
@@ -793,12 +650,10 @@ static void parse_command(int argc, char **argv, struct command *command)
 		case 'C':
 			parse_cell(&command->cells[command->cell_count++], optarg);
 			break;
-		default:
-			usage("cannot make sense of", argv[optind - 1]);
 		}
 	}
 	if (optind != argc - 1)
-		usage("exactly one PATH is wanted", NULL);
+		usage("expected exactly one PATH", NULL);
 	if (command->cell_count && one_mapping)
 		usage("--cell does not go with options of a single mapping", NULL);
 	command->path = argv[optind];
@@ -831,18 +686,16 @@ static int try_one(struct command *command)
 	}
 	if (!strcmp(out.result, "refused"))
 		/* As the reference checker says it, whatever the C library's wording. */
-		fprintf(stderr, "Failed to mmap with %s\n", out.error == EOPNOTSUPP ?
-			"Operation not supported" : strerror(out.error));
+		fprintf(stderr, "Failed to mmap with %s\n",
+			out.error == EOPNOTSUPP ? "Operation not supported" : strerror(out.error));
 
-	print_start("map_sync", command, request, &file);
-	printf(",\"control\":");
+	report_start("map", command, request, &file);
 	if (control_tried)
-		print_mapping(&control, &control_out);
+		report_mapping("control", &control, &control_out);
 	else
-		printf("null");
-	printf(",\"mapping\":");
-	print_mapping(request, &out);
-	printf("}\n");
+		report_null("control");
+	report_mapping("mapping", request, &out);
+	report_end();
 	return exit_status(&out);
 }
 
@@ -870,34 +723,28 @@ static bool try_cell(const struct command *command, struct request *cell)
 	}
 	if (fd >= 0)
 		close(fd);
-	print_start("map_sync_cell", command, cell, &file);
-	printf(",\"mapping\":");
-	print_mapping(cell, &out);
-	printf(",\"seed\":%" PRIu64, out.seed);
-	print_answer("fsync", out.synced);
-	print_errno("fsync_errno", out.fsync_errno);
-	printf("}\n");
-	return exit_status(&out) != EXIT_ERROR;
+	report_start("cell", command, cell, &file);
+	report_mapping("mapping", cell, &out);
+	report_number("seed", out.seed);
+	report_answer("fsync", out.synced);
+	report_errno("fsync_errno", out.fsync_errno);
+	report_end();
+	return exit_status(&out) != EXIT_FAILED;
 }
 
 int main(int argc, char **argv)
 {
 	struct command command;
-	int status = EXIT_MAPPED;
+	int status = EXIT_FINE;
 
 	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
 	parse_command(argc, argv, &command);
 	catch_signals();
 	for (size_t i = 0; i < command.cell_count; i++) {
 		if (!try_cell(&command, &command.cells[i]))
-			status = EXIT_ERROR;
+			status = EXIT_FAILED;
 	}
 	if (!command.cell_count)
 		status = try_one(&command);
-	if (fflush(stdout) || ferror(stdout)) {
-		fprintf(stderr, "map_sync: cannot write the report: %d %s\n", errno,
-			errno_name(errno));
-		return EXIT_NO_REPORT;
-	}
 	return status;
 }

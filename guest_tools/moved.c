@@ -6,33 +6,19 @@
  *   The next move comes when the process has read something on its new CPU, so each move interrupts
  *   a running process. CPUs 0 and 1 are used in turn.
  *
- * Exit status:
- *   0  it was moved MOVES times
- *   1  the process ended before that
- *   2  the command line was wrong, nothing was tried
- *   4  it could not be set up
+ * It has no report. Exit status 1: the process ended before it was moved MOVES times. See report.h
+ * for the others.
  */
-#define _GNU_SOURCE
+#include "report.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
-#include <unistd.h>
 
-enum { EXIT_FINE, EXIT_ENDED, EXIT_USAGE, EXIT_FAILED = 4 };
-
-static void __attribute__((noreturn)) fail(const char *stage)
-{
-	fprintf(stderr, "moved: %s: %d %s\n", stage, errno, strerror(errno));
-	exit(EXIT_FAILED);
-}
+const char tool_name[] = "moved";
+const char usage_text[] = "usage: moved MOVES\n";
 
 static void __attribute__((noreturn)) read_bytes(atomic_ulong *reads)
 {
@@ -46,15 +32,15 @@ static void __attribute__((noreturn)) read_bytes(atomic_ulong *reads)
 
 int main(int argc, char **argv)
 {
-	unsigned long moves = argc == 2 ? strtoul(argv[1], NULL, 10) : 0;
+	uint64_t moves;
 	atomic_ulong *reads;
 	pid_t reader;
 
-	if (!moves) {
-		fprintf(stderr, "usage: moved MOVES\n");
-		return EXIT_USAGE;
-	}
-	reads = mmap(NULL, sizeof(*reads), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (argc != 2)
+		usage("expected exactly one number", NULL);
+	moves = parse_number("MOVES", argv[1], 1, UINT64_MAX);
+	reads = mmap(NULL, sizeof(*reads), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1,
+		     0);
 	if (reads == MAP_FAILED)
 		fail("mmap");
 	reader = fork();
@@ -62,7 +48,7 @@ int main(int argc, char **argv)
 		fail("fork");
 	if (!reader)
 		read_bytes(reads);
-	for (unsigned long n = 0; n < moves; n++) {
+	for (uint64_t n = 0; n < moves; n++) {
 		unsigned long before;
 		cpu_set_t set;
 
@@ -74,8 +60,9 @@ int main(int argc, char **argv)
 		/* The first of two may have begun on the old CPU. */
 		while (atomic_load(reads) < before + 2) {
 			if (waitpid(reader, NULL, WNOHANG)) {
-				fprintf(stderr, "moved: the process ended after %lu moves\n", n);
-				return EXIT_ENDED;
+				fprintf(stderr,
+					"moved: the process ended after %" PRIu64 " moves\n", n);
+				return EXIT_WRONG;
 			}
 			sched_yield();
 		}

@@ -20,23 +20,17 @@
  * are seen. A step that fails does not stop those after it; a mapping that cannot be stored to ends
  * as errno EFAULT.
  *
- * One line of JSON on stdout; "steps" has what was done, with the errno of what failed and
- * CLOCK_MONOTONIC at begin and end. Status 0; 2 when called wrongly, and nothing on stdout then.
+ * "steps" of the report has what was done, with the errno of what failed and CLOCK_MONOTONIC at
+ * begin and end. Exit status: see report.h; never 1.
  */
-#define _GNU_SOURCE
+#include "report.h"
 
-#include <errno.h>
-#include <fcntl.h>
 #include <setjmp.h>
 #include <signal.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
+
+const char tool_name[] = "persist";
+const char usage_text[] = "usage: persist FILE STEP...\n";
 
 struct step {
 	const char *name;
@@ -45,16 +39,7 @@ struct step {
 };
 
 static sigjmp_buf bus;
-static int steps;
 static int dsync_fd = -1, dsync_errno;
-
-static long long now(void)
-{
-	struct timespec time;
-
-	clock_gettime(CLOCK_MONOTONIC, &time);
-	return time.tv_sec * 1000000000LL + time.tv_nsec;
-}
 
 static void on_bus(int signal)
 {
@@ -157,19 +142,21 @@ static long long make(int fd, struct step *step)
 	return in_mapping(fd, step);
 }
 
-static void tell(const struct step *step, long long result, int number, long long begin)
+static void report_step(const struct step *step, long long result, int number, uint64_t begin_ns)
 {
-	char answer[32] = "null", byte[32] = "null";
-	long long end = now();
+	uint64_t end_ns = now_ns();
 
-	if (result >= 0)
-		snprintf(answer, sizeof(answer), "%lld", result);
-	if (step->byte >= 0)
-		snprintf(byte, sizeof(byte), "%d", step->byte);
-	printf("%s{\"step\":\"%s\",\"offset\":%lld,\"length\":%lld,\"byte\":%s,\"result\":%s,"
-	       "\"errno\":%d,\"error\":\"%s\",\"begin_ns\":%lld,\"end_ns\":%lld}",
-	       steps++ ? "," : "", step->name, step->offset, step->length, byte, answer,
-	       result < 0 ? number : 0, result < 0 ? strerrorname_np(number) : "", begin, end);
+	report_open(NULL, '{');
+	report_string("step", step->name);
+	report_number("offset", (uint64_t)step->offset);
+	report_number("length", (uint64_t)step->length);
+	report_number_if(step->byte >= 0, "byte", (uint64_t)step->byte);
+	report_number_if(result >= 0, "result", (uint64_t)result);
+	report_number("errno", result < 0 ? (uint64_t)number : 0);
+	report_string("error", result < 0 ? errno_name(number) : "");
+	report_number("begin_ns", begin_ns);
+	report_number("end_ns", end_ns);
+	report_close('}');
 }
 
 /* How many numbers a step wants; -1: there is no such step. */
@@ -205,18 +192,14 @@ static int parse(char *word, struct step *step)
 int main(int argc, char **argv)
 {
 	struct step list[64], opened = { .name = "open", .byte = -1 };
-	long long begin = now();
+	uint64_t begin_ns = now_ns();
 	int fd;
 
-	if (argc < 2 || argc - 2 > 64) {
-		fprintf(stderr, "usage: persist FILE STEP...\n");
-		return 2;
-	}
+	if (argc < 2 || argc - 2 > (int)LENGTH(list))
+		usage("expected a FILE and at most 64 steps", NULL);
 	for (int i = 2; i < argc; i++) {
-		if (!parse(argv[i], &list[i - 2])) {
-			fprintf(stderr, "persist: no step: %s\n", argv[i]);
-			return 2;
-		}
+		if (!parse(argv[i], &list[i - 2]))
+			usage("unknown step", argv[i]);
 	}
 	signal(SIGBUS, on_bus);
 	fd = open(argv[1], O_RDWR | O_CREAT | O_CLOEXEC, 0644);
@@ -224,8 +207,9 @@ int main(int argc, char **argv)
 		fd = open(argv[1], O_WRONLY | O_CLOEXEC);
 	if (fd < 0 && errno == EISDIR)
 		fd = open(argv[1], O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	printf("{\"tool\":\"persist\",\"version\":1,\"steps\":[");
-	tell(&opened, fd < 0 ? -1 : 0, errno, begin);
+	report_begin();
+	report_open("steps", '[');
+	report_step(&opened, fd < 0 ? -1 : 0, errno, begin_ns);
 	for (int i = 0; fd >= 0 && dsync_fd < 0 && i < argc - 2; i++) {
 		if (strcmp(list[i].name, "dwrite"))
 			continue;
@@ -235,11 +219,12 @@ int main(int argc, char **argv)
 	for (int i = 0; fd >= 0 && i < argc - 2; i++) {
 		long long result;
 
-		begin = now();
+		begin_ns = now_ns();
 		errno = 0;
 		result = make(fd, &list[i]);
-		tell(&list[i], result, errno, begin);
+		report_step(&list[i], result, errno, begin_ns);
 	}
-	puts("]}");
-	return 0;
+	report_close(']');
+	report_end();
+	return EXIT_FINE;
 }

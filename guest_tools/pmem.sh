@@ -48,10 +48,10 @@ now() {
 
 # Sets region, device and node to those of $drc; fails if there are none.
 look() {
-	found= region= trouble=
+	found='' region='' trouble=''
 	for dir in "$sysfs"/bus/nd/devices/region*; do
 		at "$dir" || continue
-		here=$at at=
+		here=$at at=''
 		if ! at "$dir/of_node"; then
 			# A kernel that gives the region no such link has named its bus after the node.
 			provider=
@@ -163,7 +163,7 @@ step_single() {
 
 # Sets page_size.
 look_at_page() {
-	while read -r key size unit; do
+	while read -r key size _; do
 		[ "$key" != KernelPageSize: ] || break
 	done < /proc/self/smaps
 	page_size=$((size * 1024))
@@ -249,6 +249,7 @@ step_try_mount() {
 }
 
 step_partition() {
+	# shellcheck disable=SC2059 # The table is octal escapes.
 	{ head -c 446 /dev/zero; printf "$table"; } | dd of="$disk" bs=512 conv=fsync status=none
 	# BLKPG for each entry: the kernel need not understand partition tables.
 	partx --add "$disk"
@@ -263,7 +264,7 @@ main() {
 		echo "step $step"
 		"step_$step"
 	done
-	echo done
+	echo 'done'
 }
 
 main "$@" < /dev/null

@@ -15,42 +15,15 @@
  *   that may have been under way may have happened, in part or not at all; nothing else may be
  *   there. Reports in one line of JSON.
  *
- * Exit status:
- *   0  the plan was followed to its end (--steps); all that was promised is there
- *   1  verify: something is lost, or there is what nobody stored
- *   2  the command line was wrong, nothing was tried
- *   4  a step failed; which one is in the ledger and on stderr
+ * Exit status 1: verify found something lost, or what was not stored. A failed step of store is in
+ * the ledger as well. See report.h for the others.
  */
-#define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
+#include "report.h"
 
 #include <dirent.h>
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <signal.h>
-#include <stdbool.h>
 #include <stddef.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <time.h>
-#include <unistd.h>
-
-#ifndef MAP_SHARED_VALIDATE
-#define MAP_SHARED_VALIDATE 0x03
-#endif
-#ifndef MAP_SYNC
-#define MAP_SYNC 0x080000
-#endif
-#ifndef STATX_ATTR_DAX
-#define STATX_ATTR_DAX 0x00200000
-#endif
-
-enum { EXIT_FINE, EXIT_LOST, EXIT_USAGE, EXIT_FAILED = 4 };
 
 /* How many files there are at a time: an older one is removed, and its blocks are used again. */
 #define WINDOW 32
@@ -60,7 +33,6 @@ enum { EXIT_FINE, EXIT_LOST, EXIT_USAGE, EXIT_FAILED = 4 };
 /* No file has more steps. */
 #define MOST_STEPS 160
 #define MOST_FINDINGS 12
-#define CACHE_LINE 64
 #define DWELL_NS 5000000
 
 /* "PAPRPROM" in a little-endian machine's memory. */
@@ -83,11 +55,11 @@ struct ledger {
 _Static_assert(offsetof(struct ledger, done) == 64, "paprscm/power_cut/sudden_end.py looks there");
 
 struct step {
-	enum phase what; /* STORE includes FAULT */
-	uint64_t page; /* of STORE and OVERWRITE; pages for EXTEND and ALLOCATE */
+	enum phase what;      /* STORE includes FAULT */
+	uint64_t page;	      /* of STORE and OVERWRITE; pages for EXTEND and ALLOCATE */
 	unsigned int version; /* of the page's content, from 1 */
-	uint64_t file; /* to REMOVE */
-	bool dwell; /* in the middle of it, so that the end comes there more often */
+	uint64_t file;	      /* to REMOVE */
+	bool dwell;	      /* in the middle of it, so that the end comes there more often */
 };
 
 /* All that happens to one file until it is removed. */
@@ -105,17 +77,12 @@ struct command {
 };
 
 static const struct option options[] = {
-	{ "ledger", required_argument, NULL, 'l' },
-	{ "nonce", required_argument, NULL, 'n' },
-	{ "seed", required_argument, NULL, 's' },
-	{ "sync", required_argument, NULL, 'y' },
-	{ "steps", required_argument, NULL, 'c' },
-	{ "any-file", no_argument, NULL, 'a' },
-	{ "done", required_argument, NULL, 'd' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("ledger", 'l'), OPTION("nonce", 'n'),  OPTION("seed", 's'), OPTION("sync", 'y'),
+	OPTION("steps", 'c'),  FLAG("any-file", 'a'), OPTION("done", 'd'), END_OF_OPTIONS,
 };
 
-static const char usage_text[] =
+const char tool_name[] = "promise";
+const char usage_text[] =
 	"usage: promise store [--steps=N] [--any-file] --ledger=FILE --nonce=N --seed=N\n"
 	"                     --sync=on|off DIR\n"
 	"       promise verify --seed=N --done=N DIR\n"
@@ -130,31 +97,12 @@ static const char usage_text[] =
 static uint64_t page_size;
 static struct ledger *ledger;
 
-static void usage(const char *what, const char *detail)
-{
-	fprintf(stderr, "promise: %s%s%s\n%s", what, detail ? ": " : "", detail ? detail : "",
-		usage_text);
-	exit(EXIT_USAGE);
-}
-
-static uint64_t parse_number(const char *option, const char *text)
-{
-	unsigned long long value;
-	char *end;
-
-	errno = 0;
-	value = strtoull(text, &end, 0);
-	if (*text < '0' || *text > '9' || *end || errno)
-		usage(option, text);
-	return value;
-}
-
-/* Say which step failed, to whoever is there to hear it. */
-static void __attribute__((noreturn)) fail(const char *stage)
+/* Print the failed step, and write it to the ledger, which the killer reads. */
+static void __attribute__((noreturn)) fail_step(const char *stage)
 {
 	int error = errno;
 
-	fprintf(stderr, "promise: %s: %d %s\n", stage, error, strerror(error));
+	print_error(stage);
 	if (ledger) {
 		ledger->error = (uint64_t)error;
 		strncpy(ledger->stage, stage, sizeof(ledger->stage) - 1);
@@ -166,24 +114,10 @@ static void __attribute__((noreturn)) fail(const char *stage)
 
 /* --- the plan -------------------------------------------------------------------------------- */
 
-static uint64_t mix(uint64_t x)
-{
-	x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ULL;
-	x = (x ^ (x >> 27)) * 0x94d049bb133111ebULL;
-	return x ^ (x >> 31);
-}
-
-/* splitmix64 */
-static uint64_t draw(uint64_t *state, uint64_t limit)
-{
-	*state += 0x9e3779b97f4a7c15ULL;
-	return mix(*state) % limit;
-}
-
 /* What is at `word` of a page; never 0, and another one for each seed, file, page and version. */
 static uint64_t content(uint64_t base, uint64_t word)
 {
-	return (base + word * 0x9e3779b97f4a7c15ULL) * 0xbf58476d1ce4e5b9ULL | 1;
+	return (base + word * GOLDEN) * 0xbf58476d1ce4e5b9ULL | 1;
 }
 
 static uint64_t content_base(uint64_t seed, uint64_t file, uint64_t page, unsigned int version)
@@ -221,7 +155,7 @@ static void add_stores(struct plan *plan, uint64_t *random, uint64_t first, uint
 	for (uint64_t i = 0; i < pages; i++)
 		order[i] = first + i;
 	for (uint64_t i = 0; i < count; i++) {
-		uint64_t other = i + draw(random, pages - i), page = order[other];
+		uint64_t other = i + draw_below(random, pages - i), page = order[other];
 
 		order[other] = order[i];
 		order[i] = page;
@@ -235,8 +169,8 @@ static void add_overwrites(struct plan *plan, uint64_t *random)
 {
 	unsigned int stores = plan->count;
 
-	for (uint64_t left = draw(random, 5); left; left--) {
-		const struct step *old = &plan->steps[draw(random, stores)];
+	for (uint64_t left = draw_below(random, 5); left; left--) {
+		const struct step *old = &plan->steps[draw_below(random, stores)];
 		unsigned int version = 1;
 
 		if (old->what != STORE)
@@ -258,11 +192,11 @@ static void add_overwrites(struct plan *plan, uint64_t *random)
  */
 static void make_plan(struct plan *plan, uint64_t seed, uint64_t number)
 {
-	uint64_t random = mix(seed ^ mix(number + 1)), kind = draw(&random, 3), most;
-	bool big = !draw(&random, 8), settled = !draw(&random, 8);
+	uint64_t random = mix(seed ^ mix(number + 1)), kind = draw_below(&random, 3), most;
+	bool big = !draw_below(&random, 8), settled = !draw_below(&random, 8);
 
 	plan->number = number;
-	plan->pages = big ? BIG_BYTES / page_size : 1 + draw(&random, SMALL_PAGES);
+	plan->pages = big ? BIG_BYTES / page_size : 1 + draw_below(&random, SMALL_PAGES);
 	plan->count = 0;
 	most = plan->pages < SMALL_PAGES ? plan->pages : SMALL_PAGES;
 	if (number >= WINDOW) {
@@ -276,12 +210,13 @@ static void make_plan(struct plan *plan, uint64_t seed, uint64_t number)
 		if (settled)
 			add(plan, SETTLE, 0, 0);
 		while (size < plan->pages) {
-			uint64_t more = 1 + draw(&random, big ? plan->pages / 4 : 6);
+			uint64_t more = 1 + draw_below(&random, big ? plan->pages / 4 : 6);
 
 			if (more > plan->pages - size)
 				more = plan->pages - size;
 			add(plan, EXTEND, size + more, 0);
-			add_stores(plan, &random, size, more, 1 + draw(&random, more < 6 ? more : 6));
+			add_stores(plan, &random, size, more,
+				   1 + draw_below(&random, more < 6 ? more : 6));
 			size += more;
 			if (plan->count > MOST_STEPS - 16)
 				break;
@@ -290,11 +225,11 @@ static void make_plan(struct plan *plan, uint64_t seed, uint64_t number)
 		add(plan, kind == 1 ? EXTEND : ALLOCATE, plan->pages, 0);
 		if (settled)
 			add(plan, SETTLE, 0, 0);
-		add_stores(plan, &random, 0, plan->pages, 1 + draw(&random, most));
+		add_stores(plan, &random, 0, plan->pages, 1 + draw_below(&random, most));
 	}
 	add_overwrites(plan, &random);
 	for (unsigned int i = 0; i < plan->count; i++)
-		plan->steps[i].dwell = !draw(&random, 8);
+		plan->steps[i].dwell = !draw_below(&random, 8);
 }
 
 static void file_name(char *name, size_t size, uint64_t number)
@@ -304,34 +239,10 @@ static void file_name(char *name, size_t size, uint64_t number)
 
 /* --- storing --------------------------------------------------------------------------------- */
 
-/*
- * To persistence, as far as the CPU can: on POWER, dcbf for each cache line and a sync. dcbstps
- * does the same with less, but TCG does not know it.
- */
-static void flush(const volatile void *data, size_t size)
-{
-	const volatile char *at = data;
-
-	for (size_t offset = 0; offset < size; offset += CACHE_LINE) {
-#if defined(__powerpc__)
-		__asm__ volatile("dcbf 0,%0" : : "r"(at + offset) : "memory");
-#elif defined(__x86_64__)
-		__asm__ volatile("clflush (%0)" : : "r"(at + offset) : "memory");
-#else
-		(void)at;
-#endif
-	}
-#if defined(__powerpc__)
-	__asm__ volatile("sync" : : : "memory");
-#else
-	__sync_synchronize();
-#endif
-}
-
 static void enter(enum phase phase)
 {
 	ledger->phase = phase;
-	flush(ledger, sizeof(*ledger));
+	flush_cache(ledger, sizeof(*ledger));
 }
 
 /* From now on, all that was done so far is promised. */
@@ -339,7 +250,7 @@ static void count_step(void)
 {
 	ledger->done++;
 	ledger->phase = NOTHING;
-	flush(ledger, sizeof(*ledger));
+	flush_cache(ledger, sizeof(*ledger));
 }
 
 static void open_ledger(const char *path, uint64_t nonce)
@@ -349,19 +260,19 @@ static void open_ledger(const char *path, uint64_t nonce)
 
 	/* Written and synced now, so that a store to it needs no more than the store. */
 	if (fd < 0 || !zeros || pwrite(fd, zeros, page_size, 0) != (ssize_t)page_size || fsync(fd))
-		fail("ledger");
+		fail_step("ledger");
 	ledger = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (ledger == MAP_FAILED) {
 		ledger = NULL;
-		fail("ledger");
+		fail_step("ledger");
 	}
 	free(zeros);
 	close(fd);
 	ledger->nonce = nonce;
 	ledger->page_size = page_size;
-	flush(ledger, sizeof(*ledger));
+	flush_cache(ledger, sizeof(*ledger));
 	ledger->magic = MAGIC;
-	flush(ledger, sizeof(*ledger));
+	flush_cache(ledger, sizeof(*ledger));
 }
 
 /* The page that was stored to could not be had: there is no space, or no such page. */
@@ -384,18 +295,6 @@ static void dwell(const struct step *step)
 		nanosleep(&time, NULL);
 }
 
-static void require_dax(int fd)
-{
-	struct statx facts;
-
-	if (statx(fd, "", AT_EMPTY_PATH, STATX_BASIC_STATS, &facts))
-		fail("statx");
-	if (!(facts.stx_attributes_mask & facts.stx_attributes & STATX_ATTR_DAX)) {
-		errno = EOPNOTSUPP;
-		fail("not DAX");
-	}
-}
-
 static void store_page(char *map, const struct plan *plan, const struct step *step, uint64_t seed)
 {
 	volatile uint64_t *words = (volatile uint64_t *)(map + step->page * page_size);
@@ -411,7 +310,7 @@ static void store_page(char *map, const struct plan *plan, const struct step *st
 			dwell(step);
 		words[i] = content(base, i);
 	}
-	flush(words, page_size);
+	flush_cache(words, page_size);
 }
 
 static void do_step(const struct command *command, int dir, const struct plan *plan,
@@ -430,30 +329,32 @@ static void do_step(const struct command *command, int dir, const struct plan *p
 	case REMOVE:
 		file_name(name, sizeof(name), step->file);
 		if (unlinkat(dir, name, 0))
-			fail("unlink");
+			fail_step("unlink");
 		break;
 	case CREATE:
 		file_name(name, sizeof(name), plan->number);
 		*fd = openat(dir, name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
 		if (*fd < 0)
-			fail("create");
-		if (!command->any_file)
-			require_dax(*fd);
+			fail_step("create");
+		if (!command->any_file && !is_dax(*fd)) {
+			errno = EOPNOTSUPP;
+			fail_step("not DAX");
+		}
 		*map = mmap(NULL, length, PROT_READ | PROT_WRITE, flags, *fd, 0);
 		if (*map == MAP_FAILED)
-			fail("mmap");
+			fail_step("mmap");
 		break;
 	case EXTEND:
 		if (ftruncate(*fd, (off_t)(step->page * page_size)))
-			fail("ftruncate");
+			fail_step("ftruncate");
 		break;
 	case ALLOCATE:
 		if (fallocate(*fd, 0, 0, (off_t)(step->page * page_size)))
-			fail("fallocate");
+			fail_step("fallocate");
 		break;
 	case SETTLE:
 		if (fsync(*fd))
-			fail("fsync");
+			fail_step("fsync");
 		break;
 	default:
 		abort();
@@ -469,9 +370,9 @@ static int store(const struct command *command)
 
 	open_ledger(command->ledger, command->nonce);
 	if (dir < 0)
-		fail("open the folder");
+		fail_step("open the folder");
 	if (!plan)
-		fail("malloc");
+		fail_step("malloc");
 	signal(SIGBUS, on_sigbus);
 	ledger->state = RUNNING;
 	for (uint64_t number = 0; ledger->done < command->steps; number++) {
@@ -514,8 +415,8 @@ struct result {
 struct expectation {
 	const struct plan *plan;
 	bool created, promised, removed;
-	uint64_t size, most; /* promised, and the longest that it ever was; pages */
-	unsigned int *version; /* of each page; 0: not promised */
+	uint64_t size, most;	 /* promised, and the longest that it ever was; pages */
+	unsigned int *version;	 /* of each page; 0: not promised */
 	unsigned int *under_way; /* the version that was being stored, or 0 */
 };
 
@@ -601,7 +502,8 @@ static void verify_pages(struct result *result, uint64_t seed, const struct expe
 			fail("lseek");
 		if (data < 0 || data >= offset + (off_t)page_size) {
 			if (file->version[page])
-				found(result, LOST_EXTENT, file->plan->number, (uint64_t)offset, 0, 0);
+				found(result, LOST_EXTENT, file->plan->number, (uint64_t)offset, 0,
+				      0);
 			continue;
 		}
 		memset(words, 0, page_size);
@@ -672,26 +574,31 @@ static void verify_names(struct result *result, int fd, uint64_t files)
 
 static void print_result(const struct command *command, const struct result *result)
 {
-	printf("{\"tool\":\"promise\",\"version\":1,\"seed\":%" PRIu64 ",\"done\":%" PRIu64
-	       ",\"page_size\":%" PRIu64 ",\"files\":%" PRIu64 ",\"pages\":%" PRIu64
-	       ",\"intact\":%" PRIu64 ",\"lost\":{",
-	       command->seed, command->done, page_size, result->files, result->pages,
-	       result->intact);
+	report_begin();
+	report_number("seed", command->seed);
+	report_number("done", command->done);
+	report_number("page_size", page_size);
+	report_number("files", result->files);
+	report_number("pages", result->pages);
+	report_number("intact", result->intact);
+	report_open("lost", '{');
 	for (int kind = 0; kind < KINDS; kind++)
-		printf("%s\"%s\":%" PRIu64, kind ? "," : "", kind_names[kind],
-		       result->counts[kind]);
-	printf("},\"findings\":[");
+		report_number(kind_names[kind], result->counts[kind]);
+	report_close('}');
+	report_open("findings", '[');
 	for (unsigned int i = 0; i < result->findings; i++) {
 		const struct finding *finding = &result->finding[i];
 
-		printf("%s{\"kind\":\"%s\",\"file\":%" PRIu64 ",\"offset\":%" PRIu64
-		       ",\"expected\":\"%#" PRIx64 "\",\"found\":\"%#" PRIx64 "\"}",
-		       i ? "," : "", kind_names[finding->kind], finding->file, finding->offset,
-		       finding->expected, finding->found);
+		report_open(NULL, '{');
+		report_string("kind", kind_names[finding->kind]);
+		report_number("file", finding->file);
+		report_number("offset", finding->offset);
+		report_number("expected", finding->expected);
+		report_number("found", finding->found);
+		report_close('}');
 	}
-	printf("]}\n");
-	if (fflush(stdout) || ferror(stdout))
-		fail("report");
+	report_close(']');
+	report_end();
 }
 
 static int verify(const struct command *command)
@@ -736,7 +643,7 @@ static int verify(const struct command *command)
 	print_result(command, &result);
 	for (int kind = 0; kind < KINDS; kind++) {
 		if (result.counts[kind])
-			return EXIT_LOST;
+			return EXIT_WRONG;
 	}
 	return EXIT_FINE;
 }
@@ -746,49 +653,41 @@ static void parse_command(int argc, char **argv, struct command *command)
 	int option;
 
 	*command = (struct command){ .steps = UINT64_MAX };
-	if (argc < 2 || (strcmp(argv[1], "store") && strcmp(argv[1], "verify")))
-		usage("store or verify?", argc < 2 ? NULL : argv[1]);
-	command->verify = !strcmp(argv[1], "verify");
-	opterr = 0;
-	optind = 2;
-	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+	command->verify = parse_verb(argc, argv, "store", "verify");
+	while ((option = next_option(argc, argv, options)) != -1) {
 		switch (option) {
 		case 'l':
 			command->ledger = optarg;
 			break;
 		case 'n':
-			command->nonce = parse_number("--nonce", optarg);
+			command->nonce = parse_number("--nonce", optarg, 0, UINT64_MAX);
 			command->have_nonce = true;
 			break;
 		case 's':
-			command->seed = parse_number("--seed", optarg);
+			command->seed = parse_number("--seed", optarg, 0, UINT64_MAX);
 			command->have_seed = true;
 			break;
 		case 'y':
-			if (strcmp(optarg, "on") && strcmp(optarg, "off"))
-				usage("--sync", optarg);
-			command->sync = !strcmp(optarg, "on");
+			command->sync = parse_switch("--sync", optarg);
 			command->have_sync = true;
 			break;
 		case 'c':
-			command->steps = parse_number("--steps", optarg);
+			command->steps = parse_number("--steps", optarg, 0, UINT64_MAX);
 			break;
 		case 'a':
 			command->any_file = true;
 			break;
 		case 'd':
-			command->done = parse_number("--done", optarg);
+			command->done = parse_number("--done", optarg, 0, UINT64_MAX);
 			command->have_done = true;
 			break;
-		default:
-			usage("cannot make sense of", argv[optind - 1]);
 		}
 	}
 	if (optind != argc - 1)
-		usage("exactly one DIR is wanted", NULL);
+		usage("expected exactly one DIR", NULL);
 	command->dir = argv[optind];
 	if (!command->have_seed)
-		usage("--seed is wanted", NULL);
+		usage("--seed is missing", NULL);
 	if (command->verify ? !command->have_done :
 			      !(command->ledger && command->have_nonce && command->have_sync))
 		usage("an option is missing", NULL);

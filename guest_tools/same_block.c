@@ -12,31 +12,14 @@
  *   FILE gets each line with one write(2). stdio may want to seek first (dprintf() of glibc before
  *   2.37 does), and /dev/kmsg refuses that.
  *
- * It reports in one line of JSON. Exit status:
- *   0  all was as it must be
- *   1  a write failed, or the block is not whole; the report says so
- *   2  the command line was wrong, nothing was tried
- *   4  it could not be set up, or a line or the report could not be written
+ * Exit status 1: a write failed, or the block is not whole. See report.h for the others.
  */
-#define _GNU_SOURCE
-#define _FILE_OFFSET_BITS 64
+#include "report.h"
 
-#include <errno.h>
-#include <fcntl.h>
-#include <getopt.h>
-#include <inttypes.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
 #include <stdatomic.h>
-#include <stdbool.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
-#include <unistd.h>
-
-enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
 
 #define MOST_THREADS 64
 #define BLOCK 4096
@@ -44,10 +27,10 @@ enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4 };
 #define REPORT_NS 500000000ULL
 
 static const struct option options[] = {
-	{ "threads", required_argument, NULL, 't' },
-	{ "seconds", required_argument, NULL, 's' },
-	{ "progress", required_argument, NULL, 'p' },
-	{ NULL, 0, NULL, 0 },
+	OPTION("threads", 't'),
+	OPTION("seconds", 's'),
+	OPTION("progress", 'p'),
+	END_OF_OPTIONS,
 };
 
 static const char *disk, *progress;
@@ -62,21 +45,11 @@ static struct worker {
 } workers[MOST_THREADS];
 static atomic_bool stop;
 
-static void __attribute__((noreturn)) usage(const char *what)
-{
-	fprintf(stderr, "same_block: %s\n"
-		"usage: same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK\n", what);
-	exit(EXIT_USAGE);
-}
-
-static void __attribute__((noreturn)) fail(const char *stage)
-{
-	fprintf(stderr, "same_block: %s: %d %s\n", stage, errno, strerror(errno));
-	exit(EXIT_FAILED);
-}
+const char tool_name[] = "same_block";
+const char usage_text[] = "usage: same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK\n";
 
 /* One line for the progress file. */
-static void __attribute__((format(printf, 2, 3))) report(int log, const char *format, ...)
+static void __attribute__((format(printf, 2, 3))) print_progress(int log, const char *format, ...)
 {
 	char line[64];
 	va_list arguments;
@@ -90,14 +63,6 @@ static void __attribute__((format(printf, 2, 3))) report(int log, const char *fo
 	errno = EIO; /* of a short write */
 	if (write(log, line, (size_t)length) != length)
 		fail(progress);
-}
-
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return (uint64_t)now.tv_sec * 1000000000ULL + (uint64_t)now.tv_nsec;
 }
 
 static uint64_t *new_block(void)
@@ -150,26 +115,22 @@ static uint64_t all_writes(void)
 static uint64_t move_threads(int log, uint64_t end_ns)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
-	uint64_t moves = 0, reported_ns = 0, random = 88172645463325252ULL;
+	uint64_t moves = 0, reported_ns = 0, random = 0;
 
 	for (uint64_t now = now_ns(); now < end_ns; now = now_ns()) {
 		struct timespec pause = { 0, 0 };
 		cpu_set_t set;
 
-		/* xorshift64 */
-		random ^= random << 13;
-		random ^= random >> 7;
-		random ^= random << 17;
 		CPU_ZERO(&set);
-		CPU_SET((int)(random >> 20) % (int)(cpus > 0 ? cpus : 1), &set);
-		if (!pthread_setaffinity_np(workers[random % thread_count].thread, sizeof(set),
-					    &set))
+		CPU_SET((int)draw_below(&random, cpus > 0 ? (uint64_t)cpus : 1), &set);
+		if (!pthread_setaffinity_np(workers[draw_below(&random, thread_count)].thread,
+					    sizeof(set), &set))
 			moves++;
 		if (now - reported_ns >= REPORT_NS) {
-			report(log, "<1>same_block: %" PRIu64 " writes\n", all_writes());
+			print_progress(log, "<1>same_block: %" PRIu64 " writes\n", all_writes());
 			reported_ns = now;
 		}
-		pause.tv_nsec = 1000000 + (long)(random >> 32) % 29000000;
+		pause.tv_nsec = 1000000 + (long)draw_below(&random, 29000000);
 		nanosleep(&pause, NULL);
 	}
 	return moves;
@@ -189,42 +150,28 @@ static bool block_is_whole(void)
 	return whole;
 }
 
-static uint64_t parse_number(const char *text, uint64_t most)
-{
-	char *end;
-	uint64_t number;
-
-	errno = 0;
-	number = strtoull(text, &end, 10);
-	if (errno || end == text || *end || !number || number > most)
-		usage("a number is out of range");
-	return number;
-}
-
 int main(int argc, char **argv)
 {
 	uint64_t begin_ns, moves;
 	int option, error = 0, log = -1;
 	bool whole;
 
-	opterr = 0;
-	while ((option = getopt_long(argc, argv, "", options, NULL)) != -1) {
+	while ((option = next_option(argc, argv, options)) != -1) {
 		switch (option) {
 		case 't':
-			thread_count = (unsigned int)parse_number(optarg, MOST_THREADS);
+			thread_count =
+				(unsigned int)parse_number("--threads", optarg, 1, MOST_THREADS);
 			break;
 		case 's':
-			seconds = parse_number(optarg, 3600);
+			seconds = parse_number("--seconds", optarg, 1, 3600);
 			break;
 		case 'p':
 			progress = optarg;
 			break;
-		default:
-			usage("wrong option");
 		}
 	}
 	if (optind != argc - 1)
-		usage("exactly one DISK is wanted");
+		usage("expected exactly one DISK", NULL);
 	disk = argv[optind];
 	if (progress) {
 		log = open(progress, O_WRONLY | O_APPEND);
@@ -238,22 +185,25 @@ int main(int argc, char **argv)
 		if (errno)
 			fail("thread");
 	}
-	moves = move_threads(log, begin_ns + seconds * 1000000000ULL);
+	moves = move_threads(log, begin_ns + seconds * NS_PER_S);
 	atomic_store(&stop, true);
 	for (unsigned int i = 0; i < thread_count; i++) {
 		pthread_join(workers[i].thread, NULL);
 		error = error ? error : workers[i].error;
 	}
 	whole = block_is_whole();
-	printf("{\"tool\":\"same_block\",\"version\":1,\"threads\":%u,\"moves\":%" PRIu64
-	       ",\"duration_ns\":%" PRIu64 ",\"writes\":[", thread_count, moves,
-	       now_ns() - begin_ns);
+	report_begin();
+	report_number("threads", thread_count);
+	report_number("moves", moves);
+	report_number("duration_ns", now_ns() - begin_ns);
+	report_open("writes", '[');
 	for (unsigned int i = 0; i < thread_count; i++)
-		printf("%s%llu", i ? "," : "", atomic_load(&workers[i].writes));
-	printf("],\"errno\":%d,\"whole\":%s}\n", error, whole ? "true" : "false");
-	if (fflush(stdout))
-		fail("report");
+		report_number(NULL, atomic_load(&workers[i].writes));
+	report_close(']');
+	report_number("errno", (uint64_t)error);
+	report_bool("whole", whole);
+	report_end();
 	/* Last, so that the report is there when this is read. */
-	report(log, "<1>same_block: done\n");
+	print_progress(log, "<1>same_block: done\n");
 	return error || !whole ? EXIT_WRONG : EXIT_FINE;
 }

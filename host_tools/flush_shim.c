@@ -285,7 +285,8 @@ static uint64_t mix(uint64_t x)
 static uint32_t draw(const struct file *file, const struct rule *rule, uint32_t n)
 {
 	uint64_t span = (uint64_t)rule->delay_high_us - rule->delay_low_us + 1;
-	uint64_t which = (uint64_t)(file - page->file) << 56 | (uint64_t)rule->delay_epoch << 32 | n;
+	uint64_t which = (uint64_t)(file - page->file) << 56 | (uint64_t)rule->delay_epoch << 32 |
+			 n;
 
 	return rule->delay_low_us + (uint32_t)((mix(mix(page->seed) ^ which) >> 32) * span >> 32);
 }

@@ -9,10 +9,15 @@ _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent
 
 ROOT = _CHECKOUT if (_CHECKOUT / "guest_tools").is_dir() else _PACKAGE / "data"
-"""The checkout, or the copies of its folders that pyproject.toml puts into the wheel."""
+"""The checkout, or the copies of its folders that tools/wheel_data.py puts into the wheel."""
 
 GUEST_TOOLS = ROOT / "guest_tools"
 HOST_TOOLS = ROOT / "host_tools"
 IMAGES = ROOT / "images"
 KNOWN_ISSUES = ROOT / "known_issues"
 TESTS = ROOT / "tests"
+AVOCADO_CFG = ROOT / "avocado.cfg"
+"""Avocado's settings on which a run of the suite relies."""
+
+SUITE_VARIABLE = "PAPRSCM_SUITE"
+"""Environment variable under which Avocado reads AVOCADO_CFG in any folder."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,28 @@ import pytest
 from paprscm.paths import ROOT
 
 
+def _files(*patterns: str) -> list[str]:
+    """The C sources."""
+    folders = ("guest_tools", "host_tools")
+    return sorted(
+        str(file)
+        for folder in folders
+        for pattern in patterns
+        for file in (ROOT / folder).glob(pattern)
+    )
+
+
+def _scripts() -> list[str]:
+    """Files of the checkout that begin as a shell script, and those named so."""
+    folders = (".", ".ci", "docs", "examples", "guest_tools", "images", "selftests", "tools")
+    files = [file for folder in folders for file in (ROOT / folder).glob("*") if file.is_file()]
+    return sorted(
+        str(file)
+        for file in files
+        if file.suffix == ".sh" or re.match(rb"#!.*\b(ba)?sh\b", file.read_bytes()[:80])
+    )
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -19,11 +42,16 @@ from paprscm.paths import ROOT
         ["ruff", "format", "--check", "."],
         ["mypy"],
         ["lint-imports"],
+        ["codespell"],
+        ["clang-format", "--dry-run", "--Werror", *_files("*.c", "*.h")],
+        ["shellcheck", "--severity=style", *_scripts()],
     ],
-    ids=" ".join,
+    ids=lambda command: " ".join(command[:2]),
 )
 def test_linter(command: list[str]) -> None:
     program = Path(sys.executable).with_name(command[0])
+    if not program.exists() and command[0] == "shellcheck":
+        pytest.skip("PyPI has no shellcheck for this machine")
     done = subprocess.run(
         [program, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False
     )

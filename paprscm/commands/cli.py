@@ -38,6 +38,7 @@ from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Erro
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host import transfer
 from paprscm.host.cache import Cache
+from paprscm.paths import SUITE_VARIABLE, TESTS
 from paprscm.settings import Settings
 from paprscm.vm import sync_shim
 from paprscm.vm.argv import qemu_argv, script
@@ -122,8 +123,10 @@ def parser() -> argparse.ArgumentParser:
         "--no-snapshot", action="store_true", help="not the guest that others are restored from"
     )
     run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
-    text = "files or test names; default: tests/"
+    text = "files or test names; default: all tests of the suite"
     _takes_files(run.add_argument("tests", nargs="*", default=None, help=text))
+    text = "only tests with these tags, such as map_sync or device,-hcall; may be repeated"
+    run.add_argument("-t", dest="tags", action="append", default=[], metavar="TAG,…", help=text)
     one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
     one.add_argument("--nvdimm", action="append", default=[], metavar="KEY=VALUE,…")
     one.add_argument("--serial", action="store_true", help="the serial console; Ctrl-] leaves")
@@ -178,8 +181,8 @@ def parser() -> argparse.ArgumentParser:
     start.add_argument("--warm-only", action="store_true", help="no cold ones: for many in a row")
     text = "The suite: cold, warm, and warm in parallel. What follows -- goes to `avocado run`."
     suite = measure("suite", _bench_suite, text, "rounds", 1)
-    text = "files or test names; default: tests/"
-    suite.add_argument("--tests", nargs="+", default=["tests/"], metavar="PATH", help=text)
+    text = "files or test names; default: all tests of the suite"
+    suite.add_argument("--tests", nargs="+", default=[_suite()], metavar="PATH", help=text)
     all_modes = ",".join(bench_suite.MODES)
     suite.add_argument("--modes", default=all_modes, help=f"some of {all_modes}")
     suite.add_argument("--keep", action="store_true", help="keep what the jobs leave in results/")
@@ -236,12 +239,20 @@ def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
 def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen  # Checked by being loaded; the tests read them again, from what follows.
     words = [str(Path(sys.executable).with_name("avocado")), "run"]
-    words += [*arguments.rest, *(arguments.tests or ["tests/"])]
+    words += [f"--filter-by-tags={tags}" for tags in arguments.tags]
+    words += [*arguments.rest, *(arguments.tests or [_suite()])]
     for name in settings.names():
         value = getattr(arguments, name)
         if value is not None:
             words += ["-p", f"{name}={value}"]
+    os.environ[SUITE_VARIABLE] = "1"
     os.execv(words[0], words)  # noqa: S606
+
+
+def _suite() -> str:
+    """The suite's tests; relative to the working directory if that is the checkout."""
+    inside = TESTS.is_relative_to(Path.cwd())
+    return str(TESTS.relative_to(Path.cwd()) if inside else TESTS)
 
 
 def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
@@ -382,6 +393,7 @@ def _bench_start(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 def _bench_suite(arguments: argparse.Namespace, chosen: Settings) -> int:
     _check_rounds(arguments)
+    os.environ[SUITE_VARIABLE] = "1"
     modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
     given = {name: getattr(arguments, name) for name in settings.names()}
     plan = bench_suite.plan(

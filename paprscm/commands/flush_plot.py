@@ -6,13 +6,15 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from paprscm.commands.bench_flushes import SLEEP_MS, RateCell, cells_of, title
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError
+
+# An optional dependency, and slow to import.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _Value = Callable[[RateCell], float]
 

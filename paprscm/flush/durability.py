@@ -18,12 +18,13 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from paprscm.errors import ContractError, HostError
-from paprscm.flush.load import Call, numbers, report
+from paprscm.flush.load import Call
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import MalformedError, unbelievable
-from paprscm.guest.tools import build
+from paprscm.guest.report import Natural, ProbeError, ToolReport, read_report
+from paprscm.guest.tools import compile_tool
 from paprscm.pmem.namespaces import CharacterDevice, place_in_file
 from paprscm.pmem.regions import Region
 from paprscm.vm.sync_shim import Record
@@ -62,6 +63,14 @@ class Offset:
         return both
 
 
+class _ClockReport(ToolReport, frozen=True, kw_only=True):
+    """In each round the guest's time before, the host's, and the guest's afterwards, ns."""
+
+    tool: Literal["flush"]
+    verb: Literal["clock"]
+    rounds: tuple[tuple[Natural, Natural, Natural], ...]
+
+
 def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Offset:
     """Compare the guest's clock with the host's, some hundred times in one round trip.
 
@@ -75,16 +84,12 @@ def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Off
         HostError: it can hardly be the memory of that DIMM.
     """
     begin = place_in_file(guest, region, device)
-    command = [str(build(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
+    command = [str(compile_tool(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
     with _Answers(guest.file(region.slot), begin):
         result = guest.run(shlex.join(command))
-    try:
-        fields = report(result.stdout, result.status, "clock")
-        rounds = [numbers(raw, 3, fields) for raw in fields.take("rounds", list)]
-        fields.require(len(rounds) == _ROUNDS, f"{len(rounds)} rounds")
-        fields.done()
-    except MalformedError as error:
-        raise unbelievable("flush", error, result.stdout, result.status, result.stderr) from error
+    rounds = read_report(_ClockReport, result.stdout, result.status, result.stderr).rounds
+    if len(rounds) != _ROUNDS:
+        raise ProbeError(f"flush reports {len(rounds)} rounds, not {_ROUNDS}")
     offset = Offset(
         max(host - end for _begin, host, end in rounds),
         min(host - begin for begin, host, _end in rounds),

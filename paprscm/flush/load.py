@@ -6,13 +6,19 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import Fields, MalformedError, ProbeError, load_line, unbelievable
-from paprscm.guest.tools import build
+from paprscm.guest.report import (
+    Fields,
+    Natural,
+    ProbeError,
+    ToolReport,
+    check_report,
+    read_report,
+)
+from paprscm.guest.tools import compile_tool
 
 Operation = Literal[
     "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
@@ -22,8 +28,7 @@ Operation = Literal[
 _MORE_S = 60
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(Fields, frozen=True, array_like=True):
     """One call that promises durability.
 
     Attributes:
@@ -35,11 +40,16 @@ class Call:
         errno: 0, or what it failed with.
     """
 
-    thread: int
-    operation: str
-    begin_ns: int
-    end_ns: int
-    errno: int
+    thread: Natural
+    operation: Literal[
+        "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs"
+    ]
+    begin_ns: Natural
+    end_ns: Natural
+    errno: Natural
+
+    def __post_init__(self) -> None:
+        check_report(self.begin_ns <= self.end_ns, f"a call that ended before it began: {self}")
 
     @property
     def duration_s(self) -> float:
@@ -47,22 +57,32 @@ class Call:
         return (self.end_ns - self.begin_ns) / 1e9
 
 
-@dataclass(frozen=True)
-class FlushLoad:
+class FlushLoad(ToolReport, frozen=True, kw_only=True):
     """What threads in the guest did.
 
     Attributes:
         seed, threads: as asked for.
         targets: how many there were.
-        duration_s: from the moment at which all threads began to the end of the last, s.
+        duration_ns: from the moment at which all threads began to the end of the last, ns.
         calls: by thread, and of one thread in the order in which it made them.
     """
 
-    seed: int
-    threads: int
-    targets: int
-    duration_s: float
+    tool: Literal["flush"]
+    verb: Literal["load"]
+    seed: Natural
+    threads: Natural
+    targets: Natural
+    duration_ns: Natural
     calls: tuple[Call, ...]
+
+    def __post_init__(self) -> None:
+        check_report(self.targets > 0, "no target")
+        check_report(all(call.thread < self.threads for call in self.calls), "a thread too many")
+
+    @property
+    def duration_s(self) -> float:
+        """The duration, s."""
+        return self.duration_ns / 1e9
 
     def on(self, target: int) -> tuple[Call, ...]:
         """The calls on the target of that number."""
@@ -105,7 +125,7 @@ def load(
         ProbeError: the program does not build, or gave no report that can be believed.
     """
     words = [
-        str(build(guest, "flush")),
+        str(compile_tool(guest, "flush")),
         "load",
         f"--op={operation}",
         f"--threads={threads}",
@@ -115,7 +135,7 @@ def load(
         *targets,
     ]
     result = guest.run(shlex.join(words), timeout_s=limit_s + _MORE_S)
-    report = parse_load(result.stdout, result.status, result.stderr)
+    report = read_report(FlushLoad, result.stdout, result.status, result.stderr)
     asked = (seed, threads, len(targets))
     told = (report.seed, report.threads, report.targets)
     if asked != told:
@@ -123,58 +143,3 @@ def load(
     if len(report.calls) > threads * count:
         raise ProbeError(f"flush made {len(report.calls)} calls, not {threads} times {count}")
     return report
-
-
-def parse_load(stdout: str, status: int, stderr: str = "") -> FlushLoad:
-    """Parse a report of `flush load`; nothing in it may be missing, unknown or contradictory.
-
-    Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    try:
-        fields = report(stdout, status, "load")
-        operations = [str(name) for name in fields.take("operations", list)]
-        found = FlushLoad(
-            seed=fields.take("seed", int),
-            threads=fields.take("threads", int),
-            targets=fields.take("targets", int),
-            duration_s=fields.take("duration_ns", int) / 1e9,
-            calls=tuple(_call(raw, operations, fields) for raw in fields.take("records", list)),
-        )
-        fields.require(found.targets > 0, "no target")
-        fields.require(all(c.thread < found.threads for c in found.calls), "a thread too many")
-        fields.done()
-        return found
-    except MalformedError as error:
-        raise unbelievable("flush", error, stdout, status, stderr) from error
-
-
-def report(stdout: str, status: int, verb: str) -> Fields:
-    """The fields of a report that are not common to all; raises MalformedError."""
-    fields = load_line(stdout)
-    fields.require(fields.take("tool", str) == "flush", "not of flush")
-    fields.require(fields.take("version", int) == 1, "of another version")
-    fields.require(fields.take("verb", str) == verb, f"not of {verb}")
-    fields.require(status == 0, f"status {status}")
-    return fields
-
-
-def numbers(raw: object, count: int, fields: Fields) -> list[int]:
-    """A list of so many natural numbers; raises MalformedError."""
-    if not isinstance(raw, list):
-        raise MalformedError(f"{raw!r} is no list")
-    # Not isinstance(): True is no number here.
-    fields.require(len(raw) == count and all(type(n) is int and n >= 0 for n in raw), f"{raw!r}")
-    return raw
-
-
-def _call(raw: object, operations: Sequence[str], fields: Fields) -> Call:
-    thread, operation, begin_ns, end_ns, errno = numbers(raw, 5, fields)
-    fields.require(operation < len(operations), f"no operation {operation}")
-    fields.require(begin_ns <= end_ns, f"a call that ended before it began: {raw}")
-    return Call(thread, operations[operation], begin_ns, end_ns, errno)

@@ -7,23 +7,15 @@ And how often the guest's kernel asked the hypervisor, to compare with what the 
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass
-from typing import Final
+from typing import Literal
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import Fields, MalformedError, load_line, unbelievable
-from paprscm.guest.tools import build
-
-STEPS: Final = (
-    *("open", "write", "dwrite", "store", "msync", "fsync", "fdatasync", "syncfs", "read"),
-    "await",
-)
-"""What can be done; FILE is opened first, without being asked."""
+from paprscm.guest.report import Fields, Natural, ToolReport, believed, check_report, read_report
+from paprscm.guest.tools import compile_tool
 
 
-@dataclass(frozen=True, kw_only=True)
-class Step:
+class Step(Fields, frozen=True, kw_only=True):
     """One system call.
 
     Attributes:
@@ -36,15 +28,33 @@ class Step:
         begin_ns, end_ns: by the guest's CLOCK_MONOTONIC, ns.
     """
 
-    step: str
-    offset: int
-    length: int
-    byte: int | None
-    result: int | None
-    errno: int
+    step: Literal[
+        "open",
+        "write",
+        "dwrite",
+        "store",
+        "msync",
+        "fsync",
+        "fdatasync",
+        "syncfs",
+        "read",
+        "await",
+    ]
+    offset: Natural
+    length: Natural
+    byte: Natural | None
+    result: Natural | None
+    errno: Natural
     error: str
-    begin_ns: int
-    end_ns: int
+    begin_ns: Natural
+    end_ns: Natural
+
+    def __post_init__(self) -> None:
+        check_report(
+            (self.result is None) == bool(self.errno) == bool(self.error),
+            f"{self.step} has result {self.result} and errno {self.errno} ({self.error!r})",
+        )
+        check_report(self.begin_ns <= self.end_ns, f"{self.step} ends before it begins")
 
     @property
     def duration_s(self) -> float:
@@ -54,6 +64,11 @@ class Step:
     def __str__(self) -> str:
         answer = f"{self.error} ({self.errno})" if self.error else str(self.result)
         return f"{self.step}: {answer}"
+
+
+class _PersistReport(ToolReport, frozen=True, kw_only=True):
+    tool: Literal["persist"]
+    steps: tuple[Step, ...]
 
 
 def persist(
@@ -71,7 +86,7 @@ def persist(
         ProbeError: the program does not build, or gave no report that can be believed.
         ContractError: the file cannot be opened.
     """
-    tool = build(guest, "persist")
+    tool = compile_tool(guest, "persist")
     result = guest.run(shlex.join([str(tool), path, *steps]), timeout_s=timeout_s)
     return parse_persist(result.stdout, result.status, steps, result.stderr)
 
@@ -90,7 +105,7 @@ class HeldFile:
 
     def __init__(self, guest: Guest, path: str, *steps: str) -> None:
         self._guest, self._steps = guest, steps
-        words = shlex.join([str(build(guest, "persist")), path, *steps])
+        words = shlex.join([str(compile_tool(guest, "persist")), path, *steps])
         # The end of the program releases the lock; "await", or its end, closes "ready".
         self._folder = guest.succeed(
             "folder=$(mktemp -d) && cd $folder && mkfifo go ready && echo $folder\n"
@@ -151,44 +166,14 @@ def parse_persist(
         ProbeError: with what is wrong.
         ContractError: the file could not be opened.
     """
-    try:
-        fields = load_line(stdout)
-        fields.require(fields.take("tool", str) == "persist", "not of persist")
-        fields.require(fields.take("version", int) == 1, "of another version")
-        done = [_step(raw) for raw in fields.take("steps", list)]
-        fields.done()
-        fields.require(status == 0, f"status {status}")
-        wanted = ["open", *(word.partition("=")[0] for word in asked)]
-        if done and done[0].error:
-            wanted = wanted[:1]
-        did = [step.step for step in done]
-        fields.require(did == wanted, f"{did} is not what was asked, {wanted}")
-    except MalformedError as error:
-        raise unbelievable("persist", error, stdout, status, stderr) from error
-    opened, *made = done
+    done = read_report(_PersistReport, stdout, status, stderr).steps
+    expected = ["open", *(word.partition("=")[0] for word in asked)]
+    if done and done[0].error:
+        expected = expected[:1]
+    with believed("persist", stdout, status, stderr):
+        steps = [step.step for step in done]
+        check_report(steps == expected, f"the steps are {steps}, not {expected}")
+    opened, *others = done
     if opened.error:
         raise ContractError(f"the file cannot be opened: {opened.error}")
-    return tuple(made)
-
-
-def _step(raw: object) -> Step:
-    fields = Fields(raw, "step")
-    step = Step(
-        step=fields.take("step", str),
-        offset=fields.take("offset", int),
-        length=fields.take("length", int),
-        byte=fields.optional("byte", int),
-        result=fields.optional("result", int),
-        errno=fields.take("errno", int),
-        error=fields.take("error", str),
-        begin_ns=fields.take("begin_ns", int),
-        end_ns=fields.take("end_ns", int),
-    )
-    fields.done()
-    fields.require(step.step in STEPS, f"a step {step.step!r}")
-    fields.require(
-        (step.result is None) == bool(step.errno) == bool(step.error),
-        f"{step.step} has result {step.result} and errno {step.errno} ({step.error!r})",
-    )
-    fields.require(step.begin_ns <= step.end_ns, "ends before it begins")
-    return step
+    return tuple(others)

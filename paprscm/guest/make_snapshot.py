@@ -112,7 +112,7 @@ class Recipe:
             f"{self.machine.smp} CPUs, {self.machine.memory_mib} MiB",
             "command": _digest("\0".join(argv)),
             "files": _digest("\n".join(map(self.cache.identity, files))),
-            "tools": tools.digest("warm", *tools.TOOLS),
+            "tools": tools.tools_digest("warm", *tools.TOOLS),
             "format": _FORMAT,
         }
 
@@ -200,7 +200,9 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
     ):
         # Side by side: the compiler takes most of the time.
         with ThreadPoolExecutor(recipe.machine.smp) as pool:
-            compiled = pool.map(lambda tool: tools.build(guest, tool), (*tools.TOOLS, "warm"))
+            compiled = pool.map(
+                lambda tool: tools.compile_tool(guest, tool), (*tools.TOOLS, "warm")
+            )
             helper = list(compiled)[-1]
         if offline:
             guest.succeed("for f in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 0 > $f; done")

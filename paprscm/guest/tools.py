@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools in the guest: compiled there, run there, their reports parsed strictly and judged."""
+"""Guest tools: compile them in the guest and run them there."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from paprscm.paths import GUEST_TOOLS
 
 _SOURCES = GUEST_TOOLS
 _TARGET = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest's
+_INCLUDE = '#include "report.h"\n'
 _GCC = "gcc -O2 -Wall -Wextra -Werror"
 _GCC_LIMIT_S = 120.0
-# None of the probe's own exit statuses (guest_tools/map_sync.c).
+# Not an exit status of any tool (guest_tools/report.h).
 _NOT_BUILT = 70
 
 TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
-"""What is compiled once, before a guest is saved, so that restored guests have it."""
+"""Tools that are compiled before a guest's snapshot is made, so that restored guests have them."""
 
 
-def build(guest: Guest, name: str) -> PurePosixPath:
-    """Compile guest_tools/NAME.c in the guest, unless this very source already is; its path there.
+def compile_tool(guest: Guest, name: str) -> PurePosixPath:
+    """Compile guest_tools/NAME.c in the guest unless it has that binary; return its path there.
 
     Raises:
-        ProbeError: there is no such tool, or gcc does not take it, or not in time.
+        ProbeError: there is no such tool, or it does not compile, or not within 120 s.
     """
     content, target = _tool(name)
     base = shlex.quote(str(target))
@@ -41,7 +42,7 @@ def build(guest: Guest, name: str) -> PurePosixPath:
             timeout_s=_GCC_LIMIT_S,
         )
     except TimedOutError as error:
-        # gcc touches no DIMM: on a host that is too busy it takes so long.
+        # gcc does not use a DIMM, so only a busy host makes it slow.
         raise ProbeError(
             f"gcc in the guest did not compile guest_tools/{name}.c within {_GCC_LIMIT_S:g} s",
             hint="run fewer tests at the same time, or on an idle host",
@@ -54,27 +55,41 @@ def build(guest: Guest, name: str) -> PurePosixPath:
     return target
 
 
-def digest(*names: str) -> str:
-    """What the tools of these names are at this moment, and how they are compiled."""
+def tools_digest(*names: str) -> str:
+    """Return the digest of these tools' sources and of the command that compiles them."""
     targets = " ".join(str(_tool(name)[1]) for name in names)
     return hashlib.sha256(f"{_GCC} {targets}".encode()).hexdigest()
 
 
 def run_tool(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
-    """Run a tool in the guest, compiled there before if it is not yet."""
+    """Run a tool in the guest; compile it first if needed."""
     binary = str(_tool(name)[1])
     command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *words])}"
     result = guest.run(command)
     if result.status == _NOT_BUILT:
-        build(guest, name)
+        compile_tool(guest, name)
         result = guest.run(command)
     return result
 
 
-def _tool(name: str) -> tuple[bytes, PurePosixPath]:
-    """A tool's source, and where its binary is in the guest: named after that very source."""
+def tool_source(name: str) -> str:
+    """Return guest_tools/NAME.c as one file: report.h takes the place of its #include.
+
+    Raises:
+        ProbeError: it cannot be read.
+    """
     try:
-        content = (_SOURCES / f"{name}.c").read_bytes()
+        text = (_SOURCES / f"{name}.c").read_text()
+        before, include, after = text.partition(_INCLUDE)
+        if include:
+            header, line = (_SOURCES / "report.h").read_text(), before.count("\n") + 2
+            text = f'{before}#line 1 "report.h"\n{header}#line {line} "{name}.c"\n{after}'
     except OSError as error:
-        raise ProbeError(f"guest_tools/{name}.c: {error.strerror}") from error
+        raise ProbeError(f"{error.filename}: {error.strerror}") from error
+    return text
+
+
+def _tool(name: str) -> tuple[bytes, PurePosixPath]:
+    """Return a tool's source, and the path of its binary in the guest, which has its digest."""
+    content = tool_source(name).encode()
     return content, _TARGET / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"

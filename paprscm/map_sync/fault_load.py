@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.report import Fields, MalformedError, load_line, unbelievable
+from paprscm.guest.report import Natural, ToolReport, check_report
 
 OPERATIONS: Final = (
     *("create", "store", "load", "read", "extend", "truncate", "punch", "rename", "replace"),
@@ -17,11 +16,23 @@ OPERATIONS: Final = (
 """What the threads do: to files of their own, to the pages of a common file that are their own
 (stripes), and to a file in which nothing is anybody's (arena)."""
 
-_STATUS_FINE, _STATUS_ERRORS = 0, 1
+
+class _FaultsReport(ToolReport, frozen=True, kw_only=True):
+    tool: Literal["faults"]
+    seed: Natural
+    error_count: Natural
+    errors: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        shown, count = len(self.errors), self.error_count
+        check_report(bool(shown) == bool(count) and shown <= count, f"{shown} errors of {count}")
+
+    @property
+    def exit_status(self) -> int:
+        return int(self.error_count > 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoadReport:
+class LoadReport(_FaultsReport, frozen=True, kw_only=True):
     """What the threads did, and what was not as it must be.
 
     Attributes:
@@ -35,20 +46,27 @@ class LoadReport:
         errors: the first of them.
     """
 
-    seed: int
+    verb: Literal["load"]
     sync: bool
-    threads: int
-    page_size: int
-    duration_ns: int
-    operations: dict[str, int]
-    sigbus_expected: int
-    sigbus_arena: int
-    error_count: int
-    errors: tuple[str, ...]
+    threads: Natural
+    page_size: Natural
+    duration_ns: Natural
+    operations: dict[str, Natural]
+    sigbus_expected: Natural
+    sigbus_arena: Natural
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        counts = self.operations
+        check_report(counts.keys() == set(OPERATIONS), f"operations are {sorted(counts)}")
+        check_report(
+            self.sigbus_expected <= counts["store"] + counts["replace"]
+            and self.sigbus_arena <= counts["arena_store"],
+            "more SIGBUS than stores",
+        )
 
 
-@dataclass(frozen=True, kw_only=True)
-class VerifyReport:
+class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
     """What was in the files afterwards.
 
     Attributes:
@@ -59,37 +77,10 @@ class VerifyReport:
         errors: the first of them.
     """
 
-    seed: int
-    files: int
-    bytes: int
-    arena_bytes: int
-    error_count: int
-    errors: tuple[str, ...]
-
-
-def parse_load(stdout: str, status: int, stderr: str = "") -> LoadReport:
-    """Parse a report of `faults load`; nothing in it may be missing, unknown or contradictory.
-
-    Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    try:
-        return _load(load_line(stdout), status)
-    except MalformedError as error:
-        raise unbelievable("faults", error, stdout, status, stderr) from error
-
-
-def parse_verify(stdout: str, status: int, stderr: str = "") -> VerifyReport:
-    """The same for `faults verify`."""
-    try:
-        return _verify(load_line(stdout), status)
-    except MalformedError as error:
-        raise unbelievable("faults", error, stdout, status, stderr) from error
+    verb: Literal["verify"]
+    files: Natural
+    bytes: Natural
+    arena_bytes: Natural
 
 
 def expect_load(report: LoadReport) -> None:
@@ -123,67 +114,3 @@ def expect_verified(report: VerifyReport, load: LoadReport) -> None:
 
 def _listed(when: str, count: int, errors: tuple[str, ...]) -> str:
     return f"{when}, {count} errors:\n" + "\n".join(f"    {error}" for error in errors)
-
-
-def _load(fields: Fields, status: int) -> LoadReport:
-    _header(fields, "load")
-    counts = Fields(fields.take("operations", dict), "operations")
-    operations = {kind: counts.take(kind, int) for kind in OPERATIONS}
-    counts.done()
-    count, errors = _errors(fields, status)
-    report = LoadReport(
-        seed=fields.take("seed", int),
-        sync=fields.take("sync", bool),
-        threads=fields.take("threads", int),
-        page_size=fields.take("page_size", int),
-        duration_ns=fields.take("duration_ns", int),
-        operations=operations,
-        sigbus_expected=fields.take("sigbus_expected", int),
-        sigbus_arena=fields.take("sigbus_arena", int),
-        error_count=count,
-        errors=errors,
-    )
-    fields.done()
-    fields.require(
-        report.sigbus_expected <= operations["store"] + operations["replace"]
-        and report.sigbus_arena <= operations["arena_store"],
-        "more SIGBUS than stores",
-    )
-    return report
-
-
-def _verify(fields: Fields, status: int) -> VerifyReport:
-    _header(fields, "verify")
-    count, errors = _errors(fields, status)
-    report = VerifyReport(
-        seed=fields.take("seed", int),
-        files=fields.take("files", int),
-        bytes=fields.take("bytes", int),
-        arena_bytes=fields.take("arena_bytes", int),
-        error_count=count,
-        errors=errors,
-    )
-    fields.done()
-    return report
-
-
-def _header(fields: Fields, verb: str) -> None:
-    fields.require(fields.take("tool", str) == "faults", "not of faults")
-    fields.require(fields.take("version", int) == 1, "of another version")
-    fields.require(fields.take("verb", str) == verb, f"not of {verb}")
-
-
-def _errors(fields: Fields, status: int) -> tuple[int, tuple[str, ...]]:
-    count, errors = fields.take("error_count", int), []
-    for raw in fields.take("errors", list):
-        each = Fields(raw, "error")
-        errors.append(f"thread {each.take('thread', int)}: {each.take('what', str)}")
-        each.done()
-    fields.require(
-        bool(errors) == bool(count) and len(errors) <= count, f"{len(errors)} errors of {count}"
-    )
-    fields.require(
-        status == (_STATUS_ERRORS if count else _STATUS_FINE),
-        f"{count} errors do not end with status {status}",
-    )
-    return count, tuple(errors)

@@ -6,17 +6,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Literal
 
-from paprscm.guest.report import (
-    Fields,
-    MalformedError,
-    ProbeError,
-    load_line,
-    parse_errno,
-    parse_path,
-)
-from paprscm.map_sync.verdict import FileFacts, Mapping, Result, parse_file, parse_mapping
+from paprscm.guest.report import Natural, believed, check_errno, check_report, read_line
+from paprscm.map_sync.verdict import FileFacts, Mapping, MapReport, Result
 
 _MASK: Final = (1 << 64) - 1
 
@@ -128,66 +121,65 @@ def parse_cells(
         ProbeError: the answers cannot be believed, or are to other questions.
     """
     lines = stdout.splitlines()
-    try:
-        if len(lines) != len(cells):
-            raise MalformedError(f"{len(lines)} answers to {len(cells)} cells")
+    with believed("map_sync", stdout, status, stderr):
+        check_report(len(lines) == len(cells), f"{len(lines)} answers to {len(cells)} cells")
         reports = [
-            _report(load_line(line), cell, path) for line, cell in zip(lines, cells, strict=True)
+            _report(read_line(_CellLine, line), cell, path)
+            for line, cell in zip(lines, cells, strict=True)
         ]
         failed = any(report.mapping.result is Result.ERROR for report in reports)
-        if status != (4 if failed else 0):
-            raise MalformedError(f"status {status}, and a step failed: {failed}")
-        if len({report.page_size for report in reports}) > 1:
-            raise MalformedError("several page sizes")
-    except MalformedError as error:
-        raise ProbeError(
-            f"map_sync's answers for {path!r} cannot be believed: {error}; status {status}, "
-            f"stdout {stdout[:2000]!r}, stderr {stderr[:1000]!r}"
-        ) from error
+        check_report(status == (4 if failed else 0), f"status {status}, a step failed: {failed}")
+        check_report(len({report.page_size for report in reports}) < 2, "several page sizes")
     return tuple(reports)
 
 
-def _report(fields: Fields, cell: Cell, path: str) -> CellReport:
-    fields.require(fields.take("probe", str) == "map_sync_cell", "not map_sync's")
-    fields.require(fields.take("version", int) == 1, "of another version")
-    told_path, opened = parse_path(fields.take("path", str)), fields.take("opened", str)
-    file = fields.optional("file", dict)
-    inner = Fields(fields.take("mapping", dict), "mapping")
-    report = CellReport(
+class _CellLine(MapReport, frozen=True, kw_only=True):
+    verb: Literal["cell"]
+    seed: Natural
+    fsync: bool | None
+    fsync_errno: Natural | None
+    fsync_errno_name: str | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_errno(self.fsync_errno, self.fsync_errno_name)
+        check_report(self.seed <= _MASK, f"seed is {self.seed}")
+        check_report((self.fsync is False) == (self.fsync_errno is not None), "fsync and errno")
+
+
+def _report(line: _CellLine, cell: Cell, path: str) -> CellReport:
+    """Return the report of `cell`, if `line` is an answer to it."""
+    mapping = line.mapping
+    answer = (
+        *(line.path, line.opened, mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot),
+        *("MAP_ANONYMOUS" in mapping.flag_names, "MAP_FIXED" in mapping.flag_names),
+        mapping.offset,
+    )
+    opened, prot, _ = cell.access.value
+    asked = (
+        *(path, "none" if cell.anonymous else opened, cell.type, cell.sync, cell.unknown_bit, prot),
+        *(cell.anonymous, cell.address_align is not None, cell.offset),
+    )
+    check_report(answer == asked, f"it answers {answer}, it was asked for {asked}")
+    if mapping.result is not Result.ERROR:
+        length = mapping.length
+        check_report(cell.length in (None, length), f"of another length, {length}")
+        check_report((line.file is None) == cell.anonymous, "a file and an anonymous mapping")
+        check_report((line.fsync is not None) == cell.fsync, "fsync and the question")
+    return CellReport(
         cell=cell,
-        page_size=fields.take("page_size", int),
-        file=None if file is None else parse_file(Fields(file, "file")),
-        mapping=parse_mapping(
-            inner, anonymous=cell.anonymous, fixed=cell.address_align is not None
-        ),
-        seed=fields.take("seed", int),
-        fsync=fields.optional("fsync", bool),
-        fsync_errno=parse_errno(fields, "fsync_errno")[0],
+        page_size=line.page_size,
+        file=line.file,
+        mapping=mapping,
+        seed=line.seed,
+        fsync=line.fsync,
+        fsync_errno=line.fsync_errno,
     )
-    fields.done()
-    size, mapping = report.page_size, report.mapping
-    fields.require(size >= 4096 and not size & (size - 1), f"page_size is {size}")
-    fields.require(report.seed <= _MASK, f"seed is {report.seed}")
-    told = (told_path, opened, mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot)
-    by = ("none" if cell.anonymous else cell.access.value[0], cell.type, cell.sync)
-    asked = (path, *by, cell.unknown_bit, cell.access.value[1])
-    fields.require(told == asked, f"it answers {told}, it was asked for {asked}")
-    fields.require(mapping.offset == cell.offset, "of another offset")
-    failed = mapping.result is Result.ERROR
-    fields.require(
-        failed or cell.length in (None, mapping.length), f"of another length, {mapping.length}"
-    )
-    fields.require(
-        failed or (report.file is None) == cell.anonymous, "a file and an anonymous mapping"
-    )
-    fields.require((report.fsync is False) == (report.fsync_errno is not None), "fsync and errno")
-    fields.require(failed or (report.fsync is not None) == cell.fsync, "fsync and the question")
-    return report
 
 
 def _page_value(seed: int, at: int) -> int:
     """The value that map_sync stores `at` bytes into a mapping: guest_tools/map_sync.c."""
     x = (seed + at * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 31)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 29)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 32)
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

@@ -6,16 +6,16 @@ from __future__ import annotations
 import errno
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import Final
+from typing import Final, Literal
 
 from paprscm.errors import ContractError
 from paprscm.guest.report import (
     Fields,
-    MalformedError,
-    load_line,
-    parse_errno,
-    parse_path,
-    unbelievable,
+    Natural,
+    ToolReport,
+    check_errno,
+    check_report,
+    read_report,
 )
 
 STATX_ATTR_DAX: Final = 0x00200000
@@ -55,28 +55,56 @@ _STATUS: Final = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileFacts:
+class Statx(Fields, frozen=True, kw_only=True):
+    """The answer of statx(2).
+
+    Attributes:
+        attributes, attributes_mask: stx_attributes and stx_attributes_mask.
+        dax: the file is DAX, or is not; None: unknown.
+    """
+
+    attributes: Natural
+    attributes_mask: Natural
+    dax: bool | None
+
+    def __post_init__(self) -> None:
+        known = self.attributes_mask & STATX_ATTR_DAX
+        dax = bool(self.attributes & STATX_ATTR_DAX) if known else None
+        check_report(self.dax is dax, f"dax is {self.dax}, not {dax} as in the attributes")
+
+
+class FileFacts(
+    Fields,
+    frozen=True,
+    kw_only=True,
+    rename={"size_bytes": "size", "fs_block_bytes": "fs_block_size"},
+):
     """The file as it was before it was mapped.
 
     Attributes:
-        type: "regular", "block", "character", "directory" or "other".
+        type: its type.
         size_bytes: its size.
-        attributes, attributes_mask: statx's stx_attributes and stx_attributes_mask; None where the
-            kernel has no statx (its errno is in `statx_errno` then).
-        dax: statx says that the file is DAX, that it is not, or (None) that it does not know.
+        statx: None if it failed, with `statx_errno`.
         fs_type: statfs's f_type, None if it failed.
         fs_block_bytes: statfs's f_bsize, None if it failed.
     """
 
-    type: str
-    size_bytes: int
-    attributes: int | None
-    attributes_mask: int | None
-    dax: bool | None
-    statx_errno: int | None
-    fs_type: int | None
-    fs_block_bytes: int | None
+    type: Literal["regular", "block", "character", "directory", "other"]
+    size_bytes: Natural
+    statx: Statx | None
+    statx_errno: Natural | None
+    statx_errno_name: str | None
+    fs_type: Natural | None
+    fs_block_bytes: Natural | None
+
+    def __post_init__(self) -> None:
+        check_errno(self.statx_errno, self.statx_errno_name)
+        check_report((self.statx is None) == (self.statx_errno is not None), "statx and its errno")
+
+    @property
+    def dax(self) -> bool | None:
+        """The file is DAX, or is not; None: unknown."""
+        return self.statx.dax if self.statx else None
 
     @property
     def fs_name(self) -> str:
@@ -86,8 +114,7 @@ class FileFacts:
         return FILE_SYSTEMS.get(self.fs_type, f"file system {self.fs_type:#x}")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mapping:
+class Mapping(Fields, frozen=True, kw_only=True):
     """One try to map the file, and to load or store once in each of its pages.
 
     Attributes:
@@ -104,25 +131,32 @@ class Mapping:
         pread_errno: why there was no pread().
     """
 
-    type: str
+    type: Literal["shared", "shared_validate", "private", "none"]
     sync: bool
     unknown_bit: bool
-    flags: int
+    flags: Natural
     flag_names: tuple[str, ...]
-    prot: str
-    offset: int
-    length: int
+    prot: Literal["rw", "r", "w", "none"]
+    offset: Natural
+    length: Natural
     result: Result
     stage: str
-    errno: int | None
+    errno: Natural | None
     errno_name: str | None
-    fault_offset: int | None
+    fault_offset: Natural | None
     vm_flags: frozenset[str] | None
-    pages_accessed: int
-    first_access_ns: int | None
+    pages_accessed: Natural
+    first_access_ns: Natural | None
     store_in_mapping: bool | None
     store_in_file: bool | None
-    pread_errno: int | None
+    pread_errno: Natural | None
+    pread_errno_name: str | None
+
+    def __post_init__(self) -> None:
+        check_errno(self.errno, self.errno_name)
+        check_errno(self.pread_errno, self.pread_errno_name)
+        _check_flags(self)
+        _check_outcome(self)
 
     def __str__(self) -> str:
         asked = "|".join(self.flag_names) or "no flag"
@@ -134,27 +168,61 @@ class Mapping:
         return f"{asked} {self.result}, VmFlags {flags}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapSyncReport:
-    """What one run of map_sync found out.
+class MapReport(ToolReport, frozen=True, kw_only=True):
+    """The beginning of both kinds of report.
 
     Attributes:
         path: the file.
         page_size: of the guest's kernel, bytes.
-        opened: "rw" or "r", how the file was open for the mapping.
-        file: what was known of it beforehand; None if it could not be opened.
-        control: MAP_SHARED_VALIDATE alone on the same range, made first; None if not asked for.
+        opened: how the file was open for the mapping.
+        file: the file before it was mapped; None if it could not be opened.
         mapping: the mapping asked for.
-        stderr: what map_sync printed there.
+    """
+
+    tool: Literal["map_sync"]
+    path: str
+    page_size: Natural
+    opened: Literal["rw", "r", "none"]
+    file: FileFacts | None
+    mapping: Mapping
+
+    def __post_init__(self) -> None:
+        size = self.page_size
+        check_report(size >= 4096 and not size & (size - 1), f"page_size is {size}")
+
+
+class _MapSyncLine(MapReport, frozen=True, kw_only=True):
+    verb: Literal["map"]
+    control: Mapping | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        mapping, control = self.mapping, self.control
+        check_report(self.opened != "none", "no file was mapped")
+        for name in ("MAP_ANONYMOUS", "MAP_FIXED"):
+            check_report(name not in mapping.flag_names, f"{name} was not asked for")
+        failed = mapping.result is Result.ERROR
+        check_report(self.file is not None or (failed and control is None), "mapped without a file")
+        if control is not None:
+            kind = control.type, control.sync, control.unknown_bit, len(control.flag_names)
+            check_report(kind == ("shared_validate", False, False, 1), "control is not a control")
+            ranges = [(m.prot, m.offset, m.length) for m in (control, mapping)]
+            check_report(ranges[0] == ranges[1], "control is of another range")
+
+    @property
+    def exit_status(self) -> int:
+        return _STATUS[self.mapping.result]
+
+
+class MapSyncReport(_MapSyncLine, frozen=True, kw_only=True):
+    """Result of one run of map_sync.
+
+    Attributes:
+        control: MAP_SHARED_VALIDATE alone on the same range, made first; None if not asked for.
+        stderr: map_sync's other output.
         line: the report as it came.
     """
 
-    path: str
-    page_size: int
-    opened: str
-    file: FileFacts | None
-    control: Mapping | None
-    mapping: Mapping
     stderr: str
     line: str
 
@@ -170,10 +238,9 @@ def parse_map_sync(stdout: str, status: int, stderr: str = "") -> MapSyncReport:
     Raises:
         ProbeError: with what is wrong, the status and stderr.
     """
-    try:
-        return _report(load_line(stdout), stdout.removesuffix("\n"), status, stderr)
-    except MalformedError as error:
-        raise unbelievable("map_sync", error, stdout, status, stderr) from error
+    report = read_report(_MapSyncLine, stdout, status, stderr)
+    fields = {name: getattr(report, name) for name in _MapSyncLine.__struct_fields__}
+    return MapSyncReport(**fields, stderr=stderr, line=stdout.removesuffix("\n"))
 
 
 class Verdict(Enum):
@@ -264,137 +331,39 @@ def _flaw(mapping: Mapping, page_size: int) -> str | None:
     return None
 
 
-def _report(fields: Fields, line: str, status: int, stderr: str) -> MapSyncReport:
-    fields.require(fields.take("probe", str) == "map_sync", "not map_sync's")
-    fields.require(fields.take("version", int) == 1, "of another version")
-    file, control = fields.optional("file", dict), fields.optional("control", dict)
-    report = MapSyncReport(
-        path=parse_path(fields.take("path", str)),
-        page_size=fields.take("page_size", int),
-        opened=fields.take("opened", str),
-        file=None if file is None else parse_file(Fields(file, "file")),
-        control=None if control is None else parse_mapping(Fields(control, "control")),
-        mapping=parse_mapping(Fields(fields.take("mapping", dict), "mapping")),
-        stderr=stderr,
-        line=line,
-    )
-    fields.done()
-    size, mapping = report.page_size, report.mapping
-    fields.require(size >= 4096 and not size & (size - 1), f"page_size is {size}")
-    fields.require(report.opened in ("rw", "r"), f"opened is {report.opened!r}")
-    fields.require(
-        status == _STATUS[mapping.result], f"{mapping.result} does not end with status {status}"
-    )
-    if report.file is None:
-        fields.require(
-            mapping.result is Result.ERROR and report.control is None, "a mapping without a file"
-        )
-    if report.control is not None:
-        kind = report.control.type, report.control.sync, report.control.unknown_bit
-        fields.require(kind == ("shared_validate", False, False), "control is no control")
-        ranges = [(m.prot, m.offset, m.length) for m in (report.control, mapping)]
-        fields.require(ranges[0] == ranges[1], "control is of another range")
-    return report
-
-
-def parse_file(fields: Fields) -> FileFacts:
-    """What a report says of the file.
-
-    Raises:
-        MalformedError: it contradicts itself; so do the other parse functions.
-    """
-    statx = fields.optional("statx", dict)
-    attributes = mask = said = None
-    if statx is not None:
-        inner = Fields(statx, "file.statx")
-        attributes, mask = inner.take("attributes", int), inner.take("attributes_mask", int)
-        said = inner.optional("dax", bool)
-        inner.done()
-        dax = bool(attributes & STATX_ATTR_DAX) if mask & STATX_ATTR_DAX else None
-        inner.require(said is dax, f"dax is {said}, the attributes say {dax}")
-    facts = FileFacts(
-        type=fields.take("type", str),
-        size_bytes=fields.take("size", int),
-        attributes=attributes,
-        attributes_mask=mask,
-        dax=said,
-        statx_errno=parse_errno(fields, "statx_errno")[0],
-        fs_type=fields.optional("fs_type", int),
-        fs_block_bytes=fields.optional("fs_block_size", int),
-    )
-    fields.done()
-    fields.require((statx is None) == (facts.statx_errno is not None), "statx and its errno")
-    return facts
-
-
-def parse_mapping(fields: Fields, *, anonymous: bool = False, fixed: bool = False) -> Mapping:
-    """What a report says of one mapping; of no file if `anonymous`, with MAP_FIXED if `fixed`."""
-    result = fields.take("result", str)
-    fields.require(result in list(Result), f"result is {result!r}")
-    number, name = parse_errno(fields, "errno")
-    vm_flags = fields.optional("vm_flags", list)
-    fields.require(all(isinstance(flag, str) for flag in vm_flags or ()), "vm_flags are no words")
-    mapping = Mapping(
-        type=fields.take("type", str),
-        sync=fields.take("sync", bool),
-        unknown_bit=fields.take("unknown_bit", bool),
-        flags=fields.take("flags", int),
-        flag_names=tuple(fields.take("flag_names", list)),
-        prot=fields.take("prot", str),
-        offset=fields.take("offset", int),
-        length=fields.take("length", int),
-        result=Result(result),
-        stage=fields.take("stage", str),
-        errno=number,
-        errno_name=name,
-        fault_offset=fields.optional("fault_offset", int),
-        vm_flags=None if vm_flags is None else frozenset(vm_flags),
-        pages_accessed=fields.take("pages_accessed", int),
-        first_access_ns=fields.optional("first_access_ns", int),
-        store_in_mapping=fields.optional("store_in_mapping", bool),
-        store_in_file=fields.optional("store_in_file", bool),
-        pread_errno=parse_errno(fields, "pread_errno")[0],
-    )
-    fields.done()
-    _check_flags(fields, mapping, anonymous, fixed)
-    _check_outcome(fields, mapping)
-    return mapping
-
-
-def _check_flags(fields: Fields, mapping: Mapping, anonymous: bool, fixed: bool) -> None:
-    fields.require(mapping.type in _TYPES, f"type is {mapping.type!r}")
-    fields.require(mapping.prot in ("rw", "r", "w", "none"), f"prot is {mapping.prot!r}")
+def _check_flags(mapping: Mapping) -> None:
+    number, name = _TYPES[mapping.type]
     bits = [
-        (*_TYPES[mapping.type], bool(_TYPES[mapping.type][0])),
+        (number, name, bool(number)),
         (MAP_SYNC, "MAP_SYNC", mapping.sync),
         (UNKNOWN_BIT, "UNKNOWN_BIT", mapping.unknown_bit),
-        (MAP_ANONYMOUS, "MAP_ANONYMOUS", anonymous),
-        (MAP_FIXED, "MAP_FIXED", fixed),
+        (MAP_ANONYMOUS, "MAP_ANONYMOUS", "MAP_ANONYMOUS" in mapping.flag_names),
+        (MAP_FIXED, "MAP_FIXED", "MAP_FIXED" in mapping.flag_names),
     ]
     flags = sum(bit for bit, _, there in bits if there)
     names = tuple(name for _, name, there in bits if there)
-    fields.require(
+    check_report(
         (mapping.flags, mapping.flag_names) == (flags, names),
         f"flags are {mapping.flags:#x} {mapping.flag_names}, asked for were {flags:#x} {names}",
     )
 
 
-def _check_outcome(fields: Fields, mapping: Mapping) -> None:
+def _check_outcome(mapping: Mapping) -> None:
     result = mapping.result
     signal = result in (Result.SIGBUS, Result.SIGSEGV)
-    fields.require(
+    check_report(
         (mapping.errno is not None) == (result in (Result.REFUSED, Result.ERROR)),
         f"{result} with errno {mapping.errno}",
     )
-    fields.require((mapping.fault_offset is not None) == signal, f"{result} and fault_offset")
-    fields.require((result is Result.MAPPED) == (mapping.stage == "done"), f"{result} and stage")
-    fields.require((result is Result.REFUSED) == (mapping.stage == "mmap"), f"{result} and stage")
+    check_report((mapping.fault_offset is not None) == signal, f"{result} and fault_offset")
+    check_report((result is Result.MAPPED) == (mapping.stage == "done"), f"{result} and stage")
+    check_report((result is Result.REFUSED) == (mapping.stage == "mmap"), f"{result} and stage")
     if result is Result.REFUSED:
         nothing = (mapping.vm_flags, mapping.store_in_mapping, mapping.store_in_file)
-        fields.require(
+        check_report(
             nothing == (None, None, None) and not mapping.pages_accessed, "refused, but accessed"
         )
-    fields.require(
+    check_report(
         "w" in mapping.prot or (mapping.store_in_mapping, mapping.store_in_file) == (None, None),
         "a store that was not asked for",
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Put ./avocado.cfg in force for Avocado, in the job's process and in every test's.
+"""Have the suite's avocado.cfg and ./avocado.cfg read in Avocado's job process and every test's.
 
 Avocado reads ./avocado.cfg only when told with --config, and then only in the job's process. A
 settings plugin runs in all of them. It must not import avocado.core.settings: that module is just
@@ -8,16 +8,19 @@ being made when the plugin is loaded, and Avocado drops a plugin that fails to l
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from avocado.core.plugin_interfaces import Settings
 
+from paprscm.paths import AVOCADO_CFG, SUITE_VARIABLE
+
 
 class ProjectSettings(Settings):
-    """Adds the avocado.cfg of the working directory to the files that Avocado reads."""
+    """Adds the suite's avocado.cfg and that of the working directory to Avocado's files."""
 
     def adjust_settings_paths(self, paths: list[str]) -> None:
-        """Append it, so that it has the last word among the files."""
-        project = Path("avocado.cfg").resolve()
-        if project.is_file():
-            paths.append(str(project))
+        """Append them; the later one overrides. They are the same file in a checkout."""
+        files = [AVOCADO_CFG] if SUITE_VARIABLE in os.environ else []
+        files.append(Path("avocado.cfg").resolve())
+        paths.extend(str(file) for file in dict.fromkeys(files) if file.is_file())

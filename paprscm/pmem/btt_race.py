@@ -7,11 +7,12 @@ import re
 import shlex
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Literal
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.kmsg import traces
-from paprscm.guest.report import MalformedError, ProbeError, load_line, unbelievable
+from paprscm.guest.report import Natural, ProbeError, ToolReport, check_report, read_report
 
 PROGRESS = re.compile(r"same_block: (\d+) writes$")
 DONE = re.compile(r"same_block: done$")
@@ -47,11 +48,11 @@ fi
 """
 
 
-@dataclass(frozen=True, kw_only=True)
-class SameBlock:
+class SameBlock(ToolReport, frozen=True, kw_only=True):
     """What guest_tools/same_block.c reports.
 
     Attributes:
+        threads: number of writers.
         writes: of each thread.
         moves: how often a thread was given another CPU.
         duration_ns: of the whole.
@@ -59,11 +60,20 @@ class SameBlock:
         whole: the block is one thread's, all of it.
     """
 
-    writes: tuple[int, ...]
-    moves: int
-    duration_ns: int
-    errno: int
+    tool: Literal["same_block"]
+    threads: Natural
+    writes: tuple[Natural, ...]
+    moves: Natural
+    duration_ns: Natural
+    errno: Natural
     whole: bool
+
+    def __post_init__(self) -> None:
+        check_report(len(self.writes) == self.threads, f"writes is {self.writes}")
+
+    @property
+    def exit_status(self) -> int:
+        return int(self.errno > 0 or not self.whole)
 
 
 @dataclass(frozen=True)
@@ -111,48 +121,13 @@ def parse_state(stdout: str, stderr: str = "") -> SameBlock | Running:
     first, _, rest = stdout.partition("\n")
     if first == "ended":
         status, _, report = rest.partition("\n")
-        return parse_same_block(report, int(status) if status.isdecimal() else -1, stderr)
+        return read_report(SameBlock, report, int(status) if status.isdecimal() else -1, stderr)
     # comm may hold blanks and brackets; the state is behind the last bracket (proc(5)).
     found = re.findall(r"^([0-9]+) \(.*\) ([A-Za-z]) ", rest, re.MULTILINE)
     states = tuple(letter for tid, letter in found if tid != first)
     if not states:
         raise ProbeError(f"same_block has no writer threads: {stdout!r}, {stderr!r}")
     return Running(states)
-
-
-def parse_same_block(stdout: str, status: int, stderr: str = "") -> SameBlock:
-    """Parse the report.
-
-    Args:
-        stdout: one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: it cannot be believed.
-    """
-    try:
-        fields = load_line(stdout)
-        fields.require(fields.take("tool", str) == "same_block", "it is another tool's")
-        fields.require(fields.take("version", int) == 1, "it is of another version")
-        threads, writes = fields.take("threads", int), fields.take("writes", list)
-        fields.require(
-            len(writes) == threads and all(type(n) is int and n >= 0 for n in writes),
-            f"writes is {writes}",
-        )
-        report = SameBlock(
-            writes=tuple(writes),
-            moves=fields.take("moves", int),
-            duration_ns=fields.take("duration_ns", int),
-            errno=fields.take("errno", int),
-            whole=fields.take("whole", bool),
-        )
-        fields.done()
-        good = not report.errno and report.whole
-        fields.require(status == (0 if good else 1), f"status {status}")
-    except MalformedError as error:
-        raise unbelievable("same_block", error, stdout, status, stderr) from error
-    return report
 
 
 def expect_written(report: SameBlock) -> None:

@@ -13,14 +13,13 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal
 
 from paprscm.build.vmlinux import Kernel
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import Fields, MalformedError, load_line, unbelievable
-from paprscm.guest.tools import build
+from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
+from paprscm.guest.tools import compile_tool
 
 Attribute = Literal["failslab", "fail_page_alloc", "fail_make_request"]
 
@@ -36,14 +35,12 @@ _WATCHER = ("kmemleak_open", "kmemleak_vmalloc")
 
 DEBUGFS = "/sys/kernel/debug"
 _OPTIONS = ("FAILSLAB", "FAIL_MAKE_REQUEST", "FAULT_INJECTION_STACKTRACE_FILTER", "DEBUG_KMEMLEAK")
-_STATUS_FINE, _STATUS_WRONG = 0, 1
 # mm/kmemleak.c, MSECS_MIN_AGE: younger objects are not told.
 _LEAK_AGE_S = 6
 _SCAN_LIMIT_S = 180.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Round:
+class Round(Fields, frozen=True, array_like=True):
     """One call, while something failed in the kernel or not.
 
     Attributes:
@@ -53,25 +50,41 @@ class Round:
         duration_us: of the call.
     """
 
-    number: int
+    number: Natural
     failed: bool
-    errno: int
-    duration_us: int
+    errno: Natural
+    duration_us: Natural
 
 
-@dataclass(frozen=True, kw_only=True)
-class Report:
+class Report(ToolReport, frozen=True, kw_only=True):
     """The rounds of one operation, until nothing was left to fail.
 
     Attributes:
         operation: "write", "read", "health", "label", "pwrite" or "fsync".
         rounds: in their order.
+        injected: rounds in which something failed.
         ended: the last round is one in which nothing failed.
     """
 
+    tool: Literal["fail_nth"]
     operation: str
     rounds: tuple[Round, ...]
+    injected: Natural
     ended: bool
+
+    def __post_init__(self) -> None:
+        count, failed = len(self.rounds), [one.failed for one in self.rounds]
+        check_report(count > 0, "no round")
+        numbers = [one.number for one in self.rounds]
+        check_report(numbers == list(range(1, count + 1)), f"the rounds are {numbers}")
+        check_report(
+            failed == [True] * (count - self.ended) + [False] * self.ended, "a round after the last"
+        )
+        check_report(self.injected == sum(failed), f"injected is {self.injected}")
+
+    @property
+    def exit_status(self) -> int:
+        return int(not self.ended or self.rounds[-1].errno > 0)
 
     @property
     def answers(self) -> dict[str, int]:
@@ -145,22 +158,10 @@ def fail_each(
     Raises:
         ProbeError: the tool gave no report that can be believed.
     """
-    tool = str(build(guest, "fail_nth"))
+    tool = str(compile_tool(guest, "fail_nth"))
     options = [f"--most={most}", *(f"--undo={path}={text}" for path, text in undo)]
     result = guest.run(shlex.join([tool, *options, *words]), timeout_s=timeout_s)
-    return parse_rounds(result.stdout, result.status, result.stderr)
-
-
-def parse_rounds(stdout: str, status: int, stderr: str = "") -> Report:
-    """Parse a report of fail_nth; nothing in it may be missing, unknown or contradictory.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    try:
-        return _rounds(load_line(stdout), status)
-    except MalformedError as error:
-        raise unbelievable("fail_nth", error, stdout, status, stderr) from error
+    return read_report(Report, result.stdout, result.status, result.stderr)
 
 
 def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) -> None:
@@ -230,28 +231,3 @@ def _symbols(lines: Iterable[str]) -> Iterable[tuple[int, str]]:
         words = line.split()
         if len(words) >= 3:
             yield int(words[0], 16), words[2]
-
-
-def _rounds(fields: Fields, status: int) -> Report:
-    fields.require(fields.take("tool", str) == "fail_nth", "it is another tool's")
-    fields.require(fields.take("version", int) == 1, "it is of another version")
-    operation = fields.take("operation", str)
-    raw = fields.take("rounds", list)
-    rounds = []
-    for number, one in enumerate(raw, start=1):
-        whole = isinstance(one, list) and len(one) == 4 and all(type(n) is int for n in one)
-        fields.require(whole and min(one) >= 0, f"{one!r} is no round")
-        fields.require(one[0] == number and one[1] in (0, 1), f"{one!r} is not round {number}")
-        rounds.append(Round(number=number, failed=one[1] == 1, errno=one[2], duration_us=one[3]))
-    ended = fields.take("ended", bool)
-    fields.require(bool(rounds), "there is no round")
-    fields.require(
-        [one.failed for one in rounds] == [True] * (len(rounds) - ended) + [False] * ended,
-        "a round after the last",
-    )
-    injected = fields.take("injected", int)
-    fields.require(injected == sum(one.failed for one in rounds), f"injected is {injected}")
-    fields.done()
-    fine = ended and not rounds[-1].errno
-    fields.require(status == (_STATUS_FINE if fine else _STATUS_WRONG), f"status {status}")
-    return Report(operation=operation, rounds=tuple(rounds), ended=ended)

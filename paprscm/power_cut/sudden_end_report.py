@@ -3,21 +3,16 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
-from paprscm.guest.report import Fields, MalformedError, load_line, unbelievable
+from paprscm.guest.report import Fields, Natural, ToolReport, check_report
 
 KINDS: Final = ("file", "size", "extent", "bytes", "strange")
 """What can be wrong: a file is not there, is too short, a page has no extent, or not the bytes that
 were stored; and the worst: there is what nobody stored."""
 
-_STATUS_FINE, _STATUS_LOST = 0, 1
 
-
-@dataclass(frozen=True, kw_only=True)
-class Finding:
+class Finding(Fields, frozen=True, kw_only=True):
     """One thing that is wrong.
 
     Attributes:
@@ -27,11 +22,11 @@ class Finding:
         expected, found: the eight bytes there, or the sizes of the file.
     """
 
-    kind: str
-    file: int
-    offset: int
-    expected: int
-    found: int
+    kind: Literal["file", "size", "extent", "bytes", "strange"]
+    file: Natural
+    offset: Natural
+    expected: Natural
+    found: Natural
 
     def __str__(self) -> str:
         where = f"file f{self.file:06}"
@@ -44,8 +39,7 @@ class Finding:
         return f"{where}, offset {self.offset:#x}: {self.found:#x} for {self.expected:#x}"
 
 
-@dataclass(frozen=True, kw_only=True)
-class PromiseReport:
+class PromiseReport(ToolReport, frozen=True, kw_only=True):
     """What was there of all that was promised.
 
     Attributes:
@@ -57,14 +51,30 @@ class PromiseReport:
         findings: the first of it.
     """
 
-    seed: int
-    done: int
-    page_size: int
-    files: int
-    pages: int
-    intact: int
-    lost: dict[str, int]
+    tool: Literal["promise"]
+    seed: Natural
+    done: Natural
+    page_size: Natural
+    files: Natural
+    pages: Natural
+    intact: Natural
+    lost: dict[str, Natural]
     findings: tuple[Finding, ...]
+
+    def __post_init__(self) -> None:
+        check_report(self.lost.keys() == set(KINDS), f"lost has the kinds {sorted(self.lost)}")
+        total, shown = sum(self.lost.values()), len(self.findings)
+        check_report(self.intact <= self.pages, "more pages intact than promised")
+        check_report(self.files <= self.pages, "a file is promised without a page")
+        check_report(bool(total) or self.intact == self.pages, "pages are lost without a finding")
+        check_report(bool(shown) == bool(total), f"{shown} findings of {total}")
+        for kind, count in self.lost.items():
+            named = sum(1 for each in self.findings if each.kind == kind)
+            check_report(named <= count, f"{named} findings of kind {kind}, of {count}")
+
+    @property
+    def exit_status(self) -> int:
+        return int(not self.kept)
 
     @property
     def kept(self) -> bool:
@@ -89,76 +99,3 @@ class PromiseReport:
             f"{self.pages - self.intact} of {self.pages} pages of {self.files} files are lost "
             f"({counts}): " + "; ".join(map(str, self.findings))
         )
-
-
-def parse_promise(stdout: str, status: int, stderr: str = "") -> PromiseReport:
-    """Parse a report of `promise verify`; nothing in it may be missing, unknown or contradictory.
-
-    Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: for the message.
-
-    Raises:
-        ProbeError: with what is wrong.
-    """
-    try:
-        return _report(load_line(stdout), status)
-    except MalformedError as error:
-        raise unbelievable("promise", error, stdout, status, stderr) from error
-
-
-def _report(fields: Fields, status: int) -> PromiseReport:
-    fields.require(fields.take("tool", str) == "promise", "not promise's")
-    fields.require(fields.take("version", int) == 1, "of another version")
-    counts = Fields(fields.take("lost", dict), "lost")
-    lost = {kind: counts.take(kind, int) for kind in KINDS}
-    counts.done()
-    report = PromiseReport(
-        seed=fields.take("seed", int),
-        done=fields.take("done", int),
-        page_size=fields.take("page_size", int),
-        files=fields.take("files", int),
-        pages=fields.take("pages", int),
-        intact=fields.take("intact", int),
-        lost=lost,
-        findings=tuple(_finding(each) for each in fields.take("findings", list)),
-    )
-    fields.done()
-    total = sum(lost.values())
-    fields.require(
-        status == (_STATUS_LOST if total else _STATUS_FINE),
-        f"{total} findings do not end with status {status}",
-    )
-    fields.require(report.intact <= report.pages, "more pages intact than promised")
-    fields.require(report.files <= report.pages, "a file is promised without a page")
-    fields.require(bool(total) or report.intact == report.pages, "pages are lost without a finding")
-    fields.require(
-        bool(report.findings) == bool(total) and len(report.findings) <= total,
-        f"{len(report.findings)} findings of {total}",
-    )
-    for kind, count in lost.items():
-        named = sum(1 for each in report.findings if each.kind == kind)
-        fields.require(named <= count, f"{named} findings of kind {kind}, of {count}")
-    return report
-
-
-def _finding(raw: object) -> Finding:
-    fields = Fields(raw, "finding")
-    finding = Finding(
-        kind=fields.take("kind", str),
-        file=fields.take("file", int),
-        offset=fields.take("offset", int),
-        expected=_hex(fields, "expected"),
-        found=_hex(fields, "found"),
-    )
-    fields.done()
-    fields.require(finding.kind in KINDS, f"kind is {finding.kind!r}")
-    return finding
-
-
-def _hex(fields: Fields, key: str) -> int:
-    text = fields.take(key, str)
-    # C's %#x writes zero without the prefix.
-    fields.require(bool(re.fullmatch(r"0|0x[0-9a-f]{1,16}", text)), f"{key} is {text!r}")
-    return int(text, 16)

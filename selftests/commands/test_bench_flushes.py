@@ -243,7 +243,16 @@ class FakeGuest:
         def load(*_words: object, **_options: object) -> FlushLoad:
             self.ended += synced
             calls = tuple(Call(thread, "deep_flush", 0, 16_000_000, 0) for thread in range(2))
-            return FlushLoad(seed=0, threads=2, targets=1, duration_s=0.5, calls=calls)
+            return FlushLoad(
+                tool="flush",
+                version=1,
+                verb="load",
+                seed=0,
+                threads=2,
+                targets=1,
+                duration_ns=500_000_000,
+                calls=calls,
+            )
 
         monkeypatch.setattr(bench_flushes, "load", load)
 

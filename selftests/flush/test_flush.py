@@ -14,9 +14,9 @@ from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.flush import accounts, trace
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.flush.durability import Offset, expect_durable
-from paprscm.flush.load import Call, parse_load
+from paprscm.flush.load import Call, FlushLoad
 from paprscm.flush.trace import Flush, FlushHcall, FlushTrace, expect_protocol
-from paprscm.guest.report import ProbeError
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.papr import ReturnCode
 from paprscm.vm.sync_shim import Counts, Injected, Operation, Record
 
@@ -35,14 +35,13 @@ def report(**changes: Any) -> dict[str, Any]:
         "threads": 2,
         "targets": 1,
         "duration_ns": 2_000_000_000,
-        "operations": ["deep_flush", "fsync"],
-        "records": [[0, 1, 5, 9, 0], [1, 0, 6, 7, 5]],
+        "calls": [[0, "fsync", 5, 9, 0], [1, "deep_flush", 6, 7, 5]],
         **changes,
     }
 
 
 def test_a_report() -> None:
-    made = parse_load(json.dumps(report()), 0)
+    made = read_report(FlushLoad, json.dumps(report()), 0)
     assert made.duration_s == 2
     assert made.calls == (Call(0, "fsync", 5, 9, 0), Call(1, "deep_flush", 6, 7, 5))
 
@@ -50,28 +49,31 @@ def test_a_report() -> None:
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"tool": "faults"}, "not of flush"),
-        ({"version": 2}, "of another version"),
-        ({"verb": "clock"}, "not of load"),
-        ({"more": 1}, "unknown fields"),
-        ({"records": [[0, 1, 5, 9]]}, "0, 1, 5, 9"),
-        ({"records": [[0, 1, 5, 9, True]]}, "True"),
-        ({"records": [[0, 1, 5, -9, 0]]}, "-9"),
-        ({"records": [7]}, "no list"),
-        ({"records": [[0, 2, 5, 9, 0]]}, "no operation 2"),
-        ({"records": [[0, 1, 9, 5, 0]]}, "ended before it began"),
-        ({"records": [[2, 1, 5, 9, 0]]}, "a thread too many"),
+        ({"tool": "faults"}, r"\$\.tool"),
+        ({"version": 2}, r"\$\.version"),
+        ({"verb": "clock"}, r"\$\.verb"),
+        ({"more": 1}, "unknown field `more`"),
+        ({"calls": [[0, "fsync", 5, 9]]}, r"at least length 5, got 4 - at `\$\.calls\[0\]`"),
+        ({"calls": [[0, "fsync", 5, 9, 0, 0]]}, "at most length 5"),
+        ({"calls": [[0, "fsync", 5, 9, True]]}, r"got `bool` - at `\$\.calls\[0\]\[4\]`"),
+        ({"calls": [[0, "fsync", 5, -9, 0]]}, ">= 0"),
+        ({"calls": [[0, "fsync", 5, 9.0, 0]]}, "got `float`"),
+        ({"calls": [[0, "fsync", 5, None, 0]]}, "got `null`"),
+        ({"calls": [7]}, "got `int`"),
+        ({"calls": [[0, "sync", 5, 9, 0]]}, "'sync'"),
+        ({"calls": [[0, "fsync", 9, 5, 0]]}, "ended before it began"),
+        ({"calls": [[2, "fsync", 5, 9, 0]]}, "a thread too many"),
         ({"targets": 0}, "no target"),
     ],
 )
 def test_a_report_that_cannot_be_believed(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ProbeError, match=what):
-        parse_load(json.dumps(report(**changes)), 0)
+        read_report(FlushLoad, json.dumps(report(**changes)), 0)
 
 
 def test_a_report_with_another_status() -> None:
     with pytest.raises(ProbeError, match="status 4"):
-        parse_load(json.dumps(report()), 4)
+        read_report(FlushLoad, json.dumps(report()), 4)
 
 
 # --- order -----------------------------------------------------------------------------------

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -12,27 +11,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.errors import ContractError
 from paprscm.flush import durability
 from paprscm.flush.durability import compare_clocks
-from paprscm.flush.load import FlushLoad, parse_load
-from paprscm.paths import GUEST_TOOLS
-
-SOURCE = GUEST_TOOLS / "flush.c"
-CFLAGS = ["-Wall", "-Wextra", "-Werror"]
-
-
-def _compile(compiler: str, target: Path, *flags: str) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    subprocess.run([compiler, *CFLAGS, *flags, "-o", target, SOURCE], check=True)
-    return target
+from paprscm.flush.load import FlushLoad
+from paprscm.guest.report import read_report
 
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _compile("gcc", tmp_path_factory.mktemp("flush") / "flush", "-O2", "-Wshadow")
+    return compile_on_host("flush", tmp_path_factory.mktemp("flush") / "flush")
 
 
 def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -41,12 +31,11 @@ def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
 
 def _load(binary: Path, *words: str | Path) -> FlushLoad:
     result = _run(binary, "load", *words)
-    return parse_load(result.stdout, result.returncode, result.stderr)
+    return read_report(FlushLoad, result.stdout, result.returncode, result.stderr)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    target = _compile("powerpc64le-linux-gnu-gcc", tmp_path / "flush", "-O2")
-    assert target.read_bytes()[:6] == b"\x7fELF\x02\x01"
+    assert is_ppc64le(compile_on_host("flush", tmp_path / "flush", compiler=FOR_THE_GUEST))
 
 
 def test_threads_share_the_targets(binary: Path, tmp_path: Path) -> None:
@@ -120,7 +109,7 @@ def test_a_wrong_command_line(binary: Path, words: list[str]) -> None:
 def test_what_cannot_be_set_up(binary: Path, tmp_path: Path) -> None:
     result = _run(binary, "load", "--op=fsync", tmp_path / "missing")
     assert (result.returncode, result.stdout) == (4, "")
-    assert "No such file" in result.stderr
+    assert "missing: 2 ENOENT" in result.stderr
 
 
 class _Guest:
@@ -145,7 +134,7 @@ def test_clocks_are_compared(binary: Path, tmp_path: Path, monkeypatch: pytest.M
     memory = tmp_path / "memory"
     memory.write_bytes(bytes(2 << 20))
     monkeypatch.setattr(durability, "place_in_file", lambda *_: 0)
-    monkeypatch.setattr(durability, "build", lambda *_: binary)
+    monkeypatch.setattr(durability, "compile_tool", lambda *_: binary)
     region, device = SimpleNamespace(slot=0), SimpleNamespace(path=str(memory))
     offset = compare_clocks(_Guest(binary, memory, 0), region, device)  # type: ignore[arg-type]
     true = time.monotonic_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)

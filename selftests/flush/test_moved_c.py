@@ -4,25 +4,16 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
-
-from paprscm.paths import GUEST_TOOLS
-
-SOURCE = GUEST_TOOLS / "moved.c"
+from guest_tool import compile_on_host
 
 
 def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    if shutil.which("gcc") is None:
-        pytest.skip("no gcc")
-    flags = ["-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
-    subprocess.run(["gcc", *flags, "-o", tmp_path / "moved", SOURCE], check=True)
-    return subprocess.run(
-        [tmp_path / "moved", *words], capture_output=True, text=True, check=False, timeout=60
-    )
+    tool = compile_on_host("moved", tmp_path / "moved")
+    return subprocess.run([tool, *words], capture_output=True, text=True, check=False, timeout=60)
 
 
 def test_the_process_is_moved(tmp_path: Path) -> None:

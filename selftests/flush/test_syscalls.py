@@ -4,22 +4,20 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from guest_tool import compile_on_host
 
 from paprscm.errors import ContractError
 from paprscm.flush import syscalls
 from paprscm.flush.syscalls import HeldFile, parse_persist
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
-from paprscm.paths import GUEST_TOOLS
 
-SOURCE = GUEST_TOOLS / "persist.c"
 FINE = {"offset": 0, "length": 0, "byte": None, "errno": 0, "error": "", "begin_ns": 1, "end_ns": 3}
 OPEN = {"step": "open", "result": 0, **FINE}
 FSYNC = {"step": "fsync", "result": 0, **FINE}
@@ -33,12 +31,7 @@ def line(*steps: dict[str, Any], **changes: Any) -> str:
 
 @pytest.fixture(scope="module")
 def tool(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if shutil.which("gcc") is None:
-        pytest.skip("there is no gcc")
-    target = tmp_path_factory.mktemp("persist") / "persist"
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror"]
-    subprocess.run(["gcc", *flags, "-o", target, SOURCE], check=True)
-    return target
+    return compile_on_host("persist", tmp_path_factory.mktemp("persist") / "persist")
 
 
 def run(tool: Path, path: Path | str, *steps: str) -> subprocess.CompletedProcess[str]:
@@ -113,7 +106,7 @@ def here(tool: Path) -> Guest:
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tool of this host instead of one that is compiled in the guest."""
-    monkeypatch.setattr(syscalls, "build", lambda guest, _name: guest.tool)
+    monkeypatch.setattr(syscalls, "compile_tool", lambda guest, _name: guest.tool)
 
 
 def test_a_held_file(tool: Path, tmp_path: Path) -> None:

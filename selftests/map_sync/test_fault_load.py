@@ -10,16 +10,16 @@ from typing import Any
 import pytest
 
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.report import ProbeError
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.map_sync.fault_load import (
     OPERATIONS,
+    LoadReport,
+    VerifyReport,
     expect_load,
     expect_verified,
-    parse_load,
-    parse_verify,
 )
 
-ERRORS = [{"thread": 3, "what": "load a/t3-1: byte 0x10 is 0x00, not 0x41"}]
+ERRORS = ["thread 3: load a/t3-1: byte 0x10 is 0x00, not 0x41"]
 
 
 def load(**changes: Any) -> dict[str, Any]:
@@ -59,11 +59,11 @@ def verify(**changes: Any) -> dict[str, Any]:
 
 
 def loaded(raw: dict[str, Any]) -> Any:
-    return parse_load(json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
+    return read_report(LoadReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
 
 
 def verified(raw: dict[str, Any]) -> Any:
-    return parse_verify(json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
+    return read_report(VerifyReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
 
 
 def test_good_reports() -> None:
@@ -124,7 +124,7 @@ def test_bad_load_reports(change: Callable[[dict[str, Any]], object]) -> None:
     raw = load()
     change(raw)
     with pytest.raises(ProbeError, match="cannot be believed"):
-        parse_load(json.dumps(raw) + "\n", 0)
+        read_report(LoadReport, json.dumps(raw) + "\n", 0)
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_bad_load_reports(change: Callable[[dict[str, Any]], object]) -> None:
         lambda raw: raw.pop("files"),
         lambda raw: raw.update(files=None),
         lambda raw: raw.update(error_count=1, errors=[{"thread": 1}]),
-        lambda raw: raw.update(error_count=1, errors=["text"]),
+        lambda raw: raw.update(error_count=1, errors=[1]),
         lambda raw: raw.update(error_count=1, errors=ERRORS * 2),
     ],
 )
@@ -143,7 +143,7 @@ def test_bad_verify_reports(change: Callable[[dict[str, Any]], object]) -> None:
     raw = verify()
     change(raw)
     with pytest.raises(ProbeError, match="cannot be believed"):
-        parse_verify(json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
+        read_report(VerifyReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_bad_verify_reports(change: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_no_reports(text: str, status: int) -> None:
     with pytest.raises(ProbeError, match="cannot be believed"):
-        parse_load(text, status)
+        read_report(LoadReport, text, status)

@@ -3,38 +3,28 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.errors import ContractError
+from paprscm.guest.report import read_report
 from paprscm.map_sync.fault_load import (
     LoadReport,
     VerifyReport,
     expect_load,
     expect_verified,
-    parse_load,
-    parse_verify,
 )
 from paprscm.paths import GUEST_TOOLS
 
-SOURCE = GUEST_TOOLS / "faults.c"
-CFLAGS = ["-Wall", "-Wextra", "-Werror"]
 SEED = 3
-
-
-def _compile(compiler: str, target: Path, *flags: str, source: Path = SOURCE) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    subprocess.run([compiler, *CFLAGS, *flags, "-o", target, source], check=True)
-    return target
 
 
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _compile("gcc", tmp_path_factory.mktemp("faults") / "faults", "-O2", "-Wshadow")
+    return compile_on_host("faults", tmp_path_factory.mktemp("faults") / "faults")
 
 
 def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
@@ -48,13 +38,13 @@ def _load(binary: Path, base: Path, *options: str) -> LoadReport:
         *(binary, "load", f"--seed={SEED}", "--sync=off", f"--expected={base / 'expected'}"),
         *("--any-file", "--operations=400", *options, base / "files"),
     )
-    return parse_load(result.stdout, result.returncode, result.stderr)
+    return read_report(LoadReport, result.stdout, result.returncode, result.stderr)
 
 
 def _verify(binary: Path, base: Path) -> VerifyReport:
     expected = f"--expected={base / 'expected'}"
     result = _run(binary, "verify", f"--seed={SEED}", expected, base / "files")
-    return parse_verify(result.stdout, result.returncode, result.stderr)
+    return read_report(VerifyReport, result.stdout, result.returncode, result.stderr)
 
 
 @pytest.fixture
@@ -70,10 +60,7 @@ def _largest(base: Path) -> Path:
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    target = _compile("powerpc64le-linux-gnu-gcc", tmp_path / "faults", "-O2")
-    header = target.read_bytes()[:20]
-    assert header[:6] == b"\x7fELF\x02\x01"
-    assert int.from_bytes(header[18:20], "little") == 21
+    assert is_ppc64le(compile_on_host("faults", tmp_path / "faults", compiler=FOR_THE_GUEST))
 
 
 def test_a_healthy_file_system(binary: Path, tmp_path: Path) -> None:
@@ -104,7 +91,9 @@ def test_sanitizers(tmp_path: Path, kind: str) -> None:
     """No race between its threads but those in the arena, which are words of equal content."""
     binary = tmp_path / "faults"
     done = subprocess.run(
-        ["gcc", "-g", "-O1", f"-f{kind}", "-o", binary, SOURCE], capture_output=True, check=False
+        ["gcc", "-g", "-O1", f"-f{kind}", "-o", binary, GUEST_TOOLS / "faults.c"],
+        capture_output=True,
+        check=False,
     )
     if done.returncode:
         pytest.skip(f"gcc has no -f{kind}")
@@ -141,11 +130,11 @@ def test_sanitizers(tmp_path: Path, kind: str) -> None:
     ],
 )
 def test_a_file_system_that_lies(tmp_path: Path, call: str, what: str | None) -> None:
-    text = SOURCE.read_text()
-    cut = text.index("\n", text.rindex("#include")) + 1
-    liar = tmp_path / "liar.c"
-    liar.write_text(text[:cut] + call + "\n" + text[cut:])
-    binary = _compile("gcc", tmp_path / "liar", "-O2", source=liar)
+    def lie(text: str) -> str:
+        cut = text.index("\n", text.rindex("#include")) + 1
+        return text[:cut] + call + "\n" + text[cut:]
+
+    binary = compile_on_host("faults", tmp_path / "liar", change=lie)
     load = _load(binary, tmp_path)
     if what is None:
         # Only the names that are left over tell.

@@ -5,35 +5,25 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.map_sync.verdict import MapSyncReport, Result, Verdict, judge, parse_map_sync
-from paprscm.paths import GUEST_TOOLS
 
-SOURCE = GUEST_TOOLS / "map_sync.c"
-CFLAGS = ["-Wall", "-Wextra", "-Werror"]
 PAGE = os.sysconf("SC_PAGESIZE")
 REFERENCE_LINE = "Failed to mmap with Operation not supported\n"
 
 Probe = Callable[..., MapSyncReport]
 
 
-def _compile(compiler: str, target: Path, *flags: str) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    subprocess.run([compiler, *CFLAGS, *flags, "-o", target, SOURCE], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _compile("gcc", tmp_path_factory.mktemp("map_sync") / "map_sync", "-O2")
+    return compile_on_host("map_sync", tmp_path_factory.mktemp("map_sync") / "map_sync")
 
 
 def _run(binary: Path, *args: str | bytes | Path) -> subprocess.CompletedProcess[str]:
@@ -59,31 +49,11 @@ def tmpfs() -> Path:
 
 @pytest.mark.parametrize("optimisation", ["-O0", "-O2", "-O3"])
 def test_compiles_natively(tmp_path: Path, optimisation: str) -> None:
-    _compile("gcc", tmp_path / "map_sync", optimisation, "-Wshadow")
+    compile_on_host("map_sync", tmp_path / "map_sync", optimisation)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    target = _compile("powerpc64le-linux-gnu-gcc", tmp_path / "map_sync", "-O2")
-    # ELF, 64 bits, little-endian; e_machine 21 is EM_PPC64.
-    header = target.read_bytes()[:20]
-    assert header[:6] == b"\x7fELF\x02\x01"
-    assert int.from_bytes(header[18:20], "little") == 21
-
-
-def test_compiles_without_the_new_names(tmp_path: Path) -> None:
-    """Headers that do not know MAP_SYNC and its kin are no reason to fail."""
-    old = tmp_path / "old.c"
-    text = SOURCE.read_text()
-    last = text.rindex("#include")
-    cut = text.index("\n", last) + 1
-    names = ("MAP_SYNC", "MAP_SHARED_VALIDATE", "STATX_ATTR_DAX", "STATX_BASIC_STATS", "SYS_statx")
-    old.write_text(text[:cut] + "".join(f"#undef {name}\n" for name in names) + text[cut:])
-    target = tmp_path / "old"
-    subprocess.run(["gcc", *CFLAGS, "-O2", "-o", target, old], check=True)
-    report = json.loads(_run(target, "--control", tmp_path / "file").stdout)
-    assert report["mapping"]["flags"] == 0x80003
-    assert report["control"]["result"] == "mapped"
-    assert report["file"]["statx"]["dax"] is False
+    assert is_ppc64le(compile_on_host("map_sync", tmp_path / "map_sync", compiler=FOR_THE_GUEST))
 
 
 def test_ordinary_file(probe: Probe, tmp_path: Path) -> None:

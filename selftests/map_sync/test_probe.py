@@ -96,7 +96,8 @@ def _file(dax: bool | None) -> Raw:
 
 def _report(mapping: Raw, control: Raw | None, dax: bool | None = True, **changes: Any) -> Raw:
     raw: Raw = {
-        "probe": "map_sync",
+        "tool": "map_sync",
+        "verb": "map",
         "version": 1,
         "path": "/mnt1/file",
         "page_size": PAGE,
@@ -260,7 +261,8 @@ def _set(raw: Raw, path: str, value: Any) -> Raw:
 
 
 LIES: list[tuple[str, Any]] = [
-    ("probe", "other"),
+    ("tool", "other"),
+    ("verb", "cell"),
     ("version", 2),
     ("version", True),
     ("page_size", 65537),
@@ -436,7 +438,7 @@ def test_a_tool_that_does_not_compile(
     with pytest.raises(ProbeError, match=r"does not compile in the guest(.|\n)*unused"):
         probe.map_sync(cast(Guest, shell), str(tmp_path / "file"))
     with pytest.raises(ProbeError, match=r"no_such_tool\.c: No such file"):
-        tools.build(cast(Guest, shell), "no_such_tool")
+        tools.compile_tool(cast(Guest, shell), "no_such_tool")
 
 
 def test_a_compiler_that_takes_too_long(
@@ -447,7 +449,7 @@ def test_a_compiler_that_takes_too_long(
 
     monkeypatch.setattr(shell, "run", run)
     with pytest.raises(ProbeError, match=r"did not compile guest_tools/map_sync\.c within 120 s"):
-        tools.build(cast(Guest, shell), "map_sync")
+        tools.compile_tool(cast(Guest, shell), "map_sync")
 
 
 def test_an_answer_to_another_question(shell: _HostShell, tmp_path: Path) -> None:

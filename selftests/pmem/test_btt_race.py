@@ -6,15 +6,15 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
+from msgspec.structs import replace
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.kmsg import traces
-from paprscm.guest.report import ProbeError
-from paprscm.paths import GUEST_TOOLS
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem.btt_race import (
     DONE,
     PROGRESS,
@@ -22,32 +22,31 @@ from paprscm.pmem.btt_race import (
     SameBlock,
     btt_sleep,
     expect_written,
-    parse_same_block,
     parse_state,
 )
 
-SOURCE = GUEST_TOOLS / "same_block.c"
-FINE = SameBlock(writes=(3, 4), moves=2, duration_ns=9, errno=0, whole=True)
 LINE = (
     '{"tool":"same_block","version":1,"threads":2,"moves":2,"duration_ns":9,"writes":[3,4],'
     '"errno":0,"whole":true}\n'
 )
-
-
-def compiled(compiler: str, target: Path) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    flags = ["-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
-    subprocess.run([compiler, *flags, "-o", target, SOURCE], check=True)
-    return target
+FINE = SameBlock(
+    tool="same_block",
+    version=1,
+    threads=2,
+    writes=(3, 4),
+    moves=2,
+    duration_ns=9,
+    errno=0,
+    whole=True,
+)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    assert compiled("powerpc64le-linux-gnu-gcc", tmp_path / "tool").stat().st_size
+    assert is_ppc64le(compile_on_host("same_block", tmp_path / "tool", compiler=FOR_THE_GUEST))
 
 
 def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
-    tool = compiled("gcc", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     disk, progress = tmp_path / "disk", tmp_path / "progress"
     disk.write_bytes(bytes(65536))
     progress.touch()
@@ -56,7 +55,7 @@ def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
     if result.returncode == 1 and '"errno":22' in result.stdout:
         pytest.skip("no O_DIRECT there")
     assert (result.returncode, result.stderr) == (0, "")
-    report = parse_same_block(result.stdout, 0)
+    report = read_report(SameBlock, result.stdout, 0)
     expect_written(report)
     assert len(report.writes) == 3
     lines = progress.read_text().splitlines()
@@ -68,20 +67,20 @@ def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
 
 
 def test_progress_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    tool = compiled("gcc", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(65536))
     words = ["--seconds=1", "--progress=/dev/full", str(disk)]
     result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (4, "")
-    assert result.stderr == "same_block: /dev/full: 28 No space left on device\n"
+    assert result.stderr == "same_block: /dev/full: 28 ENOSPC\n"
 
 
 def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
     """/dev/kmsg refuses lseek(2), and takes one line with each write(2)."""
     if shutil.which("strace") is None:
         pytest.skip("no strace")
-    tool = compiled("gcc", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     disk, progress, log = tmp_path / "disk", tmp_path / "progress", tmp_path / "strace"
     disk.write_bytes(bytes(65536))
     progress.touch()
@@ -95,23 +94,23 @@ def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [[], ["--threads=0", "x"], ["--seconds=x", "x"], ["--no", "x"]])
 def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> None:
-    tool = compiled("gcc", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:
-    tool = compiled("gcc", tmp_path / "tool")
+    tool = compile_on_host("same_block", tmp_path / "tool")
     result = subprocess.run(
         [tool, "--seconds=1", tmp_path / "none"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
     with pytest.raises(ContractError, match="errno 2"):
-        expect_written(parse_same_block(result.stdout, 1))
+        expect_written(read_report(SameBlock, result.stdout, 1))
 
 
 def test_report() -> None:
-    assert parse_same_block(LINE, 0) == FINE
+    assert read_report(SameBlock, LINE, 0) == FINE
     assert parse_state(f"ended\n0\n{LINE}") == FINE
 
 
@@ -129,16 +128,16 @@ def test_report() -> None:
 )
 def test_report_that_cannot_be_believed(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
-        parse_same_block(LINE.replace(old, new), 0)
+        read_report(SameBlock, LINE.replace(old, new), 0)
 
 
 def test_report_and_status_must_agree() -> None:
     with pytest.raises(ProbeError, match="status 139"):
-        parse_same_block(LINE, 139)
+        read_report(SameBlock, LINE, 139)
     failed = LINE.replace('"errno":0', '"errno":5')
     with pytest.raises(ProbeError, match="status 0"):
-        parse_same_block(failed, 0)
-    assert parse_same_block(failed, 1).errno == 5
+        read_report(SameBlock, failed, 0)
+    assert read_report(SameBlock, failed, 1).errno == 5
 
 
 def test_writers_that_still_run() -> None:

@@ -4,38 +4,28 @@
 from __future__ import annotations
 
 import errno
-import shutil
 import subprocess
 from pathlib import Path
 from typing import cast
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.build.vmlinux import Kernel
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import ProbeError
-from paprscm.paths import GUEST_TOOLS
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem import fault_injection
-from paprscm.pmem.fault_injection import expect_errors, parse_rounds
+from paprscm.pmem.fault_injection import Report, expect_errors
 
-SOURCE = GUEST_TOOLS / "fail_nth.c"
 LINE = (
     '{"tool":"fail_nth","version":1,"operation":"write",'
-    '"rounds":[[1,1,12,90],[2,1,0,80],[3,0,0,70]],"injected":2,"ended":true}\n'
+    '"rounds":[[1,true,12,90],[2,true,0,80],[3,false,0,70]],"injected":2,"ended":true}\n'
 )
 
 
-def compiled(compiler: str, target: Path) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    flags = ["-O2", "-Wall", "-Wextra", "-Wshadow", "-Werror"]
-    subprocess.run([compiler, *flags, "-o", target, SOURCE], check=True)
-    return target
-
-
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    assert compiled("powerpc64le-linux-gnu-gcc", tmp_path / "tool").stat().st_size
+    assert is_ppc64le(compile_on_host("fail_nth", tmp_path / "tool", compiler=FOR_THE_GUEST))
 
 
 @pytest.mark.parametrize(
@@ -43,13 +33,13 @@ def test_compiles_for_the_guest(tmp_path: Path) -> None:
     [[], ["read"], ["paint", "x"], ["write", "x"], ["read", "x", "y"], ["--most=0", "read", "x"]],
 )
 def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> None:
-    tool = compiled("gcc", tmp_path / "tool")
+    tool = compile_on_host("fail_nth", tmp_path / "tool")
     result = subprocess.run([tool, *words], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (2, "")
 
 
 def test_report() -> None:
-    report = parse_rounds(LINE, 0)
+    report = read_report(Report, LINE, 0)
     assert [(one.number, one.failed, one.errno, one.duration_us) for one in report.rounds] == [
         (1, True, 12, 90),
         (2, True, 0, 80),
@@ -63,11 +53,12 @@ def test_report() -> None:
     [
         ("fail_nth", "other"),
         ('"version":1', '"version":2'),
-        ("[1,1,12,90],", ""),
-        ("[2,1,0,80]", "[2,1,0]"),
-        ("[2,1,0,80]", "[2,0,0,80]"),
-        ("[2,1,0,80]", "[2,1,-1,80]"),
-        ("[2,1,0,80]", "[2,2,0,80]"),
+        ("[1,true,12,90],", ""),
+        ("[2,true,0,80]", "[2,true,0]"),
+        ("[2,true,0,80]", "[2,false,0,80]"),
+        ("[2,true,0,80]", "[2,true,-1,80]"),
+        ("[2,true,0,80]", "[2,1,0,80]"),
+        ("[2,true,0,80]", "[4,true,0,80]"),
         ('"injected":2', '"injected":3'),
         ('"ended":true', '"ended":false'),
         ("}", ',"more":1}'),
@@ -75,32 +66,34 @@ def test_report() -> None:
 )
 def test_report_that_cannot_be_believed(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
-        parse_rounds(LINE.replace(old, new), 0)
+        read_report(Report, LINE.replace(old, new), 0)
 
 
 def test_the_status_must_fit() -> None:
     with pytest.raises(ProbeError):
-        parse_rounds(LINE, 1)
+        read_report(Report, LINE, 1)
     with pytest.raises(ProbeError):
-        parse_rounds("", 4, "fail_nth: x: 2 No such file or directory\n")
+        read_report(Report, "", 4, "fail_nth: x: 2 No such file or directory\n")
 
 
 def test_what_is_expected() -> None:
-    report = parse_rounds(LINE, 0)
+    report = read_report(Report, LINE, 0)
     expect_errors(report, [errno.ENOMEM], optional=1)
     with pytest.raises(ContractError, match="succeeds though something failed: rounds"):
         expect_errors(report, [errno.ENOMEM])
     with pytest.raises(ContractError, match="an errno that does not fit"):
         expect_errors(report, [errno.EIO], optional=1)
-    broken = parse_rounds(LINE.replace("[3,0,0,70]", "[3,0,5,70]"), 1)
+    broken = read_report(Report, LINE.replace("[3,false,0,70]", "[3,false,5,70]"), 1)
     with pytest.raises(ContractError, match="without a failure it ends with errno 5"):
         expect_errors(broken, [errno.ENOMEM], optional=1)
-    endless = LINE.replace(',[3,0,0,70]],"injected":2,"ended":true', '],"injected":2,"ended":false')
+    endless = LINE.replace(
+        ',[3,false,0,70]],"injected":2,"ended":true', '],"injected":2,"ended":false'
+    )
     with pytest.raises(ContractError, match="no end after 2 failures"):
-        expect_errors(parse_rounds(endless, 1), [errno.ENOMEM], optional=1)
-    idle = LINE.replace("[1,1,12,90],[2,1,0,80],[3,0,0,70]", "[1,0,0,70]")
+        expect_errors(read_report(Report, endless, 1), [errno.ENOMEM], optional=1)
+    idle = LINE.replace("[1,true,12,90],[2,true,0,80],[3,false,0,70]", "[1,false,0,70]")
     with pytest.raises(HostError, match="no allocation that could fail"):
-        expect_errors(parse_rounds(idle.replace('"injected":2', '"injected":0'), 0), [])
+        expect_errors(read_report(Report, idle.replace('"injected":2', '"injected":0'), 0), [])
 
 
 class Told:

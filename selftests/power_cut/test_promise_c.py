@@ -10,29 +10,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
-from paprscm.paths import GUEST_TOOLS
+from paprscm.guest.report import read_report
 from paprscm.power_cut.sudden_end import Ledger, Phase, State
-from paprscm.power_cut.sudden_end_report import PromiseReport, parse_promise
+from paprscm.power_cut.sudden_end_report import PromiseReport
 
-SOURCE = GUEST_TOOLS / "promise.c"
-CFLAGS = ["-Wall", "-Wextra", "-Werror", "-Wshadow"]
 PAGE = os.sysconf("SC_PAGESIZE")
 SEED, NONCE, STEPS = 11, 0x1122334455667788, 150
 
 Verify = Callable[..., PromiseReport]
 
 
-def _compile(compiler: str, target: Path, *flags: str) -> Path:
-    if shutil.which(compiler) is None:
-        pytest.skip(f"no {compiler}")
-    subprocess.run([compiler, *CFLAGS, *flags, "-o", target, SOURCE], check=True)
-    return target
-
-
 @pytest.fixture(scope="module")
 def binary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _compile("gcc", tmp_path_factory.mktemp("promise") / "promise", "-O2")
+    return compile_on_host("promise", tmp_path_factory.mktemp("promise") / "promise")
 
 
 def _store(
@@ -54,7 +46,7 @@ def _verify(binary: Path, folder: Path, *, done: int = STEPS, seed: int = SEED) 
         timeout=60,
         check=False,
     )
-    return parse_promise(result.stdout, result.returncode, result.stderr)
+    return read_report(PromiseReport, result.stdout, result.returncode, result.stderr)
 
 
 @pytest.fixture
@@ -77,15 +69,11 @@ def _stored(folder: Path) -> tuple[Path, int]:
 
 @pytest.mark.parametrize("optimisation", ["-O0", "-O2", "-O3"])
 def test_compiles_natively(tmp_path: Path, optimisation: str) -> None:
-    _compile("gcc", tmp_path / "promise", optimisation)
+    compile_on_host("promise", tmp_path / "promise", optimisation)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
-    target = _compile("powerpc64le-linux-gnu-gcc", tmp_path / "promise", "-O2")
-    # ELF, 64 bits, little-endian; e_machine 21 is EM_PPC64.
-    header = target.read_bytes()[:20]
-    assert header[:6] == b"\x7fELF\x02\x01"
-    assert int.from_bytes(header[18:20], "little") == 21
+    assert is_ppc64le(compile_on_host("promise", tmp_path / "promise", compiler=FOR_THE_GUEST))
 
 
 def test_all_is_there(binary: Path, folder: Path) -> None:

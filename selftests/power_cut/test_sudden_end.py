@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.report import ProbeError
+from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem.fs_health import complaints, expect_no_complaints
 from paprscm.power_cut.sudden_end import (
     Ledger,
@@ -24,7 +24,7 @@ from paprscm.power_cut.sudden_end import (
     expect_force,
     expect_kept,
 )
-from paprscm.power_cut.sudden_end_report import parse_promise
+from paprscm.power_cut.sudden_end_report import PromiseReport
 from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.machine import MIB, Nvdimm
 
@@ -52,14 +52,14 @@ def report(**changes: Any) -> dict[str, Any]:
 
 def lossy(kind: str = "extent", **changes: Any) -> dict[str, Any]:
     """One in which one page is lost."""
-    finding = {"kind": kind, "file": 2, "offset": 65536, "expected": "0xab", "found": "0"}
+    finding = {"kind": kind, "file": 2, "offset": 65536, "expected": 0xAB, "found": 0}
     lost = {**report()["lost"], kind: 1}
     return report(intact=19, lost=lost, findings=[finding], **changes)
 
 
 def parse(raw: dict[str, Any], status: int | None = None) -> Any:
     chosen = (1 if any(raw["lost"].values()) else 0) if status is None else status
-    return parse_promise(json.dumps(raw) + "\n", chosen)
+    return read_report(PromiseReport, json.dumps(raw) + "\n", chosen)
 
 
 def test_a_good_report() -> None:
@@ -110,7 +110,7 @@ def test_bad_reports(change: Callable[[dict[str, Any]], object]) -> None:
     raw = report()
     change(raw)
     with pytest.raises(ProbeError):
-        parse_promise(json.dumps(raw) + "\n", 0)
+        read_report(PromiseReport, json.dumps(raw) + "\n", 0)
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_bad_reports(change: Callable[[dict[str, Any]], object]) -> None:
         lambda raw: raw["findings"].clear(),
         lambda raw: raw["findings"][0].update(kind="bytes"),
         lambda raw: raw["findings"][0].update(kind="other"),
-        lambda raw: raw["findings"][0].update(expected=171),
+        lambda raw: raw["findings"][0].update(expected=None),
         lambda raw: raw["findings"][0].update(expected="171"),
-        lambda raw: raw["findings"][0].update(found="0x"),
-        lambda raw: raw["findings"][0].update(found="-0x1"),
+        lambda raw: raw["findings"][0].update(found=True),
+        lambda raw: raw["findings"][0].update(found=-1),
         lambda raw: raw["findings"][0].pop("offset"),
         lambda raw: raw["findings"][0].update(more=1),
     ],
@@ -132,7 +132,7 @@ def test_bad_findings(change: Callable[[dict[str, Any]], object]) -> None:
     raw = lossy()
     change(raw)
     with pytest.raises(ProbeError):
-        parse_promise(json.dumps(raw) + "\n", 1)
+        read_report(PromiseReport, json.dumps(raw) + "\n", 1)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_bad_findings(change: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_no_reports(text: str, status: int) -> None:
     with pytest.raises(ProbeError, match="cannot be believed"):
-        parse_promise(text, status)
+        read_report(PromiseReport, text, status)
 
 
 def entry(**changes: Any) -> bytes:

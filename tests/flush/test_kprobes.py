@@ -13,7 +13,7 @@ import re
 
 from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
-from paprscm.guest.tools import build
+from paprscm.guest.tools import compile_tool
 from paprscm.testcase import PaprScmTest
 
 ISSUE = "linux-kprobe-restores-paca"
@@ -69,7 +69,7 @@ class Kprobes(PaprScmTest):
 
     def move(self, guest: Guest) -> str:
         """Move the process; the first sign of a kernel that is lost, or nothing."""
-        console, tool = guest.console, build(guest, "moved")
+        console, tool = guest.console, compile_tool(guest, "moved")
         start = len(console.lines)
         guest.succeed(
             f"setsid sh -c '{tool} {MOVES}; echo \"<1>moved: status $?\" > /dev/kmsg' "

@@ -11,8 +11,9 @@ another file's block, or a block that nobody frees.
 from __future__ import annotations
 
 from paprscm.guest.guest import Guest
-from paprscm.guest.tools import build
-from paprscm.map_sync.fault_load import expect_load, expect_verified, parse_load, parse_verify
+from paprscm.guest.report import read_report
+from paprscm.guest.tools import compile_tool
+from paprscm.map_sync.fault_load import LoadReport, VerifyReport, expect_load, expect_verified
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.testcase import PaprScmTest
@@ -40,7 +41,7 @@ class Faults(PaprScmTest):
             f"mkdir /tmp/expected{slot} && {tool} load {words} --sync={'on' if sync else 'off'} "
             f"--threads={THREADS} --operations={OPERATIONS} --limit={LIMIT_S} {mounted.mountpoint}"
         )
-        load = parse_load(result.stdout, result.status, result.stderr)
+        load = read_report(LoadReport, result.stdout, result.status, result.stderr)
         self.measure(f"load {fstype}", result.stdout)
         expect_load(load)
         # Nothing of it is left in memory then.
@@ -49,7 +50,7 @@ class Faults(PaprScmTest):
             f"mount -o dax=always {mounted.device} {mounted.mountpoint}"
         )
         result = guest.run(f"{tool} verify {words} {mounted.mountpoint}")
-        verified = parse_verify(result.stdout, result.status, result.stderr)
+        verified = read_report(VerifyReport, result.stdout, result.status, result.stderr)
         self.measure(f"verify {fstype}", result.stdout)
         expect_verified(verified, load)
         expect_no_complaints(guest.succeed(KERNEL_LOG))
@@ -58,7 +59,7 @@ class Faults(PaprScmTest):
     def machine(self, *nvdimms: Nvdimm) -> Guest:
         """A guest with these DIMMs, and the tool compiled in it."""
         guest = self.boot(Machine(nvdimms=nvdimms))
-        self.tool = build(guest, "faults")
+        self.tool = compile_tool(guest, "faults")
         return guest
 
     def test_map_sync_xfs(self) -> None:

@@ -15,7 +15,7 @@ import time
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest.guest import Guest
 from paprscm.guest.kmsg import traces
-from paprscm.guest.tools import build
+from paprscm.guest.tools import compile_tool
 from paprscm.pmem.btt_race import (
     BTT_ISSUE,
     DONE,
@@ -97,7 +97,7 @@ class Btt(PaprScmTest):
         disk = self.disk(guest)
         limit = "/proc/sys/kernel/watchdog_thresh"
         guest.succeed(f"[ ! -e {limit} ] || echo {WATCHDOG_S} > {limit}")
-        start(guest, build(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds)
+        start(guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds)
 
     def ended(self, guest: Guest, after_s: float) -> int:
         """The number of writes of threads that must have ended; their report counts, not the line.

@@ -25,7 +25,8 @@ from dataclasses import dataclass
 
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.tools import build
+from paprscm.guest.report import read_report
+from paprscm.guest.tools import compile_tool
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import DaxMount, dax_mount, make_filesystem, mount
 from paprscm.power_cut.sudden_end import (
@@ -39,7 +40,7 @@ from paprscm.power_cut.sudden_end import (
     expect_kept,
     without_force,
 )
-from paprscm.power_cut.sudden_end_report import PromiseReport, parse_promise
+from paprscm.power_cut.sudden_end_report import PromiseReport
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.machine import MIB, Machine, Nvdimm
@@ -130,7 +131,7 @@ class Promise(PaprScmTest):
         }
         mounts[LEDGER_SLOT] = dax_mount(guest, LEDGER_SLOT, "ext4", LEDGER, reuse=again)
         if not again:
-            guest.succeed(f"cp {build(guest, 'promise')} {TOOL} && sync")
+            guest.succeed(f"cp {compile_tool(guest, 'promise')} {TOOL} && sync")
         return mounts
 
     def renew(self, guest: Guest, mounts: dict[int, DaxMount], dice: random.Random) -> None:
@@ -238,7 +239,9 @@ class Promise(PaprScmTest):
         parts, _, messages = printed.partition("kernel\n")
         expect_no_complaints(messages)
         found = re.findall(r"side (\d+)\n(.*\n)status (\d+)\n", parts)
-        reports = {int(slot): parse_promise(line, int(status)) for slot, line, status in found}
+        reports = {
+            int(slot): read_report(PromiseReport, line, int(status)) for slot, line, status in found
+        }
         if [side.slot for side in runs] != list(reports):
             raise HostError(f"promise printed what it should not:\n{parts}")
         for side, run in runs.items():

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Guest tools compiled on the host, from the one file that a guest would get."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from paprscm.guest.tools import tool_source
+
+FOR_THE_GUEST = "powerpc64le-linux-gnu-gcc"
+
+
+def compile_on_host(
+    name: str,
+    target: Path,
+    *flags: str,
+    compiler: str = "gcc",
+    change: Callable[[str], str] | None = None,
+) -> Path:
+    """Compile guest_tools/NAME.c, changed if asked for; skip the test if there is no compiler."""
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    source = target.with_name(f"{name}.c")
+    text = tool_source(name)
+    source.write_text(change(text) if change else text)
+    warnings = ["-Wall", "-Wextra", "-Wshadow", "-Werror"]
+    subprocess.run([compiler, "-O2", *warnings, *flags, "-o", target, source], check=True)
+    source.unlink()
+    return target
+
+
+def is_ppc64le(binary: Path) -> bool:
+    """ELF, 64 bits, little-endian; e_machine 21 is EM_PPC64."""
+    header = binary.read_bytes()[:20]
+    return header[:6] == b"\x7fELF\x02\x01" and int.from_bytes(header[18:20], "little") == 21
