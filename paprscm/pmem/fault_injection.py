@@ -16,8 +16,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from paprscm.build.vmlinux import Kernel
-from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, MalformedError, load_line, unbelievable
 from paprscm.guest.tools import build
@@ -35,7 +34,13 @@ _WATCHER = ("kmemleak_open", "kmemleak_vmalloc")
 """What kmemleak allocates for each allocation is none of theirs, and it can do without."""
 
 DEBUGFS = "/sys/kernel/debug"
-_OPTIONS = ("FAILSLAB", "FAIL_MAKE_REQUEST", "FAULT_INJECTION_STACKTRACE_FILTER", "DEBUG_KMEMLEAK")
+OPTIONS: Final = (
+    *("CONFIG_FAILSLAB", "CONFIG_FAIL_MAKE_REQUEST"),
+    *("CONFIG_FAULT_INJECTION_STACKTRACE_FILTER", "CONFIG_DEBUG_KMEMLEAK"),
+)
+"""Options that a kernel must have for this module."""
+DEBUG_KERNEL: Final = "-p kernel=debug has it, as images/kernel-debug.config asks for it"
+"""The hint where it lacks one."""
 _STATUS_FINE, _STATUS_WRONG = 0, 1
 # mm/kmemleak.c, MSECS_MIN_AGE: younger objects are not told.
 _LEAK_AGE_S = 6
@@ -78,26 +83,6 @@ class Report:
         """How often each errno was the answer to a failure; "0": the call succeeded."""
         names = [errno.errorcode.get(one.errno, "0") for one in self.rounds if one.failed]
         return dict(Counter(names))
-
-
-def require(kernel: Kernel) -> None:
-    """Insist on a kernel with fault injection.
-
-    Raises:
-        CapabilityError: it was built without.
-    """
-    for name in _OPTIONS:
-        if kernel.config is None:
-            raise CapabilityError(
-                f"the kernel {kernel.release} does not hold its configuration, so CONFIG_{name} "
-                "is unknown",
-                hint="build it with CONFIG_IKCONFIG=y, or give modules= with its configs.ko",
-            )
-        if kernel.option(name) == "n":
-            raise CapabilityError(
-                f"the kernel {kernel.release} was built without CONFIG_{name}",
-                hint="-p kernel=debug has it, as images/kernel-debug.config asks for it",
-            )
 
 
 def aim(guest: Guest, functions: Sequence[str], *, attribute: Attribute = "failslab") -> None:

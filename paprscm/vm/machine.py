@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import uuid as uuids
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paprscm.errors import CapabilityError, ConfigError
@@ -98,6 +98,10 @@ class Nvdimm:
                 f"{self.label_bytes} make {self.file_bytes}",
                 hint=f"truncate -s {self.file_bytes} {shlex.quote(str(file))}, or another size=",
             )
+
+    def at(self, slot: int, size_bytes: int | None = None) -> Nvdimm:
+        """The same kind of DIMM in this slot, and of this size."""
+        return replace(self, slot=slot, size_bytes=size_bytes or self.size_bytes)
 
     @property
     def drc(self) -> int:

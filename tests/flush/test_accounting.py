@@ -20,10 +20,9 @@ from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 from paprscm.vm.sync_shim import Operation
-
-SMALL = 256 * MIB
 
 
 class FlushAccounting(PaprScmTest):
@@ -33,7 +32,7 @@ class FlushAccounting(PaprScmTest):
         """A guest with these DIMMs, its regions and its accounts."""
         guest = self.boot(Machine(nvdimms=nvdimms), shim=self.shim())
         slots = [nvdimm.slot for nvdimm in nvdimms]
-        self.regions = {slot: wait_for_region(guest, slot, 10) for slot in slots}
+        self.regions = {slot: wait_for_region(guest, slot) for slot in slots}
         self.accounts = FlushAccounts(guest, slots)
         return guest
 
@@ -84,7 +83,7 @@ class DeepFlush(FlushAccounting):
         The driver asks again 10 ms later, as the answer said, and not very much later: msleep(10)
         takes a jiffy more, of 10 ms at most.
         """
-        guest = self.machine(Nvdimm(slot=3, size_bytes=SMALL))
+        guest = self.machine(PMEM_OFF.at(3, SMALL))
         account = self.deep_flush(guest, [3], threads=1, count=50)
         shortest = min(flush.waits_us[0] for flush in account.all())
         if shortest > 30_000:
@@ -92,13 +91,13 @@ class DeepFlush(FlushAccounting):
 
     def test_sixteen_threads(self) -> None:
         """Sixteen threads, twenty flushes each: 320 tokens, and as many syncs; none are merged."""
-        guest = self.machine(Nvdimm(slot=0, size_bytes=SMALL))
+        guest = self.machine(PMEM_OFF.at(0, SMALL))
         self.deep_flush(guest, [0], threads=16, count=20)
 
     def test_four_dimms(self) -> None:
         """Sixteen threads on four DIMMs: each flush syncs its own DIMM's file alone."""
         slots = (6, 1, 4, 3)
-        guest = self.machine(*(Nvdimm(slot=slot, size_bytes=SMALL) for slot in slots))
+        guest = self.machine(*(PMEM_OFF.at(slot, SMALL) for slot in slots))
         for slot in slots:
             self.deep_flush(guest, [slot], threads=1, count=slot)
         self.deep_flush(guest, slots, threads=16, count=10)
@@ -116,7 +115,7 @@ class NothingToFlush(FlushAccounting):
 
         That all is counted is seen on a second DIMM, which does need it.
         """
-        other = Nvdimm(slot=5, size_bytes=SMALL)
+        other = PMEM_OFF.at(5, SMALL)
         guest = self.machine(nvdimm, other)
         region = self.regions[nvdimm.slot]
         # region_devs.c:region_visible: it is there to be read, not to be written.
@@ -135,11 +134,11 @@ class NothingToFlush(FlushAccounting):
 
     def test_pmem_on(self) -> None:
         """On pmem=on no call that promises durability makes an H_SCM_FLUSH or a sync."""
-        self.judge(Nvdimm(slot=2, size_bytes=SMALL, pmem=True))
+        self.judge(PMEM_ON.at(2, SMALL))
 
     def test_plain_nvdimm(self) -> None:
         """On a plain nvdimm no such call makes an H_SCM_FLUSH or a sync: nobody asks it to."""
-        self.judge(Nvdimm(slot=2, size_bytes=SMALL, device="nvdimm"))
+        self.judge(PLAIN.at(2, SMALL))
 
 
 class Override(FlushAccounting):
@@ -151,7 +150,7 @@ class Override(FlushAccounting):
 
     def test_pmem_persist(self) -> None:
         """With pmem-override on pmem=on each flush is one pmem_persist, and never an fdatasync."""
-        guest = self.machine(Nvdimm(slot=1, size_bytes=SMALL, pmem=True, pmem_override=True))
+        guest = self.machine(OVERRIDE.at(1, SMALL))
         attribute = self.attribute(self.regions[1])
         # The first writes back every cache line of the DIMM: seconds.
         made = load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)

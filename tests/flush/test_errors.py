@@ -16,7 +16,8 @@ import json
 import re
 from collections.abc import Callable
 
-from paprscm.errors import ContractError
+from paprscm.checks import above, at_least, containing, matching, one_of, other_than
+from paprscm.errors import ContractError, GuestLostError
 from paprscm.flush.syscalls import Step, persist
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.guest import Guest
@@ -25,16 +26,15 @@ from paprscm.pmem.mounts import DaxMount, FsType, dax_mount, mount
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Dimm, region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 PAGE = 65536
 # "flush error: -1", of which kmsg.py makes a driver's error.
 FLUSH_ERROR = r"papr_scm \S+: flush error: -1$"
-SMALL = 256 * MIB
-DIMM, OTHER = Nvdimm(slot=3, size_bytes=SMALL), Nvdimm(slot=1, size_bytes=SMALL)
-# mkfs.xfs wants 300 MB or more.
-LARGE = Nvdimm(slot=3)
+DIMM, OTHER = PMEM_OFF.at(3, SMALL), PMEM_OFF.at(1, SMALL)
+LARGE = PMEM_OFF.at(3, FOR_XFS)
 
 
 class FlushErrors(PaprScmTest):
@@ -69,20 +69,17 @@ class FlushErrors(PaprScmTest):
         syncs.clear()
         after = syncs.counts()
         failed = after.failed - before.failed
-        self.assertGreater(failed, 0, "no sync has failed")
-        self.assertEqual(failed, after.begun - before.begun, "some syncs did not fail")
+        self.expect("syncs that failed", failed, above(0))
+        self.expect("syncs, of which all must fail", after.begun - before.begun, failed)
         if (lines := self.logged(guest, nvdimm) - logged) != failed:
             self.remark(f"the driver logged {lines} flush errors of {failed}")
         return made
 
     def expect_eio(self, made: tuple[Step, ...]) -> None:
-        """Assert that what promises durability got EIO, and what does not, nothing."""
-        wrong = [
-            str(step)
-            for step in made
-            if step.errno != (0 if step.step in ("write", "store", "read") else errno.EIO)
-        ]
-        self.assertEqual(wrong, [])
+        """Check that steps which promise durability got EIO, and the others no error."""
+        for step in made:
+            expected = 0 if step.step in ("write", "store", "read") else errno.EIO
+            self.check(f"errno of {step.step}", step.errno, expected)
 
     def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Step, ...]:
         """Make steps that must succeed, and of which each must reach the host's sync."""
@@ -90,10 +87,11 @@ class FlushErrors(PaprScmTest):
         before = syncs.counts()
         made = persist(guest, path, *steps)
         after = syncs.counts()
-        self.assertEqual([str(step) for step in made if step.errno], [])
+        self.expect("steps with an error", [str(step) for step in made if step.errno], [])
         asked = sum(step.step not in ("write", "store", "read") for step in made)
-        self.assertGreaterEqual(after.begun - before.begun, asked)
-        self.assertEqual((after.ended, after.failed), (after.begun, before.failed))
+        self.check("syncs", after.begun - before.begun, at_least(asked))
+        found = (after.ended, after.failed)
+        self.check("syncs that ended and failed", found, (after.begun, before.failed))
         return made
 
     def test_region(self) -> None:
@@ -105,20 +103,21 @@ class FlushErrors(PaprScmTest):
             self.expect_eio(self.failing(guest, DIMM, number, paths[DIMM], flush, flush))
             self.synced(guest, OTHER, paths[OTHER], flush)
             self.synced(guest, DIMM, paths[DIMM], flush)
-        # Just those fail whose syncs failed.
+        # Exactly those fail whose syncs failed.
         syncs, hcalls = guest.vm.syncs(DIMM.slot), count_hcalls(guest)
         before = syncs.counts()
         syncs.fail(errno.EIO, every=3)
         made = persist(guest, paths[DIMM], *[flush] * 12)
         syncs.clear()
         after = syncs.counts()
-        self.assertEqual([step.errno for step in made], [0, 0, errno.EIO] * 4)
-        self.assertEqual((after.begun - before.begun, after.failed - before.failed), (12, 4))
-        self.assertGreaterEqual(count_hcalls(guest) - hcalls, 2 * 12)
-        self.assertEqual(self.logged(guest, OTHER), 0)
-        said = guest.vm.says()
+        self.check("errnos", [step.errno for step in made], [0, 0, errno.EIO] * 4)
+        figures = (after.begun - before.begun, after.failed - before.failed)
+        self.check("syncs, and those that failed", figures, (12, 4))
+        self.check("hcalls of 12 flushes", count_hcalls(guest) - hcalls, at_least(2 * 12))
+        self.check("flush errors logged for the other DIMM", self.logged(guest, OTHER), 0)
+        output = guest.vm.says()
         for text in ("Input/output error", "No space left on device", "Disk quota exceeded"):
-            self.assertIn(text, said)
+            self.check("QEMU's output", output, containing(text))
 
     def test_block_device(self) -> None:
         """On /dev/pmemN fsync, fdatasync, msync and O_DSYNC get EIO until the host's sync works."""
@@ -130,13 +129,14 @@ class FlushErrors(PaprScmTest):
             steps += [f"dwrite={PAGE}:{PAGE}:{byte}", f"store=0:{PAGE}:{byte}", f"msync=0:{PAGE}"]
             self.expect_eio(self.failing(guest, DIMM, number, path, *steps))
             *_, found = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
-            self.assertEqual(found.byte, byte)
+            self.check("byte on the disk", found.byte, byte)
 
     def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Dimm:
-        """What the guest says of the DIMM itself."""
-        found = region(guest, nvdimm.slot).dimm
-        assert found is not None
-        return found
+        """The DIMM as the guest has it."""
+        dimm = region(guest, nvdimm.slot).dimm
+        if dimm is None:
+            raise ContractError(f"the region of slot {nvdimm.slot} has no DIMM")
+        return dimm
 
     def test_health(self) -> None:
         """A DIMM whose flushes fail is not told to be healthy."""
@@ -150,11 +150,12 @@ class FlushErrors(PaprScmTest):
         listed = json.loads(guest.succeed("ndctl list -DH"))
         health = {dimm["dev"]: dimm["health"] for dimm in listed}
         flags = {nvdimm: self.dimm(guest, nvdimm).papr_flags for nvdimm in found}
-        # The control: what QEMU does tell comes through.
-        self.assertEqual(flags[unarmed], {"not_armed"})
+        # The control: a flag that QEMU does report arrives.
+        self.check("flags of the DIMM with unarmed=on", flags[unarmed], {"not_armed"})
         told = health[self.dimm(guest, DIMM).name]
         self.measure("health after failed flushes", told)
-        self.assertEqual((told["shutdown_state"], told["shutdown_count"]), ("clean", 0))
+        shutdown = (told["shutdown_state"], told["shutdown_count"])
+        self.check("shutdown state and count", shutdown, ("clean", 0))
         self.known_issue(
             "qemu-nvdimm-healthy-while-flushes-fail",
             shows=told["health_state"] == "ok" and not flags[DIMM],
@@ -175,9 +176,19 @@ class FlushErrors(PaprScmTest):
         guest.succeed("umount /mnt/pm && dmesg -C && echo 3 > /proc/sys/vm/drop_caches")
         mount(guest, found.device, fstype, "/mnt/pm")
 
+    def opened(self, guest: Guest, file: str) -> str:
+        """Open a file and close it; the failure, or "opened"."""
+        try:
+            persist(guest, file)
+        except GuestLostError:
+            raise
+        except ContractError as error:
+            return str(error)
+        return "opened"
+
     def expect_complaint(self, guest: Guest) -> None:
-        """Assert that the kernel's log says that something is wrong with the file system."""
-        self.assertNotEqual(complaints(guest.succeed("dmesg")), [])
+        """Check that the kernel's log reports an error of the file system."""
+        self.check("complaints in the log", complaints(guest.succeed("dmesg")), other_than([]))
 
     def overwritten(self, fstype: FsType) -> None:
         """Let the flush of data that are overwritten fail, in each way, with each errno."""
@@ -196,7 +207,7 @@ class FlushErrors(PaprScmTest):
             self.synced(guest, LARGE, file, "fdatasync", f"msync=0:{PAGE}", "fsync")
         self.mounted_anew(guest, found)
         made = persist(guest, file, f"read=0:{3 * PAGE}", f"read={3 * PAGE}:{PAGE}")
-        self.assertEqual([step.byte for step in made], [len(ERRORS), 9])
+        self.check("bytes after a remount", [step.byte for step in made], [len(ERRORS), 9])
         check_offline(guest, [found.mount])
 
     def test_overwritten_xfs(self) -> None:
@@ -216,11 +227,10 @@ class FlushErrors(PaprScmTest):
         self.expect_eio(self.failing(guest, LARGE, errno.ENOSPC, file, *steps))
         self.expect_complaint(guest)
         # The host is well again; that does not bring it back.
-        with self.assertRaisesRegex(ContractError, "cannot be opened: EIO"):
-            persist(guest, file)
+        self.check("opening a file", self.opened(guest, file), containing("cannot be opened: EIO"))
         self.mounted_anew(guest, found)
         made = self.synced(guest, LARGE, file, f"read=0:{PAGE}", f"write=0:{PAGE}:3", "fsync")
-        self.assertEqual(made[0].byte, 1)
+        self.check("byte after a remount", made[0].byte, 1)
         check_offline(guest, [found.mount])
 
     def test_journal_ext4(self) -> None:
@@ -235,22 +245,23 @@ class FlushErrors(PaprScmTest):
         # show it, since commit d3476f3dad4a ("ext4: don't set SB_RDONLY after filesystem errors")
         # (in v6.12). Files that were already open: flush/test_promises.py.
         refused = guest.fail("mkdir /mnt/pm/folder")
-        self.assertIn("Read-only file system", refused.stderr)
+        self.check("mkdir's error", refused.stderr, containing("Read-only file system"))
         # Linux 6.1.176 opens the file for writing; then fsync decides which data must be there.
         allowed = {1}
         try:
             made = persist(guest, file, f"write=0:{PAGE}:4", "fsync")
         except ContractError as error:
-            self.assertRegex(str(error), "cannot be opened: (EIO|EROFS)")
+            self.expect("opening a file", str(error), matching("cannot be opened: (EIO|EROFS)"))
         else:
             allowed = {1, 4} if any(step.errno for step in made) else {4}
         self.mounted_anew(guest, found)
         (step,) = persist(guest, file, f"read=0:{PAGE}")
-        self.assertEqual(step.result, PAGE)
-        self.assertIn(step.byte, allowed)
+        found_bytes = (step.result, step.byte)
+        self.check("length and byte after a remount", found_bytes, (PAGE, one_of(*allowed)))
         # The file system remembers that there was an error (s_state, EXT4_ERROR_FS).
         superblock = guest.succeed(f"umount /mnt/pm && dumpe2fs -h {found.device.path}")
-        self.assertRegex(superblock, r"Filesystem state: .*with errors")
+        state = matching(r"Filesystem state: .*with errors")
+        self.check("dumpe2fs", superblock, state)
         guest.succeed(f"dmesg -C; e2fsck -fy {found.device.path}; [ $? -le 1 ]")
         mount(guest, found.device, "ext4", "/mnt/pm")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:3", "fsync")

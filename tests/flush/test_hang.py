@@ -17,15 +17,16 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from paprscm.errors import GuestLostError
+from paprscm.errors import ContractError, GuestLostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
-DIMM = Nvdimm(slot=2, size_bytes=256 * MIB)
+DIMM = PMEM_OFF.at(2, SMALL)
 HELD_S = 2.0
 """How long a hang is watched."""
 SOON_S = 30.0
@@ -48,11 +49,11 @@ class FlushHang(PaprScmTest):
         # The control: it is this flush that hangs, not flushing.
         path = f"{found.device}/deep_flush"
         (step,) = persist(guest, path, "dwrite=0:1:49")
-        self.assertEqual(step.errno, 0)
+        self.expect("errno of the control", step.errno, 0)
         self.begun = syncs.counts().ended
         syncs.hang()
         guest.succeed(f"echo 1 > {path} 2> /tmp/said < /dev/null &")
-        self.begun = syncs.wait_begun(self.begun + 1, SOON_S).begun
+        self.begun = syncs.wait_begun(self.begun + 1).begun
         return guest
 
     def expect_end(self, guest: Guest, limit_s: float) -> float:
@@ -60,8 +61,8 @@ class FlushHang(PaprScmTest):
         began = time.monotonic()
         status = guest.process.wait(limit_s)
         took_s = time.monotonic() - began
-        self.assertEqual(status, 0, f"QEMU's exit status after {took_s:.1f} s")
-        self.assertIsNone(guest.console.trouble)
+        self.expect(f"QEMU's exit status after {took_s:.1f} s", status, 0)
+        self.check("trouble on the console", guest.console.trouble, None)
         # It is gone, as it should be.
         guest.kill()
         return round(took_s, 3)
@@ -91,7 +92,7 @@ class FlushHang(PaprScmTest):
             done = self.begin_reset(guest, pool)
             try:
                 blocked = bool(wait([done], HELD_S).not_done)
-                self.assertEqual(syncs.counts().ended, self.begun - 1)
+                self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
                 then(guest, done)
             finally:
                 syncs.release()
@@ -112,16 +113,15 @@ class FlushHang(PaprScmTest):
             self.measure("answer after release, s", round(time.monotonic() - began, 3))
             guest.hang_up()
             ready = {"ready": re.compile("paprscm: ready")}
-            self.assertTrue(
-                guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed),
-                "the guest did not start again",
-            )
+            if not guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed):
+                raise ContractError("the guest did not start again within 120 s")
             guest.connect()
             self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
             # Not persist, which would have to be compiled anew.
             guest.succeed(f"echo 1 > {region(guest, DIMM.slot).device}/deep_flush")
             counts = guest.vm.syncs(DIMM.slot).counts()
-            self.assertEqual((counts.begun, counts.ended), (self.begun + 1, self.begun + 1))
+            found = (counts.begun, counts.ended)
+            self.check("syncs that began and ended", found, (self.begun + 1, self.begun + 1))
 
         self.with_reset(then)
 
@@ -132,12 +132,13 @@ class FlushHang(PaprScmTest):
             guest.process.send_signal(signal.SIGTERM)
             early = guest.process.wait(HELD_S) is not None
             self.measure("ended by SIGTERM while the flush hangs", early)
-            self.assertEqual(early, done.done())
+            self.expect("the reset ended with QEMU", done.done(), early)
             guest.vm.syncs(DIMM.slot).release()
             self.measure("ended after release, s", self.expect_end(guest, SOON_S))
             # Its answer may not have made it.
             if done.exception(SOON_S) is not None:
-                self.assertIsInstance(done.exception(), GuestLostError)
+                lost = isinstance(done.exception(), GuestLostError)
+                self.check(f"QEMU's end ends the reset: {done.exception()!r}", lost, True)
 
         self.with_reset(then)
 
@@ -152,9 +153,9 @@ class FlushHang(PaprScmTest):
             ended = guest.process.wait(SOON_S)
             syncs.release()
         self.measure("ended, s", round(time.monotonic() - began, 3))
-        self.assertEqual(ended, 0, "QEMU waits for the flush")
+        self.expect("QEMU's exit status while the flush hangs", ended, 0)
         self.expect_end(guest, SOON_S)
-        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown(self) -> None:
         """A guest whose DIMM has no namespace powers down while a flush of it hangs."""
@@ -163,7 +164,7 @@ class FlushHang(PaprScmTest):
         guest.qmp.execute("system_powerdown")
         self.measure("ended, s", self.expect_end(guest, SOON_S))
         self.usual("the kernel's last word", self.powered_down(guest), True)
-        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown_with_namespace(self) -> None:
         """A guest does not power down before a DIMM with a namespace is flushed, however long."""
@@ -171,14 +172,14 @@ class FlushHang(PaprScmTest):
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
         # nd_pmem's own, besides the one that hangs: the guest was told to power off.
-        syncs.wait_begun(self.begun + 1, SOON_S)
-        self.assertIsNone(guest.process.wait(HELD_S))
-        self.assertFalse(self.powered_down(guest))
-        # QEMU itself is well meanwhile.
-        self.assertEqual(guest.qmp.execute("query-status")["status"], "running")
-        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        syncs.wait_begun(self.begun + 1)
+        self.expect("QEMU's exit status while the flush hangs", guest.process.wait(HELD_S), None)
+        self.expect("the guest has powered down", self.powered_down(guest), False)
+        # QEMU itself still works.
+        self.expect("QEMU's status", guest.qmp.execute("query-status")["status"], "running")
+        self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
         syncs.release()
         self.measure("ended after release, s", self.expect_end(guest, SOON_S))
         counts = syncs.counts()
-        self.assertEqual(counts.begun, counts.ended)
+        self.check("syncs that ended", counts.ended, counts.begun)
         self.usual("flushes of a power-down", counts.begun - self.begun, 1)

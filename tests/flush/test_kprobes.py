@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 
-from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
 from paprscm.guest.tools import build
 from paprscm.testcase import PaprScmTest
@@ -43,16 +42,12 @@ class Kprobes(PaprScmTest):
 
     def test_process_that_moves(self) -> None:
         """A process that is moved to another CPU inside a probe's code goes on there."""
-        kernel = self.environment.kernel
-        for option in ("KPROBE_EVENTS", "OPTPROBES", "PREEMPTION"):
-            if kernel.option(option) != "y":
-                self.cancel(str(CapabilityError(f"Linux {kernel.release} lacks CONFIG_{option}=y")))
-        if self.settings.smp < 2:
-            self.cancel("a process cannot be moved with one CPU (smp=2)")
+        self.require_kernel("CONFIG_KPROBE_EVENTS", "CONFIG_OPTPROBES", "CONFIG_PREEMPTION")
+        self.require_cpus(2)
         guest = self.boot(allowed=[LOST.pattern])
         probe = guest.succeed(SET)
         if "[FTRACE]" not in probe:
-            self.assertEqual(self.move(guest), "", "the probe is a trap")
+            self.expect("trouble while the probe is a trap", self.move(guest), "")
             guest.succeed(f"echo 1 > {OPTIMIZATION}")
             probe = guest.wait_until(f"{LIST} | grep OPTIMIZED")
         end = self.move(guest)

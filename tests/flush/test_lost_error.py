@@ -15,7 +15,8 @@ from paprscm.errors import ContractError, HostError
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF
+from paprscm.vm.machine import Machine
 
 SLOT = 1
 MESSAGES = (
@@ -36,7 +37,7 @@ class LostError(PaprScmTest):
 
     def judge(self, fstype: FsType) -> None:
         """Let just that flush fail; fsync must fail with EIO."""
-        nvdimm = Nvdimm(slot=SLOT, size_bytes=512 * MIB)
+        nvdimm = PMEM_OFF.at(SLOT, FOR_XFS)
         guest = self.boot(Machine(nvdimms=(nvdimm,)), allowed=MESSAGES, shim=self.shim())
         # Neither file system writes its log unasked meanwhile.
         options = "dax=always" + (",commit=600" if fstype == "ext4" else "")

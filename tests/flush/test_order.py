@@ -9,7 +9,7 @@ were stored; the host knows when that was.
 
 from __future__ import annotations
 
-from paprscm.errors import HostError
+from paprscm.errors import ContractError, HostError
 from paprscm.flush.durability import Offset, compare_clocks, expect_durable
 from paprscm.flush.load import load
 from paprscm.guest.guest import Guest
@@ -17,11 +17,11 @@ from paprscm.pmem.mounts import dax_mount
 from paprscm.pmem.namespaces import CharacterDevice, create_namespace
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PLAIN, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
 DISK, XFS, EXT4, CLOCK = 0, 1, 2, 3
-# mkfs.xfs wants 300 MB or more.
-SIZES = {DISK: 256 * MIB, XFS: 512 * MIB, EXT4: 256 * MIB}
+SIZES = {DISK: SMALL, XFS: FOR_XFS, EXT4: SMALL}
 THREADS = 12
 CALLS = 30
 """Of each thread."""
@@ -50,16 +50,17 @@ class FlushOrder(PaprScmTest):
     def test_never_too_few(self) -> None:
         """On a disk, XFS and ext4, what a call promised was synced before it returned."""
         random = self.random()
-        dimms = [Nvdimm(slot=slot, size_bytes=size) for slot, size in SIZES.items()]
+        dimms = [PMEM_OFF.at(slot, size) for slot, size in SIZES.items()]
         # It is never flushed, so nothing here depends on flushes.
-        dimms.append(Nvdimm(slot=CLOCK, size_bytes=256 * MIB, device="nvdimm"))
+        dimms.append(PLAIN.at(CLOCK, SMALL))
         shim = self.shim()
         guest = self.boot(Machine(nvdimms=tuple(dimms)), shim=shim)
-        self.region = wait_for_region(guest, CLOCK, 10)
+        self.region = wait_for_region(guest, CLOCK)
         device = create_namespace(guest, self.region, mode="devdax").device
-        assert isinstance(device, CharacterDevice)
+        if not isinstance(device, CharacterDevice):
+            raise ContractError(f"ndctl made no character device: {device}")
         self.device = device
-        disk = create_namespace(guest, wait_for_region(guest, DISK, 10), mode="fsdax").disk.path
+        disk = create_namespace(guest, wait_for_region(guest, DISK), mode="fsdax").disk.path
         targets = [disk, "/mnt/xfs", "/mnt/ext4"]
         dax_mount(guest, XFS, "xfs", targets[XFS])
         dax_mount(guest, EXT4, "ext4", targets[EXT4])

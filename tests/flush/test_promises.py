@@ -22,7 +22,8 @@ from paprscm.flush.syscalls import HeldFile, Step, persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import DaxMount, FsType, dax_mount, mount
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF
+from paprscm.vm.machine import Machine
 
 PAGE = 65536
 FLUSH_ERROR = r"papr_scm \S+: flush error: -1$"
@@ -164,13 +165,13 @@ class FlushPromises(PaprScmTest):
         Returns:
             The calls that were made after a log had been aborted or shut down.
         """
-        nvdimms = [Nvdimm(slot=slot, size_bytes=512 * MIB) for slot in range(len(SCENARIOS))]
+        nvdimms = [PMEM_OFF.at(slot, FOR_XFS) for slot in range(len(SCENARIOS))]
         guest = self.boot(Machine(nvdimms=tuple(nvdimms)), allowed=[FLUSH_ERROR], shim=self.shim())
         made: list[Promise] = []
         for slot, scenario in enumerate(SCENARIOS):
             trigger, later = self.promises(guest, slot, fstype, scenario)
             if scenario.nth is None:
-                self.assertEqual(trigger.step.errno, errno.EIO, scenario)
+                self.expect(f"errno of {scenario}", trigger.step.errno, errno.EIO)
             # Known issues are about calls that come after an abort, not about the call that waited
             # for the flush, and not about a file system that did not notice the failure.
             known = [] if trigger.given else later
@@ -201,7 +202,7 @@ class FlushPromises(PaprScmTest):
         made = self.judge("xfs")
         folders = [promise for promise in made if promise.name == "folder"]
         broken = [str(p) for p in made if p not in folders and p.broken]
-        self.assertEqual(broken, [])
+        self.expect("broken promises", broken, [])
         self.aborted("linux-xfs-folder-fsync-ignores-shutdown", folders)
 
     def fsync_behind(self, fstype: FsType) -> tuple[Promise, Promise]:
@@ -211,7 +212,7 @@ class FlushPromises(PaprScmTest):
         inode waits to get it alone, and so the second, which must not overtake it, waits as well.
         """
         guest = self.boot(
-            Machine(nvdimms=(Nvdimm(slot=0, size_bytes=512 * MIB),)),
+            Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS),)),
             allowed=[FLUSH_ERROR],
             shim=self.shim(),
         )
@@ -224,7 +225,7 @@ class FlushPromises(PaprScmTest):
         syncs.fail(errno.EIO)
         syncs.hang()
         first.go()
-        syncs.wait_begun(begun + 1, 30)
+        syncs.wait_begun(begun + 1)
         change.go()
         change.wait_blocked()
         second.go()
@@ -250,7 +251,7 @@ class FlushPromises(PaprScmTest):
     def test_waiting_ext4(self) -> None:
         """ext4: fsync that waits for an fsync whose flush fails does not return 0 for lost data."""
         second = self.waiting("ext4")
-        self.assertFalse(second.broken, str(second))
+        self.check(f"broken promise, {second}", second.broken, False)
 
     def test_waiting_xfs(self) -> None:
         """XFS: fsync that waits for an fsync whose flush fails does not return 0 for lost data."""

@@ -25,17 +25,17 @@ from paprscm.pmem.mounts import Mount, dax_mount
 from paprscm.pmem.namespaces import create_fsdax, create_namespace
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest, QemuTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PLAIN, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
 DISK, XFS, EXT4, BUSY, OTHER = 0, 1, 2, 3, 4
 FLUSHED = (DISK, XFS, EXT4)
-# mkfs.xfs wants 300 MB or more.
 DIMMS = (
-    Nvdimm(slot=DISK, size_bytes=256 * MIB),
-    Nvdimm(slot=XFS, size_bytes=512 * MIB),
-    Nvdimm(slot=EXT4, size_bytes=256 * MIB),
-    Nvdimm(slot=BUSY, size_bytes=256 * MIB),
-    Nvdimm(slot=OTHER, size_bytes=256 * MIB, device="nvdimm"),
+    PMEM_OFF.at(DISK, SMALL),
+    PMEM_OFF.at(XFS, FOR_XFS),
+    PMEM_OFF.at(EXT4, SMALL),
+    PMEM_OFF.at(BUSY, SMALL),
+    PLAIN.at(OTHER, SMALL),
 )
 
 SLOW_S = 0.02
@@ -69,7 +69,7 @@ class FlushStress(PaprScmTest):
         """A guest with the DIMMs, their file systems, and its accounts."""
         guest = self.boot(Machine(nvdimms=DIMMS), shim=self.shim())
         self.seeds = self.random()
-        self.regions = {n.slot: wait_for_region(guest, n.slot, 10) for n in DIMMS}
+        self.regions = {n.slot: wait_for_region(guest, n.slot) for n in DIMMS}
         self.disk = create_fsdax(guest, self.regions[DISK]).path
         self.mounts: list[Mount] = [
             dax_mount(guest, XFS, "xfs", "/mnt/xfs").mount,
@@ -207,7 +207,7 @@ class FlushMemory(QemuTest):
         A guest with an operating system cannot show that: for what it executes the first time QEMU
         keeps some MiB, and a flush is a hundred bytes (spapr_nvdimm.c).
         """
-        nvdimm = Nvdimm(slot=0, size_bytes=256 * MIB)
+        nvdimm = PMEM_OFF.at(0, SMALL)
         bare = self.bare(Machine(nvdimms=(nvdimm,), smp=1, memory_mib=256))
         pid = bare.vm.process.pid
         grown = []
@@ -216,7 +216,8 @@ class FlushMemory(QemuTest):
             for _ in range(0, count, 1000):
                 flush = Call(Hcall.H_SCM_FLUSH, (nvdimm.drc, 0), 10_000_000, True)
                 answers = bare.batch([flush] * 1000, timeout_s=60)
-                self.assertEqual({answer.code for answer in answers}, {ReturnCode.H_SUCCESS})
+                codes = {answer.code for answer in answers}
+                self.expect("codes of 1000 flushes", codes, {ReturnCode.H_SUCCESS})
             grown.append(_own_kib(pid) - before)
         self.measure("grown_kib", grown)
         # The first fill what is kept for later ones. Each that is not forgotten takes 60 bytes.
@@ -226,10 +227,11 @@ class FlushMemory(QemuTest):
 
 
 def _own_kib(pid: int) -> int:
-    """QEMU's resident memory that is no file's and not shared: what it has allocated."""
+    """QEMU's anonymous resident memory, KiB."""
     rollup = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"^RssAnon:\s+(\d+) kB", rollup, re.MULTILINE)
-    assert found is not None
+    if found is None:
+        raise HostError(f"/proc/{pid}/status has no RssAnon")
     return int(found[1])
 
 

@@ -13,12 +13,13 @@ from paprscm.device.hcall_judge import Request, ScmJudge, coverage, request, unb
 from paprscm.errors import GuestLostError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
+from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm
 
 KINDS = (
-    Nvdimm(slot=0),
+    PMEM_OFF.at(0),
     Nvdimm(slot=1, pmem=True, size_bytes=768 * MIB, label_bytes=256 << 10),
-    Nvdimm(slot=2, pmem=True, pmem_override=True),
+    OVERRIDE.at(2),
     Nvdimm(slot=3, device="nvdimm", label_bytes=192 << 10),
     Nvdimm(slot=6, unarmed=True, size_bytes=256 * MIB),
 )
@@ -144,8 +145,11 @@ class Metadata(HcallTest):
         for slot, dimm in judge.model.dimms.items():
             with judge.bare.file(slot).open("rb") as file:
                 file.seek(dimm.size_bytes - 4096)
-                self.assertEqual(file.read(4096), bytes(4096), f"data area of slot {slot}")
-                self.assertEqual(file.read(), bytes(dimm.label), f"label area of slot {slot}")
+                untouched, label = file.read(4096) == bytes(4096), file.read() == dimm.label
+                self.check(
+                    f"slot {slot}: the data area before the labels is empty", untouched, True
+                )
+                self.check(f"slot {slot}: the label area is the model's", label, True)
         self.covers(judge, Hcall.H_SCM_WRITE_METADATA, without=["read-only backend"])
 
     def test_write_to_a_read_only_backend(self) -> None:
@@ -272,7 +276,7 @@ class Others(HcallTest):
             *(request(Hcall.H_SCM_FLUSH, drc, 0) for drc in drcs),
         )
         judge.poll_to_the_end()
-        self.assertEqual(judge.model.dimms[0].last_token, len(drcs))
+        self.check("token of the last flush", judge.model.dimms[0].last_token, len(drcs))
 
     def test_other_connectors_are_no_nvdimms(self) -> None:
         """The DRC of a DIMM of ordinary memory, of a core or a host bridge is no nvdimm's."""
@@ -300,7 +304,7 @@ class Others(HcallTest):
 
     def test_hotplugged(self) -> None:
         """A DIMM that is plugged into a running machine answers as one that was there at boot."""
-        at_boot, later = Nvdimm(slot=0), Nvdimm(slot=EMPTY_SLOT, size_bytes=256 * MIB)
+        at_boot, later = PMEM_OFF.at(0), PMEM_OFF.at(EMPTY_SLOT, SMALL)
         judge = self.judge(at_boot)
         everything = [
             request(call, later.drc, 0, 1, BIND_ANY_ADDRESS if call is Hcall.H_SCM_BIND_MEM else 1)

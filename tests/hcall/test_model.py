@@ -22,14 +22,14 @@ from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError, Error
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
 from paprscm.testcase import QemuTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import PLAIN, PMEM_OFF, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 
-SMALL = 256 * MIB
 DIMMS = (
-    Nvdimm(slot=0, size_bytes=SMALL),
+    PMEM_OFF.at(0, SMALL),
     Nvdimm(slot=1, size_bytes=2 * SMALL, label_bytes=256 << 10),
-    Nvdimm(slot=2, size_bytes=SMALL, pmem=True),
-    Nvdimm(slot=3, size_bytes=SMALL, device="nvdimm"),
+    PMEM_ON.at(2, SMALL),
+    PLAIN.at(3, SMALL),
     Nvdimm(slot=4, size_bytes=SMALL, unarmed=True),
 )
 MOST_HELD = 16

@@ -41,8 +41,8 @@ from paprscm.power_cut.sudden_end import (
 )
 from paprscm.power_cut.sudden_end_report import PromiseReport, parse_promise
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.backing_files import BackingFiles
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine
 
 SIDES = (
     Side(slot=0, fstype="xfs", sync=True),
@@ -53,8 +53,7 @@ SIDES = (
 LEDGER_SLOT = 4
 LEDGER = "/mnt/ledger"
 TOOL = f"{LEDGER}/promise"
-# mkfs.xfs wants 300 MB or more.
-SIZES = {0: 512 * MIB, 1: 512 * MIB, 2: 256 * MIB, 3: 256 * MIB, LEDGER_SLOT: 256 * MIB}
+SIZES = {0: FOR_XFS, 1: FOR_XFS, 2: SMALL, 3: SMALL, LEDGER_SLOT: SMALL}
 
 START_LIMIT_S = 60.0
 MORE = 10
@@ -90,9 +89,9 @@ class Promise(PaprScmTest):
         both file systems; a few more are made where a control has lost nothing by then.
         """
         cuts, dice = self.cuts(), self.random()
-        dimms = [Nvdimm(slot=slot, pmem=True, size_bytes=size) for slot, size in SIZES.items()]
-        self.require(dimms)
-        files = self.leave.enter_context(BackingFiles(self.settings.scratch_dir, dimms))
+        dimms = [PMEM_ON.at(slot, size) for slot, size in SIZES.items()]
+        self.require_qemu(*dimms)
+        files = self.keep(*dimms)
         tallies = {side: Tally() for side in SIDES}
         runs: dict[Side, Run] = {}
         for cut in itertools.count():
@@ -204,7 +203,8 @@ class Promise(PaprScmTest):
         ended = {}
         for side, run in runs.items():
             entry = self.entry(ledger, side, run)
-            assert entry is not None
+            if entry is None:
+                raise HostError(f"{side}: the ledger has lost its entry")
             ended[side] = dataclasses.replace(run, done=entry.done, phase=entry.phase)
         return ended
 
