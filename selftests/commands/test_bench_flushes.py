@@ -200,7 +200,7 @@ def test_a_bad_option_is_refused_at_once(
 def test_without_matplotlib_it_says_so_before_it_measures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flush_plot.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
     said = capsys.readouterr().err
     assert "there is no matplotlib" in said
