@@ -25,14 +25,17 @@ class Difference:
         what: the name of the value.
         found: the value.
         expected: the contract's value, or a Matcher.
+        detail: the observation behind the value, or "".
     """
 
     what: str
     found: object
     expected: object
+    detail: str = ""
 
     def __str__(self) -> str:
-        return f"{self.what}: {_shown(self.found)}, expected {_shown(self.expected)}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.what}: {_shown(self.found)}, expected {_shown(self.expected)}{detail}"
 
 
 def differ(found: object, expected: object) -> bool:
@@ -53,6 +56,7 @@ def describe(differences: Sequence[Difference]) -> str:
         ]
     else:
         lines = [f"{what}:\n  {found}\n  expected {expected}" for what, found, expected in rows[1:]]
+    lines += [f"{d.what}: {d.detail}" for d in differences if d.detail]
     return f"{len(differences)} differences:\n" + textwrap.indent("\n".join(lines), "  ")
 
 

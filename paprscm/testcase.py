@@ -182,20 +182,21 @@ class QemuTest(Test):
         library = build(Cache(self.settings.cache_dir))
         return self.leave.enter_context(Shim(library, before=before))
 
-    def check(self, what: str, found: object, expected: object) -> bool:
+    def check(self, what: str, found: object, expected: object, *, detail: str = "") -> bool:
         """Compare, and go on: the end of the test reports all differences together (FAIL).
 
         Args:
             what: the name of the value, for a report.
             found: the value.
             expected: the contract's value, or a comparison of paprscm.checks, or a tuple of them.
+            detail: the observation behind the value, for a report.
 
         Returns:
             Whether the values are equal.
         """
         if not differ(found, expected):
             return True
-        difference = Difference(what, found, expected)
+        difference = Difference(what, found, expected, detail)
         self.differences.append(difference)
         # At once, for a test that is interrupted.
         self.log.info("difference: %s", difference)
@@ -356,8 +357,7 @@ class PaprScmTest(QemuTest):
         fs_name = report.file.fs_name if report.file else None
         if fstype is not None and fs_name != fstype:
             self.check(f"{what}: file system of {report.path}", fs_name, fstype)
-        verdict = expected.value if judgement.verdict is expected else str(judgement)
-        self.check(f"{what}: MAP_SYNC", verdict, expected.value)
+        self.check(what, judgement.verdict.value, expected.value, detail=judgement.reason)
 
     def boot(
         self,

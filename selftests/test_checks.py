@@ -62,6 +62,13 @@ def test_several_differences_are_a_table() -> None:
     )
 
 
+def test_details_are_behind_the_values() -> None:
+    one = Difference("file", "accepted", "refused", "sf in VmFlags")
+    assert str(one) == "file: 'accepted', expected 'refused' (sf in VmFlags)"
+    lines = describe([Difference("syncs", 1, 2), one]).splitlines()
+    assert lines[-2:] == ["  file   'accepted'  'refused'", "  file: sf in VmFlags"]
+
+
 @pytest.mark.parametrize("value", ["two\nlines", "x" * 80])
 def test_long_values_are_a_list(value: str) -> None:
     lines = describe([Difference("a", 1, 2), Difference("b", value, "")]).splitlines()

@@ -21,6 +21,7 @@ from paprscm.errors import (
     KilledError,
 )
 from paprscm.guest.environment import Environment
+from paprscm.map_sync.verdict import FileFacts, MapSyncReport, Verdict
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.binary import Qemu
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, PMEM_ON
@@ -76,6 +77,36 @@ def test_differences_are_one_table_at_the_end(tmp_path: Path) -> None:
         TABLE,
     )
     assert reached
+
+
+@pytest.mark.parametrize("fs_type", [0x58465342, 0x01021994])
+def test_a_verdict_counts_on_its_file_system_only(tmp_path: Path, fs_type: int) -> None:
+    """A file on the tmpfs below a mount point is "not DAX" as well."""
+    file = FileFacts(
+        type="regular",
+        size_bytes=1,
+        attributes=0,
+        attributes_mask=0,
+        dax=False,
+        statx_errno=None,
+        fs_type=fs_type,
+        fs_block_bytes=4096,
+    )
+    report = cast(
+        MapSyncReport,
+        SimpleNamespace(file=file, mapping="mapped", control=None, path="/mnt/x", page_size=4096),
+    )
+
+    def body(test: PaprScmTest) -> None:
+        test.check_map_sync("x", report, Verdict.NOT_DAX, fstype="xfs")
+
+    end = run(body, tmp_path)
+    if fs_type == 0x58465342:
+        assert end.status == "PASS"
+    else:
+        assert end.reason == "x: file system of /mnt/x: 'tmpfs', expected 'xfs'"
+    end = run(lambda test: test.check_map_sync("x", report, Verdict.REFUSED), tmp_path)
+    assert end.reason.startswith("x: 'not DAX', expected 'MAP_SYNC refused' (statx says so")
 
 
 def test_expect_ends_the_test_with_all_differences(tmp_path: Path) -> None:
