@@ -84,14 +84,14 @@ class QemuTest(Test):
     # For unittest's own assert methods.
     failureException = ContractError
 
-    # A test takes seconds. The limit is there for what nothing else notices: Avocado's runner
-    # waits for ever for a test process that was killed.
+    # A test takes seconds. Nothing else notices a killed test process: Avocado's runner waits for
+    # ever.
     timeout = 300
 
     def __init_subclass__(cls) -> None:
         """Wrap each test, so that its guests end, and are judged, as a part of it.
 
-        What tearDown raises is an ERROR for Avocado, and hides what the test itself had found.
+        An exception of tearDown is an ERROR for Avocado, and hides the test's own failure.
         """
         super().__init_subclass__()
         for name, method in list(vars(cls).items()):
@@ -99,11 +99,11 @@ class QemuTest(Test):
                 setattr(cls, name, _with_guests(method))
 
     def setUp(self) -> None:
-        """Read the settings and make sure that what the test needs is there."""
+        """Read the settings, and prepare what the test needs."""
         self.leave = contextlib.ExitStack()
-        """Ends what runs when the test has ended."""
+        """Closed at the end of the test."""
         self.shown: list[str] = []
-        """Why it ends as WARN."""
+        """Reasons to end as WARN."""
         self.differences: list[Difference] = []
         """Collected by `check`, for the end of the test."""
         self._started = 0
@@ -122,13 +122,13 @@ class QemuTest(Test):
         return found
 
     def tearDown(self) -> None:
-        """End what a timed-out test, which goes on beside this, has left running."""
+        """End the processes of a timed-out test, whose thread still runs."""
         with contextlib.suppress(ContractError):
             self.leave.close()
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
 
     def folder(self, name: str) -> Path:
-        """A place for what a QEMU leaves: data/guest, the next one data/guest2, …"""
+        """The folder for the files of one QEMU: data/guest, then data/guest2, …"""
         self._started += 1
         return Path(self.outputdir) / (name if self._started == 1 else f"{name}{self._started}")
 
@@ -219,7 +219,7 @@ class QemuTest(Test):
             require(self.qemu, nvdimm)
 
     def possible(self, nvdimms: Iterable[Nvdimm]) -> tuple[Nvdimm, ...]:
-        """Those that this QEMU can have; how many were left out is kept as a measurement."""
+        """The DIMMs that this QEMU supports; the number of the others is a measurement."""
         wanted = tuple(nvdimms)
         able = tuple(n for n in wanted if self.qemu.has_pmem or not (n.pmem or n.pmem_override))
         self.measure("DIMMs left out for want of libpmem", len(wanted) - len(able))
@@ -233,7 +233,7 @@ class QemuTest(Test):
         return random.Random(seed)  # noqa: S311
 
     def measure(self, name: str, value: Any) -> None:
-        """Keep a figure or a fact in the test's whiteboard, as JSON."""
+        """Keep a value in the test's whiteboard, as JSON."""
         self._metrics[name] = value
 
     def versions(self) -> dict[str, str]:
@@ -282,12 +282,12 @@ class QemuTest(Test):
         self.shown.append(f"known issue {issue}: {found}")
 
     def remark(self, found: str) -> None:
-        """Let the test end as WARN, for what is not as it was, and yet breaks no contract."""
+        """Let the test end as WARN, for a change that does not break the contract."""
         self.log.info("%s", found)
         self.shown.append(found)
 
     def usual(self, what: str, found: object, usual: object) -> None:
-        """Let the test end as WARN if what no contract fixes is not as on the versions seen so far.
+        """Let the test end as WARN if a value that no contract fixes differs from earlier versions.
 
         Args:
             what: the name of a text, a count or a state of QEMU or Linux.
@@ -311,18 +311,18 @@ class QemuTest(Test):
 
 
 class PaprScmTest(QemuTest):
-    """Base of tests with a guest: boots it, ends it with the test, and keeps what it left."""
+    """Base of tests with a guest: boots it, ends it with the test, and keeps its logs."""
 
     environment: Environment
 
     def find_qemu(self) -> Qemu:
-        """The QEMU under test, and all that guests need."""
+        """The QEMU under test, and everything that guests need."""
         self.environment = prepare(self.settings)
         self.measure("environment", self.environment.describe())
         return self.environment.qemu
 
     def versions(self) -> dict[str, str]:
-        """Of QEMU, and of the guest's kernel."""
+        """The versions of QEMU and of the guest's kernel."""
         return {**super().versions(), "Linux": self.environment.kernel.release}
 
     def require_cpus(self, count: int) -> None:
@@ -367,13 +367,13 @@ class PaprScmTest(QemuTest):
         allowed: Iterable[str] = (),
         shim: Shim | None = None,
     ) -> Guest:
-        """A running guest with its DIMMs; it ends with the test.
+        """Boot a guest with its DIMMs; it ends with the test.
 
         It may have been booted or restored from a snapshot, with the DIMMs plugged before it ran.
 
         Args:
             machine: what is wanted; memory, CPU, firmware and accelerator come from the settings.
-            cold: it must have been booted, with the DIMMs there when its kernel started.
+            cold: boot it, with the DIMMs present when its kernel starts.
             allowed: kernel messages that the test expects (regular expressions).
             shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """

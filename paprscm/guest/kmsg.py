@@ -49,7 +49,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
 
 # What every boot logs. The first two, for every DIMM: QEMU has no H_SCM_PERFORMANCE_STATS, answers
 # H_FUNCTION (-2), and papr_scm says so (papr_scm.c, papr_scm_probe and papr_scm_pmu_register).
-# The third, where VOF takes the place of SLOF: nobody formats QEMU's empty NVRAM
+# The third, where VOF takes the place of SLOF: QEMU's empty NVRAM is not formatted
 # (arch/powerpc/kernel/nvram_64.c, nvram_scan_partitions).
 _ALWAYS_LOGGED = (
     re.compile(
@@ -99,7 +99,7 @@ def text_of(line: str) -> str:
 
 
 def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | None:
-    """What is wrong according to one line of the console, or None.
+    """The trouble in one line of the console, or None.
 
     Args:
         line: without its line end.

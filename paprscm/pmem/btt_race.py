@@ -42,7 +42,7 @@ fi
 
 @dataclass(frozen=True, kw_only=True)
 class SameBlock:
-    """What guest_tools/same_block.c reports.
+    """The report of guest_tools/same_block.c.
 
     Attributes:
         writes: of each thread.

@@ -31,7 +31,8 @@ LIBNVDIMM: Final = (
 first and the last of them is libnvdimm's as well."""
 
 _WATCHER = ("kmemleak_open", "kmemleak_vmalloc")
-"""What kmemleak allocates for each allocation is none of theirs, and it can do without."""
+"""kmemleak's own bookkeeping allocations are exempt: they do not belong to the driver, and kmemleak
+copes with failures."""
 
 DEBUGFS = "/sys/kernel/debug"
 OPTIONS: Final = (
@@ -42,7 +43,7 @@ OPTIONS: Final = (
 DEBUG_KERNEL: Final = "-p kernel=debug has it, as images/kernel-debug.config asks for it"
 """The hint where it lacks one."""
 _STATUS_FINE, _STATUS_WRONG = 0, 1
-# mm/kmemleak.c, MSECS_MIN_AGE: younger objects are not told.
+# mm/kmemleak.c, MSECS_MIN_AGE: younger objects are not reported.
 _LEAK_AGE_S = 6
 _SCAN_LIMIT_S = 180.0
 
@@ -154,7 +155,7 @@ def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) 
     Args:
         report: of `fail_each`.
         allowed: the errno that may come out.
-        optional: with so many failures the call may succeed all the same: what could not be
+        optional: with so many failures the call may succeed anyway: what could not be
             allocated was not needed.
 
     Raises:
@@ -180,12 +181,12 @@ def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) 
 
 
 def forget_leaks(guest: Guest) -> None:
-    """What has leaked up to now is not told any more."""
+    """Ignore the leaks up to now."""
     guest.succeed(f"echo clear > {DEBUGFS}/kmemleak")
 
 
 def leaks(guest: Guest) -> list[str]:
-    """What nobody points to any more, each object with its call trace.
+    """Objects without a pointer to them, each with its call trace.
 
     kmemleak tells what is older than 5 s and did not change between two scans.
     """

@@ -42,7 +42,7 @@ class Backends(PaprScmTest):
     """
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:
-        """A guest whose syncs are watched."""
+        """Boot a guest whose syncs are watched."""
         self.watcher: Shim = self.shim()
         return self.boot(Machine(nvdimms=nvdimms), shim=self.watcher)
 

@@ -125,7 +125,7 @@ def plugged(vm: Vm) -> dict[str, dict[str, Any]]:
 
 
 def dump_tree(vm: Vm) -> bytes:
-    """The device tree blob as QEMU has it now: that of the last reset."""
+    """The device tree blob of the last reset."""
     target = vm.scratch / "tree"
     vm.qmp.execute("dumpdtb", filename=str(target))
     return target.read_bytes()

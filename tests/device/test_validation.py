@@ -188,14 +188,14 @@ class Validation(QemuTest):
             board(*backend(path="{label4g}", size=size), *device(label_size=str(4 * GIB)))
         )
         if found.tree is None:
-            told = None
+            reported = None
             self.expect_end("a label area of 4 GiB", found, accepted=False)
         else:
-            told = parse(found.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
+            reported = parse(found.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
         self.conclude(
             "qemu-nvdimm-label-size-truncated",
-            shows=told is not None,
-            found=f"of a label area of 4 GiB the guest is told {told} bytes",
+            shows=reported is not None,
+            found=f"of a label area of 4 GiB the guest is told {reported} bytes",
         )
 
     def test_read_only_and_preallocated(self) -> None:

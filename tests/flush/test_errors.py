@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's sync fails: who in the guest is told, what file systems do, and what is left.
+"""Failing syncs on the host: errors in the guest, file systems, and the data afterwards.
 
 QEMU answers H_HARDWARE whatever the errno was (hw/ppc/spapr_nvdimm.c, flush_worker_cb). Linux logs
-it and makes EIO of it (arch/powerpc/platforms/pseries/papr_scm.c, papr_scm_pmem_flush;
-drivers/nvdimm/region_devs.c, nvdimm_flush). Who asked for the flush gets it as the end of a bio
+it and turns it into EIO (arch/powerpc/platforms/pseries/papr_scm.c, papr_scm_pmem_flush;
+drivers/nvdimm/region_devs.c, nvdimm_flush). The caller of the flush gets it as the end of a bio
 (drivers/nvdimm/pmem.c, pmem_submit_bio) or from blkdev_issue_flush.
 
 Each failure is counted twice: by the shim in QEMU, and by what the driver logs.
@@ -45,11 +45,11 @@ class FlushErrors(PaprScmTest):
     """
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:
-        """A guest whose flushes can be made to fail."""
+        """Boot a guest whose flushes can be made to fail."""
         return self.boot(Machine(nvdimms=nvdimms), allowed=[FLUSH_ERROR], shim=self.shim())
 
     def logged(self, guest: Guest, nvdimm: Nvdimm) -> int:
-        """How often the driver has said that a flush of this DIMM failed."""
+        """The number of flush errors that the driver has logged for this DIMM."""
         line = rf"papr_scm \S*pmemory@{nvdimm.drc:x}: flush error: -1$"
         return len(re.findall(line, guest.succeed("dmesg"), re.MULTILINE))
 
@@ -82,7 +82,7 @@ class FlushErrors(PaprScmTest):
             self.check(f"errno of {step.step}", step.errno, expected)
 
     def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Step, ...]:
-        """Make steps that must succeed, and of which each must reach the host's sync."""
+        """Make steps that must succeed; each flush must reach the host's sync."""
         syncs = guest.vm.syncs(nvdimm.slot)
         before = syncs.counts()
         made = persist(guest, path, *steps)
@@ -95,7 +95,7 @@ class FlushErrors(PaprScmTest):
         return made
 
     def test_region(self) -> None:
-        """deep_flush gets EIO for EIO, ENOSPC, EDQUOT on the host; other flushes get nothing."""
+        """deep_flush gets EIO for EIO, ENOSPC and EDQUOT on the host; other flushes succeed."""
         guest = self.machine(DIMM, OTHER)
         paths = {n: f"{region(guest, n.slot).device}/deep_flush" for n in (DIMM, OTHER)}
         flush = "dwrite=0:1:49"
@@ -139,7 +139,7 @@ class FlushErrors(PaprScmTest):
         return dimm
 
     def test_health(self) -> None:
-        """A DIMM whose flushes fail is not told to be healthy."""
+        """A DIMM whose flushes fail is not reported as healthy."""
         unarmed = Nvdimm(slot=5, size_bytes=SMALL, unarmed=True)
         guest = self.machine(DIMM, OTHER, unarmed)
         found = {nvdimm: region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
@@ -152,26 +152,26 @@ class FlushErrors(PaprScmTest):
         flags = {nvdimm: self.dimm(guest, nvdimm).papr_flags for nvdimm in found}
         # The control: a flag that QEMU does report arrives.
         self.check("flags of the DIMM with unarmed=on", flags[unarmed], {"not_armed"})
-        told = health[self.dimm(guest, DIMM).name]
-        self.measure("health after failed flushes", told)
-        shutdown = (told["shutdown_state"], told["shutdown_count"])
+        report = health[self.dimm(guest, DIMM).name]
+        self.measure("health after failed flushes", report)
+        shutdown = (report["shutdown_state"], report["shutdown_count"])
         self.check("shutdown state and count", shutdown, ("clean", 0))
         self.known_issue(
             "qemu-nvdimm-healthy-while-flushes-fail",
-            shows=told["health_state"] == "ok" and not flags[DIMM],
-            found=f"after five flushes that failed, health is {told['health_state']}, the flags "
+            shows=report["health_state"] == "ok" and not flags[DIMM],
+            found=f"after five flushes that failed, health is {report['health_state']}, the flags "
             f"are {sorted(flags[DIMM] or ())}",
         )
 
     def mounted(self, guest: Guest, fstype: FsType) -> DaxMount:
-        """A new file system that writes its log when it is told to, and hardly else."""
+        """Make a file system that writes its log almost only on request."""
         options = {"xfs": "dax=always", "ext4": "dax=always,errors=remount-ro,commit=300"}
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
         return dax_mount(guest, LARGE.slot, fstype, "/mnt/pm", options=options[fstype])
 
     def mounted_anew(self, guest: Guest, found: DaxMount) -> None:
-        """Unmount, mount again, and let nothing of it stay in memory meanwhile."""
+        """Unmount, drop the caches, and mount again."""
         fstype: FsType = "xfs" if found.mount.fstype == "xfs" else "ext4"
         guest.succeed("umount /mnt/pm && dmesg -C && echo 3 > /proc/sys/vm/drop_caches")
         mount(guest, found.device, fstype, "/mnt/pm")
@@ -191,7 +191,7 @@ class FlushErrors(PaprScmTest):
         self.check("complaints in the log", complaints(guest.succeed("dmesg")), other_than([]))
 
     def overwritten(self, fstype: FsType) -> None:
-        """Let the flush of data that are overwritten fail, in each way, with each errno."""
+        """Let the flush of overwritten data fail in each way, with each errno."""
         guest, file = self.machine(LARGE), "/mnt/pm/file"
         found = self.mounted(guest, fstype)
         self.synced(guest, LARGE, file, f"write=0:{4 * PAGE}:9", "fsync")
@@ -203,7 +203,7 @@ class FlushErrors(PaprScmTest):
         for byte, number in enumerate(ERRORS, 1):
             steps = [step for place, way in enumerate(ways) for step in way(place * PAGE, byte)]
             self.expect_eio(self.failing(guest, LARGE, number, file, *steps))
-            # It is not told that all is well because nothing is dirty any more.
+            # A clean page cache must not be reported as success.
             self.synced(guest, LARGE, file, "fdatasync", f"msync=0:{PAGE}", "fsync")
         self.mounted_anew(guest, found)
         made = persist(guest, file, f"read=0:{3 * PAGE}", f"read={3 * PAGE}:{PAGE}")
@@ -211,15 +211,15 @@ class FlushErrors(PaprScmTest):
         check_offline(guest, [found.mount])
 
     def test_overwritten_xfs(self) -> None:
-        """XFS: when data cannot be flushed, fdatasync, msync, O_DSYNC say EIO, and try again."""
+        """On XFS, fdatasync, msync and O_DSYNC fail with EIO when a flush fails, then retry."""
         self.overwritten("xfs")
 
     def test_overwritten_ext4(self) -> None:
-        """ext4: when data cannot be flushed, fdatasync, msync, O_DSYNC say EIO, and try again."""
+        """On ext4, fdatasync, msync and O_DSYNC fail with EIO when a flush fails, then retry."""
         self.overwritten("ext4")
 
     def test_log_xfs(self) -> None:
-        """XFS shuts down when its log cannot be flushed; what was promised is there afterwards."""
+        """XFS shuts down when its log cannot be flushed; synced data survive."""
         guest, file = self.machine(LARGE), "/mnt/pm/file"
         found = self.mounted(guest, "xfs")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
@@ -234,7 +234,7 @@ class FlushErrors(PaprScmTest):
         check_offline(guest, [found.mount])
 
     def test_journal_ext4(self) -> None:
-        """ext4 aborts its journal and turns read-only; what was promised is there afterwards."""
+        """ext4 aborts its journal and becomes read-only; synced data survive."""
         guest, file = self.machine(LARGE), "/mnt/pm/file"
         found = self.mounted(guest, "ext4")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's sync never ends, and somebody wants the machine to: how QEMU takes it, in seconds.
+"""A sync on the host hangs while the machine is reset, ended or powered down.
 
 A reset waits in spapr_nvdimm_finish_flushes (QEMU hw/ppc/spapr_nvdimm.c) until no flush is pending.
-The end of QEMU does not; and a powerdown is the guest's to do, whose nd_pmem flushes each DIMM that
+The end of QEMU does not. A powerdown is done by the guest, whose nd_pmem flushes each DIMM that
 has a namespace before the power goes (Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown).
 
 Every hang is bounded: the shim lets go of it in the end, and QEMU must end.
@@ -28,20 +28,20 @@ from paprscm.vm.machine import Machine
 
 DIMM = PMEM_OFF.at(2, SMALL)
 HELD_S = 2.0
-"""How long a hang is watched."""
+"""Duration for which a hang is watched."""
 SOON_S = 30.0
 """Within this, on a busy host, what does not hang has happened."""
 
 
 class FlushHang(PaprScmTest):
     """
-    A flush that never ends, and then …
+    The end of a machine while a flush hangs.
 
     :avocado: tags=flush
     """
 
     def hanging(self, *, namespace: bool = False) -> Guest:
-        """A guest with one flush that hangs, of a DIMM with or without a namespace."""
+        """Boot a guest with one hanging flush, of a DIMM with or without a namespace."""
         guest = self.boot(Machine(nvdimms=(DIMM,)), shim=self.shim())
         found, syncs = region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
         if namespace:
@@ -57,7 +57,7 @@ class FlushHang(PaprScmTest):
         return guest
 
     def expect_end(self, guest: Guest, limit_s: float) -> float:
-        """Wait until QEMU has ended, well; after how many seconds."""
+        """Wait until QEMU has ended with status 0; the duration, s."""
         began = time.monotonic()
         status = guest.process.wait(limit_s)
         took_s = time.monotonic() - began
@@ -68,11 +68,11 @@ class FlushHang(PaprScmTest):
         return round(took_s, 3)
 
     def powered_down(self, guest: Guest) -> bool:
-        """Whether the kernel has printed its last message (kernel/reboot.c, kernel_power_off)."""
+        """True if the kernel has printed its last message (kernel/reboot.c, kernel_power_off)."""
         return "reboot: Power down" in "\n".join(guest.console.lines)
 
     def begin_reset(self, guest: Guest, pool: ThreadPoolExecutor) -> Future[object]:
-        """Reset the machine, which may take as long as the flush; whether it does is judged."""
+        """Reset the machine, which may take as long as the flush."""
         # The suite's guests end with the first reset (-no-reboot).
         guest.qmp.execute("set-action", reboot="reset")
 
@@ -85,7 +85,7 @@ class FlushHang(PaprScmTest):
         return pool.submit(reset)
 
     def with_reset(self, then: Callable[[Guest, Future[object]], None]) -> None:
-        """Reset a guest whose flush hangs, watch that for a while, and go on."""
+        """Reset a guest whose flush hangs, and judge whether the monitor answers meanwhile."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         with ThreadPoolExecutor(1) as pool:
@@ -104,7 +104,7 @@ class FlushHang(PaprScmTest):
         )
 
     def test_reset(self) -> None:
-        """A reset while a flush hangs is done when that ends, and the guest starts again."""
+        """A reset while a flush hangs is done when the flush ends, and the guest starts again."""
 
         def then(guest: Guest, done: Future[object]) -> None:
             began, printed = time.monotonic(), len(guest.console.lines)
@@ -126,7 +126,7 @@ class FlushHang(PaprScmTest):
         self.with_reset(then)
 
     def test_reset_then_terminate(self) -> None:
-        """SIGTERM on top of a reset while a flush hangs ends QEMU when the flush ends."""
+        """SIGTERM after a reset while a flush hangs ends QEMU when the flush ends."""
 
         def then(guest: Guest, done: Future[object]) -> None:
             guest.process.send_signal(signal.SIGTERM)
@@ -143,7 +143,7 @@ class FlushHang(PaprScmTest):
         self.with_reset(then)
 
     def test_quit(self) -> None:
-        """quit ends QEMU at once while a flush hangs, which nobody waits for."""
+        """quit ends QEMU immediately while a flush hangs."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         # As much as the monitor says goodbye, or does not.
@@ -171,7 +171,7 @@ class FlushHang(PaprScmTest):
         guest = self.hanging(namespace=True)
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
-        # nd_pmem's own, besides the one that hangs: the guest was told to power off.
+        # nd_pmem's flush, in addition to the one that hangs: the guest got the powerdown request.
         syncs.wait_begun(self.begun + 1)
         self.expect("QEMU's exit status while the flush hangs", guest.process.wait(HELD_S), None)
         self.expect("the guest has powered down", self.powered_down(guest), False)

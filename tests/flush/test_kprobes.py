@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kprobes, by which the suite counts flushes: a kernel with probes works as one without.
+"""Kprobes, with which the suite counts flushes: a probe does not change how the kernel works.
 
 A kprobe is a trap. Some time after it is set the kernel replaces the trap by a branch to a copy of
 optprobe_template_entry (arch/powerpc/kernel/optprobes_head.S), unless
@@ -41,7 +41,7 @@ class Kprobes(PaprScmTest):
     """
 
     def test_process_that_moves(self) -> None:
-        """A process that is moved to another CPU inside a probe's code goes on there."""
+        """A process that is moved to another CPU inside a probe's code continues there."""
         self.require_kernel("CONFIG_KPROBE_EVENTS", "CONFIG_OPTPROBES", "CONFIG_PREEMPTION")
         self.require_cpus(2)
         guest = self.boot(allowed=[LOST.pattern])
@@ -63,7 +63,7 @@ class Kprobes(PaprScmTest):
         )
 
     def move(self, guest: Guest) -> str:
-        """Move the process; the first sign of a kernel that is lost, or nothing."""
+        """Move the process; the first message of a lost kernel, or ""."""
         console, tool = guest.console, build(guest, "moved")
         start = len(console.lines)
         guest.succeed(

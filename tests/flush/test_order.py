@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Never too few flushes: no call that promises durability returns before it is true.
+"""No call that promises durability returns before its data are durable.
 
 fsync(2), fdatasync(2), msync(2) with MS_SYNC, syncfs(2), and writes with O_DSYNC return when the
 data are on stable storage, "so that all changed information can be retrieved even if the system
@@ -27,18 +27,18 @@ CALLS = 30
 """Of each thread."""
 
 SYNC_LOW_S, SYNC_HIGH_S = 0.008, 0.04
-"""How long a sync takes: no call can return in less that does not leave its flush to others."""
+"""Injected sync latency; a call that returns sooner cannot have waited for a flush."""
 
 
 class FlushOrder(PaprScmTest):
     """
-    A random mixture of calls from several threads, with syncs that take their time.
+    A random mixture of calls from several threads, with slow syncs.
 
     :avocado: tags=flush
     """
 
     def compare(self, guest: Guest) -> Offset:
-        """The difference of the clocks, to an accuracy that is worth something."""
+        """Measure the difference of the clocks, accurate enough for the comparison."""
         offset = compare_clocks(guest, self.region, self.device)
         for _ in range(4):
             if offset.width_ns < SYNC_LOW_S * 1e9 / 4:
@@ -48,7 +48,7 @@ class FlushOrder(PaprScmTest):
         return offset
 
     def test_never_too_few(self) -> None:
-        """On a disk, XFS and ext4, what a call promised was synced before it returned."""
+        """On a disk, XFS and ext4, data are synced before the call that promises it returns."""
         random = self.random()
         dimms = [PMEM_OFF.at(slot, size) for slot, size in SIZES.items()]
         # It is never flushed, so nothing here depends on flushes.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's sync is slow, or does not end: who in the guest waits, who goes on, who is told.
+"""Slow and hanging syncs on the host: what waits for them in the guest, and what goes on.
 
 papr_scm_pmem_flush (arch/powerpc/platforms/pseries/papr_scm.c) asks again and again until the
 hypervisor has another answer than H_LONG_BUSY; in between it sleeps for as long as that says, 10 ms
@@ -30,7 +30,7 @@ PAGE = 65536
 DIMM, OTHER = PMEM_OFF.at(2, SMALL), PMEM_OFF.at(5, SMALL)
 LARGE = PMEM_OFF.at(2, FOR_XFS)
 FLUSH = "dwrite=0:1:49"
-"""What writes "1" to deep_flush."""
+"""The step of persist that writes "1" to deep_flush."""
 POLL_S = 0.010
 # Linux 7.2 adds " in I/O wait" after "blocked" where that is so.
 HUNG_TASK = r"INFO: task \S+:\d+ blocked.* for more than"
@@ -40,13 +40,13 @@ SIGKILL_MASK = 1 << 8
 
 class FlushSlow(PaprScmTest):
     """
-    A flush that takes long, or does not end.
+    A slow or hanging flush.
 
     :avocado: tags=flush
     """
 
     def machine(self, *nvdimms: Nvdimm, allowed: tuple[str, ...] = ()) -> Guest:
-        """A guest whose flushes can be held up."""
+        """Boot a guest whose flushes can be delayed."""
         self.watcher: Shim = self.shim()
         return self.boot(Machine(nvdimms=nvdimms), allowed=allowed, shim=self.watcher)
 
@@ -55,7 +55,7 @@ class FlushSlow(PaprScmTest):
         return f"{region(guest, nvdimm.slot).device}/deep_flush"
 
     def begin(self, guest: Guest, name: str, path: str, *steps: str) -> int:
-        """Begin steps that nobody waits for; the pid. Their report will be in /tmp/NAME."""
+        """Begin steps in the background; the pid. Their report will be in /tmp/NAME."""
         words = shlex.join([str(build(guest, "persist")), path, *steps])
         return int(guest.succeed(f"{words} > /tmp/{name} 2>&1 < /dev/null & echo $!"))
 
@@ -66,7 +66,7 @@ class FlushSlow(PaprScmTest):
         return found["State"][0], int(found["SigPnd"], 16) | int(found["ShdPnd"], 16)
 
     def test_waited_for(self) -> None:
-        """fsync returns no earlier than the sync, of 1 ms, 50 ms or 1 s; meanwhile it is polled."""
+        """fsync polls the flush, and returns after a sync of 1 ms, 50 ms or 1 s, never before."""
         guest = self.machine(DIMM)
         disk = create_namespace(guest, region(guest, DIMM.slot), mode="raw").disk
         syncs, polls = guest.vm.syncs(DIMM.slot), {}
@@ -95,7 +95,7 @@ class FlushSlow(PaprScmTest):
         self.check("polls in 1 s", polls[1.0], above(max(10.0, polls[0.05])))
 
     def test_others_go_on(self) -> None:
-        """While one sync takes long, flushes of its DIMM and of others end, and timers fire.
+        """During a slow sync, other flushes of its DIMM and of others end, and timers fire.
 
         -p sync_s=N is how long it takes, s.
         """
@@ -142,7 +142,7 @@ class FlushSlow(PaprScmTest):
         self.check("hcalls of all flushes", hcalls, above(sync_s * 10))
 
     def test_hung_task_watcher(self) -> None:
-        """The hung-task watcher names who waits for a flush that hangs, not only who waits behind.
+        """The hung-task watcher reports a task that waits for a hanging flush.
 
         Behind is an fsync on ext4, which waits for the journal's thread.
         """
@@ -173,16 +173,16 @@ class FlushSlow(PaprScmTest):
         check_offline(guest, [found.mount])
         counts = syncs.counts()
         self.check("syncs that ended and failed", (counts.ended, counts.failed), (counts.begun, 0))
-        told = {int(pid) for pid in re.findall(r"INFO: task \S+:(\d+) blocked", said)}
+        reported = {int(pid) for pid in re.findall(r"INFO: task \S+:(\d+) blocked", said)}
         self.known_issue(
             "linux-hung-task-misses-flush",
-            shows=waits not in told,
+            shows=waits not in reported,
             found="with a limit of 2 s, of a task that waits for a flush for 7 s the watcher says "
-            + ("nothing" if waits not in told else "that it hangs"),
+            + ("nothing" if waits not in reported else "that it hangs"),
         )
 
     def test_killed(self) -> None:
-        """When a process was killed while it waited for a flush, nothing of it is left afterwards.
+        """A process that was killed while it waited for a flush leaves nothing behind.
 
         So far it cannot be killed earlier: there is no way out of the loop in papr_scm_pmem_flush
         but an answer of the hypervisor.

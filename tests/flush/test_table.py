@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What each operation in the guest costs in flushes, on pmem=off.
+"""Number of flushes of each operation in the guest, on pmem=off.
 
 A flush is what blkdev_issue_flush, REQ_PREFLUSH and REQ_FUA come down to (drivers/nvdimm/pmem.c:
 pmem_submit_bio), so a bio with both makes two; info blocks and BTTs are written by
@@ -146,7 +146,7 @@ class FlushTable(PaprScmTest):
     """
 
     def machine(self, size_bytes: int, allowed: Sequence[str] = ()) -> tuple[Guest, Region]:
-        """A guest with one DIMM, whose flushes are counted."""
+        """Boot a guest with one DIMM, and count its flushes."""
         guest = self.boot(
             Machine(nvdimms=(PMEM_OFF.at(SLOT, size_bytes),)),
             shim=self.shim(),
@@ -165,7 +165,7 @@ class FlushTable(PaprScmTest):
         disk: str = "",
         accounts: FlushAccounts | None = None,
     ) -> None:
-        """Carry out the rows, one after the other, and compare what each made."""
+        """Make the operations of the rows, and compare the flushes of each."""
         accounts = accounts or FlushAccounts(guest, [SLOT])
         settings = f"D={disk} F=/mnt/a/file P={page_size(guest)} R={region.device} N={region.name}"
         found: dict[str, int] = {}
@@ -192,17 +192,17 @@ class FlushTable(PaprScmTest):
             self.remark(text)
 
     def test_disk(self) -> None:
-        """A disk is flushed by fsync, fdatasync and O_DSYNC, and not by writes alone."""
+        """A disk is flushed by fsync, fdatasync and O_DSYNC, and not by a write alone."""
         guest, region = self.machine(SMALL)
         self.judge(guest, region, DISK, create_fsdax(guest, region).path)
 
     def test_xfs(self) -> None:
-        """XFS flushes once for data, and twice where its log is written."""
+        """XFS flushes once for data, and twice for a log write."""
         guest, region = self.machine(FOR_XFS)
         self.judge(guest, region, XFS, create_fsdax(guest, region).path)
 
     def test_ext4(self) -> None:
-        """ext4 flushes once for data, and twice where its journal is written."""
+        """ext4 flushes once for data, and twice for a journal write."""
         guest, region = self.machine(SMALL)
         self.judge(guest, region, EXT4, create_fsdax(guest, region).path)
 

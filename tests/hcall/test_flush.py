@@ -41,7 +41,7 @@ class FlushTest(QemuTest):
         return ScmJudge(self.bare(machine, shim=self.shim()), nvdimms)
 
     def counts(self, judge: ScmJudge, slot: int) -> dict[str, int]:
-        """How often the host was asked to sync the file behind a DIMM, by operation."""
+        """The number of syncs of the file behind a DIMM, by operation."""
         syncs = judge.bare.vm.syncs(slot)
         ended = {operation.name.lower(): syncs.counts(operation).ended for operation in Operation}
         return {name: count for name, count in ended.items() if count}
@@ -178,7 +178,7 @@ class Syncs(FlushTest):
             return file.read(8)
 
     def test_what_was_stored_is_in_the_file(self) -> None:
-        """When a flush has ended, the file holds what was stored before it began."""
+        """When a flush has ended, the data that were stored before it are in the file."""
         content = self.stored_and_flushed(FIRST)
         self.check("the file's first bytes", content, PATTERN.to_bytes(8, "big"))
 

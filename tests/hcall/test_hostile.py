@@ -31,7 +31,7 @@ class Hostile(QemuTest):
     """
 
     def machine(self) -> Bare:
-        """Four vCPUs, one DIMM whose syncs are watched, and another disk."""
+        """Start a machine with four vCPUs, one DIMM whose syncs are watched, and another disk."""
         machine = Machine(nvdimms=(DIMM,), smp=4, memory_mib=256)
         bare = self.bare(machine, shim=self.shim())
         bare.start_cpus(4)
@@ -42,12 +42,12 @@ class Hostile(QemuTest):
         return bare
 
     def begin(self, bare: Bare, count: int) -> None:
-        """Begin so many flushes, a quarter on each vCPU, all vCPUs at once."""
+        """Begin `count` flushes, a quarter on each vCPU, concurrently."""
         each = [Call(FLUSH, (DIMM.drc, 0), times=count // 4)]
         bare.together(dict.fromkeys(range(4), each), timeout_s=120)
 
     def cost(self, bare: Bare) -> dict[str, float]:
-        """What QEMU takes: memory of its own, threads, and how long it takes to answer."""
+        """QEMU's cost: anonymous memory, threads, and response times."""
         lines = Path(f"/proc/{bare.process.pid}/status").read_text().splitlines()
         status = dict(line.split(":", 1) for line in lines)
         return {
@@ -66,7 +66,7 @@ class Hostile(QemuTest):
             raise HostError("the other disk was not written to")
 
     def never_polled(self, count: int, sync_s: float) -> None:
-        """Begin `count` flushes that take `sync_s` each; then every one is told of once."""
+        """Begin `count` flushes that take `sync_s` each, and poll each of them once."""
         bare = self.machine()
         syncs = bare.vm.syncs(0)
         idle = self.cost(bare)
@@ -98,15 +98,15 @@ class Hostile(QemuTest):
         self.check("codes of the second poll", {answer.code for answer in again}, {ReturnCode.H_P2})
 
     def test_64_outstanding(self) -> None:
-        """64 flushes at once leave monitor and disks able to answer, and each is told of once."""
+        """With 64 concurrent flushes, monitor and disks respond, and each end is reported once."""
         self.never_polled(64, 0.2)
 
     def test_4096_outstanding(self) -> None:
-        """4,096 flushes at once take a bounded part of the host, and each is told of once."""
+        """4,096 concurrent flushes have a bounded cost, and each end is reported once."""
         self.never_polled(4096, 0.01)
 
     def test_without_end(self) -> None:
-        """Flushes that are never polled take no memory of the host without a limit."""
+        """The host's memory for flushes that are never polled has a limit."""
         bare = self.machine()
         syncs, first, more = bare.vm.syncs(0), 20_000, 200_000
         self.begin(bare, first)
@@ -115,7 +115,7 @@ class Hostile(QemuTest):
         self.begin(bare, more)
         syncs.wait_ended(first + more, 120)
         after = self.cost(bare)
-        # One call walks all that ended, while nobody else may enter QEMU.
+        # One call walks all that ended, and holds QEMU's lock meanwhile.
         unknown = bare.call(FLUSH, DIMM.drc, 1 << 40)
         self.measure("before", before)
         self.measure("after", after)
@@ -129,7 +129,7 @@ class Hostile(QemuTest):
         )
 
     def test_held_flushes_and_another_disk(self) -> None:
-        """However many flushes hang, another disk of the machine goes on."""
+        """Hanging flushes, of any number, do not block another disk of the machine."""
         bare = self.machine()
         syncs = bare.vm.syncs(0)
         syncs.hang()
@@ -155,7 +155,7 @@ class Hostile(QemuTest):
         )
 
     def test_reset_while_a_flush_hangs(self) -> None:
-        """The monitor answers although a machine is reset while a flush hangs."""
+        """A reset while a flush hangs does not block the monitor."""
         bare = self.machine()
         syncs = bare.vm.syncs(0)
         syncs.hang()
@@ -183,9 +183,9 @@ class Hostile(QemuTest):
     def blocks(
         self, action: Callable[[], object], limit_s: float, free: Callable[[], None]
     ) -> bool:
-        """Whether the action is not over after `limit_s`; then it is freed, and waited for.
+        """True if the action does not end within `limit_s`; then it is freed and awaited.
 
-        What it raises is raised here: an action that failed did not block, and did not work either.
+        Raises the action's exception: a failed action did not block, but did not work either.
         """
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(action)

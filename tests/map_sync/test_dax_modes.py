@@ -45,7 +45,7 @@ def flag(fstype: FsType, path: str, sign: str = "+") -> str:
     )
 
 
-# Opened by the shell itself: a program in the background would do so at a time of its own.
+# Opened by the shell itself: a program in the background would do so at some later time.
 HOLD = "exec 3< file; sleep 600 <&3 > /dev/null 2>&1 & echo $! > /tmp/holder; exec 3<&-"
 """Keeps the file open, and so its inode in memory."""
 

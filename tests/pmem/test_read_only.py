@@ -10,7 +10,7 @@ by drivers/nvdimm/pmem.c, pmem_attach_disk).
 The namespaces are made in a boot before, on the same files with writable DIMMs. On a read-only
 backend they could not be made: a label that is written ends QEMU 7 (known_issues/
 qemu-label-write-to-read-only-backend.md). Nothing here writes one. They are made with map=mem: with
-map=dev the kernel keeps its page structures on the DIMM, and may write to it all the same
+map=dev the kernel keeps its page structures on the DIMM, and may write to it anyway
 (known_issues/linux-page-structures-on-read-only-dimm.md).
 """
 
@@ -135,9 +135,9 @@ class ReadOnly(PaprScmTest):
             self.checkpoint()
             # Some versions of dd print their statistics after the reason.
             dd = "dd if=/dev/zero bs=4096 count=1 oflag=direct status=none"
-            told = guest.run(f"{dd} of={disk.path}")
-            self.check(f"{what}: a write to the disk succeeds", told.status == 0, False)
-            reason = told.stderr.strip().rpartition(": ")[2]
+            result = guest.run(f"{dd} of={disk.path}")
+            self.check(f"{what}: a write to the disk succeeds", result.status == 0, False)
+            reason = result.stderr.strip().rpartition(": ")[2]
             self.usual(f"{what}: a write to the disk", reason, "Operation not permitted")
 
             # fs/super.c, setup_bdev_super: EACCES; mount programs then try again with ro.
