@@ -10,7 +10,7 @@ import random
 from collections.abc import Iterable, Iterator
 
 from paprscm.device.hcall_judge import Request, ScmJudge, coverage, request, unbind_wraps
-from paprscm.errors import GuestLostError
+from paprscm.errors import GuestLostError, HostError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
@@ -70,7 +70,7 @@ class HcallTest(QemuTest):
         self.measure("hcalls", judge.calls)
         self.measure("branches", coverage(judge.model.covered))
         if missing := judge.missing(calls, without=without):
-            self.error(f"branches that the test did not reach: {', '.join(sorted(missing))}")
+            raise HostError(f"branches that the test did not reach: {', '.join(sorted(missing))}")
 
 
 class Metadata(HcallTest):
