@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whose fault it was decides the class, and the class decides the verdict."""
+"""Exceptions by fault: the class of an exception decides the verdict of a test."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class KnownIssue:
 
 
 def reached(listed: Iterable[Number], version: Number) -> bool:
-    """Whether a version has a change that is in the listed ones.
+    """Return True if a version has a change that is in the listed ones.
 
     A stable release (6.12.113) counts for its own branch, a mainline one (7.0) for each later
     version: 6.13.9 has neither, though its number is above 6.12.113.
@@ -162,7 +162,7 @@ def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
     )
 
 
-def load(name: str, *, folder: Path = FOLDER) -> KnownIssue:
+def read_issue(name: str, *, folder: Path = FOLDER) -> KnownIssue:
     """Read the file of one known issue.
 
     Args:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a person sees while waiting: nested, timed steps, and bars for what can be counted."""
+"""Progress on the terminal: nested, timed steps, and bars where the work can be counted."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class Hcall(IntEnum):
 
 
 class ReturnCode(IntEnum):
-    """What such a call may answer, as a signed number (Linux hvcall.h)."""
+    """Return codes of hcalls, as signed numbers (Linux hvcall.h)."""
 
     H_SUCCESS = 0
     H_BUSY = 1
@@ -65,7 +65,7 @@ LONG_BUSY_MS: Final = {
     ReturnCode.H_LONG_BUSY_ORDER_10_SEC: 10_000,
     ReturnCode.H_LONG_BUSY_ORDER_100_SEC: 100_000,
 }
-"""How long the caller should wait before it asks again, ms (hvcall.h:get_longbusy_msecs)."""
+"""Time that a caller should wait before it polls again, ms (hvcall.h:get_longbusy_msecs)."""
 
 
 def return_code_name(value: int) -> str:
@@ -85,7 +85,7 @@ DRC_TYPE_PMEM: Final = 9
 """The type number of a persistent memory connector (QEMU spapr_drc.h:SpaprDRConnectorTypeShift)."""
 
 MAX_SLOTS: Final = 32
-"""How many memory slots a pseries machine can have (QEMU spapr.h:SPAPR_MAX_RAM_SLOTS)."""
+"""Number of memory slots that a pseries machine can have (QEMU spapr.h:SPAPR_MAX_RAM_SLOTS)."""
 
 
 def drc_index(slot: int) -> int:

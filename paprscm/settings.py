@@ -22,7 +22,7 @@ from paprscm.errors import ConfigError
 SECTION = "paprscm"
 
 OWN_KERNELS = ("default", "debug")
-"""What the setting `kernel` calls those that the suite builds for itself."""
+"""Values of the setting `kernel` that name a kernel built by the suite."""
 
 
 def _default_cache_dir() -> Path:
@@ -54,7 +54,7 @@ def _setting(default: Any, meaning: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user may choose; the same names everywhere."""
+    """Settings of a run, under the same names in avocado.cfg, -p and the options of `paprscm`."""
 
     qemu: str = _setting(
         "auto", "QEMU binary: a path, 'auto' (the host's) or 'debian:SUITE' (fetched, no root)"
@@ -131,7 +131,7 @@ def names() -> tuple[str, ...]:
 
 
 def meaning(name: str) -> str:
-    """What the setting `name` is for, in one line."""
+    """Return the one-line description of the setting `name`."""
     for f in dataclasses.fields(Settings):
         if f.name == name:
             return str(f.metadata["meaning"])

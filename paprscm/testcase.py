@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Base classes of the suite's tests: `PaprScmTest`, and `QemuTest` for tests without a guest."""
+"""Base classes of the suite's tests: `PaprScmTest`, and `QemuTest` for those without a guest."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
-from paprscm.known_issues import RECORD, State
-from paprscm.known_issues import load as load_known
+from paprscm.known_issues import RECORD, State, read_issue
 from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge
 from paprscm.vm import binary
 from paprscm.vm.argv import bare_argv
@@ -256,7 +255,7 @@ class QemuTest(Test):
         Raises:
             ContractError: it shows, and is listed as fixed.
         """
-        known = load_known(issue)
+        known = read_issue(issue)
         number = self.versions()[known.product]
         version = f"{known.product} {number}"
         state = known.state(number)

@@ -12,14 +12,14 @@ from typing import Any, cast
 import pytest
 
 from paprscm.errors import ConfigError, ContractError, HostError
-from paprscm.known_issues import FOLDER, KnownIssue, State, load, updates
+from paprscm.known_issues import FOLDER, KnownIssue, State, read_issue, updates
 from paprscm.testcase import QemuTest
 
 
 def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
     lines = f"- **Since:** {since}\n- **Fixed in:** {fixed_in}\n- **Seen in:** 1.2 to 3.4\n"
     (folder / "x.md").write_text(f"# It does x\n\n- **Where:** there\n{lines}\nThe prose.\n")
-    return load("x", folder=folder)
+    return read_issue("x", folder=folder)
 
 
 STATES = {
@@ -158,13 +158,13 @@ def test_what_cannot_be_read_is_said(
 def test_each_line_is_there_once(tmp_path: Path, line: str) -> None:
     (tmp_path / "x.md").write_text(f"# x\n\n- **Since:** QEMU 7.0\n{line}")
     with pytest.raises(ConfigError, match="not one") as caught:
-        load("x", folder=tmp_path)
+        read_issue("x", folder=tmp_path)
     assert "README.md" in str(caught.value.hint)
 
 
 def test_a_missing_file_is_said(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"known issue .*qemu-y"):
-        load("qemu-y", folder=tmp_path)
+        read_issue("qemu-y", folder=tmp_path)
 
 
 NAMES = sorted({file.stem for file in FOLDER.glob("*.md")} - {"README"})
@@ -172,8 +172,8 @@ NAMES = sorted({file.stem for file in FOLDER.glob("*.md")} - {"README"})
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_can_be_read(name: str) -> None:
-    """And claims no fix before its bug, which load() refuses."""
-    assert name.startswith(f"{load(name).product.lower()}-")
+    """And claims no fix before its bug, which read_issue() refuses."""
+    assert name.startswith(f"{read_issue(name).product.lower()}-")
 
 
 def test_every_file_is_in_the_table_and_the_table_names_no_other() -> None:
@@ -193,7 +193,7 @@ def test_every_issue_that_a_test_names_can_be_read() -> None:
     named = {text for text in strings if re.fullmatch(r"(?:qemu|linux)-[a-z0-9-]+", text)}
     assert len(named) > 10
     for name in named:
-        load(name)
+        read_issue(name)
 
 
 class _Test:

@@ -18,6 +18,7 @@ from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
 from paprscm.build.tcg_fixup import fix_file, is_signed, read_object
+from paprscm.build.toolchain import PREFIX
 from paprscm.build.vmlinux import UNKNOWN, Kernel, configured, embedded_config
 from paprscm.errors import ConfigError
 from paprscm.host.process import run
@@ -47,7 +48,7 @@ WANTED: Mapping[str, str] = {
 _NEEDED = frozenset(("virtio_pci", "virtio_blk", "ext4", "papr_scm", "nd_pmem"))
 
 _SUFFIX = re.compile(r"\.ko(\.gz|\.xz|\.zst)?$")
-_STRIP = "powerpc64le-linux-gnu-strip"
+_STRIP = f"{PREFIX}strip"
 _ROOT_LIMIT_S = 10
 
 # It works on a read-only root without /proc and /sys mounted: the disk's own /init does that.
@@ -88,7 +89,7 @@ exec $b switch_root /root /init
 
 @dataclass(frozen=True)
 class Initramfs:
-    """What was put into an initramfs.
+    """An initramfs and its contents.
 
     Attributes:
         path: the cpio archive.
@@ -276,7 +277,7 @@ def modinfo(path: Path) -> dict[str, list[str]]:
 
 
 def _softdeps(info: Mapping[str, Sequence[str]]) -> list[str]:
-    """What must be loaded before, of "pre: A B post: C"."""
+    """Return the modules to load before, A and B of "pre: A B post: C"."""
     needed: list[str] = []
     for value in info.get("softdep", ()):
         before = re.search(r"\bpre:((?:\s+[^\s:]+(?=\s|$))*)", value)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm.build import kernel_source, prerequisites
+from paprscm.build import kernel_source, prerequisites, toolchain
 from paprscm.build.debian import Archive
 from paprscm.build.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
 from paprscm.build.vmlinux import parse_config
@@ -24,8 +24,6 @@ from paprscm.host.folders import require_make
 from paprscm.log import Bar, logger, progress, step
 from paprscm.settings import Settings, expanded
 
-TOOLCHAIN = "powerpc64le-linux-gnu-"
-_TOOLCHAIN_HINT = "apt install gcc-powerpc64le-linux-gnu"
 _REFRESH_S = 0.5
 _BUILD_TOOLS_HINT = "apt install make gcc libc6-dev bison flex bc"
 
@@ -87,7 +85,7 @@ def build_default(
     fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
     source = kernel_source.find(cache, settings)
     any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
-    if any_source or shutil.which(TOOLCHAIN + "gcc") is None:
+    if any_source or shutil.which(toolchain.PREFIX + "gcc") is None:
         # As imported from another machine.
         there = _find_without_source(cache, settings, fragment)
         if there is not None:
@@ -229,7 +227,7 @@ class _Make:
         jobs = len(os.sched_getaffinity(0)) + 1
         self._argv = [
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
-            *(f"CROSS_COMPILE={TOOLCHAIN}", *variables),
+            *(f"CROSS_COMPILE={toolchain.PREFIX}", *variables),
         ]
         passed, missed = prerequisites.environment(os.environ)
         if missed:
@@ -313,12 +311,11 @@ def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -
 
 def _compiler() -> str:
     """The cross compiler's name and version, as one line."""
-    if shutil.which(TOOLCHAIN + "gcc") is None:
-        raise HostError(f"{TOOLCHAIN}gcc is not installed", hint=_TOOLCHAIN_HINT)
+    compiler = toolchain.require(f"{toolchain.PREFIX}gcc")
     for tool in ("make", "gcc", "bison", "flex", "bc"):
         if shutil.which(tool) is None:
             raise HostError(f"{tool} is not installed", hint=_BUILD_TOOLS_HINT)
-    return process.run([TOOLCHAIN + "gcc", "--version"]).lines[0]
+    return process.run([compiler, "--version"]).lines[0]
 
 
 def _check(
@@ -418,7 +415,9 @@ def _marked(objects: Path) -> Iterator[None]:
 def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
     """Put vmlinux, config and modules beside the O= folder, each by rename."""
     built = folder / ".vmlinux.new"
-    process.run([TOOLCHAIN + "strip", "--strip-debug", "-o", built, make.objects / "vmlinux"])
+    process.run(
+        [toolchain.PREFIX + "strip", "--strip-debug", "-o", built, make.objects / "vmlinux"]
+    )
     built.replace(folder / "vmlinux")
     shutil.copyfile(make.objects / ".config", folder / "config")
     fresh, modules = folder / ".modules.new", folder / "modules"

@@ -160,7 +160,7 @@ def unmet(requirements: Iterable[Requirement], produced: Mapping[str, str]) -> l
 
 
 def explain(names: Iterable[str], produced: Mapping[str, str], tree: Path) -> dict[str, str]:
-    """Why each option did not survive, as far as its Kconfig entry tells.
+    """Explain why each option did not survive, as far as its Kconfig entry shows.
 
     Args:
         names: options, without "CONFIG_".

@@ -31,8 +31,6 @@ from elftools.elf.sections import Section, SymbolTableSection
 
 from paprscm.errors import ConfigError
 
-_TOOLS = "powerpc64le-linux-gnu-"
-_TOOLS_HINT = "apt install binutils-powerpc64le-linux-gnu"
 # Linux, include/linux/module_signature.h.
 _SIGNATURE_MARK = b"~Module signature appended~\n"
 _SIGNATURE_INFO = struct.Struct(">BBBBB3xI")
@@ -57,12 +55,12 @@ class Instruction:
 
 
 # dcbf has its L field (3 bits) above RA and RB; sync has no operands besides L.
-_DCBF, _DCBF_MASK = 0x7C0000AC, 0xFFE007FF
+DCBF, _DCBF_MASK = 0x7C0000AC, 0xFFE007FF
 _HWSYNC, _LWSYNC, _SYNC_MASK = 0x7C0004AC, 0x7C2004AC, 0xFFFFFFFF
 
 INSTRUCTIONS = (
-    Instruction("dcbfps", 0x7C8000AC, _DCBF_MASK, _DCBF),
-    Instruction("dcbstps", 0x7CC000AC, _DCBF_MASK, _DCBF),
+    Instruction("dcbfps", 0x7C8000AC, _DCBF_MASK, DCBF),
+    Instruction("dcbstps", 0x7CC000AC, _DCBF_MASK, DCBF),
     Instruction("phwsync", 0x7C8004AC, _SYNC_MASK, _HWSYNC),
     Instruction("plwsync", 0x7CA004AC, _SYNC_MASK, _LWSYNC),
 )
@@ -70,7 +68,7 @@ INSTRUCTIONS = (
 
 @dataclass(frozen=True)
 class FixReport:
-    """What the fix-up did to one file.
+    """Result of the fix-up of one file.
 
     Attributes:
         target: the copy.
@@ -89,7 +87,7 @@ class FixReport:
 
     @property
     def sites(self) -> int:
-        """How many instruction words were changed."""
+        """Number of instruction words that were changed."""
         return sum(self.functions.values())
 
     def __str__(self) -> str:

@@ -34,7 +34,7 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What is known of one vmlinux.
+    """Facts about one vmlinux.
 
     Attributes:
         path: the ELF file.
@@ -62,7 +62,7 @@ class Kernel:
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What its command line must have: xmon would wait for a person where a panic ends QEMU."""
+        """Words its command line needs: xmon would wait for input where a panic ends QEMU."""
         return () if self.option("XMON_DEFAULT") == "n" else ("xmon=off",)
 
     def require_option(self, name: str, *, hint: str | None = None) -> None:
@@ -174,7 +174,7 @@ def check(kernel: Kernel, *, has_modules: bool) -> None:
 
 
 def configured(kernel: Kernel, config: Mapping[str, str]) -> Kernel:
-    """The same kernel with a configuration that is not in its vmlinux."""
+    """Return a copy with a configuration that is not in its vmlinux."""
     return dataclasses.replace(
         kernel,
         config=config,

@@ -38,7 +38,7 @@ MOST_THREADS = 256
 MOST_DIMMS = 8
 
 SLEEP_MS = 10
-"""What the driver sleeps at least before it asks again (papr_scm.c:papr_scm_pmem_flush): QEMU
+"""Minimum sleep of the driver between two polls (papr_scm.c:papr_scm_pmem_flush): QEMU
 answers a new flush with H_LONG_BUSY_ORDER_10_MSEC. A kernel sleeps whole ticks, and one more."""
 
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
@@ -52,8 +52,8 @@ _RAW_S = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
-class Cell:
-    """So many threads on so many DIMMs; each figure is the median of the rounds.
+class RateCell:
+    """Figures for a number of threads and of DIMMs; each is the median of the rounds.
 
     Attributes:
         threads: in the guest; thread i flushes DIMM i modulo their number.
@@ -147,7 +147,7 @@ def rates(
     return Series(dimensions, began, "1/s", dict(values), found)
 
 
-def cells_of(series: Series) -> list[Cell]:
+def cells_of(series: Series) -> list[RateCell]:
     """The cells of a series, by DIMMs and threads."""
 
     def median(name: str) -> float:
@@ -155,7 +155,7 @@ def cells_of(series: Series) -> list[Cell]:
         return statistics.median(values)
 
     return [
-        Cell(
+        RateCell(
             threads=threads,
             dimms=dimms,
             flushes=median(f"{name} flushes"),
@@ -170,7 +170,7 @@ def cells_of(series: Series) -> list[Cell]:
 
 
 def title(series: Series) -> str:
-    """What was measured, and on what, in two lines."""
+    """Return a title of two lines: the measurement and its environment."""
     names, rounds = series.environment, len(next(iter(series.values.values())))
     what = "writes to deep_flush by threads in the guest"
     return (

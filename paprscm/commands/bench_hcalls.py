@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How many hcalls a second QEMU answers, and how many flushes it completes."""
+"""Benchmark of hcalls and flushes per second that QEMU completes."""
 
 from __future__ import annotations
 

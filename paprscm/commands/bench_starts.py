@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from paprscm import log
-from paprscm.commands.leaks import Left, Watch
+from paprscm.commands.leaks import LeakWatch, Left
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment
@@ -85,7 +85,7 @@ def starts(
     ):
         scratch = Path(name) / "scratch"
         scratch.mkdir()
-        watch, before = Watch(scratch), None
+        watch, before = LeakWatch(scratch), None
         for number in range(-warm_up, count):
             if number == 0:
                 before = watch.look()

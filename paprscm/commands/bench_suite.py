@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.table import Table
 
 from paprscm import log
-from paprscm.commands.leaks import Watch
+from paprscm.commands.leaks import LeakWatch
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment
@@ -36,8 +36,8 @@ _LAST_LINES = 15
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What became of one test: its status, its own time, and why it did not pass."""
+class JobTest:
+    """Result of one test: its status, its own duration, and the reason why it did not pass."""
 
     status: str
     duration_s: float
@@ -57,20 +57,20 @@ class Job:
 
     mode: str
     duration_s: float
-    tests: dict[str, Outcome]
+    tests: dict[str, JobTest]
     restored: int
     booted: int
 
     @property
     def statuses(self) -> dict[str, int]:
-        """How many tests ended with which status, the most frequent one first."""
+        """Number of tests by status, the most frequent one first."""
         counted = Counter(sorted(test.status for test in self.tests.values()))
         return dict(counted.most_common())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is run.
+    """Jobs to run.
 
     Attributes:
         environment: what the guests are made of.
@@ -136,7 +136,7 @@ def plan(
     given: Mapping[str, str],
     words: Iterable[str] = (),
 ) -> Plan:
-    """What can be run here of what is wanted; without a snapshot, the cold mode only.
+    """Select the modes that can run here; without a snapshot, the cold mode only.
 
     Raises:
         CapabilityError: nothing of it can.
@@ -184,7 +184,7 @@ def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Serie
     ) as name:
         scratch = Path(name) / "scratch"
         scratch.mkdir()
-        watch = Watch(scratch)
+        watch = LeakWatch(scratch)
         for number in range(rounds):
             for mode in _turned(plan.modes, number):
                 title = f"round {number + 1} of {rounds}: {plan.title(mode)}"
@@ -208,7 +208,7 @@ def differences(jobs: Sequence[Job]) -> list[str]:
         ends: dict[str, list[str]] = {}
         reasons = []
         for job in jobs:
-            test = job.tests.get(name, Outcome("(not run)", 0.0, ""))
+            test = job.tests.get(name, JobTest("(not run)", 0.0, ""))
             ends.setdefault(job.mode, []).append(test.status)
             if test.reason and test.status != "PASS":
                 reasons.append(f"{test.status} in {job.mode}: {test.reason}")
@@ -246,7 +246,7 @@ def table(series: Series) -> Table:
 
 
 def read(folder: Path, mode: str, duration_s: float) -> Job:
-    """What a job left in its results.
+    """Read a job's results.
 
     Args:
         folder: where Avocado made the job's own folder.
@@ -267,7 +267,7 @@ def read(folder: Path, mode: str, duration_s: float) -> Job:
         # "02-tests/test_x.py:Class.test_y"
         name = re.sub("^[0-9]+-", "", test["id"])
         reason = str(test.get("fail_reason") or "").partition("\n")[0]
-        found[name] = Outcome(test["status"], float(test.get("time_elapsed") or 0.0), reason)
+        found[name] = JobTest(test["status"], float(test.get("time_elapsed") or 0.0), reason)
         for marks in _starts(test.get("whiteboard") or ""):
             restored += "restored" in marks
             booted += "restored" not in marks

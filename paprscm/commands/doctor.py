@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What this machine offers to the suite, what is missing, and the line that installs it."""
+"""Check what this machine offers to the suite, and name the packages that are missing."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from rich.table import Table
 from paprscm.build import debian, rootfs
 from paprscm.build.apt import UnavailableError
 from paprscm.build.debian import Archive
+from paprscm.build.toolchain import PREFIX
 from paprscm.errors import ConfigError, Error
 from paprscm.host import process
 from paprscm.host.cache import Cache
@@ -30,7 +31,7 @@ from paprscm.vm import binary
 from paprscm.vm.capabilities import BINARY, sanitizers
 
 HOST_PACKAGES = IMAGES / "host-packages"
-CROSS_COMPILER = "powerpc64le-linux-gnu-gcc"
+_CROSS_COMPILER = f"{PREFIX}gcc"
 
 # An empty cache holds kernel source, kernel objects, and the userland with its packages at once.
 _CACHE_NEEDS_BYTES = 6_000_000_000
@@ -77,7 +78,7 @@ class HostPackage:
 
     @property
     def is_there(self) -> bool:
-        """Whether the proof is found."""
+        """Return True if the package's file or program is there."""
         if self.proof.startswith("module:"):
             return importlib.util.find_spec(self.proof.removeprefix("module:")) is not None
         if self.proof.startswith("/"):
@@ -137,7 +138,7 @@ def doctor(settings: Settings) -> list[Finding]:
 
 
 def broken(findings: Sequence[Finding]) -> bool:
-    """Whether something needed is missing."""
+    """Return True if something that is needed is missing."""
     return any(finding.grade == "missing" for finding in findings)
 
 
@@ -259,14 +260,14 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
 
 
 def _cross_compiler() -> list[Finding]:
-    if shutil.which(CROSS_COMPILER) is None:
+    if shutil.which(_CROSS_COMPILER) is None:
         # Named among the host packages already.
         return []
     try:
-        version = process.run([CROSS_COMPILER, "-dumpfullversion"], timeout_s=20).text
+        version = process.run([_CROSS_COMPILER, "-dumpfullversion"], timeout_s=20).text
     except Error as error:
         return [Finding("missing", "cross gcc", str(error))]
-    return [Finding("ok", "cross gcc", f"{version} ({CROSS_COMPILER})")]
+    return [Finding("ok", "cross gcc", f"{version} ({_CROSS_COMPILER})")]
 
 
 def _side_by_side(settings: Settings) -> list[Finding]:

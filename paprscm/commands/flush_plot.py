@@ -10,11 +10,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from paprscm.commands.bench_flushes import SLEEP_MS, Cell, cells_of, title
+from paprscm.commands.bench_flushes import SLEEP_MS, RateCell, cells_of, title
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError
 
-_Value = Callable[[Cell], float]
+_Value = Callable[[RateCell], float]
 
 _NO_DATE = {"Date": None}
 _SUFFIXES = (".svg", ".png")
@@ -82,7 +82,7 @@ def draw(series: Series, file: Path) -> None:
         figure.savefig(file, format=kind, dpi=150, metadata=_NO_DATE if kind == "svg" else None)
 
 
-def _draw(axes: Axes, rows: list[list[Cell]], solid: _Value, dashed: _Value) -> None:
+def _draw(axes: Axes, rows: list[list[RateCell]], solid: _Value, dashed: _Value) -> None:
     """Two lines for each number of DIMMs."""
     for value, style in ((solid, _SOLID), (dashed, _DASHED)):
         for place, row in enumerate(rows):
@@ -91,7 +91,7 @@ def _draw(axes: Axes, rows: list[list[Cell]], solid: _Value, dashed: _Value) -> 
             _line(axes, row, value, label=label, markersize=9 - 0.8 * place, **look, **style)
 
 
-def _line(axes: Axes, row: list[Cell], value: _Value, **style: Any) -> None:
+def _line(axes: Axes, row: list[RateCell], value: _Value, **style: Any) -> None:
     axes.plot([cell.threads for cell in row], [value(cell) for cell in row], **style)
 
 
@@ -114,7 +114,7 @@ def _finish(axes: Axes, series: Series, label: str, steps: Sequence[float]) -> N
 
 
 def _explain(axes: Axes, *words: str) -> None:
-    """What the kinds of lines mean, below the data."""
+    """Draw the legend of the kinds of lines below the data."""
     from matplotlib.lines import Line2D
 
     styles = (_SOLID, _DASHED, _DOTTED)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What many guests may leave behind: processes, files, descriptors, threads, a changed snapshot."""
+"""Leaks of many guests: processes, files, descriptors, threads, a changed snapshot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STEP_S = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What there is of a run at one moment.
+    """Resources that a run holds at one moment.
 
     Attributes:
         processes: all that we, or one of them, started; what they are, by process id.
@@ -48,7 +48,7 @@ class Held:
 
 @dataclass(frozen=True, kw_only=True)
 class Left:
-    """What lies between two moments.
+    """Difference between two moments.
 
     Attributes:
         before, after: the two.
@@ -76,7 +76,7 @@ class Left:
         )
 
 
-class Watch:
+class LeakWatch:
     """Knows everything that is started from now on, by a mark in its environment.
 
     Args:
@@ -88,7 +88,7 @@ class Watch:
         self._mark = os.environ[_MARK] = uuid.uuid4().hex
 
     def look(self) -> Held:
-        """What there is now."""
+        """Take stock of the present resources."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return Held(
             processes=self.processes(),
@@ -101,7 +101,7 @@ class Watch:
         )
 
     def compare(self, before: Held, *, snapshot: Path | None = None) -> Left:
-        """What was left behind since `before`, when all that needs a moment to end has ended.
+        """Return the leaks since `before`, after a grace period for what needs time to end.
 
         Args:
             before: what there was.
@@ -138,7 +138,7 @@ class Watch:
 
 
 def check_digests(folder: Path) -> tuple[int, list[str]]:
-    """How many files of a cache entry are as its manifest has them, and what is not."""
+    """Count the files of a cache entry that match its manifest, and name the others."""
     if not (folder / MANIFEST).exists():
         return 0, [f"{MANIFEST} is gone"]
     wanted = json.loads((folder / MANIFEST).read_bytes())["files"]

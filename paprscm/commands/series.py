@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Series:
-    """What was measured several times, with what it was measured on.
+    """Repeated measurements and the environment in which they were made.
 
     Attributes:
         environment: the dimensions.

@@ -7,22 +7,21 @@ the start. All that a test wants to know about the calls is in Python; the progr
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import shutil
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, Mailbox, Memory
+from paprscm.build.toolchain import PREFIX, compile_c
+from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, GuestMemory, Mailbox
 from paprscm.device.mailbox import TIMEBASE_HZ as TIMEBASE_HZ
 from paprscm.device.mailbox import Answer as Answer
 from paprscm.device.mailbox import Call as Call
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.host.cache import Cache
-from paprscm.host.process import Process, describe_status, run
+from paprscm.host.process import Process, describe_status
 from paprscm.paths import GUEST_TOOLS
 from paprscm.vm.argv import bare_argv
 from paprscm.vm.binary import Qemu
@@ -32,9 +31,8 @@ from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Lifetime, Vm
 
 FREE: Final = range(160 * MIB, 256 * MIB)
-"""Guest memory that nobody uses, for a test's own data."""
+"""Unused guest memory, for a test's own data."""
 
-_GCC = "powerpc64le-linux-gnu-gcc"
 # Floating point and vectors are off at the start; where it is loaded is QEMU's affair.
 _FLAGS = (
     "-mbig-endian -m64 -mabi=elfv2 -mcpu=power8 -msoft-float -mno-altivec -mno-vsx "
@@ -51,26 +49,14 @@ _START_LIMIT_S = 20.0
 
 
 def program(cache: Cache) -> Path:
-    """The program that makes the calls, built unless the cache has it.
+    """Return the program that makes the hcalls, compiled unless the cache has it.
 
     Raises:
         HostError: the cross compiler is missing, or fails.
     """
-    if shutil.which(_GCC) is None:
-        raise HostError(f"{_GCC} is not installed", hint="apt install gcc-powerpc64le-linux-gnu")
-    folder = GUEST_TOOLS
     # VOF enters at the beginning of what is linked: hcalls.S.
-    sources = [folder / "hcalls.S", folder / "hcalls.c"]
-    text = b"".join(source.read_bytes() for source in sources) + _FLAGS.encode()
-    fields = {
-        "source": hashlib.sha256(text).hexdigest(),
-        "compiler": run([_GCC, "--version"]).lines[0],
-    }
-
-    def build(target: Path) -> None:
-        run([_GCC, *_FLAGS.split(), "-o", target / "hcalls", *sources], timeout_s=60)
-
-    return cache.ensure("hcalls", fields, build).path / "hcalls"
+    sources = [GUEST_TOOLS / "hcalls.S", GUEST_TOOLS / "hcalls.c"]
+    return compile_c(cache, "hcalls", sources, compiler=f"{PREFIX}gcc", flags=_FLAGS)
 
 
 class Bare(Lifetime):
@@ -266,7 +252,7 @@ class Bare(Lifetime):
             box.end()
 
     def _start(self) -> None:
-        self._memory = Memory(self.machine.memory_mib * MIB)
+        self._memory = GuestMemory(self.machine.memory_mib * MIB)
         self._resources.callback(self._memory.close)
         self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.machine.smp)]
 
@@ -368,7 +354,7 @@ class Bare(Lifetime):
                 raise HostError(f"vCPU {cpu} got {exception}; QEMU {self._doing()}")
 
     def _doing(self) -> str:
-        """What QEMU does for the vCPUs, in words."""
+        """Describe the calls that QEMU is executing for the vCPUs."""
         calls = {cpu: self._boxes[cpu].current for cpu in self._running}
         busy = [f"{call} on vCPU {cpu}" for cpu, call in calls.items() if call]
         return f"executed {' and '.join(busy)}" if busy else "had no call to execute"

@@ -32,7 +32,7 @@ class RawBackend:
     file_bytes: int | None = None
 
     def align_bytes(self) -> int:
-        """What its size is rounded down to, and its address must be a multiple of.
+        """Alignment, bytes: the size is rounded down to it, and the address must be a multiple.
 
         The page for what is mapped from a descriptor (physmem.c:file_ram_alloc), huge pages for
         anonymous memory (osdep.h:QEMU_VMALLOC_ALIGN).
@@ -83,22 +83,22 @@ class RawMachine:
 
     @property
     def base(self) -> int:
-        """Where the memory of DIMMs begins (spapr.h:SPAPR_DEVICE_MEM_ALIGN)."""
+        """Address at which the memory of DIMMs begins (spapr.h:SPAPR_DEVICE_MEM_ALIGN)."""
         return -(-self.memory_bytes // GIB) * GIB
 
     @property
     def room_bytes(self) -> int:
-        """How much memory DIMMs may have."""
+        """Size of the memory for DIMMs, bytes."""
         return (self.maxmem_bytes or self.memory_bytes) - self.memory_bytes
 
     def with_dimm(self, number: int, **changes: Any) -> RawMachine:
-        """The same machine, with something else of one DIMM."""
+        """Return a copy in which fields of one DIMM differ."""
         dimms = list(self.dimms)
         dimms[number] = replace(dimms[number], **changes)
         return replace(self, dimms=tuple(dimms))
 
     def with_backend(self, number: int, **changes: Any) -> RawMachine:
-        """The same machine, with something else of one backend."""
+        """Return a copy in which fields of one backend differ."""
         backends = list(self.backends)
         backends[number] = replace(backends[number], **changes)
         return replace(self, backends=tuple(backends))
@@ -112,7 +112,7 @@ class RawMachine:
         }
 
     def option(self) -> str:
-        """What -machine says besides."""
+        """Further options of -machine."""
         return "" if self.nvdimm else "nvdimm=off"
 
     def words(self) -> list[str]:
@@ -137,7 +137,7 @@ class RawMachine:
             yield f"maxmem={_size(self.maxmem_bytes)}"
 
     def script(self, qemu: Sequence[str]) -> str:
-        """What a person pastes into a shell to make the same machine, in a folder of its own."""
+        """Return a shell command that starts the same machine in a folder of its own."""
         files = "".join(f"truncate -s {size} {name} && " for name, size in self.files().items())
         kind = _joined("pseries", self.option())
         argv = [*qemu, "-machine", kind, "-nodefaults", "-display", "none", "-S"]

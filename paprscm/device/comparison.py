@@ -40,7 +40,7 @@ def questions(machine: RawMachine) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def judge(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | None:
-    """What is wrong of an attempt, in one paragraph; None: it is as predicted.
+    """Compare an attempt with its prediction: the difference in one paragraph, or None.
 
     Args:
         found: with the answers to questions().
@@ -60,7 +60,7 @@ def judge(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | 
 
 
 def unusual(prediction: Prediction, found: Attempt) -> str | None:
-    """What QEMU says of a machine that it treats as predicted, in words that were not seen so far.
+    """Messages, not seen so far, about a machine that QEMU treats as predicted.
 
     No contract fixes the words, nor which of several reasons is given.
     """
@@ -74,7 +74,7 @@ def unusual(prediction: Prediction, found: Attempt) -> str | None:
 
 
 def _accepted(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> Iterator[str]:
-    """What is wrong of a machine that was made: its tree, and what the monitor says."""
+    """Check the device tree and the monitor's answers of an accepted machine."""
     tree = parse(found.tree or b"")
     nodes = {}
     for dimm, place in zip(machine.dimms, placed, strict=True):

@@ -197,7 +197,7 @@ def _cells(*values: int) -> bytes:
 
 
 def flushes_by_hcall(driver: str, *, pmem: bool, pmem_override: bool) -> bool:
-    """Whether the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0).
+    """Return True if the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0).
 
     Args:
         driver: "spapr-nvdimm", or "nvdimm", of which it is never asked.
@@ -218,7 +218,7 @@ def associativity(node: int) -> tuple[int, ...]:
 
 
 def distance(first: Sequence[int], second: Sequence[int]) -> int:
-    """How far apart Linux takes two ibm,associativity of form 1 to be; 10 is "the same node".
+    """NUMA distance that Linux computes from two ibm,associativity of form 1; 10: the same node.
 
     Linux arch/powerpc/mm/numa.c (__node_distance): twice as far for each reference point at
     which they differ, from the primary one (4) on; QEMU's reference points are 4, 3, 2, 1.
@@ -289,7 +289,7 @@ def expected_connectors(slots: int) -> tuple[Connector, ...]:
 def differences(
     expected: Mapping[str, bytes], found: Mapping[str, bytes], *, ignored: Sequence[str] = ()
 ) -> list[str]:
-    """What is missing, wrong or not expected of a node's properties, each in a few words.
+    """List the missing, wrong and unexpected properties of a node, each in a few words.
 
     Args:
         ignored: properties of which nothing is said. A node has a "phandle" or not, and it is
@@ -310,7 +310,7 @@ def differences(
 def judge_persistent_memory(
     tree: Tree, *, slots: int, nvdimms: Mapping[int, Mapping[str, bytes]]
 ) -> list[str]:
-    """What is wrong of all that a tree says of persistent memory; nothing when it is right.
+    """List the errors of a tree's persistent memory; empty if there are none.
 
     Args:
         slots: how many memory slots the machine has.

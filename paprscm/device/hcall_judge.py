@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The judge of the hcalls: a bare machine and the model of it, side by side."""
+"""Check hcall results of a bare-metal machine against the model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def request(call: Hcall, *arguments: int) -> Request:
 
 
 def unbind_wraps(made: Request) -> bool:
-    """Whether this H_SCM_UNBIND_MEM ends beyond 2^64, which QEMU does not survive.
+    """Return True if this H_SCM_UNBIND_MEM ends beyond 2^64, which aborts QEMU.
 
     See known_issues/qemu-unbind-mem-aborts.md.
     """
@@ -150,7 +150,7 @@ _GOES_ON: Branch = next(
 
 
 def coverage(covered: Counter[Branch]) -> dict[str, int]:
-    """How often each branch was taken, by name, for a result."""
+    """Count how often each branch was taken, by name."""
     return {
         f"{call.name} {code.name} ({why})": covered[call, code, why]
         for call, code, why in sorted(BRANCHES)
@@ -158,7 +158,7 @@ def coverage(covered: Counter[Branch]) -> dict[str, int]:
 
 
 def of_job(results: Path) -> Counter[Branch]:
-    """How often all tests of a job together took each branch, from what they measured.
+    """Sum over the tests of a job how often each branch was taken.
 
     Args:
         results: the job's folder, such as results/latest.

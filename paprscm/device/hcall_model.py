@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the hcalls of storage class memory must answer: a model of the device, call by call.
+"""Model of the device behind the storage class memory hcalls: the allowed answers to each call.
 
 It is written from "Linux on Power Architecture Reference" (LoPAR), chapter "Storage Class Memory",
 and, where LoPAR leaves the choice to the hypervisor, from what QEMU's hw/ppc/spapr_nvdimm.c is
@@ -26,7 +26,7 @@ from paprscm.papr import (
 )
 
 REGISTERS: Final = 9
-"""How many arguments and outputs an hcall has: r4 to r12."""
+"""Number of arguments and of outputs of an hcall: r4 to r12."""
 
 _WORD: Final = 1 << 64
 _METADATA_LENGTHS: Final = (1, 2, 4, 8)
@@ -119,7 +119,7 @@ class Expected:
 
 
 @dataclass
-class Flush:
+class PendingFlush:
     """A flush that was begun and whose end was not told.
 
     Attributes:
@@ -133,7 +133,7 @@ class Flush:
 
 @dataclass(kw_only=True)
 class Dimm:
-    """What the model knows of one nvdimm.
+    """State of one nvdimm in the model.
 
     Attributes:
         slot: its memory slot.
@@ -160,7 +160,7 @@ class Dimm:
     failing: bool = False
     held: bool = False
     last_token: int = 0
-    outstanding: dict[int, Flush] = field(default_factory=dict)
+    outstanding: dict[int, PendingFlush] = field(default_factory=dict)
     """By token."""
 
     @property
@@ -208,7 +208,7 @@ class ScmModel:
         return tuple(made(words))
 
     def known_wrong(self, call: Hcall, arguments: Sequence[int]) -> tuple[str, Expected] | None:
-        """What a QEMU with a known bug answers instead: the known issue's name, and the answer."""
+        """Return the answer of a QEMU with a known bug, and the name of the known issue."""
         (right, *_others) = self.allowed(call, arguments)
         if right.branch == (Hcall.H_SCM_READ_METADATA, ReturnCode.H_SUCCESS, "4 bytes"):
             value, *rest = right.outputs
@@ -235,7 +235,7 @@ class ScmModel:
         if call is Hcall.H_SCM_FLUSH and why == "begun":
             dimm = self._by_drc[words[0] & 0xFFFFFFFF]
             dimm.last_token += 1
-            dimm.outstanding[dimm.last_token] = Flush(
+            dimm.outstanding[dimm.last_token] = PendingFlush(
                 ReturnCode.H_HARDWARE if dimm.failing else ReturnCode.H_SUCCESS,
                 dimm.held,
             )
@@ -414,7 +414,7 @@ def _answer(
 
 
 def describe(code: int, outputs: Sequence[int], wanted: Iterable[Expected]) -> str:
-    """What was answered and what was allowed, for a message.
+    """Describe an answer and the allowed ones, for a message.
 
     Args:
         code: r3, signed.

@@ -25,7 +25,7 @@ from paprscm.vm.binary import Qemu
 
 @dataclass(frozen=True)
 class Attempt:
-    """What became of one command line.
+    """Result of one command line.
 
     Attributes:
         status: QEMU's exit status; negative for the signal that killed it.
@@ -53,7 +53,7 @@ class Attempt:
         return self.status == 1 and bool(self.text)
 
     def returned(self, number: int) -> Any:
-        """What the command of that number (from 0) returned.
+        """Return the result of the command of that number (from 0).
 
         Raises:
             ContractError: the machine was refused, or the command.

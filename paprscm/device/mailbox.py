@@ -21,13 +21,13 @@ TIMEBASE_HZ: Final = 512_000_000
 """The frequency of the timebase (QEMU include/hw/ppc/spapr.h:SPAPR_TIMEBASE_FREQ)."""
 
 REGISTERS: Final = 9
-"""How many arguments a call has, and how many outputs besides its return code: r4 to r12."""
+"""Number of arguments of a call, and of outputs in addition to its return code: r4 to r12."""
 
 MAILBOXES: Final = 128 << 20
 """The guest address of the first vCPU's mailbox."""
 MAILBOX_SIZE: Final = 1 << 20
 MAX_CALLS: Final = 3824
-"""How many calls fit into a mailbox."""
+"""Number of calls that fit into a mailbox."""
 
 _CALLS, _CALL_SIZE = 0x1000, 256
 _SPARE = 0x800
@@ -102,7 +102,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a call answered, the last time that it was made.
+    """Answer to a call, the last time that it was made.
 
     Attributes:
         code: the return code, r3, as a signed number.
@@ -134,7 +134,7 @@ class Answer:
         return ", ".join(words) + (f" (call {self.made})" if self.made > 1 else "")
 
 
-class Memory:
+class GuestMemory:
     """A guest's memory, shared with us: a file without a name.
 
     Args:
@@ -156,7 +156,7 @@ class Memory:
         self._words = memoryview(self._bytes).cast("Q")
 
     def read(self, address: int, length: int) -> bytes:
-        """What stands at a guest address.
+        """Read guest memory.
 
         Raises:
             ValueError: it does not lie within the memory.
@@ -223,7 +223,7 @@ class Mailbox:
         is_free: there is no batch.
     """
 
-    def __init__(self, memory: Memory, cpu: int) -> None:
+    def __init__(self, memory: GuestMemory, cpu: int) -> None:
         self._memory = memory
         self._start = MAILBOXES + cpu * MAILBOX_SIZE
         self.spare = self._start + _SPARE

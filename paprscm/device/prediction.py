@@ -18,8 +18,8 @@ from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE
 NO_UUID = str(uuids.UUID(int=0))
 
 
-class Refusal(Enum):
-    """Why QEMU refuses a machine: what its message must say (a regular expression).
+class RefusalReason(Enum):
+    """Reason for which QEMU refuses a machine; the value is a pattern of its message.
 
     The comments name the function that says it, in the sources of QEMU 7.2 and 10.0.
     """
@@ -75,13 +75,13 @@ class Refusal(Enum):
     MEMDEV_BUSY = r"can't use already busy memdev: \w+"
 
     def said_in(self, text: str) -> bool:
-        """Whether QEMU's messages give this reason."""
+        """Return True if QEMU's messages give this reason."""
         return re.search(self.value, text, re.MULTILINE) is not None
 
 
 @dataclass(frozen=True)
 class Placed:
-    """Where a DIMM is, and how much of it the guest can use."""
+    """Address of a DIMM, and the size that the guest can use."""
 
     slot: int
     addr: int
@@ -90,7 +90,7 @@ class Placed:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What must become of a machine.
+    """Predicted result of a command line.
 
     Attributes:
         reasons: why it is refused; QEMU may name any of them, for they are of the same step. Empty:
@@ -98,12 +98,12 @@ class Prediction:
         placed: where each DIMM is; when refused, those before the one that was.
     """
 
-    reasons: frozenset[Refusal]
+    reasons: frozenset[RefusalReason]
     placed: tuple[Placed, ...] = ()
 
 
 def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
-    """Whether QEMU takes the machine, why not, or where the DIMMs are.
+    """Predict whether QEMU accepts the machine: the reasons why not, or the places of the DIMMs.
 
     Args:
         has_override: this QEMU's spapr-nvdimm has pmem-override.
@@ -119,7 +119,7 @@ def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
             before = tuple(placed)
             slot, addr = _slot(machine, dimm, before), _addr(machine, dimm, before)
             reasons = frozenset(_plug(machine, number))
-            reasons |= {answer for answer in (slot, addr) if isinstance(answer, Refusal)}
+            reasons |= {answer for answer in (slot, addr) if isinstance(answer, RefusalReason)}
             if isinstance(slot, int) and isinstance(addr, int) and not reasons:
                 backend = machine.backends[dimm.memdev or 0]
                 placed.append(Placed(slot, addr, _usable(backend, dimm)))
@@ -128,59 +128,59 @@ def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
     return Prediction(frozenset(), tuple(placed))
 
 
-def _memory(machine: RawMachine) -> Iterator[Refusal]:
+def _memory(machine: RawMachine) -> Iterator[RefusalReason]:
     """machine.c:machine_set_mem."""
     if machine.maxmem_bytes is None:
         if machine.slots is not None:
-            yield Refusal.SLOTS_WITHOUT_MAXMEM
+            yield RefusalReason.SLOTS_WITHOUT_MAXMEM
     elif machine.maxmem_bytes < machine.memory_bytes:
-        yield Refusal.MAXMEM_BELOW_MEMORY
+        yield RefusalReason.MAXMEM_BELOW_MEMORY
     elif machine.slots and machine.maxmem_bytes == machine.memory_bytes:
-        yield Refusal.SLOTS_WITHOUT_ROOM
+        yield RefusalReason.SLOTS_WITHOUT_ROOM
 
 
-def _backends(machine: RawMachine) -> Iterator[Refusal]:
+def _backends(machine: RawMachine) -> Iterator[RefusalReason]:
     for backend in machine.backends:
         if backend.size_bytes == 0:
-            yield Refusal.EMPTY_BACKEND
+            yield RefusalReason.EMPTY_BACKEND
         elif backend.file_bytes is not None and backend.file_bytes < backend.size_bytes:
-            yield Refusal.FILE_TOO_SMALL
+            yield RefusalReason.FILE_TOO_SMALL
 
 
-def _numa(machine: RawMachine) -> Iterator[Refusal]:
+def _numa(machine: RawMachine) -> Iterator[RefusalReason]:
     if machine.nodes and sum(machine.nodes) != machine.memory_bytes:
-        yield Refusal.NODES_ARE_NOT_MEMORY
+        yield RefusalReason.NODES_ARE_NOT_MEMORY
 
 
-def _first_memory(machine: RawMachine) -> Iterator[Refusal]:
+def _first_memory(machine: RawMachine) -> Iterator[RefusalReason]:
     """spapr.c:spapr_node0_size: the real mode area is in the first node that has memory."""
     first = next((memory for memory in machine.nodes if memory), machine.memory_bytes)
     # A power of two is as small as that when the memory is.
     if first < 128 << 20:
-        yield Refusal.MEMORY_TOO_SMALL
+        yield RefusalReason.MEMORY_TOO_SMALL
 
 
-def _board(machine: RawMachine) -> Iterator[Refusal]:
+def _board(machine: RawMachine) -> Iterator[RefusalReason]:
     """spapr.c: memory comes in LMBs of 256 MiB, and there are 32 slots at most."""
     if machine.memory_bytes % SCM_BLOCK_SIZE:
-        yield Refusal.MEMORY_UNALIGNED
+        yield RefusalReason.MEMORY_UNALIGNED
     if (machine.maxmem_bytes or 0) % SCM_BLOCK_SIZE:
-        yield Refusal.MAXMEM_UNALIGNED
+        yield RefusalReason.MAXMEM_UNALIGNED
     if any(memory % SCM_BLOCK_SIZE for memory in machine.nodes):
-        yield Refusal.NODE_UNALIGNED
+        yield RefusalReason.NODE_UNALIGNED
     if (machine.slots or 0) > MAX_SLOTS:
-        yield Refusal.TOO_MANY_SLOTS
+        yield RefusalReason.TOO_MANY_SLOTS
 
 
-def _properties(dimm: RawDimm, has_override: bool) -> Iterator[Refusal]:
-    """What a single property may be."""
+def _properties(dimm: RawDimm, has_override: bool) -> Iterator[RefusalReason]:
+    """Check each property by itself."""
     if dimm.label_bytes is not None and dimm.label_bytes < SCM_MIN_LABEL_SIZE:
-        yield Refusal.LABEL_TOO_SMALL
+        yield RefusalReason.LABEL_TOO_SMALL
     form = r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}"
     if dimm.uuid is not None and not re.fullmatch(form, dimm.uuid):
-        yield Refusal.UUID_MALFORMED
+        yield RefusalReason.UUID_MALFORMED
     if dimm.pmem_override and not (has_override and dimm.driver == "spapr-nvdimm"):
-        yield Refusal.OVERRIDE_UNKNOWN
+        yield RefusalReason.OVERRIDE_UNKNOWN
 
 
 def _usable(backend: RawBackend, dimm: RawDimm) -> int:
@@ -188,70 +188,70 @@ def _usable(backend: RawBackend, dimm: RawDimm) -> int:
     return left - left % backend.align_bytes()
 
 
-def _region(machine: RawMachine, dimm: RawDimm) -> Iterator[Refusal]:
+def _region(machine: RawMachine, dimm: RawDimm) -> Iterator[RefusalReason]:
     """nvdimm.c:nvdimm_prepare_memory_region, which QEMU asks first of all."""
     if dimm.memdev is None:
-        yield Refusal.NO_MEMDEV
+        yield RefusalReason.NO_MEMDEV
         return
     backend = machine.backends[dimm.memdev]
     if not _usable(backend, dimm):
-        yield Refusal.LABEL_TOO_BIG
+        yield RefusalReason.LABEL_TOO_BIG
     if backend.readonly and not dimm.unarmed:
-        yield Refusal.ARMED_READONLY
+        yield RefusalReason.ARMED_READONLY
 
 
-def _plug(machine: RawMachine, number: int) -> Iterator[Refusal]:
+def _plug(machine: RawMachine, number: int) -> Iterator[RefusalReason]:
     """spapr_nvdimm.c:spapr_nvdimm_validate, pc-dimm.c:pc_dimm_realize."""
     dimm = machine.dimms[number]
     backend = machine.backends[dimm.memdev or 0]
     size = _usable(backend, dimm)
     if not machine.nvdimm:
-        yield Refusal.NVDIMM_OFF
+        yield RefusalReason.NVDIMM_OFF
     if dimm.label_bytes is None:
-        yield Refusal.NO_LABEL
+        yield RefusalReason.NO_LABEL
     if size % SCM_BLOCK_SIZE:
-        yield Refusal.NOT_IN_BLOCKS
+        yield RefusalReason.NOT_IN_BLOCKS
     if dimm.uuid in (None, NO_UUID):
-        yield Refusal.NO_UUID
+        yield RefusalReason.NO_UUID
     if dimm.driver == "spapr-nvdimm" and backend.kind == "ram":
-        yield Refusal.NO_FILE
+        yield RefusalReason.NO_FILE
     if (dimm.node or 0) >= max(1, len(machine.nodes)):
-        yield Refusal.NODE_OUT_OF_RANGE
+        yield RefusalReason.NODE_OUT_OF_RANGE
     if dimm.memdev in (other.memdev for other in machine.dimms[:number]):
-        yield Refusal.MEMDEV_BUSY
+        yield RefusalReason.MEMDEV_BUSY
 
 
-def _slot(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | Refusal:
+def _slot(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | RefusalReason:
     """The slot that was asked for, or the lowest that is free; -1 does not ask."""
     slots = machine.slots or 0
     taken = {other.slot for other in before}
     if dimm.slot not in (None, -1):
         wanted = dimm.slot or 0
         if not 0 <= wanted < slots:
-            return Refusal.SLOT_OUT_OF_RANGE
-        return Refusal.SLOT_BUSY if wanted in taken else wanted
+            return RefusalReason.SLOT_OUT_OF_RANGE
+        return RefusalReason.SLOT_BUSY if wanted in taken else wanted
     if not slots:
-        return Refusal.NO_SLOTS
-    return min({*range(slots)} - taken, default=Refusal.NO_FREE_SLOT)
+        return RefusalReason.NO_SLOTS
+    return min({*range(slots)} - taken, default=RefusalReason.NO_FREE_SLOT)
 
 
-def _addr(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | Refusal:
+def _addr(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | RefusalReason:
     """The address that was asked for, or the lowest at which it fits."""
     backend = machine.backends[dimm.memdev or 0]
     size, align = _usable(backend, dimm), backend.align_bytes()
     if sum(other.size_bytes for other in before) + size > machine.room_bytes:
-        return Refusal.NO_SPACE
+        return RefusalReason.NO_SPACE
     taken = sorted((other.addr, other.addr + other.size_bytes) for other in before)
     if dimm.addr:
         start, end = dimm.addr, dimm.addr + size
         if start % align:
-            return Refusal.ADDR_UNALIGNED
+            return RefusalReason.ADDR_UNALIGNED
         if start < machine.base or end > machine.base + machine.room_bytes:
-            return Refusal.ADDR_OUTSIDE
+            return RefusalReason.ADDR_OUTSIDE
         busy = any(start < other_end and other < end for other, other_end in taken)
-        return Refusal.ADDR_CONFLICT if busy else start
+        return RefusalReason.ADDR_CONFLICT if busy else start
     addr = machine.base
     for other, other_end in taken:
         if addr < other_end and other < addr + size:
             addr = -(-other_end // align) * align
-    return addr if addr + size <= machine.base + machine.room_bytes else Refusal.FRAGMENTED
+    return addr if addr + size <= machine.base + machine.room_bytes else RefusalReason.FRAGMENTED

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What QEMU must refuse, as data: command lines, and the words that each version refuses them with.
+"""Table of invalid command lines, and the messages with which each QEMU version refuses them.
 
 Each text was seen on QEMU 7.2.22, 10.0.13 and 11.1.3; where it changed in between, the version is
 that of the commit which changed it.

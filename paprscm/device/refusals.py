@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a refusal is: a command line, and the words that each version of QEMU refuses it with.
+"""Refusals: a command line, and the message with which each QEMU version refuses it.
 
 The rows are in refusal_rows.py.
 """
@@ -39,7 +39,7 @@ MEMORY = "256M,slots=4,maxmem=8G"
 
 @dataclass(frozen=True)
 class Message:
-    """What a range of QEMU's versions says.
+    """Message of a range of QEMU versions.
 
     Attributes:
         text: all that it says, besides its own name and the option in front; with placeholders.
@@ -52,7 +52,7 @@ class Message:
     until: Version | None = None
 
     def holds(self, version: Sequence[int]) -> bool:
-        """Whether a QEMU of this version says so."""
+        """Return True if a QEMU of this version prints the message."""
         found = tuple(version[:2])
         return self.since <= found and (self.until is None or found < self.until)
 
@@ -80,12 +80,12 @@ class Refusal:
     machine: str = ""
 
     def message(self, version: Sequence[int]) -> Message:
-        """What a QEMU of this version must say."""
+        """Return the message that a QEMU of this version must print."""
         (found,) = (message for message in self.messages if message.holds(version))
         return found
 
     def expected(self, version: Sequence[int], places: Mapping[str, str]) -> str:
-        """The same, with the placeholders filled in."""
+        """Return a copy with the placeholders filled in."""
         return self.message(version).text.format_map(places)
 
     def difference(
@@ -125,7 +125,7 @@ def filled(words: Sequence[str], places: Mapping[str, str]) -> list[str]:
 
 
 def without_option(text: str, words: Sequence[str]) -> str:
-    """What QEMU says, without the option that it names in front of it.
+    """Return QEMU's message without the option that precedes it.
 
     Args:
         text: its words.
@@ -227,4 +227,4 @@ LIMITS: Mapping[str, Words] = {
     "read-only and unarmed": board(*backend(more="share=on,readonly=on"), *device(unarmed="on")),
     "empty file": board(*on(path="{absent}")),
 }
-"""What is just within the limits: QEMU must take it, and say nothing."""
+"""Machines just within the limits: QEMU must accept them silently."""

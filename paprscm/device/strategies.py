@@ -11,7 +11,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
-from paprscm.device.prediction import NO_UUID, Refusal, predict
+from paprscm.device.prediction import NO_UUID, RefusalReason, predict
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE
 from paprscm.vm.machine import GIB, MIB
 
@@ -112,7 +112,7 @@ def _blocks(backend: RawBackend, dimm: RawDimm) -> int:
 
 
 @st.composite
-def flawed_machines(draw: st.DrawFn, reason: Refusal, has_pmem: bool) -> RawMachine:
+def flawed_machines(draw: st.DrawFn, reason: RefusalReason, has_pmem: bool) -> RawMachine:
     """A machine that was right, but for what gives QEMU that reason to refuse it, and no other."""
     right = draw(valid_machines(has_pmem, at_least=2))
     machine = FLAWS[reason](lambda strategy: draw(strategy), right)
@@ -236,58 +236,58 @@ def _fragmented(draw: Draw, machine: RawMachine) -> RawMachine:
     return replace(machine, maxmem_bytes=machine.memory_bytes + sum(sizes))
 
 
-FLAWS: dict[Refusal, Flaw] = {
-    Refusal.MAXMEM_BELOW_MEMORY: _of_machine(
+FLAWS: dict[RefusalReason, Flaw] = {
+    RefusalReason.MAXMEM_BELOW_MEMORY: _of_machine(
         lambda draw, m: {"maxmem_bytes": m.memory_bytes - draw(st.integers(1, 255)) * MIB}
     ),
-    Refusal.SLOTS_WITHOUT_MAXMEM: _of_machine(lambda draw, m: {"maxmem_bytes": None}),
-    Refusal.SLOTS_WITHOUT_ROOM: _of_machine(lambda draw, m: {"maxmem_bytes": m.memory_bytes}),
-    Refusal.EMPTY_BACKEND: _of_backend(lambda draw, b, d: replace(b, size_bytes=0)),
-    Refusal.FILE_TOO_SMALL: _of_backend(
+    RefusalReason.SLOTS_WITHOUT_MAXMEM: _of_machine(lambda draw, m: {"maxmem_bytes": None}),
+    RefusalReason.SLOTS_WITHOUT_ROOM: _of_machine(lambda draw, m: {"maxmem_bytes": m.memory_bytes}),
+    RefusalReason.EMPTY_BACKEND: _of_backend(lambda draw, b, d: replace(b, size_bytes=0)),
+    RefusalReason.FILE_TOO_SMALL: _of_backend(
         lambda draw, b, d: replace(
             b, file_bytes=b.size_bytes - draw(st.integers(1, 2 * mmap.PAGESIZE))
         )
     ),
-    Refusal.NODES_ARE_NOT_MEMORY: _of_machine(
+    RefusalReason.NODES_ARE_NOT_MEMORY: _of_machine(
         lambda draw, m: {"nodes": (m.memory_bytes, draw(st.integers(1, 2)) * SCM_BLOCK_SIZE)}
     ),
-    Refusal.MEMORY_UNALIGNED: _of_machine(
+    RefusalReason.MEMORY_UNALIGNED: _of_machine(
         lambda draw, m: {
             "nodes": (),
             "memory_bytes": m.memory_bytes + draw(st.integers(1, 255)) * MIB,
             "maxmem_bytes": (m.maxmem_bytes or 0) + GIB,
         }
     ),
-    Refusal.MAXMEM_UNALIGNED: _of_machine(
+    RefusalReason.MAXMEM_UNALIGNED: _of_machine(
         lambda draw, m: {"maxmem_bytes": (m.maxmem_bytes or 0) + draw(st.integers(1, 255)) * MIB}
     ),
-    Refusal.NODE_UNALIGNED: _of_machine(
+    RefusalReason.NODE_UNALIGNED: _of_machine(
         lambda draw, m: {
             "nodes": (m.memory_bytes - (part := draw(st.integers(1, 128)) * MIB), part)
         }
     ),
-    Refusal.MEMORY_TOO_SMALL: _of_machine(
+    RefusalReason.MEMORY_TOO_SMALL: _of_machine(
         lambda draw, m: {"nodes": (), "memory_bytes": draw(st.integers(1, 127)) * MIB}
     ),
-    Refusal.TOO_MANY_SLOTS: _of_machine(
+    RefusalReason.TOO_MANY_SLOTS: _of_machine(
         lambda draw, m: {"slots": draw(st.integers(MAX_SLOTS + 1, 1000))}
     ),
-    Refusal.LABEL_TOO_SMALL: _of_dimm(
+    RefusalReason.LABEL_TOO_SMALL: _of_dimm(
         label_bytes=lambda m: (
             st.sampled_from([SCM_MIN_LABEL_SIZE - 1, 0]) | st.integers(0, SCM_MIN_LABEL_SIZE - 1)
         )
     ),
-    Refusal.UUID_MALFORMED: _of_dimm(
+    RefusalReason.UUID_MALFORMED: _of_dimm(
         uuid=lambda m: (
             st.sampled_from(["", "xyz", NO_UUID[:-1], NO_UUID + "0", "{" + NO_UUID + "}"])
             | st.uuids().map(lambda uuid: uuid.hex)
         )
     ),
-    Refusal.OVERRIDE_UNKNOWN: _of_dimm(
+    RefusalReason.OVERRIDE_UNKNOWN: _of_dimm(
         driver=lambda m: st.just("nvdimm"), pmem_override=lambda m: st.just(True)
     ),
-    Refusal.NO_MEMDEV: _of_dimm(memdev=lambda m: st.none()),
-    Refusal.LABEL_TOO_BIG: lambda draw, m: m.with_dimm(
+    RefusalReason.NO_MEMDEV: _of_dimm(memdev=lambda m: st.none()),
+    RefusalReason.LABEL_TOO_BIG: lambda draw, m: m.with_dimm(
         number := draw(st.integers(0, len(m.dimms) - 1)),
         label_bytes=draw(
             st.integers(1 - mmap.PAGESIZE, mmap.PAGESIZE).map(
@@ -296,50 +296,50 @@ FLAWS: dict[Refusal, Flaw] = {
             | st.sampled_from([4 * GIB, (1 << 63) - 1, (1 << 64) - 1])
         ),
     ),
-    Refusal.ARMED_READONLY: _readonly,
-    Refusal.NVDIMM_OFF: _of_machine(lambda draw, m: {"nvdimm": False}),
-    Refusal.NO_LABEL: _no_label,
-    Refusal.NOT_IN_BLOCKS: _of_backend(
+    RefusalReason.ARMED_READONLY: _readonly,
+    RefusalReason.NVDIMM_OFF: _of_machine(lambda draw, m: {"nvdimm": False}),
+    RefusalReason.NO_LABEL: _no_label,
+    RefusalReason.NOT_IN_BLOCKS: _of_backend(
         lambda draw, b, d: replace(
             b, size_bytes=b.size_bytes + draw(st.integers(1, 255 * 256)) * mmap.PAGESIZE
         )
     ),
-    Refusal.NO_UUID: _of_dimm(uuid=lambda m: st.none() | st.just(NO_UUID)),
-    Refusal.NO_FILE: _no_file,
-    Refusal.SLOT_OUT_OF_RANGE: _of_dimm(
+    RefusalReason.NO_UUID: _of_dimm(uuid=lambda m: st.none() | st.just(NO_UUID)),
+    RefusalReason.NO_FILE: _no_file,
+    RefusalReason.SLOT_OUT_OF_RANGE: _of_dimm(
         slot=lambda m: (
             st.sampled_from([-2, -(1 << 31), (1 << 31) - 1, m.slots or 0])
             | st.integers(m.slots or 0, 64)
         )
     ),
-    Refusal.SLOT_BUSY: lambda draw, m: m.with_dimm(1, slot=predict(m).placed[0].slot),
-    Refusal.NO_SLOTS: lambda draw, m: replace(
+    RefusalReason.SLOT_BUSY: lambda draw, m: m.with_dimm(1, slot=predict(m).placed[0].slot),
+    RefusalReason.NO_SLOTS: lambda draw, m: replace(
         m, slots=0, dimms=tuple(replace(dimm, slot=None) for dimm in m.dimms)
     ),
-    Refusal.NO_FREE_SLOT: lambda draw, m: replace(
+    RefusalReason.NO_FREE_SLOT: lambda draw, m: replace(
         m,
         slots=draw(st.integers(1, len(m.dimms) - 1)),
         dimms=tuple(replace(dimm, slot=None) for dimm in m.dimms),
     ),
-    Refusal.NO_SPACE: _of_backend(
+    RefusalReason.NO_SPACE: _of_backend(
         lambda draw, b, d: replace(
             b, size_bytes=b.size_bytes + draw(st.integers(5, 64)) * SCM_BLOCK_SIZE
         ),
         more_room=0,
     ),
-    Refusal.ADDR_UNALIGNED: _of_dimm(
+    RefusalReason.ADDR_UNALIGNED: _of_dimm(
         addr=lambda m: st.integers(1, mmap.PAGESIZE - 1).map(lambda more: m.base + more)
     ),
-    Refusal.ADDR_OUTSIDE: _of_dimm(
+    RefusalReason.ADDR_OUTSIDE: _of_dimm(
         addr=lambda m: st.sampled_from(
             [m.base - SCM_BLOCK_SIZE, m.base + m.room_bytes, (1 << 64) - SCM_BLOCK_SIZE]
         )
     ),
-    Refusal.ADDR_CONFLICT: _second,
-    Refusal.FRAGMENTED: _fragmented,
-    Refusal.NODE_OUT_OF_RANGE: _of_dimm(
+    RefusalReason.ADDR_CONFLICT: _second,
+    RefusalReason.FRAGMENTED: _fragmented,
+    RefusalReason.NODE_OUT_OF_RANGE: _of_dimm(
         node=lambda m: st.integers(max(1, len(m.nodes)), 8) | st.just((1 << 32) - 1)
     ),
-    Refusal.MEMDEV_BUSY: _busy,
+    RefusalReason.MEMDEV_BUSY: _busy,
 }
-"""How each reason comes about. What a machine of them says may be another reason as well."""
+"""For each refusal, a mutation of a valid machine that triggers it (others may apply too)."""

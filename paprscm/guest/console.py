@@ -111,7 +111,7 @@ class Console:
 
     @property
     def lines(self) -> list[str]:
-        """What was printed so far; the last 4,000 lines of it."""
+        """The last 4,000 lines printed so far."""
         with self._changed:
             return [line for _when, line in self._lines]
 

@@ -46,7 +46,7 @@ ndctl list && mkfs.xfs -V && strace -V > /dev/null
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What the guests of one run have in common.
+    """QEMU, kernel, userland and snapshot of the guests of one run.
 
     Attributes:
         settings: what the user chose.
@@ -256,7 +256,7 @@ def _kernel(
 
 
 def _executes(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
-    """What the TCG of this very binary can execute; asked of it once."""
+    """Probe once which instructions the TCG of this binary executes."""
     name = f"instructions-{cpu}-{instructions.probe_digest()}"
     answer = binary.remember(
         cache, qemu, name, lambda: instructions.probe(qemu.argv_prefix, cpu=cpu)

@@ -23,7 +23,7 @@ from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_ready
 from paprscm.guest.kmsg import Trouble
-from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load
+from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
 from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, reporting
 from paprscm.host.process import describe_status
 from paprscm.log import quoted
@@ -40,7 +40,7 @@ _NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in 
 
 @dataclass(frozen=True, kw_only=True)
 class Equipment:
-    """What every guest of a run is made of.
+    """Parts that all guests of a run have in common.
 
     Attributes:
         settings: time limits and folders.
@@ -391,7 +391,7 @@ class Guest(Lifetime):
         # QEMU goes on writing there.
         (self.folder / "console.log").write_bytes(snapshot.console.read_bytes())
         try:
-            load(self.qmp, snapshot)
+            load_state(self.qmp, snapshot)
         except NotRestoredError as error:
             self._expect_not_killed(error)
             raise

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kernel messages about trouble: their patterns, and the call traces that follow them."""
+"""Kernel messages on the console that report a fault, and their call traces."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def text_of(line: str) -> str:
 
 
 def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | None:
-    """The trouble in one line of the console, or None.
+    """Return the fault that a line of the console reports, or None.
 
     Args:
         line: without its line end.

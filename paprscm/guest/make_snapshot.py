@@ -19,7 +19,7 @@ from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import tools
 from paprscm.guest.guest import Equipment, Guest
 from paprscm.guest.report import ProbeError
-from paprscm.guest.snapshot import Snapshot, save
+from paprscm.guest.snapshot import Snapshot, save_state
 from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
 from paprscm.host.cache import Cache, Entry
@@ -31,7 +31,7 @@ KIND = "snapshot"
 _FORMAT = "2"
 """Changes when this file saves otherwise."""
 _KEEP = 6
-"""So many are kept, some 100 MB each: a kernel that is rebuilt all day has a new one each time."""
+"""Snapshots to keep (about 100 MB each); every rebuilt kernel adds one."""
 _NEEDS_BYTES = 1_500_000_000
 _RECORD = "proof.json"
 
@@ -79,7 +79,7 @@ echo urandom $(head -c 16 /dev/urandom | od -An -v -tx1 | tr -d ' ')
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a snapshot is made of.
+    """Inputs of a snapshot.
 
     Attributes:
         cache: where it is kept.
@@ -218,7 +218,7 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
         guest.hang_up()
         time.sleep(_QUIET_S)
         guest.check()
-        save(guest.qmp, folder / "state")
+        save_state(guest.qmp, folder / "state")
         shutil.copy(guest.folder / "console.log", folder)
     # The guest's memory is full of pages of zeros.
     process.run(["cp", "--sparse=always", memory, folder / "memory"])

@@ -50,7 +50,7 @@ class Snapshot:
 
     @property
     def memory(self) -> MemoryFile:
-        """What the guest's memory begins with."""
+        """File with the initial content of the guest's memory."""
         return MemoryFile(path=self.folder / "memory", restored=True, has_rom=self.has_rom)
 
     @property
@@ -60,18 +60,18 @@ class Snapshot:
 
     @property
     def console(self) -> Path:
-        """What the guest had printed when it was saved."""
+        """Console output of the guest until it was saved."""
         return self.folder / "console.log"
 
     def fits(self, machine: Machine) -> bool:
-        """Whether such a machine can begin here: its DIMMs are plugged, all else must be equal."""
+        """Return True if a machine equals the saved one except for its DIMMs, which are plugged."""
         return (
             dataclasses.replace(machine, nvdimms=()) == self.machine
             and machine.maxmem_mib == self.machine.maxmem_mib
         )
 
 
-def save(qmp: Qmp, file: Path) -> None:
+def save_state(qmp: Qmp, file: Path) -> None:
     """Write the state of a machine, without its memory, to a file; the machine is stopped then.
 
     Its memory must be a file of its own (MemoryFile), which QEMU leaves out of the stream.
@@ -91,7 +91,7 @@ def save(qmp: Qmp, file: Path) -> None:
         time.sleep(0.005)
 
 
-def load(qmp: Qmp, snapshot: Snapshot) -> None:
+def load_state(qmp: Qmp, snapshot: Snapshot) -> None:
     """Load the state into a QEMU that was started with -incoming defer -S.
 
     Raises:

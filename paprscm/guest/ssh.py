@@ -260,7 +260,7 @@ def outcome(result: CommandResult) -> str:
 
 
 def reporting(result: CommandResult) -> CommandResult:
-    """The same result, if it may say something about the kernel under test.
+    """Return the result unless it says nothing about the kernel under test.
 
     Raises:
         HostError: a program is missing in the userland, or crashed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A store of things that were built or fetched: whole or not there, found by what they are of."""
+"""Content-addressed cache of built and downloaded artifacts; an entry is complete or absent."""
 
 from __future__ import annotations
 
@@ -346,7 +346,7 @@ def _seal(folder: Path, fields: Mapping[str, str]) -> None:
 
 
 def _damage(place: Path) -> str | None:
-    """What is wrong with an entry; digests are taken only where size or time has changed."""
+    """Return the damage of an entry; digests are computed only where size or time has changed."""
     files = json.loads((place / MANIFEST).read_bytes())["files"]
     for name, want in files.items():
         path = place / name

@@ -40,7 +40,7 @@ _RUN = "PAPRSCM_RUN"
 # Signals that a program raises itself, by what it does; any other one comes from outside.
 _OWN_SIGNALS = {
     *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL),
-    *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS),
+    *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS, signal.SIGPIPE),
 }
 
 # QEMU catches SIGINT, SIGHUP and SIGTERM, prints this and exits with status 0.
@@ -220,7 +220,7 @@ class Process:
         os.kill(self.pid, number)
 
     def _judge_end(self, end: str, status: int) -> KilledError | None:
-        """What ended the program from outside; None: it ended by itself, or we ended it."""
+        """Return the external cause of the program's end; None if it ended by itself or by us."""
         if end == keeper.ASKED or self._signalled:
             return None
         program = f"{_name(self.argv)} (process {self.pid})"
@@ -325,7 +325,7 @@ def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
 
 @dataclass(frozen=True)
 class Completed:
-    """What a tool left: its lines of output (both streams) and how long it took, s."""
+    """Output of a tool (lines of both streams) and its duration, s."""
 
     lines: tuple[str, ...]
     duration_s: float

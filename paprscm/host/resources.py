@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""How many tests this machine can run side by side, and what decides it."""
+"""Number of tests that this machine can run concurrently, and the limit that decides it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from paprscm.settings import Settings
 TESTS_PER_CPU = 1.0
 """A guest of two vCPUs keeps more than one core busy while it boots; then its test mostly waits."""
 QEMU_MIB = 200
-"""What QEMU takes besides the guest's memory: its own, and the code that TCG translates."""
+"""Memory of a QEMU in addition to its guest's: its own, and TCG's translated code."""
 HOST_MIB = 512
-"""What is left to the host."""
+"""Memory left to the host."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What this process may use of the machine.
+    """CPUs and memory that this process may use.
 
     Attributes:
         cpus: how many; a quota need not be a whole number.
@@ -48,7 +48,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tests run side by side unless the user says otherwise.
+    """Number of tests that run concurrently by default.
 
     Attributes:
         tests: at least 1.
@@ -92,7 +92,7 @@ def _by(file: str) -> str:
 
 
 def resources(root: Path = Path("/")) -> Resources:
-    """What may be used now: CPUs of our affinity and quota, memory of the machine and the limit.
+    """Measure the usable CPUs (affinity and quota) and memory (of the machine and of the cgroup).
 
     Args:
         root: where /proc and /sys are.

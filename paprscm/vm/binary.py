@@ -71,7 +71,7 @@ class Qemu:
     migration_capabilities: frozenset[str] = field(repr=False)
 
     def has(self, type_name: str, property_name: str | None = None) -> bool:
-        """Whether it knows the type, and the type has the property.
+        """Return True if the QEMU has the type, and the type has the property.
 
         Raises:
             KeyError: nobody asked QEMU about that type (see qemu_facts.ASKED_TYPES).
@@ -146,7 +146,7 @@ def require_guests(qemu: Qemu) -> None:
 
 
 def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -> JSON:
-    """What was computed about this very binary once; computed now if it was not.
+    """Return an answer about this binary from the cache; compute it if it is not there.
 
     Args:
         name: names the answer, and its format's version; a file name.
@@ -206,7 +206,7 @@ def _why_no_kvm(qemu: Qemu, host: str, device: Path) -> str | None:
 
 
 def is_fetched(cache: Cache, setting: str) -> bool:
-    """Whether the cache already holds the QEMU of a setting 'debian:SUITE'."""
+    """Return True if the cache holds the QEMU of a setting 'debian:SUITE'."""
     arch = _DEBIAN_ARCH.get(platform.machine(), "")
     return cache.find("qemu", _fetched_fields(setting.removeprefix("debian:"), arch)) is not None
 
@@ -272,7 +272,7 @@ def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
 
 
 def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
-    """How to start the QEMU that was unpacked into `root`, with its own C library and firmware."""
+    """Command line prefix of a QEMU unpacked into `root`, with its own C library and firmware."""
     path = root / "usr/bin" / BINARY
     try:
         with path.open("rb") as file:
@@ -311,29 +311,11 @@ def _binary_key(cache: Cache, path: Path) -> str:
 
 
 def _remember(cache: Cache, key: str, name: str, compute: Callable[[], JSON]) -> JSON:
-    place = cache.root / "qemu-facts" / key / f"{name}.json"
-    try:
-        return json.loads(place.read_bytes())
-    except (OSError, ValueError):
-        pass
-    with cache.lock(f"qemu-facts-{key}-{name}", what=f"asks a QEMU for its {name}"):
-        # Somebody else may have asked while we waited.
-        try:
-            return json.loads(place.read_bytes())
-        except (OSError, ValueError):
-            pass
-        answer = compute()
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            draft = place.with_suffix(".new")
-            draft.write_text(json.dumps(answer))
-            draft.replace(place)
-        except OSError as error:
-            raise HostError(
-                f"the cache {cache.root} cannot be written: {error.strerror}",
-                hint="set cache_dir to a folder that you can write to",
-            ) from error
-        return answer
+    def build(folder: Path) -> None:
+        (folder / "answer.json").write_text(json.dumps(compute()))
+
+    entry = cache.ensure("qemu-facts", {"binary": key, "question": name}, build)
+    return json.loads((entry.path / "answer.json").read_bytes())
 
 
 def _from_facts(facts: JSON, argv_prefix: tuple[str, ...], path: Path, key: str) -> Qemu:

@@ -3,27 +3,26 @@
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
 import re
-import select
-import subprocess
+import socket
 import tempfile
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeAlias
+from typing import Any, TypeAlias
 
 from elftools.common.exceptions import ELFError
 from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import InterpSegment
+from qemu.qmp import ConnectError
 
-from paprscm.errors import CapabilityError, ConfigError, Error, HostError
-from paprscm.host import process
+from paprscm.errors import CapabilityError, ConfigError, Error, GuestLostError, HostError
+from paprscm.host.process import Process, describe_status
+from paprscm.vm.qmp import Qmp, RefusedError
 
 JSON: TypeAlias = Any
-"""Whatever json.dumps() takes and json.loads() gives back."""
+"""A value that json.dumps() accepts and json.loads() returns."""
 
 BINARY = "qemu-system-ppc64"
 FORMAT = "2"
@@ -68,13 +67,13 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
         HostError: it does not start.
         CapabilityError: it has no pseries machine.
     """
-    with tempfile.TemporaryFile() as stderr, _Conversation(argv_prefix, path, stderr) as qmp:
-        version = qmp.version
+    with _started(argv_prefix, path) as qmp:
+        version = qmp.execute("query-version")
         numbers = version["qemu"]
-        target = qmp.ask("query-target")["arch"]
+        target = qmp.execute("query-target")["arch"]
         if target != "ppc64":
             raise ConfigError(f"{path} is a QEMU for {target}, not for ppc64", hint=f"use {BINARY}")
-        machines = qmp.ask("query-machines")
+        machines = qmp.execute("query-machines")
         pseries = [m["name"] for m in machines if m.get("alias") == "pseries"]
         if not pseries:
             raise CapabilityError(
@@ -83,24 +82,24 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
         properties = {}
         for name in ASKED_TYPES:
             # None: it knows no such type.
-            found = qmp.ask_or_none("qom-list-properties", typename=name)
+            found = _execute_or_none(qmp, "qom-list-properties", typename=name)
             if found is not None:
                 properties[name] = _names(found)
         machine_type = f"{pseries[0]}-machine"
-        properties["machine"] = _names(qmp.ask("qom-list-properties", typename=machine_type))
+        properties["machine"] = _names(qmp.execute("qom-list-properties", typename=machine_type))
         return {
             "version": [numbers["major"], numbers["minor"], numbers["micro"]],
             "version_text": "{major}.{minor}.{micro}".format(**numbers)
             + (f" ({version['package']})" if version["package"] else ""),
             "machine": pseries[0],
             "properties": properties,
-            "kvm": qmp.ask("query-kvm")["present"],
+            "kvm": qmp.execute("query-kvm")["present"],
             # The schema names the backend in every QEMU: only an attempt shows that it is built in.
-            "netdev_user": qmp.ask_or_none("netdev_add", type="user", id="asked") is not None,
-            "cpu_models": _names(qmp.ask("query-cpu-definitions")),
-            "qmp_commands": _names(qmp.ask("query-commands")),
+            "netdev_user": _execute_or_none(qmp, "netdev_add", type="user", id="asked") is not None,
+            "cpu_models": _names(qmp.execute("query-cpu-definitions")),
+            "qmp_commands": _names(qmp.execute("query-commands")),
             "migration_capabilities": [
-                item["capability"] for item in qmp.ask("query-migrate-capabilities")
+                item["capability"] for item in qmp.execute("query-migrate-capabilities")
             ],
         }
 
@@ -136,103 +135,61 @@ def _names(items: JSON) -> list[str]:
     return sorted(item["name"] for item in items)
 
 
-class _Conversation:
-    """QMP over the standard streams of a QEMU without a machine; strictly question and answer."""
-
-    def __init__(self, argv_prefix: Sequence[str], path: Path, stderr: BinaryIO) -> None:
-        self._path = path
-        self._stderr = stderr
-        self._lines = b""
-        self._deadline = time.monotonic() + _ANSWER_LIMIT_S
-        theirs, self._commands = os.pipe()
-        argv = [*argv_prefix, "-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
+@contextlib.contextmanager
+def _started(argv_prefix: Sequence[str], path: Path) -> Iterator[Qmp]:
+    """Start the binary without a machine and yield its monitor."""
+    argv = [*argv_prefix, "-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
+    with contextlib.ExitStack() as stack:
+        stderr = stack.enter_context(tempfile.TemporaryFile())
+        ours, theirs = map(stack.enter_context, socket.socketpair())
+        handle = theirs.fileno()
         try:
-            self._process = process.Process(
-                argv, stdin=theirs, stdout=subprocess.PIPE, stderr=stderr.fileno()
-            )
+            qemu = Process(argv, stdin=handle, stdout=handle, stderr=stderr.fileno())
         except HostError as error:
-            os.close(self._commands)
             raise ConfigError(
                 f"{path} is not a QEMU for this machine: {error}", hint=f"name the binary, {BINARY}"
             ) from error
-        finally:
-            os.close(theirs)
-
-    def __enter__(self) -> _Conversation:
+        stack.callback(qemu.kill)
+        theirs.close()
         try:
-            greeting = self._read().get("QMP")
-            if not isinstance(greeting, dict) or "version" not in greeting:
-                raise self._no_qemu()
-            self.version: JSON = greeting["version"]
-            self.ask("qmp_capabilities")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+            qmp = Qmp(ours, timeout_s=_ANSWER_LIMIT_S)
+            stack.callback(qmp.close)
+            yield qmp
+        except RefusedError as error:
+            raise HostError(f"{path}: {error}") from error
+        except GuestLostError as error:
+            reason = error.__cause__
+            if isinstance(reason, TimeoutError):
+                message = f"{path} did not answer for {_ANSWER_LIMIT_S:g} s"
+                raise HostError(message) from error
+            if isinstance(reason, ConnectError) and not isinstance(reason.exc, (EOFError, OSError)):
+                raise ConfigError(
+                    f"{path} is not a QEMU", hint=f"name the binary, {BINARY}"
+                ) from error
+            stderr.seek(0)
+            output = stderr.read(4000).decode(errors="replace").strip()
+            raise _end(path, qemu.wait(_ANSWER_LIMIT_S), output) from error
 
-    def __exit__(self, *_: object) -> None:
-        os.close(self._commands)
-        self._process.kill()
 
-    def ask(self, command: str, **arguments: JSON) -> JSON:
-        """The answer to one QMP command, which must succeed."""
-        reply = self._exchange(command, arguments)
-        if "error" in reply:
-            why = reply["error"].get("desc", "no reason given")
-            raise HostError(f"{self._path} refuses the QMP command {command}: {why}")
-        return reply["return"]
+def _end(path: Path, status: int | None, output: str) -> Error:
+    """Build the error for a QEMU that ended instead of answering."""
+    how = describe_status(status) if status is not None else "closed its output"
+    last = output.splitlines()[-1] if output else "it printed nothing"
+    if match := re.search(r"error while loading shared libraries: ([^:]+)", output):
+        return HostError(
+            f"{path} does not start: it misses the library {match[1]}",
+            hint="install that library, or set qemu=auto",
+        )
+    if (status or 0) > 0 and "qemu" not in output.lower():
+        return ConfigError(
+            f"{path} is not a QEMU: {how}; {last}", hint=f"name the binary, {BINARY}"
+        )
+    return HostError(f"{path} does not start: {how}; {last}")
 
-    def ask_or_none(self, command: str, **arguments: JSON) -> JSON | None:
-        """The answer to one QMP command, or None if it is an error."""
-        return self._exchange(command, arguments).get("return")
 
-    def _exchange(self, command: str, arguments: JSON) -> JSON:
-        line = json.dumps({"execute": command, "arguments": arguments}) + "\n"
-        try:
-            os.write(self._commands, line.encode())
-        except BrokenPipeError:
-            raise self._ended() from None
-        while True:
-            message = self._read()
-            if "return" in message or "error" in message:
-                return message
-
-    def _read(self) -> JSON:
-        while b"\n" not in self._lines:
-            poll = select.poll()
-            poll.register(self._process.stdout, select.POLLIN)
-            if not poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000):
-                raise HostError(f"{self._path} did not answer for {_ANSWER_LIMIT_S:g} s")
-            chunk = os.read(self._process.stdout, 1 << 20)
-            if not chunk:
-                raise self._ended()
-            self._lines += chunk
-        line, _, self._lines = self._lines.partition(b"\n")
-        try:
-            message = json.loads(line)
-        except ValueError:
-            message = None
-        if not isinstance(message, dict):
-            raise self._no_qemu()
-        return message
-
-    def _no_qemu(self) -> ConfigError:
-        return ConfigError(f"{self._path} is not a QEMU", hint=f"name the binary, {BINARY}")
-
-    def _ended(self) -> Error:
-        """What to say about a QEMU that ended instead of answering."""
-        status = self._process.wait(_ANSWER_LIMIT_S)
-        how = process.describe_status(status) if status is not None else "closed its output"
-        self._stderr.seek(0)
-        text = self._stderr.read(4000).decode(errors="replace").strip()
-        last = text.splitlines()[-1] if text else "it printed nothing"
-        if match := re.search(r"error while loading shared libraries: ([^:]+)", text):
-            return HostError(
-                f"{self._path} does not start: it misses the library {match[1]}",
-                hint="install that library, or set qemu=auto",
-            )
-        if (status or 0) > 0 and "qemu" not in text.lower():
-            return ConfigError(
-                f"{self._path} is not a QEMU: {how}; {last}", hint=f"name the binary, {BINARY}"
-            )
-        return HostError(f"{self._path} does not start: {how}; {last}")
+def _execute_or_none(qmp: Qmp, command: str, **arguments: JSON) -> JSON | None:
+    """Run one QMP command; None if QEMU answers with an error."""
+    try:
+        return qmp.execute(command, **arguments)
+    except RefusedError:
+        return None

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import hashlib
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from paprscm.build.tcg_fixup import _DCBF, _TOOLS, _TOOLS_HINT, INSTRUCTIONS
+from paprscm.build.tcg_fixup import DCBF, INSTRUCTIONS
+from paprscm.build.toolchain import PREFIX, require
 from paprscm.errors import CapabilityError, HostError, KilledError
 from paprscm.host.process import run
 from paprscm.paths import GUEST_TOOLS
 
+_SOURCE = GUEST_TOOLS / "isa_probe.S"
 # What a trustworthy probe must answer: dcbf is as old as the architecture, 0 is illegal for good.
-_CONTROLS = {"dcbf": (_DCBF, True), "illegal": (0, False)}
+_CONTROLS = {"dcbf": (DCBF, True), "illegal": (0, False)}
 
 
 def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) -> dict[str, bool]:
@@ -67,38 +68,21 @@ def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) 
 def probe_digest() -> str:
     """A short digest of what the probe asks and how; its answers are good for no other."""
     asked = repr((INSTRUCTIONS, _CONTROLS)).encode()
-    return hashlib.sha256(_probe_source().read_bytes() + asked).hexdigest()[:12]
-
-
-def _probe_source() -> Path:
-    return GUEST_TOOLS / "isa_probe.S"
+    return hashlib.sha256(_SOURCE.read_bytes() + asked).hexdigest()[:12]
 
 
 def _assemble(folder: Path) -> Path:
     """Assemble and link guest_tools/isa_probe.S with the table of instructions."""
-    source = _probe_source()
     words = {name: word for name, (word, _expected) in _CONTROLS.items() if word}
     # RA=0, RB=r28 where the form has registers.
     words |= {i.name: i.word for i in INSTRUCTIONS}
     lines = [
-        f"\tprobe {name}, {word | (28 << 11 if word & 0x7FF == _DCBF & 0x7FF else 0):#010x}\n"
+        f"\tprobe {name}, {word | (28 << 11 if word & 0x7FF == DCBF & 0x7FF else 0):#010x}\n"
         for name, word in [*words.items(), ("illegal", 0)]
     ]
     (folder / "isa_probe_table.inc").write_text("".join(lines))
     objects, program = folder / "isa_probe.o", folder / "isa_probe"
-    for tool in ("as", "ld"):
-        if shutil.which(_TOOLS + tool) is None:
-            raise HostError(f"{_TOOLS}{tool} is not installed", hint=_TOOLS_HINT)
-    assemble: list[str | Path] = [
-        _TOOLS + "as",
-        "-mbig",
-        "-a64",
-        "-mpower8",
-        f"-I{folder}",
-        "-o",
-        objects,
-        source,
-    ]
-    run(assemble, timeout_s=60)
-    run([_TOOLS + "ld", "-EB", "-m", "elf64ppc", "-Ttext", "0", "-o", program, objects])
+    assembler, linker = require(f"{PREFIX}as"), require(f"{PREFIX}ld")
+    run([assembler, "-mbig", "-a64", "-mpower8", f"-I{folder}", "-o", objects, _SOURCE])
+    run([linker, "-EB", "-m", "elf64ppc", "-Ttext", "0", "-o", program, objects])
     return program

@@ -209,7 +209,7 @@ class Machine:
 
 
 def in_words(nvdimm: Nvdimm) -> str:
-    """What a DIMM is: "slot 0: spapr-nvdimm pmem=on"."""
+    """Return a short description of a DIMM: "slot 0: spapr-nvdimm pmem=on"."""
     return (
         f"slot {nvdimm.slot}: {nvdimm.device}"
         + (" pmem=on" if nvdimm.pmem else " pmem=off")

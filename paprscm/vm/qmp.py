@@ -150,13 +150,13 @@ class Qmp:
             self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T], what: str) -> T:
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        # wait_for() returns when the cancelled work has cleaned up: disconnect() relies on that.
+        limited = asyncio.wait_for(work, self._timeout_s)
         try:
-            return future.result(self._timeout_s)
+            return asyncio.run_coroutine_threadsafe(limited, self._loop).result()
         except ExecuteError:
             raise
         except TimeoutError as error:
-            future.cancel()
             raise GuestLostError(f"QEMU's monitor does not answer {what} in time") from error
         except (QMPError, OSError, EOFError, concurrent.futures.CancelledError) as error:
             self._on_gone()

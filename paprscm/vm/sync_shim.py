@@ -12,7 +12,6 @@ import ctypes
 import hashlib
 import mmap
 import os
-import platform
 import shutil
 import threading
 import time
@@ -22,9 +21,9 @@ from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, Self
 
+from paprscm.build.toolchain import compile_c
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
-from paprscm.host.process import run
 from paprscm.paths import HOST_TOOLS
 
 _SOURCE = HOST_TOOLS / "flush_shim.c"
@@ -47,7 +46,7 @@ class Operation(IntEnum):
 
 
 class Injected(IntFlag):
-    """What the shim did to a call; the numbers are those of flush_shim.c."""
+    """Faults that the shim injected into a call; the numbers are those of flush_shim.c."""
 
     DELAYED = 1
     FAILED = 2
@@ -96,7 +95,7 @@ _PAGE = _struct(
 
 
 def _layout() -> tuple[str, int]:
-    """What flush_shim.c must agree with, as C that does not compile otherwise; and its digest."""
+    """Return C assertions of the layout that flush_shim.c must have, and their digest."""
     claims = {f"{item.name} == {item.value}" for item in (*Operation, *Injected)}
     structs = {"rule": _RULE, "counts": _COUNTS, "file": _FILE, "record": _RECORD, "page": _PAGE}
     for name, struct in structs.items():
@@ -112,28 +111,20 @@ def _layout() -> tuple[str, int]:
 
 
 def build(cache: Cache) -> Path:
-    """The library, compiled by the host's C compiler unless the cache has it.
+    """Return the library, compiled by the host's C compiler unless the cache has it.
 
     Raises:
-        HostError: there is no C compiler, or it does not take the source.
+        HostError: there is no C compiler, or it rejects the source.
     """
-    compiler = shutil.which("cc")
-    if compiler is None:
-        raise HostError("there is no C compiler (cc) on this host", hint="apt install gcc libc-dev")
     layout, _digest = _layout()
-
-    def compile_into(folder: Path) -> None:
-        (folder / "flush_shim_layout.inc").write_text(layout)
-        target = folder / "flush_shim.so"
-        run([compiler, *_FLAGS.split(), "-I", folder, "-o", target, _SOURCE], timeout_s=120)
-
-    fields = {
-        "source": hashlib.sha256(_SOURCE.read_bytes() + layout.encode()).hexdigest(),
-        "flags": _FLAGS,
-        "compiler": run([compiler, "--version"], timeout_s=30).lines[0],
-        "arch": platform.machine(),
-    }
-    return cache.ensure("flush-shim", fields, compile_into).path / "flush_shim.so"
+    return compile_c(
+        cache,
+        "flush-shim",
+        [_SOURCE],
+        compiler="cc",
+        flags=_FLAGS,
+        headers={"flush_shim_layout.inc": layout},
+    )
 
 
 @dataclass(frozen=True)
@@ -164,13 +155,13 @@ class Record:
 
     @property
     def duration_s(self) -> float | None:
-        """How long the caller had to wait, s; None when it still does."""
+        """Duration of the call, s; None while it is in progress."""
         return None if self.end_ns is None else (self.end_ns - self.begin_ns) / 1e9
 
 
 @dataclass(frozen=True)
 class Counts:
-    """How many calls began, ended and failed so far, and how many at most were in progress."""
+    """Calls begun, ended and failed so far, and the most that were in progress concurrently."""
 
     begun: int
     ended: int
@@ -179,7 +170,7 @@ class Counts:
 
 
 class Shim:
-    """What we share with the library in one QEMU; each QEMU wants its own.
+    """Memory shared with the library in one QEMU; each QEMU needs its own.
 
     As a context manager it clears all rules at the end. What was recorded stays readable.
 
@@ -213,7 +204,7 @@ class Shim:
             os.close(self._handles.pop())
 
     def prefix(self) -> tuple[str, ...]:
-        """What to put before QEMU's own command line, so that it and nobody else is preloaded."""
+        """Words before QEMU's command line that preload the library into QEMU only."""
         env = shutil.which("env") or "/usr/bin/env"
         return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={self._handle}"
 
@@ -333,7 +324,7 @@ class WatchedFile:
         self._changing = threading.Lock()
 
     def is_mapped(self) -> bool:
-        """Whether a process with the shim has mapped it."""
+        """Return True if a process with the shim has mapped the file."""
         return bool(self._entry.mapped)
 
     def counts(self, operation: Operation | None = None) -> Counts:

@@ -32,7 +32,7 @@ _END_LIMIT_S = 2.0
 
 
 class Lifetime:
-    """What is made on entering and gone on leaving: a context manager that leaves nothing behind.
+    """Context manager that creates on entry, removes on exit and leaves nothing behind.
 
     A subclass makes everything in `_start()`, and puts what undoes it on `_resources`.
     """
@@ -156,7 +156,7 @@ class Vm(Lifetime):
         return self._watched[slot]
 
     def says(self) -> str:
-        """What QEMU itself has printed so far, indented for a message."""
+        """Return QEMU's output so far, indented for a message."""
         return quoted((self.folder / "qemu.log").read_text(errors="replace"))
 
     def _start(self) -> None:

@@ -20,8 +20,8 @@ from rich.table import Table
 
 from paprscm import settings
 from paprscm.commands import bench_starts, bench_suite, cli
-from paprscm.commands.bench_suite import Job, Outcome, Plan
-from paprscm.commands.leaks import Watch, check_digests
+from paprscm.commands.bench_suite import Job, JobTest, Plan
+from paprscm.commands.leaks import LeakWatch, check_digests
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment, prepare
@@ -52,7 +52,7 @@ def made_of(*, snapshot: bool = True, **chosen: Any) -> Environment:
 def job(mode: str, **statuses: str) -> Job:
     """A job of which only the statuses matter."""
     tests = {
-        name: Outcome(status, 2.0, "" if status == "PASS" else "expected 1, found 2")
+        name: JobTest(status, 2.0, "" if status == "PASS" else "expected 1, found 2")
         for name, status in statuses.items()
     }
     return Job(mode=mode, duration_s=10.0, tests=tests, restored=1, booted=1)
@@ -204,8 +204,8 @@ def test_results_are_read_as_avocado_leaves_them(tmp_path: Path) -> None:
     (tmp_path / "job-2026").mkdir()
     (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
     found = bench_suite.read(tmp_path, "warm", 5.0)
-    assert found.tests["tests/t.py:C.test_2"] == Outcome("FAIL", 2.5, "it lied")
-    assert found.tests["tests/t.py:C.test_3"] == Outcome("SKIP", 0.0, "")
+    assert found.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
+    assert found.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
     assert (found.restored, found.booted) == (1, 1)
     assert found.statuses == {"PASS": 1, "FAIL": 1, "SKIP": 1}
 
@@ -237,7 +237,7 @@ def test_bad_input(
 
 
 def test_nothing_is_left_behind_by_what_has_ended(tmp_path: Path) -> None:
-    watch = Watch(tmp_path)
+    watch = LeakWatch(tmp_path)
     before = watch.look()
     process = subprocess.Popen(["sleep", "0.3"])
     # It waits for what is about to end.
@@ -249,7 +249,7 @@ def test_nothing_is_left_behind_by_what_has_ended(tmp_path: Path) -> None:
 
 def test_whatever_is_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paprscm.commands.leaks._SETTLE_S", 0.0)
-    watch = Watch(tmp_path)
+    watch = LeakWatch(tmp_path)
     before = watch.look()
     # Its parent has ended: it is no descendant of ours any more.
     made = subprocess.run(

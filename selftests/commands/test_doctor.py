@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import shutil
 from pathlib import Path
 
 import pytest
+from altered_qemu import altered_qemu
 from rich.console import Console
 
 from paprscm.build import debian
@@ -19,7 +19,6 @@ from paprscm.commands.doctor import Finding
 from paprscm.errors import ConfigError
 from paprscm.host.resources import Resources
 from paprscm.settings import Settings
-from paprscm.vm.capabilities import BINARY
 
 
 @pytest.fixture
@@ -155,11 +154,7 @@ def test_wrong_qemu_is_told(chosen: Settings) -> None:
 
 
 def test_what_a_qemu_cannot_do_is_noted(chosen: Settings, tmp_path: Path) -> None:
-    script = tmp_path / "qemu"
-    real = shutil.which(BINARY)
-    edit = 's/"virtio-rng-pci"/"gone"/'
-    script.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {real} \"$@\"\n")
-    script.chmod(0o755)
+    script = altered_qemu(tmp_path, '"virtio-rng-pci"', '"gone"')
     noted = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
     assert noted.grade == "note"
     assert "no virtio-rng-pci, so tests with guests are cancelled" in noted.text

@@ -24,7 +24,7 @@ from paprscm.device.device_tree import (
     parse,
 )
 from paprscm.device.launch import Attempt
-from paprscm.device.prediction import Refusal, predict
+from paprscm.device.prediction import RefusalReason, predict
 from paprscm.device.strategies import FLAWS
 from paprscm.errors import ContractError
 from paprscm.vm.machine import GIB, MIB
@@ -365,14 +365,15 @@ def test_other_words_are_unusual(machine: RawMachine, found: Attempt, message: s
 
 def test_no_message_gives_two_reasons() -> None:
     texts = {
-        Refusal.MEMORY_UNALIGNED: "Memory size 0x1 is not aligned to 256 MiB",
-        Refusal.MAXMEM_UNALIGNED: "Maximum memory size 0x1 is not aligned to 256 MiB",
-        Refusal.NO_FREE_SLOT: "-device x: no free slots available",
-        Refusal.NO_SLOTS: "-device x: no slots where allocated, please specify the 'slots' option",
+        RefusalReason.MEMORY_UNALIGNED: "Memory size 0x1 is not aligned to 256 MiB",
+        RefusalReason.MAXMEM_UNALIGNED: "Maximum memory size 0x1 is not aligned to 256 MiB",
+        RefusalReason.NO_FREE_SLOT: "-device x: no free slots available",
+        RefusalReason.NO_SLOTS: "-device x: no slots where allocated, "
+        "please specify the 'slots' option",
     }
     for reason, text in texts.items():
-        assert [other for other in Refusal if other.said_in(text)] == [reason]
+        assert [other for other in RefusalReason if other.said_in(text)] == [reason]
 
 
 def test_every_reason_has_a_flaw() -> None:
-    assert set(FLAWS) == set(Refusal)
+    assert set(FLAWS) == set(RefusalReason)

@@ -15,7 +15,14 @@ from pathlib import Path
 import pytest
 
 from paprscm.errors import GuestLostError, HostError
-from paprscm.guest.snapshot import SEED_BYTES, NotRestoredError, Port, Snapshot, load, save
+from paprscm.guest.snapshot import (
+    SEED_BYTES,
+    NotRestoredError,
+    Port,
+    Snapshot,
+    load_state,
+    save_state,
+)
 from paprscm.vm.argv import MemoryFile, Payload, Wiring, qemu_argv
 from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import MIB, Machine, Nvdimm
@@ -182,11 +189,11 @@ def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) 
     snapshot = Snapshot(folder=tmp_path, machine=PLAIN, has_rom=has_rom)
     memory = snapshot.memory.path
     with machine(qemu, tmp_path, MemoryFile(path=memory, restored=False)) as vm:
-        save(vm.qmp, snapshot.state)
+        save_state(vm.qmp, snapshot.state)
     with memory.open("r+b") as file:
         file.write(b"as it was")
     with machine(qemu, tmp_path, snapshot.memory) as vm:
-        load(vm.qmp, snapshot)
+        load_state(vm.qmp, snapshot)
         assert vm.qmp.execute("query-status")["status"] in ("paused", "prelaunch")
         assert vm.qmp.hmp("xp /4xb 0").split()[1:] == [hex(byte) for byte in b"as i"]
     whole = snapshot.state.read_bytes()
@@ -197,7 +204,7 @@ def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) 
             machine(qemu, tmp_path, snapshot.memory) as vm,
             pytest.raises(NotRestoredError, match="does not load the snapshot"),
         ):
-            load(vm.qmp, snapshot)
+            load_state(vm.qmp, snapshot)
         assert time.monotonic() - begun < 20
     assert memory.stat().st_size == 256 * MIB
 
@@ -215,11 +222,11 @@ def test_a_state_is_complete_when_it_was_saved(
     monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
     memory = MemoryFile(path=tmp_path / "memory", restored=False)
     with machine(qemu, tmp_path, memory) as vm:
-        save(vm.qmp, tmp_path / "state")
+        save_state(vm.qmp, tmp_path / "state")
         assert (tmp_path / "state").read_bytes() == (tmp_path / "kept").read_bytes() != b""
 
 
 def test_a_state_that_cannot_be_written_is_told(qemu: Qemu, tmp_path: Path) -> None:
     memory = MemoryFile(path=tmp_path / "memory", restored=False)
     with machine(qemu, tmp_path, memory) as vm, pytest.raises(HostError, match="migrate failed"):
-        save(vm.qmp, tmp_path / "nowhere" / "state")
+        save_state(vm.qmp, tmp_path / "nowhere" / "state")

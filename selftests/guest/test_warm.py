@@ -22,7 +22,7 @@ from cold_and_warm.seen import Seen, differences
 from paprscm.errors import KilledError
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
-from paprscm.guest.snapshot import NotRestoredError, Snapshot, load
+from paprscm.guest.snapshot import NotRestoredError, Snapshot, load_state
 from paprscm.paths import ROOT
 from paprscm.vm.machine import Machine, Nvdimm
 from paprscm.vm.qmp import Qmp
@@ -226,7 +226,7 @@ def test_a_qemu_that_is_killed_says_nothing_about_the_snapshot(
 
     def load_and_kill(qmp: Qmp, begin: Snapshot) -> None:
         os.kill(qemu_below(tmp_path), 9)
-        load(qmp, begin)
+        load_state(qmp, begin)
 
     monkeypatch.setattr("paprscm.guest.guest.load", load_and_kill)
     with pytest.raises(KilledError, match="was killed by SIGKILL from outside"), restore():

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from altered_qemu import altered_qemu
 
 from paprscm.guest.environment import Environment
 from paprscm.paths import ROOT
-from paprscm.vm.capabilities import BINARY
 
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
 
@@ -186,10 +186,7 @@ def test_a_job_without_guests_fails_at_once_with_the_reason() -> None:
 def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
     (tmp_path / "verdicts.py").write_text(VERDICTS)
-    wrapper = tmp_path / "qemu"
-    edit = 's/"virtio-rng-pci"/"gone"/'
-    wrapper.write_text(f"#!/bin/sh\nsed -u '{edit}' | exec {shutil.which(BINARY)} \"$@\"\n")
-    wrapper.chmod(0o755)
+    wrapper = altered_qemu(tmp_path, '"virtio-rng-pci"', '"gone"')
     words = "-p", f"qemu={wrapper}", "-p", f"cache_dir={tmp_path}/cache"
     one = tmp_path / "known.py:Known.test_gone"
     tests, _ = run_module(tmp_path / "verdicts.py", *words, str(one))

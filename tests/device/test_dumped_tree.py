@@ -22,7 +22,7 @@ from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
 from paprscm.device.comparison import judge, nodes_differ, questions, unusual
 from paprscm.device.device_tree import distance, parse
 from paprscm.device.launch import Attempt, attempt
-from paprscm.device.prediction import Refusal, predict
+from paprscm.device.prediction import RefusalReason, predict
 from paprscm.device.strategies import FLAWS, any_machines, flawed_machines, valid_machines
 from paprscm.errors import ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
@@ -106,7 +106,7 @@ class TreeTest(QemuTest):
                 return None
             prediction = predict(machine, has_override=self.qemu.has_pmem_override)
             found = self.attempt(machine)
-            named = [reason.name for reason in Refusal if reason.said_in(found.text)]
+            named = [reason.name for reason in RefusalReason if reason.said_in(found.text)]
             self.outcomes["accepted" if found.accepted else " and ".join(named)] += 1
             try:
                 self.verdicts[machine] = judge(machine, prediction, found)
@@ -220,7 +220,7 @@ class AnyMachine(TreeTest):
         source = self.random()
         began = time.monotonic()
         # Of eight machines four have a flaw, a different one each, and three have none.
-        reasons = [reason for reason in Refusal if reason in FLAWS]
+        reasons = [reason for reason in RefusalReason if reason in FLAWS]
         groups = [reasons[n : n + 4] for n in range(0, len(reasons), 4)]
         # The first of each group are the simplest ones, and the same as in the others.
         examples = MACHINES // (8 * len(groups)) + 2
@@ -244,7 +244,7 @@ class AnyMachine(TreeTest):
         if 10 * self.outcomes["accepted"] < 3 * sum(self.outcomes.values()):
             raise ContractError(f"too few machines were accepted: {self.outcomes['accepted']}")
 
-    def try_group(self, reasons: Sequence[Refusal], *, examples: int, seed: int) -> None:
+    def try_group(self, reasons: Sequence[RefusalReason], *, examples: int, seed: int) -> None:
         """Try batches of machines: valid ones, and one for each of these reasons."""
         has_pmem = self.qemu.has_pmem and self.qemu.has_pmem_override
         valid = valid_machines(has_pmem)
