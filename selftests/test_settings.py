@@ -115,9 +115,9 @@ def test_an_existing_file_decides_the_size(tmp_path: Path) -> None:
         ("pmen=on", r"a DIMM has no 'pmen' \(did you mean pmem\?\)"),
         ("pmem", "pmem of a DIMM needs a value"),
         ("pmem=yes", "pmem=yes is neither on nor off"),
-        ("size=12Q", "'12Q' is no size"),
-        ("slot=-1", "slot=-1 is no number"),
-        ("size=300M", "no multiple of 256 MiB"),
+        ("size=12Q", "'12Q' is not a size"),
+        ("slot=-1", "slot=-1 is not a number"),
+        ("size=300M", "not a multiple of 256 MiB"),
         ("file=/nonexistent", "backing file /nonexistent"),
     ],
 )

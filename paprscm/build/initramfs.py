@@ -260,7 +260,7 @@ def modinfo(path: Path) -> dict[str, list[str]]:
     """The fields of a module's .modinfo section, each with all its values.
 
     Raises:
-        ConfigError: it is no module.
+        ConfigError: it is not a module.
     """
     try:
         section = ELFFile(io.BytesIO(read_object(path))).get_section_by_name(".modinfo")

@@ -142,7 +142,7 @@ def build_tree(
             folder of its own.
 
     Raises:
-        ConfigError: this is no kernel tree, it is not clean, it has no papr_scm, or it does not
+        ConfigError: this is not a kernel tree, it is not clean, it has no papr_scm, or it does not
             compile (with the compiler's first errors); or page size or debug and configuration were
             given.
         HostError: a tool is missing.
@@ -192,7 +192,7 @@ def build_tree(
 
 
 def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
-    """Remove and return the O= folders of own trees that nobody built in for so many seconds."""
+    """Remove and return the O= folders of own trees that were not built in for so many seconds."""
     gone = []
     for folder in (cache.root / "kbuild").glob("*"):
         log_file = folder / "build.log"

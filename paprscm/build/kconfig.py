@@ -54,7 +54,8 @@ class Fragment:
         """Read fragments; in a later one options override, and so do its directives.
 
         Raises:
-            ConfigError: a file cannot be read, or a line of it is no option, comment or directive.
+            ConfigError: a file cannot be read, or has a line that is not an option, comment or
+                directive.
         """
         requirements: dict[str, Requirement] = {}
         objects = 0

@@ -59,7 +59,7 @@ _ETC = {
         "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n"
     ),
     "group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
-    # No password opens it: dropbear takes keys only, the console asks nobody.
+    # No password opens it: dropbear takes keys only, the console asks for none.
     "shadow": "root:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\n",
     "shells": "/bin/sh\n/bin/bash\n/bin/dash\n",
     "hostname": "guest\n",

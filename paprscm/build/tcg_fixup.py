@@ -118,7 +118,7 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
         executes: what `probe` said; what is not named there is taken as executable.
 
     Raises:
-        ConfigError: `source` cannot be read or is no 64-bit ELF file.
+        ConfigError: `source` cannot be read or is not a 64-bit ELF file.
     """
     lacking = missing(executes)
     content = read_object(source)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  hint: {error.hint}", file=sys.stderr)
         return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
     except OSError as error:
-        # A disk, a permission, a terminal that went away: the user's to mend, as a rule.
+        # A disk, a permission, a terminal that went away: for the user to fix, as a rule.
         log.logger.debug("", exc_info=True)
         print(f"paprscm: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
         print("  hint: paprscm -v shows where it happened", file=sys.stderr)

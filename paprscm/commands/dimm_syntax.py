@@ -38,7 +38,7 @@ def parse_size(text: str) -> int:
     """
     found = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", text)
     if found is None:
-        raise ConfigError(f"'{text}' is no size", hint="such as 512M or 131072")
+        raise ConfigError(f"'{text}' is not a size", hint="such as 512M or 131072")
     return int(found[1]) * _UNITS[found[2]]
 
 
@@ -85,6 +85,6 @@ def _value(key: str, kind: str, text: str) -> Any:
         return text == "on"
     if kind == "int":
         if not text.isdecimal():
-            raise ConfigError(f"{key}={text} is no number")
+            raise ConfigError(f"{key}={text} is not a number")
         return int(text)
     return text

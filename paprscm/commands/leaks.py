@@ -105,7 +105,7 @@ class LeakWatch:
 
         Args:
             before: what there was.
-            snapshot: the folder of a cache entry whose files nobody may have changed.
+            snapshot: the folder of a cache entry whose files must be unchanged.
         """
         deadline = time.monotonic() + _SETTLE_S
         while True:

@@ -20,7 +20,7 @@ class Series:
         started: when, seconds since 1970.
         unit: that of the values.
         values: by what was measured, in the order of the rounds.
-        found: what was seen besides and has another unit, or none.
+        found: further results, with another unit or none.
     """
 
     environment: dict[str, str]

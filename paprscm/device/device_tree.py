@@ -48,7 +48,7 @@ class Node:
         try:
             return tuple(part.decode("ascii") for part in value.split(b"\0")[:-1])
         except UnicodeDecodeError:
-            raise ContractError(f"{self.path}: {name} is no text: {value!r}") from None
+            raise ContractError(f"{self.path}: {name} is not text: {value!r}") from None
 
     def _value(self, name: str) -> bytes:
         if name not in self.properties:
@@ -92,7 +92,7 @@ class Tree:
         """The nodes of the DIMMs, by the DRC index in their unit addresses.
 
         Raises:
-            ContractError: something below /ibm,persistent-memory is no DIMM.
+            ContractError: something below /ibm,persistent-memory is not a DIMM.
         """
         found: dict[int, Node] = {}
         start = f"{self.parent.path}/"
@@ -101,7 +101,7 @@ class Tree:
                 continue
             name = re.fullmatch(rf"{NODE}@([1-9a-f][0-9a-f]*)", path.removeprefix(start))
             if name is None:
-                raise ContractError(f"{path} is no name of a persistent memory")
+                raise ContractError(f"{path} is not the name of a persistent memory node")
             found[int(name[1], 16)] = node
         return found
 
@@ -301,7 +301,7 @@ def differences(
         if value is None:
             said.append(f"{name} is missing")
         elif wanted is None:
-            said.append(f"{name} is there, which nobody asked for: {_shown(value)}")
+            said.append(f"{name} is there, which was not asked for: {_shown(value)}")
         elif wanted != value:
             said.append(f"{name} is {_shown(value)}, expected {_shown(wanted)}")
     return said
@@ -322,7 +322,7 @@ def judge_persistent_memory(
         if drc not in found:
             said.append(f"{NODE}@{drc:x} is missing")
         elif drc not in nvdimms:
-            said.append(f"{found[drc].path} is there, which nobody asked for")
+            said.append(f"{found[drc].path} is there, which was not asked for")
         else:
             words = differences(nvdimms[drc], found[drc].properties)
             said += [f"{found[drc].path}: {word}" for word in words]

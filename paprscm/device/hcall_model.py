@@ -120,7 +120,7 @@ class Expected:
 
 @dataclass
 class PendingFlush:
-    """A flush that was begun and whose end was not told.
+    """A flush that was begun and whose end was not reported.
 
     Attributes:
         end: how it must end.
@@ -206,17 +206,6 @@ class ScmModel:
         if made is None:
             return (_answer(call, words, ReturnCode.H_FUNCTION, "not implemented"),)
         return tuple(made(words))
-
-    def known_wrong(self, call: Hcall, arguments: Sequence[int]) -> tuple[str, Expected] | None:
-        """Return the answer of a QEMU with a known bug, and the name of the known issue."""
-        (right, *_others) = self.allowed(call, arguments)
-        if right.branch == (Hcall.H_SCM_READ_METADATA, ReturnCode.H_SUCCESS, "4 bytes"):
-            value, *rest = right.outputs
-            if value >= 1 << 31:
-                extended = value | 0xFFFFFFFF << 32
-                wrong = Expected(right.code, (extended, *rest), right.branch)
-                return "qemu-read-metadata-sign-extends", wrong
-        return None
 
     def observe(self, expected: Expected, arguments: Sequence[int]) -> None:
         """The call was answered so: note its effect.
@@ -371,7 +360,7 @@ class ScmModel:
         ]
 
     def _flush(self, words: list[int]) -> Sequence[Expected]:
-        """(drc, token): 0 begins a flush; its token, in r4, asks for its end, which is told once.
+        """(drc, token): 0 begins a flush; its token, in r4, asks for its end, reported once.
 
         QEMU commit b5513584a08d (in v7.0). The first answer is always long-busy: the flush is
         completed by QEMU's main loop, which cannot run while the call does.

@@ -80,12 +80,12 @@ class Call:
 
     def __post_init__(self) -> None:
         if not 0 <= self.opcode <= _MASK:
-            raise ValueError(f"opcode {self.opcode:#x} is no 64-bit number")
+            raise ValueError(f"opcode {self.opcode:#x} is not a 64-bit number")
         if len(self.args) > REGISTERS:
             raise ValueError(f"{len(self.args)} arguments; a call has {REGISTERS}")
         for argument in self.args:
             if not -(1 << 63) <= argument <= _MASK:
-                raise ValueError(f"argument {argument:#x} is no 64-bit number")
+                raise ValueError(f"argument {argument:#x} is not a 64-bit number")
         if not 1 <= self.times <= _MASK:
             raise ValueError(f"a call cannot be made {self.times} times")
         if not 0 <= self.pause_us <= 1e9:

@@ -42,7 +42,7 @@ class Message:
     """Message of a range of QEMU versions.
 
     Attributes:
-        text: all that it says, besides its own name and the option in front; with placeholders.
+        text: the message without QEMU's name and the option in front; with placeholders.
         since: the first version that says so, (major, minor).
         until: the first that does not any more; None: the last one known does.
     """

@@ -157,7 +157,7 @@ class Console:
                 return
 
     def _take(self, line: str) -> None:
-        # Control characters could play tricks on the terminal of whoever reads a report.
+        # Control characters could play tricks on the terminal of a report's reader.
         line = "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
         found = classify(line, self.allowed)
         with self._changed:
@@ -228,7 +228,7 @@ def wait_until_ready(
         settings: boot_limit_s and silence_limit_s.
 
     Returns:
-        False if the console ended or told of trouble, which is for the caller to explain.
+        False if the console ended or reported trouble, which is for the caller to explain.
 
     Raises:
         GuestLostError: /init says that it cannot do its work.

@@ -66,7 +66,7 @@ class Guest(Lifetime):
         folder: where console.log, qemu.log and qemu.sh go; they stay.
         allowed: kernel messages that the test expects (regular expressions); any other Oops, BUG,
             WARNING, lockup or driver error fails whatever runs in the guest at that moment.
-        mirror: where to write what the guest's console prints, besides console.log.
+        mirror: where to write what the guest's console prints, in addition to console.log.
         snapshot: begin there instead of booting; it must fit the machine.
         memory_file: its memory becomes this file, for a guest that will be saved.
         shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
@@ -114,7 +114,7 @@ class Guest(Lifetime):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What was told, and caught by a test that provoked it, is not told again.
+        # What was reported, and caught by a test that provoked it, is not reported again.
         tell = error is None and not self._told
         try:
             if tell:
@@ -243,7 +243,7 @@ class Guest(Lifetime):
 
     @contextlib.contextmanager
     def expect_messages(self, *patterns: str) -> Iterator[None]:
-        """Announce kernel messages: within, they are no reason to fail."""
+        """Announce kernel messages: within, they do not fail the test."""
         added = [re.compile(pattern) for pattern in patterns]
         self.console.allowed.extend(added)
         try:
@@ -263,7 +263,7 @@ class Guest(Lifetime):
         """Raise if the guest is lost or its kernel printed what no healthy kernel prints.
 
         Raises:
-            ContractError: an Oops, a warning, … that nobody announced.
+            ContractError: an Oops, a warning, … that was not announced.
             GuestLostError: a panic, a hang, or QEMU is gone.
             KilledError: QEMU was ended from outside.
         """

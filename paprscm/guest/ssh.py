@@ -30,7 +30,7 @@ class CommandResult:
     Attributes:
         command: as it was given to the guest's shell.
         status: its exit status; 128 + n where signal n ended it.
-        stdout, stderr: as text, what is no UTF-8 replaced.
+        stdout, stderr: as text, with invalid UTF-8 replaced.
         stdout_bytes: as it came.
         duration_s: from asking to knowing the exit status, s.
     """

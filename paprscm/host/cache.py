@@ -152,7 +152,7 @@ class Cache:
         return sorted((e for e in found if e), key=lambda e: e.used, reverse=True)
 
     def prune(self, *, unused_for_s: float) -> list[Entry]:
-        """Remove and return the entries that nobody asked for in the last `unused_for_s` seconds.
+        """Remove and return the entries that were not asked for in the last `unused_for_s` seconds.
 
         What is being built at this moment is left alone, and so is what an unfinished build left
         behind: the next build of the same entry removes that.

@@ -3,7 +3,7 @@
 
 Avocado's own number is that of the machine's CPUs: it does not look at memory, nor at a limit that
 it runs under. Ours takes its place before Avocado reads its files and its command line, so whatever
-stands there wins. It is an int of a type of its own: so a job can tell that nobody chose.
+stands there wins. It is an int of a type of its own: so a job sees that it was not chosen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _AVOCADO: Any = avocado_settings
 
 
 class Proposed(int):
-    """A number that nobody chose."""
+    """A number that was not chosen."""
 
 
 class Propose(Init):
@@ -49,7 +49,7 @@ class Propose(Init):
 
 
 class Decide(JobPre):
-    """Decides, for each test suite of a job, about a number that nobody chose."""
+    """Decides, for each test suite of a job, about a number that was not chosen."""
 
     name = "paprscm-parallel"
     description = "Tests side by side, with the job's own settings"

@@ -88,7 +88,7 @@ def _image(*options: str) -> int:
 def _check_names(given: Collection[str], asked_for: Collection[str]) -> None:
     """Refuse `-p NAME=VALUE` whose name is a slip of the pen; mention one that no test asks for.
 
-    A test may ask for a name that it computes, so a name that is unlike all others is no error.
+    A test may ask for a name that it computes, so a name that is unlike all others is not an error.
     """
     known = sorted({*settings.names(), *asked_for})
     for name in given:

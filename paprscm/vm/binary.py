@@ -39,7 +39,7 @@ KVM_API_VERSION = 12
 
 @dataclass(frozen=True)
 class Qemu:
-    """One QEMU for pseries machines and its abilities, as it told them itself.
+    """One QEMU for pseries machines and its abilities, as it reports them.
 
     Attributes:
         argv_prefix: what to put before a machine's arguments.
@@ -74,7 +74,7 @@ class Qemu:
         """Return True if the QEMU has the type, and the type has the property.
 
         Raises:
-            KeyError: nobody asked QEMU about that type (see qemu_facts.ASKED_TYPES).
+            KeyError: QEMU was not asked about that type (see capabilities.ASKED_TYPES).
         """
         if type_name != "machine" and type_name not in ASKED_TYPES:
             raise KeyError(type_name)
@@ -199,7 +199,7 @@ def _why_no_kvm(qemu: Qemu, host: str, device: Path) -> str | None:
     try:
         api = fcntl.ioctl(handle, get_api_version, 0)
     except OSError as error:
-        return f"{device} is no KVM: {error.strerror}"
+        return f"{device} is not KVM: {error.strerror}"
     finally:
         os.close(handle)
     return None if api == KVM_API_VERSION else f"{device} has API version {api}, not 12"
@@ -279,9 +279,9 @@ def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
             segments = ELFFile(file).iter_segments()
             loaders = [s.get_interp_name() for s in segments if isinstance(s, InterpSegment)]
     except (OSError, ELFError) as error:
-        raise HostError(f"{path} is no program: {error}") from error
+        raise HostError(f"{path} is not a program: {error}") from error
     if not loaders:
-        raise HostError(f"{path} is no dynamically linked program")
+        raise HostError(f"{path} is not a dynamically linked program")
     # The second level: some libraries live in a folder of their own (pulseaudio).
     libraries = [*root.glob("usr/lib/*/lib*.so*"), *root.glob("usr/lib/*/*/lib*.so*")]
     folders = sorted({library.parent for library in libraries})

@@ -63,7 +63,7 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
         path: the binary, for messages.
 
     Raises:
-        ConfigError: it is no QEMU, or one for another target.
+        ConfigError: it is not a QEMU, or one for another target.
         HostError: it does not start.
         CapabilityError: it has no pseries machine.
     """

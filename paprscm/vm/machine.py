@@ -74,8 +74,8 @@ class Nvdimm:
             lower = max(1, self.size_bytes // SCM_BLOCK_SIZE) * SCM_BLOCK_SIZE
             upper = lower + SCM_BLOCK_SIZE
             raise ConfigError(
-                f"a DIMM of {self.size_bytes} bytes besides its {self.label_bytes} bytes of label "
-                "is no multiple of 256 MiB",
+                f"a DIMM of {self.size_bytes} bytes without its label area of "
+                f"{self.label_bytes} bytes is not a multiple of 256 MiB",
                 hint=f"{lower // MIB}M or {upper // MIB}M; a file of "
                 f"{lower + self.label_bytes} or {upper + self.label_bytes} bytes",
             )
@@ -83,7 +83,7 @@ class Nvdimm:
             try:
                 uuids.UUID(self.uuid)
             except ValueError as error:
-                raise ConfigError(f"'{self.uuid}' is no uuid") from error
+                raise ConfigError(f"'{self.uuid}' is not a uuid") from error
         if self.file is not None:
             self._check_file(self.file)
 
@@ -171,7 +171,7 @@ class Machine:
     Attributes:
         nvdimms: those that are there at boot.
         smp: vCPUs.
-        memory_mib: its memory, besides the DIMMs, MiB.
+        memory_mib: its memory, without the DIMMs, MiB.
         cpu: the -cpu model.
         firmware: "vof" or "slof".
         accel: "tcg" or "kvm".

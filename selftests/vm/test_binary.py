@@ -366,7 +366,7 @@ def test_kvm_only_on_power_hosts(with_kvm: binary.Qemu) -> None:
 
 
 def test_kvm_needs_a_working_device(with_kvm: binary.Qemu, tmp_path: Path) -> None:
-    for device, reason in ((tmp_path / "gone", "No such file"), (Path("/dev/null"), "is no KVM")):
+    for device, reason in ((tmp_path / "gone", "No such file"), (Path("/dev/null"), "is not KVM")):
         assert binary.accel("auto", with_kvm, host="ppc64le", device=device) == "tcg"
         with pytest.raises(CapabilityError, match=reason):
             binary.accel("kvm", with_kvm, host="ppc64le", device=device)

@@ -168,10 +168,10 @@ def test_hotplug_says_the_same_as_the_command_line() -> None:
     ("arguments", "message"),
     [
         ({"size_bytes": 300 * MIB}, "256M or 512M; a file of 268566528 or 537001984 bytes"),
-        ({"size_bytes": 0}, "no multiple of 256 MiB"),
+        ({"size_bytes": 0}, "not a multiple of 256 MiB"),
         ({"label_bytes": 65536}, "at least 131072"),
         ({"slot": 32}, "slot 32 is out of range"),
-        ({"uuid": "xyz"}, "'xyz' is no uuid"),
+        ({"uuid": "xyz"}, "'xyz' is not a uuid"),
         ({"device": "pc-dimm"}, "one of spapr-nvdimm, nvdimm"),
         ({"file": Path("/nonexistent")}, "backing file /nonexistent: No such file"),
     ],
