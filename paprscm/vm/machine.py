@@ -109,6 +109,11 @@ class Nvdimm:
         return drc_index(self.slot)
 
     @property
+    def flushes_by_hcall(self) -> bool:
+        """True if the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0)."""
+        return self.device == "spapr-nvdimm" and (not self.pmem or self.pmem_override)
+
+    @property
     def file_bytes(self) -> int:
         """The size of the backing file: data and label area."""
         return self.size_bytes + self.label_bytes

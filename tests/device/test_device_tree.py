@@ -21,11 +21,6 @@ KINDS = (
 )
 
 
-def flushes_by_hcall(nvdimm: Nvdimm) -> bool:
-    """True if the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0)."""
-    return nvdimm.device == "spapr-nvdimm" and (not nvdimm.pmem or nvdimm.pmem_override)
-
-
 class DeviceTree(PaprScmTest):
     """
     The properties of each kind of DIMM as Linux reads them.
@@ -35,7 +30,7 @@ class DeviceTree(PaprScmTest):
 
     def judge(self, region: Region, disk: BlockDevice, nvdimm: Nvdimm) -> None:
         """Compare each property of spapr_dt_nvdimm, and the sysfs files that follow from them."""
-        node, by_hcall = region.node, flushes_by_hcall(nvdimm)
+        node, by_hcall = region.node, nvdimm.flushes_by_hcall
         table = {
             "path": (node.path, f"/{PARENT_NODE}/{NODE}@{nvdimm.drc:08x}"),
             "ibm,my-drc-index": (node.drc_index, nvdimm.drc),

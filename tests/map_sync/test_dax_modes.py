@@ -16,7 +16,7 @@ from paprscm.checks import other_than
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Verdict, judge
+from paprscm.map_sync.verdict import Verdict, judge, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import BlockDevice, create_fsdax, partition
 from paprscm.pmem.regions import page_size, wait_for_region
@@ -26,11 +26,6 @@ from paprscm.vm.machine import MIB, Machine, Nvdimm
 
 EINVAL = os.strerror(errno.EINVAL)
 FIEMAP_EXTENT_SHARED = 0x2000
-
-
-def by_backend(nvdimm: Nvdimm) -> Verdict:
-    """The verdict for a file that is DAX (drivers/nvdimm/pmem.c, pmem_attach_disk)."""
-    return Verdict.ACCEPTED if nvdimm.pmem else Verdict.REFUSED
 
 
 def flag(fstype: FsType, path: str, sign: str = "+") -> str:
@@ -112,7 +107,7 @@ class DaxModes(PaprScmTest):
             new = row is first or row.path != "file"
             report = map_sync(guest, f"/mnt/{row.path}", truncate=new)
             self.measure(row.what, report.line)
-            expected = by_backend(nvdimm) if row.dax else Verdict.NOT_DAX
+            expected = on_dax_file(nvdimm) if row.dax else Verdict.NOT_DAX
             self.check_map_sync(row.what, report, expected, fstype=fstype)
 
     def test_xfs_pmem_on(self) -> None:
@@ -343,7 +338,7 @@ class Reflink(PaprScmTest):
         """Check that the file is DAX, and that the backend decides about MAP_SYNC."""
         report = map_sync(guest, path, truncate=truncate)
         self.measure(f"probe {path}, truncate {truncate}", report.line)
-        self.check_map_sync(path, report, by_backend(nvdimm), fstype="xfs")
+        self.check_map_sync(path, report, on_dax_file(nvdimm), fstype="xfs")
 
     def test_pmem_on(self) -> None:
         """XFS on pmem=on grants MAP_SYNC on a clone; on a partition too, where it has DAX.

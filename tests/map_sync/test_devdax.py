@@ -75,7 +75,7 @@ class Devdax(PaprScmTest):
     def device(self, guest: Guest, nvdimm: Nvdimm) -> tuple[Region, CharacterDevice]:
         """The device of a new devdax namespace, proven to be on the DIMM's region."""
         region = wait_for_region(guest, nvdimm.slot)
-        if region.node.hcall_flush_required is nvdimm.pmem:
+        if region.node.hcall_flush_required is not nvdimm.flushes_by_hcall:
             raise ContractError(f"{nvdimm}: {region.node}")
         device = create_namespace(guest, region, mode="devdax").device
         if not isinstance(device, CharacterDevice):

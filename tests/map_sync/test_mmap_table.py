@@ -73,7 +73,7 @@ class Cells(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         made = dax_mount(guest, nvdimm.slot, fstype, "/mnt", options=options)
         asked = made.region.node.hcall_flush_required
-        if asked is (nvdimm.pmem and not nvdimm.pmem_override) or made.block_size != made.page_size:
+        if asked is not nvdimm.flushes_by_hcall or made.block_size != made.page_size:
             raise ContractError(
                 f"{nvdimm}: ibm,hcall-flush-required is there: {asked}; "
                 f"blocks of {made.block_size} bytes, pages of {made.page_size}"

@@ -16,7 +16,7 @@ from paprscm.checks import above, below
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Result, Verdict, judge
+from paprscm.map_sync.verdict import Result, Verdict, judge, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import (
     BlockDevice,
@@ -32,11 +32,6 @@ from paprscm.pmem.regions import Region, page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import GIB, MIB, Machine, Nvdimm
-
-
-def by_backend(nvdimm: Nvdimm) -> Verdict:
-    """The verdict for a file that is DAX (drivers/nvdimm/pmem.c, pmem_attach_disk)."""
-    return Verdict.ACCEPTED if nvdimm.pmem else Verdict.REFUSED
 
 
 class NamespaceTest(PaprScmTest):
@@ -94,7 +89,7 @@ class Partitions(NamespaceTest):
                 self.usual(f"log of the partition that {what}", always.messages, said)
                 if always.errno_name is not None:
                     mount(guest, path, "ext4", "/mnt", options="")
-            expected = by_backend(nvdimm) if dax else Verdict.NOT_DAX
+            expected = on_dax_file(nvdimm) if dax else Verdict.NOT_DAX
             self.probe(guest, what, "/mnt/file", "ext4", expected)
             guest.succeed("umount /mnt")
 
@@ -167,7 +162,7 @@ class Modes(NamespaceTest):
             self.usual(f"{what}: the log", always.messages, said)
             if always.errno_name is not None:
                 mount(guest, disk, "ext4", "/mnt", options="")
-        expected = by_backend(nvdimm) if is_dax else Verdict.NOT_DAX
+        expected = on_dax_file(nvdimm) if is_dax else Verdict.NOT_DAX
         self.probe(guest, what, "/mnt/file", "ext4", expected)
         guest.succeed("umount /mnt")
         # The block device itself is mapped through the page cache (block/fops.c), DAX or not.
@@ -230,7 +225,7 @@ class Several(NamespaceTest):
         self.check("bytes of both disks", together, above(region.size_bytes * 0.98))
         self.check("bytes of both disks", together, below(region.size_bytes))
         for fstype, _size in kinds:
-            expected = by_backend(nvdimm)
+            expected = on_dax_file(nvdimm)
             self.probe(guest, fstype, f"/mnt/{fstype}/file", fstype, expected, pages=4)
         # Each stored in its own, and the second did not overwrite the first.
         sums = guest.succeed(
@@ -274,7 +269,7 @@ class Kept(NamespaceTest):
         for now, dimm in ((region, first), (again.region, second)):
             self.check(f"deep_flush, {dimm.pmem=}", now.deep_flush, "0" if dimm.pmem else "1")
         self.check("the file's checksum", guest.succeed("cksum < /mnt/kept"), before)
-        expected = by_backend(second)
+        expected = on_dax_file(second)
         self.probe(guest, "second boot", "/mnt/kept", fstype, expected, truncate=False)
 
     def first_boot(
@@ -283,7 +278,7 @@ class Kept(NamespaceTest):
         """Make a file with a known content: its checksum, region, namespace and label's uuid."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         made = dax_mount(guest, nvdimm.slot, fstype, "/mnt")
-        self.probe(guest, "first boot", "/mnt/kept", fstype, by_backend(nvdimm), pages=4)
+        self.probe(guest, "first boot", "/mnt/kept", fstype, on_dax_file(nvdimm), pages=4)
         checksum = guest.succeed("cksum < /mnt/kept && umount /mnt")
         label = label_uuid(guest, made.namespace)
         guest.kill()

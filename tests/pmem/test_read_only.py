@@ -21,7 +21,7 @@ from pathlib import Path
 
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge
+from paprscm.map_sync.verdict import MapSyncReport, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import (
     Namespace,
@@ -192,8 +192,8 @@ class ReadOnly(PaprScmTest):
             guest.succeed(f"echo 0 > {region.device}/read_only")
             dax_mount(guest, nvdimm.slot, fstype, "/mnt", reuse=True, options="rw,dax=always")
             report = map_sync(guest, "/mnt/file", truncate=False)
-            verdict = Verdict.ACCEPTED if nvdimm.pmem else Verdict.REFUSED
-            self.check(f"{fstype}, read_only cleared", judge(report).verdict, verdict)
+            what = f"{fstype}, read_only cleared"
+            self.check_map_sync(what, report, on_dax_file(nvdimm), fstype=fstype)
             guest.succeed("umount /mnt")
 
     def test_read_only(self) -> None:
