@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import shtab
 from rich.console import Console
 from rich.table import Table
 
@@ -22,7 +21,7 @@ from paprscm import log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree, prune_trees
-from paprscm.commands import bench, bench_flushes, bench_suite, doctor, shell
+from paprscm.commands import bench, bench_flushes, bench_suite, doctor, manual, shell
 from paprscm.commands.dimm_syntax import parse_nvdimm
 from paprscm.device import bare_metal, hcall_judge
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
@@ -78,26 +77,13 @@ def _unwind_on(*numbers: signal.Signals) -> None:
             signal.signal(number, end)
 
 
-class _Man(argparse.Action):
-    """Print the manual page and exit."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from argparse_manpage.manpage import Manpage  # type: ignore[import-untyped]
-
-        page = Manpage(parser)
-        page.manual = "paprscm"
-        print(page)
-        parser.exit()
-
-
 def parser() -> argparse.ArgumentParser:
     """The parser of the `paprscm` command, with all verbs."""
     parser = argparse.ArgumentParser(
         prog="paprscm", description="Judge persistent memory of pseries guests."
     )
     parser.add_argument("-v", "--verbose", action="store_true", help="say more")
-    shtab.add_argument_to(parser, "--completion", help="print the completion script of a shell")
-    parser.add_argument("--man", action=_Man, nargs=0, help="print the manual page")
+    manual.add_options(parser)
     common = _settings_parser()
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
@@ -115,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     )
     run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
     text = "files or test names; default: all tests of the suite"
-    _takes_files(run.add_argument("tests", nargs="*", default=None, help=text))
+    manual.takes_files(run.add_argument("tests", nargs="*", default=None, help=text))
     text = "only tests with these tags, such as map_sync or device,-hcall; may be repeated"
     run.add_argument("-t", dest="tags", action="append", default=[], metavar="TAG,…", help=text)
     one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
@@ -146,7 +132,7 @@ def parser() -> argparse.ArgumentParser:
         ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
     ):
         moved = caches.add_parser(name, help=text, description=text, parents=[common])
-        _takes_files(moved.add_argument("file", type=Path))
+        manual.takes_files(moved.add_argument("file", type=Path))
         moved.set_defaults(verb=verb)
     prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
     prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
@@ -196,13 +182,8 @@ def _settings_parser() -> argparse.ArgumentParser:
             "--" + name.replace("_", "-"), dest=name, metavar="…", help=settings.meaning(name)
         )
         if name in ("qemu", "kernel", "modules", "cache_dir", "scratch_dir"):
-            _takes_files(option)
+            manual.takes_files(option)
     return common
-
-
-def _takes_files(action: argparse.Action) -> None:
-    """Let the shell complete file names; the attribute is shtab's."""
-    action.complete = shtab.FILE  # type: ignore[attr-defined]
 
 
 def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
