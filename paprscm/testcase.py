@@ -7,23 +7,27 @@ import contextlib
 import functools
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from avocado import Test
-from avocado.core.exceptions import TestWarn
+from avocado.core.exceptions import TestCancel, TestWarn
 
 from paprscm import settings
 from paprscm.build.debian import Archive
+from paprscm.checks import Difference, describe, differ
 from paprscm.device.bare_metal import Bare, program
-from paprscm.errors import CapabilityError, ContractError
+from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
 from paprscm.known_issues import RECORD, State, read_issue
+from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge
 from paprscm.vm import binary
 from paprscm.vm.argv import bare_argv
+from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.binary import Qemu
 from paprscm.vm.capabilities import sanitizers
 from paprscm.vm.machine import Machine, Nvdimm, require
@@ -43,21 +47,50 @@ def _with_guests(method: Callable[[QemuTest], None]) -> Callable[[QemuTest], Non
     return wrapped
 
 
+def _ended(error: Exception, differences: Sequence[Difference]) -> Exception:
+    """The exception that a test ends with: its own, with the differences that it had collected.
+
+    The class stays, and so the status, with one exception: a missing capability does not turn
+    differences into a CANCEL.
+    """
+    if type(error) is AssertionError:
+        # Avocado would call it a FAIL; but an `assert` guards our own code.
+        *_, frame = traceback.extract_tb(error.__traceback__)
+        error = HostError(
+            f"an assertion of the test's own code failed, {Path(frame.filename).name}, line "
+            f"{frame.lineno}: {frame.line}: {error}",
+            hint="a test reports a broken contract with self.check() or ContractError",
+        )
+    lacks = isinstance(error, CapabilityError)
+    if not differences:
+        return TestCancel(str(error)) if lacks else error
+    both = f"{error}\nbefore that, {describe(differences)}"
+    if isinstance(error, Error) and not lacks:
+        error.message, error.hint = both, None
+        return error
+    if isinstance(error, (AssertionError, CapabilityError, TestCancel)):
+        return ContractError(both)
+    return HostError(f"{type(error).__name__}: {both}")
+
+
 class QemuTest(Test):
     """Base of tests that judge QEMU alone: they need neither kernel nor userland.
 
-    A broken contract (ContractError, AssertionError) is a FAIL, a missing capability a CANCEL,
-    every other exception an ERROR.
+    A difference (`check`, `expect`) or a ContractError is a FAIL, a missing capability
+    (`require_…`, CapabilityError) a CANCEL, every other exception an ERROR: a bare `assert`, too.
     """
 
-    # A test takes seconds. The limit is there for what nothing else notices: Avocado's runner
-    # waits for ever for a test process that was killed.
+    # For unittest's own assert methods.
+    failureException = ContractError
+
+    # A test takes seconds. Nothing else notices a killed test process: Avocado's runner waits for
+    # ever.
     timeout = 300
 
     def __init_subclass__(cls) -> None:
         """Wrap each test, so that its guests end, and are judged, as a part of it.
 
-        What tearDown raises is an ERROR for Avocado, and hides what the test itself had found.
+        An exception of tearDown is an ERROR for Avocado, and hides the test's own failure.
         """
         super().__init_subclass__()
         for name, method in list(vars(cls).items()):
@@ -65,11 +98,13 @@ class QemuTest(Test):
                 setattr(cls, name, _with_guests(method))
 
     def setUp(self) -> None:
-        """Read the settings and make sure that what the test needs is there."""
+        """Read the settings, and prepare what the test needs."""
         self.leave = contextlib.ExitStack()
-        """Ends what runs when the test has ended."""
+        """Closed at the end of the test."""
         self.shown: list[str] = []
-        """Why it ends as WARN."""
+        """Reasons to end as WARN."""
+        self.differences: list[Difference] = []
+        """Collected by `check`, for the end of the test."""
         self._started = 0
         self._metrics: dict[str, Any] = {}
         with self.verdict():
@@ -86,13 +121,13 @@ class QemuTest(Test):
         return found
 
     def tearDown(self) -> None:
-        """End what a timed-out test, which goes on beside this, has left running."""
+        """End the processes of a timed-out test, whose thread still runs."""
         with contextlib.suppress(ContractError):
             self.leave.close()
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
 
     def folder(self, name: str) -> Path:
-        """A place for what a QEMU leaves: data/guest, the next one data/guest2, …"""
+        """The folder for the files of one QEMU: data/guest, then data/guest2, …"""
         self._started += 1
         return Path(self.outputdir) / (name if self._started == 1 else f"{name}{self._started}")
 
@@ -103,7 +138,7 @@ class QemuTest(Test):
             machine: what is wanted; slots, DIMMs and memory.
         """
         wanted = machine or Machine(memory_mib=256)
-        self.require(wanted.nvdimms)
+        self.require_qemu(*wanted.nvdimms)
 
         def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
             return bare_argv(self.qemu.argv_prefix, wanted, files, qmp_fd)
@@ -124,7 +159,7 @@ class QemuTest(Test):
             machine: what is wanted; with 256 MiB of memory or more.
             shim: goes into its QEMU, to watch and to disturb the syncs of backing files.
         """
-        self.require(machine.nvdimms)
+        self.require_qemu(*machine.nvdimms)
         return self.leave.enter_context(
             Bare(
                 self.qemu,
@@ -136,19 +171,54 @@ class QemuTest(Test):
             )
         )
 
+    def keep(self, *nvdimms: Nvdimm) -> BackingFiles:
+        """Backing files for DIMMs that several guests use, one after the other."""
+        return self.leave.enter_context(BackingFiles(self.settings.scratch_dir, nvdimms))
+
     def shim(self) -> Shim:
         """A flush shim for one QEMU of this test; CANCEL where it cannot be loaded."""
         before = sanitizers(self.qemu.path)
         library = build(Cache(self.settings.cache_dir))
         return self.leave.enter_context(Shim(library, before=before))
 
-    def require(self, nvdimms: Iterable[Nvdimm]) -> None:
+    def check(self, what: str, found: object, expected: object, *, detail: str = "") -> bool:
+        """Compare, and go on: the end of the test reports all differences together (FAIL).
+
+        Args:
+            what: the name of the value, for a report.
+            found: the value.
+            expected: the contract's value, or a comparison of paprscm.checks, or a tuple of them.
+            detail: the observation behind the value, for a report.
+
+        Returns:
+            Whether the values are equal.
+        """
+        if not differ(found, expected):
+            return True
+        difference = Difference(what, found, expected, detail)
+        self.differences.append(difference)
+        # At once, for a test that is interrupted.
+        self.log.info("difference: %s", difference)
+        return False
+
+    def expect(self, what: str, found: object, expected: object) -> None:
+        """Compare, as `check`, and end the test at a difference: the rest depends on this value."""
+        if not self.check(what, found, expected):
+            self.checkpoint()
+
+    def checkpoint(self) -> None:
+        """End the test (FAIL) if `check` has collected differences: the rest depends on them."""
+        if self.differences:
+            differences, self.differences = self.differences, []
+            raise ContractError(describe(differences))
+
+    def require_qemu(self, *nvdimms: Nvdimm) -> None:
         """CANCEL the test unless the QEMU under test has what these DIMMs need."""
         for nvdimm in nvdimms:
             require(self.qemu, nvdimm)
 
     def possible(self, nvdimms: Iterable[Nvdimm]) -> tuple[Nvdimm, ...]:
-        """Those that this QEMU can have; how many were left out is kept as a measurement."""
+        """The DIMMs that this QEMU supports; the number of the others is a measurement."""
         wanted = tuple(nvdimms)
         able = tuple(n for n in wanted if self.qemu.has_pmem or not (n.pmem or n.pmem_override))
         self.measure("DIMMs left out for want of libpmem", len(wanted) - len(able))
@@ -162,7 +232,7 @@ class QemuTest(Test):
         return random.Random(seed)  # noqa: S311
 
     def measure(self, name: str, value: Any) -> None:
-        """Keep a figure or a fact in the test's whiteboard, as JSON."""
+        """Keep a value in the test's whiteboard, as JSON."""
         self._metrics[name] = value
 
     def versions(self) -> dict[str, str]:
@@ -211,12 +281,12 @@ class QemuTest(Test):
         self.shown.append(f"known issue {issue}: {found}")
 
     def remark(self, found: str) -> None:
-        """Let the test end as WARN, for what is not as it was, and yet breaks no contract."""
+        """Let the test end as WARN, for a change that does not break the contract."""
         self.log.info("%s", found)
         self.shown.append(found)
 
     def usual(self, what: str, found: object, usual: object) -> None:
-        """Let the test end as WARN if what no contract fixes is not as on the versions seen so far.
+        """Let the test end as WARN if a value that no contract fixes differs from earlier versions.
 
         Args:
             what: the name of a text, a count or a state of QEMU or Linux.
@@ -228,27 +298,65 @@ class QemuTest(Test):
 
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:
-        """Within, what the QEMU, kernel or host cannot do makes the test CANCEL."""
+        """Turn exceptions within into the test's end, and report what `check` has collected."""
         try:
             yield
-        except CapabilityError as error:
-            self.cancel(str(error))
+        except Exception as error:
+            end = _ended(error, self.differences)
+            if end is error:
+                raise
+            raise end from error
+        self.checkpoint()
 
 
 class PaprScmTest(QemuTest):
-    """Base of tests with a guest: boots it, ends it with the test, and keeps what it left."""
+    """Base of tests with a guest: boots it, ends it with the test, and keeps its logs."""
 
     environment: Environment
 
     def find_qemu(self) -> Qemu:
-        """The QEMU under test, and all that guests need."""
+        """The QEMU under test, and everything that guests need."""
         self.environment = prepare(self.settings)
         self.measure("environment", self.environment.describe())
         return self.environment.qemu
 
     def versions(self) -> dict[str, str]:
-        """Of QEMU, and of the guest's kernel."""
+        """The versions of QEMU and of the guest's kernel."""
         return {**super().versions(), "Linux": self.environment.kernel.release}
+
+    def require_cpus(self, count: int) -> None:
+        """CANCEL the test unless guests have so many vCPUs."""
+        smp = self.settings.smp
+        if smp < count:
+            raise CapabilityError(f"the test needs {count} vCPUs, not {smp}", hint=f"smp={count}")
+
+    def require_kernel(self, *options: str, hint: str | None = None) -> None:
+        """CANCEL the test unless the guest's kernel was built with each option.
+
+        Args:
+            options: "CONFIG_KPROBES"; a kernel whose configuration is unknown lacks it.
+            hint: a kernel that has it, where the one of `paprscm kernel build` does not.
+        """
+        for option in options:
+            self.environment.kernel.require_option(option.removeprefix("CONFIG_"), hint=hint)
+
+    def check_map_sync(
+        self, what: str, report: MapSyncReport, expected: Verdict, *, fstype: str | None = None
+    ) -> None:
+        """Compare the verdict of a probe.
+
+        Args:
+            what: the name of the file, for a report.
+            report: of the probe.
+            expected: the contract's verdict.
+            fstype: the file system that the file must be on, and not below a mount point where
+                nothing is mounted: there, every file is "not DAX".
+        """
+        judgement = judge(report)
+        fs_name = report.file.fs_name if report.file else None
+        if fstype is not None and fs_name != fstype:
+            self.check(f"{what}: file system of {report.path}", fs_name, fstype)
+        self.check(what, judgement.verdict.value, expected.value, detail=judgement.reason)
 
     def boot(
         self,
@@ -258,18 +366,18 @@ class PaprScmTest(QemuTest):
         allowed: Iterable[str] = (),
         shim: Shim | None = None,
     ) -> Guest:
-        """A running guest with its DIMMs; it ends with the test.
+        """Boot a guest with its DIMMs; it ends with the test.
 
         It may have been booted or restored from a snapshot, with the DIMMs plugged before it ran.
 
         Args:
             machine: what is wanted; memory, CPU, firmware and accelerator come from the settings.
-            cold: it must have been booted, with the DIMMs there when its kernel started.
+            cold: boot it, with the DIMMs present when its kernel starts.
             allowed: kernel messages that the test expects (regular expressions).
             shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """
         wanted = machine or Machine()
-        self.require(wanted.nvdimms)
+        self.require_qemu(*wanted.nvdimms)
         folder = self.folder("guest")
         start = self.environment.guest(wanted, folder=folder, cold=cold, allowed=allowed, shim=shim)
         guest = self.leave.enter_context(start)

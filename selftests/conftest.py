@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,7 @@ def boot(environment: Environment, tmp_path: Path) -> Iterator[Callable[..., Gue
         def boot_one(
             machine: Machine | None = None,
             *,
-            limits: dict[str, float] | None = None,
+            limits: dict[str, Any] | None = None,
             **options: object,
         ) -> Guest:
             chosen = dataclasses.replace(

@@ -58,6 +58,18 @@ def test_linter(command: list[str]) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_suites_tests_fail_in_one_way() -> None:
+    """By check(), expect() or an exception of paprscm.errors; ruff forbids `assert` there."""
+    other = re.compile(r"self\.(assert\w+|fail|cancel|error|skipTest)\(")
+    found = [
+        f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
+        for file in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(file.read_text().splitlines(), 1)
+        if other.search(line)
+    ]
+    assert found == []
+
+
 def test_every_source_file_names_its_licence() -> None:
     kinds = {".py", ".c", ".h", ".S"}
     folders = ("paprscm", "tests", "selftests", "guest_tools", "host_tools")

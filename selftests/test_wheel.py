@@ -29,7 +29,17 @@ def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
-    words = ["-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, ROOT]
+    words = [
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(folder),
+        str(ROOT),
+    ]
     done = run(sys.executable, *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     (made,) = folder.glob("*.whl")
@@ -42,7 +52,7 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
-    words = ["-m", "pip", "--python", python, "install", "-q", "--no-deps", wheel]
+    words = ["-m", "pip", "--python", str(python), "install", "-q", "--no-deps", str(wheel)]
     done = run(sys.executable, *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     (packages,) = folder.glob("lib/python*/site-packages")

@@ -66,6 +66,7 @@ def compile_c(
     content = b"".join(source.read_bytes() for source in sources)
     content += "".join(headers.values()).encode()
     fields = {
+        "output": kind,
         "source": hashlib.sha256(content).hexdigest(),
         "flags": flags,
         "compiler": run([program, "--version"], timeout_s=30).lines[0],

@@ -65,16 +65,27 @@ class Kernel:
         """Words its command line needs: xmon would wait for input where a panic ends QEMU."""
         return () if self.option("XMON_DEFAULT") == "n" else ("xmon=off",)
 
-    def require_option(self, name: str) -> None:
-        """Insist on CONFIG_`name` being built in or a module; unknown is taken as there.
+    def require_option(self, name: str, *, hint: str | None = None) -> None:
+        """Insist on CONFIG_`name` being built in or a module.
+
+        Args:
+            name: without "CONFIG_".
+            hint: a kernel that has it; None: the one of `paprscm kernel build`.
 
         Raises:
-            CapabilityError: the kernel was built without it.
+            CapabilityError: the kernel was built without it, or its configuration is unknown.
         """
+        if self.config is None:
+            raise CapabilityError(
+                f"the kernel {self.release} does not hold its configuration, so CONFIG_{name} is "
+                "unknown",
+                hint="build it with CONFIG_IKCONFIG=y, or give modules= with its configs.ko",
+            )
         if self.option(name) == "n":
             raise CapabilityError(
                 f"the kernel {self.release} was built without CONFIG_{name}",
-                hint="build it with `paprscm kernel build`, which merges images/kernel.config",
+                hint=hint
+                or "build it with `paprscm kernel build`, which merges images/kernel.config",
             )
 
 

@@ -21,20 +21,10 @@ from paprscm import log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree, prune_trees
-from paprscm.commands import (
-    bench_flushes,
-    bench_hcalls,
-    bench_starts,
-    bench_suite,
-    doctor,
-    flush_plot,
-    manual,
-    shell,
-)
+from paprscm.commands import bench, bench_flushes, bench_suite, doctor, manual, shell
 from paprscm.commands.dimm_syntax import parse_nvdimm
-from paprscm.commands.series import Series, keep
 from paprscm.device import bare_metal, hcall_judge
-from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error, HostError
+from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host import transfer
 from paprscm.host.cache import Cache
@@ -164,18 +154,18 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     text = "Warm and cold starts of a guest, in turns; nothing may be left behind."
-    start = measure("start", _bench_start, text, "of each", 10)
+    start = measure("start", bench.start, text, "of each", 10)
     start.add_argument("--warm-only", action="store_true", help="no cold ones: for many in a row")
     text = "The suite: cold, warm, and warm in parallel. What follows -- goes to `avocado run`."
-    suite = measure("suite", _bench_suite, text, "rounds", 1)
+    suite = measure("suite", bench.suite, text, "rounds", 1)
     text = "files or test names; default: all tests of the suite"
     suite.add_argument("--tests", nargs="+", default=[_suite()], metavar="PATH", help=text)
     all_modes = ",".join(bench_suite.MODES)
     suite.add_argument("--modes", default=all_modes, help=f"some of {all_modes}")
     suite.add_argument("--keep", action="store_true", help="keep what the jobs leave in results/")
-    measure("hcall", _bench_hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
+    measure("hcall", bench.hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
     text = "Flushes a second and their latency, by threads in the guest and by DIMMs."
-    flush = measure("flush", _bench_flush, text, "rounds", 1)
+    flush = measure("flush", bench.flush, text, "rounds", 1)
     for name, numbers in (("threads", bench_flushes.THREADS), ("dimms", bench_flushes.DIMMS)):
         default = ",".join(map(str, numbers))
         flush.add_argument(f"--{name}", default=default, metavar="N,…", help=f"default: {default}")
@@ -354,87 +344,6 @@ def _cache_import(arguments: argparse.Namespace, chosen: Settings) -> int:
     added, present = transfer.restore(Cache(chosen.cache_dir), arguments.file)
     print(f"{len(added)} entries added, {present} were there")
     return 0
-
-
-def _bench_start(arguments: argparse.Namespace, chosen: Settings) -> int:
-    _check_rounds(arguments)
-    if arguments.warm_only and chosen.start == "cold":
-        raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
-    environment = prepare(chosen, make_snapshot=True)
-    failed = arguments.series.parent / "bench-start-failed"
-    series, left = bench_starts.starts(
-        environment, arguments.n, warm_only=arguments.warm_only, failed=failed
-    )
-    _show(arguments, series, bench_starts.table)
-    if left.problems:
-        raise HostError(str(left))
-    if not arguments.json:
-        print(left)
-    return 0
-
-
-def _bench_suite(arguments: argparse.Namespace, chosen: Settings) -> int:
-    _check_rounds(arguments)
-    os.environ[SUITE_VARIABLE] = "1"
-    modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
-    given = {name: getattr(arguments, name) for name in settings.names()}
-    plan = bench_suite.plan(
-        prepare(chosen, make_snapshot=True),
-        modes,
-        tests=arguments.tests,
-        given={name: value for name, value in given.items() if value is not None},
-        words=arguments.rest,
-    )
-    keep = arguments.series.parent / "bench-suite" if arguments.keep else None
-    series, doubts = bench_suite.measure(plan, arguments.n, keep=keep)
-    _show(arguments, series, bench_suite.table)
-    for doubt in doubts:
-        print(f"paprscm: {doubt}", file=sys.stderr)
-    if not doubts and not arguments.json:
-        print("every test ended alike in all jobs; nothing left behind")
-    if keep:
-        log.logger.info("what the jobs left is in %s", keep)
-    return 1 if doubts else 0
-
-
-def _bench_hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
-    _check_rounds(arguments)
-    qemu = resolve(Archive.of(chosen), chosen.qemu)
-    _show(arguments, bench_hcalls.rates(qemu, chosen, arguments.n), bench_hcalls.table)
-    return 0
-
-
-def _bench_flush(arguments: argparse.Namespace, chosen: Settings) -> int:
-    _check_rounds(arguments)
-    threads = bench_flushes.parse_numbers(
-        "--threads", arguments.threads, bench_flushes.MOST_THREADS
-    )
-    dimms = bench_flushes.parse_numbers("--dimms", arguments.dimms, bench_flushes.MOST_DIMMS)
-    flush_plot.check(arguments.plot)
-    environment = prepare(chosen, make_snapshot=True)
-    series = bench_flushes.rates(environment, threads, dimms, arguments.n)
-    _show(arguments, series, bench_flushes.table)
-    flush_plot.draw(series, arguments.plot)
-    log.logger.info("the plot is %s", arguments.plot)
-    return 0
-
-
-def _check_rounds(arguments: argparse.Namespace) -> None:
-    if arguments.n < 1:
-        raise ConfigError("-n must be at least 1")
-
-
-def _show(
-    arguments: argparse.Namespace,
-    series: Series,
-    table: Callable[[Series], Table],
-) -> None:
-    """Keep a series and print it; it is kept whatever was found."""
-    keep(series, arguments.series)
-    if arguments.json:
-        print(series.as_json())
-    else:
-        Console().print(table(series))
 
 
 if __name__ == "__main__":

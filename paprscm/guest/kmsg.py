@@ -49,7 +49,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
 
 # What every boot logs. The first two, for every DIMM: QEMU has no H_SCM_PERFORMANCE_STATS, answers
 # H_FUNCTION (-2), and papr_scm says so (papr_scm.c, papr_scm_probe and papr_scm_pmu_register).
-# The third, where VOF takes the place of SLOF: nobody formats QEMU's empty NVRAM
+# The third, where VOF takes the place of SLOF: QEMU's empty NVRAM is not formatted
 # (arch/powerpc/kernel/nvram_64.c, nvram_scan_partitions).
 _ALWAYS_LOGGED = (
     re.compile(
@@ -61,6 +61,20 @@ _ALWAYS_LOGGED = (
         r"nvdimm pmu didn't register rc=-2$"
     ),
     re.compile(r"WARNING: nvram corruption detected: 0-length partition$"),
+)
+
+
+SLEEPS = re.compile(
+    r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
+)
+"""A task slept in atomic context: the scheduler reports it where the kernel counts preemption
+(PREEMPT_COUNT, part of PREEMPT and PREEMPT_LAZY), DEBUG_ATOMIC_SLEEP before it happens."""
+SOFT_LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(?P<cpu>\d+) stuck for (?P<s>\d+)s!")
+"""A CPU ran nothing else for twice watchdog_thresh (kernel/watchdog.c, watchdog_timer_fn)."""
+STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked.* for more than")
+"""Messages that follow from a CPU that is stuck."""
+_SPINS = re.compile(
+    r"NIP \[[0-9a-f]+\] (?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+)\+"
 )
 
 
@@ -116,3 +130,18 @@ def traces(lines: Sequence[str], message: re.Pattern[str], *, length: int = 60) 
         "\n".join(lines[begin : min(end, begin + length)])
         for begin, end in zip(begins, ends, strict=False)
     ]
+
+
+def has_frame(trace: str, *functions: str) -> bool:
+    """True if one of these functions is in a call trace; the compiler may have inlined some."""
+    return any(f"] {function}+" in trace for function in functions)
+
+
+def holds_lock(trace: str, lock: str) -> bool:
+    """True if lockdep names this lock among the held ones ("&arena->map_locks[i]")."""
+    return f"({lock}" in trace
+
+
+def spins(trace: str) -> bool:
+    """True if the CPU of a call trace waits for a spinlock."""
+    return _SPINS.search(trace) is not None

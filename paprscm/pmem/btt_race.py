@@ -11,7 +11,7 @@ from typing import Literal
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import traces
+from paprscm.guest.kmsg import SLEEPS, has_frame, holds_lock, traces
 from paprscm.guest.report import Natural, ProbeError, ToolReport, check_report, read_report
 
 PROGRESS = re.compile(r"same_block: (\d+) writes$")
@@ -19,15 +19,8 @@ DONE = re.compile(r"same_block: done$")
 """The lines that it writes to the console."""
 
 BTT_ISSUE = "linux-btt-sleeps-under-spinlock"
-SLEEPS = re.compile(
-    r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
-)
-"""A task slept in atomic context: the scheduler reports it where the kernel counts preemption
-(PREEMPT_COUNT, part of PREEMPT and PREEMPT_LAZY), DEBUG_ATOMIC_SLEEP before it happens."""
-WRITE_PATH = re.compile(r"\] btt_(?:write_pg|do_bvec|submit_bio)\+")
-"""btt_write_pg is inlined in kernels that are built for size."""
-_FLUSH = re.compile(r"\] papr_scm_pmem_flush\+")
-_MAP_LOCK = re.compile(r"\(&arena->map_locks\[i\]")
+WRITE_PATH = ("btt_write_pg", "btt_do_bvec", "btt_submit_bio")
+"""One of them is in the call trace of a write: kernels that are built for size inline the first."""
 _WRITTEN = re.compile(r"one block written$")
 
 # The tool's pid first, so that its threads can be listed while it runs; its status when it ended.
@@ -49,7 +42,7 @@ fi
 
 
 class SameBlock(ToolReport, frozen=True, kw_only=True):
-    """What guest_tools/same_block.c reports.
+    """The report of guest_tools/same_block.c.
 
     Attributes:
         threads: number of writers.
@@ -153,10 +146,10 @@ def btt_sleep(trace: str) -> str:
     Raises:
         ContractError: it is not the BTT's flush that sleeps.
     """
-    if not WRITE_PATH.search(trace) or not _FLUSH.search(trace):
+    if not has_frame(trace, *WRITE_PATH) or not has_frame(trace, "papr_scm_pmem_flush"):
         raise ContractError(f"a task sleeps in atomic context, not in a flush of the BTT:\n{trace}")
-    # Lockdep names the locks.
-    lock = " with the lock of the block's map entry" if _MAP_LOCK.search(trace) else ""
+    locked = holds_lock(trace, "&arena->map_locks[i]")
+    lock = " with the lock of the block's map entry" if locked else ""
     return f"papr_scm_pmem_flush sleeps below btt_write_pg in atomic context{lock}"
 
 

@@ -193,7 +193,7 @@ def region(guest: Guest, slot: int) -> Region:
     return wait_for_region(guest, slot, 0)
 
 
-def wait_for_region(guest: Guest, slot: int, timeout_s: float) -> Region:
+def wait_for_region(guest: Guest, slot: int, timeout_s: float = 30.0) -> Region:
     """The same, waiting in the guest until the region is there and its driver is bound.
 
     Args:

@@ -17,13 +17,13 @@ from paprscm.vm.machine import Nvdimm
 
 
 class BackingFiles:
-    """Files behind DIMMs that outlive the guests which use them, one after the other.
+    """Backing files of DIMMs that several guests use, one after the other.
 
-    They have no name: whatever becomes of this process, nothing is left behind.
+    They have no name in a folder, so nothing is left when this process ends, however it ends.
 
     Args:
-        folder: where they take space, sparse.
-        nvdimms: the DIMMs, by slot; their own `file` does not count.
+        folder: for the sparse files.
+        nvdimms: the DIMMs; their own `file` is ignored.
     """
 
     def __init__(self, folder: Path, nvdimms: Iterable[Nvdimm]) -> None:
@@ -56,7 +56,7 @@ class BackingFiles:
         self._stack.close()
 
     def path(self, slot: int) -> Path:
-        """Where others find the file for as long as this process has it."""
+        """The file's path for QEMU, valid until these files are closed."""
         return Path(f"/proc/{os.getpid()}/fd/{self._handles[slot]}")
 
     def nvdimms(self) -> tuple[Nvdimm, ...]:

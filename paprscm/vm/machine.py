@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 import uuid as uuids
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paprscm.errors import CapabilityError, ConfigError
@@ -99,10 +99,19 @@ class Nvdimm:
                 hint=f"truncate -s {self.file_bytes} {shlex.quote(str(file))}, or another size=",
             )
 
+    def at(self, slot: int, size_bytes: int | None = None) -> Nvdimm:
+        """The same kind of DIMM in this slot, and of this size."""
+        return replace(self, slot=slot, size_bytes=size_bytes or self.size_bytes)
+
     @property
     def drc(self) -> int:
         """The DRC index that QEMU gives the device, and the guest's name for it."""
         return drc_index(self.slot)
+
+    @property
+    def flushes_by_hcall(self) -> bool:
+        """True if the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0)."""
+        return self.device == "spapr-nvdimm" and (not self.pmem or self.pmem_override)
 
     @property
     def file_bytes(self) -> int:

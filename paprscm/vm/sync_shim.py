@@ -386,9 +386,9 @@ class WatchedFile:
         """No rule any more; calls that hang are released, those that are delayed stay so."""
         self._set("delay", "fail", "hang", delay_mask=0, fail_mask=0, hang_mask=0)
 
-    def wait_begun(self, n: int, timeout_s: float, operation: Operation | None = None) -> Counts:
+    def wait_begun(self, n: int, timeout_s: float = 30, only: Operation | None = None) -> Counts:
         """Wait until `n` calls have begun since `watch`; raises ContractError with the counts."""
-        return self._wait("begun", n, timeout_s, operation)
+        return self._wait("begun", n, timeout_s, only)
 
     def wait_ended(self, n: int, timeout_s: float, operation: Operation | None = None) -> Counts:
         """Wait until `n` calls have ended since `watch`; raises ContractError with the counts."""

@@ -97,7 +97,7 @@ class Served:
         subprocess.run(["gpgconf", "--homedir", self._gnupg, "--kill", "all"], check=False)
 
     def _gpg(self, *words: str, stdin: bytes = b"") -> bytes:
-        argv = ["gpg", "--homedir", self._gnupg, "--batch", "--passphrase", "", *words]
+        argv = ["gpg", "--homedir", str(self._gnupg), "--batch", "--passphrase", "", *words]
         return subprocess.run(argv, input=stdin, capture_output=True, check=True).stdout
 
     def _package(
@@ -118,7 +118,7 @@ class Served:
         file = self.root / f"pool/{name}_{version.split(':')[-1]}_{ARCH}.deb"
         file.parent.mkdir(exist_ok=True)
         # Not compressed: the size on the disk is the size on the line.
-        argv = ["dpkg-deb", "-Znone", "--root-owner-group", "--build", tree, file]
+        argv = ["dpkg-deb", "-Znone", "--root-owner-group", "--build", str(tree), str(file)]
         subprocess.run(argv, check=True, capture_output=True)
         data = file.read_bytes()
         return (

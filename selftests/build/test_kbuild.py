@@ -102,8 +102,8 @@ def test_builds_in_its_own_folder(
 def test_the_environment_of_a_build_is_a_list_of_what_passes(
     tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    foreign = ("LLVM", "LLVM_IAS", "KCFLAGS", "KAFLAGS", "KCPPFLAGS", "LOCALVERSION", "HOSTCFLAGS")
-    foreign += ("LDFLAGS_vmlinux", "CFLAGS_MODULE", "INSTALL_MOD_DIR", "KBUILD_BUILD_TIMESTAMP")
+    foreign = ["LLVM", "LLVM_IAS", "KCFLAGS", "KAFLAGS", "KCPPFLAGS", "LOCALVERSION", "HOSTCFLAGS"]
+    foreign += ["LDFLAGS_vmlinux", "CFLAGS_MODULE", "INSTALL_MOD_DIR", "KBUILD_BUILD_TIMESTAMP"]
     for name in (*foreign, "CC", "W", "C", "DEPMOD", "CONFIG_SHELL", "MAKEFILES", "LANG"):
         monkeypatch.setenv(name, "/foreign")
     monkeypatch.setenv("CCACHE_DIR", "/ccache")

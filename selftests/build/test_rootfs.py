@@ -24,6 +24,7 @@ from paprscm.build.rootfs import Userland
 from paprscm.errors import ConfigError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
+from paprscm.paths import IMAGES
 
 needs_tools = pytest.mark.skipif(
     not all(shutil.which(t, path=os.environ["PATH"] + ":/sbin") for t in ("fakeroot", "debugfs")),
@@ -92,7 +93,7 @@ def test_package_list() -> None:
 
 
 def test_list_of_this_project() -> None:
-    packages, unwanted = rootfs.parse_packages((rootfs.IMAGES / "packages").read_text())
+    packages, unwanted = rootfs.parse_packages((IMAGES / "packages").read_text())
     needed = {"gcc", "libc6-dev", "make", "ndctl", "daxctl", "xfsprogs", "e2fsprogs", "strace"}
     assert needed | {"util-linux", "kmod", "fio", "dropbear-bin"} <= set(packages)
     assert len(packages) == len(set(packages))
@@ -100,7 +101,7 @@ def test_list_of_this_project() -> None:
 
 
 def test_init_is_a_shell_script() -> None:
-    init = rootfs.IMAGES / "init"
+    init = IMAGES / "init"
     subprocess.run(["sh", "-n", init], check=True)
     assert init.read_text().startswith("#!/bin/busybox sh\n")
     assert init.stat().st_mode & stat.S_IXUSR
@@ -193,7 +194,7 @@ def test_made_once_and_anew_when_its_recipe_changes(
     assert ensure(cache) == first == rootfs.find(cache, suite="trixie")
     assert len(extracted) == 1
     images = tmp_path / "images"
-    shutil.copytree(rootfs.IMAGES, images)
+    shutil.copytree(IMAGES, images)
     monkeypatch.setattr(rootfs, "IMAGES", images)
     (images / "packages").write_text("# other reasons\n" + (images / "packages").read_text())
     assert ensure(cache).disk == first.disk, "a comment is no reason to fetch everything again"

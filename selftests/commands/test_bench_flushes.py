@@ -16,7 +16,7 @@ from typing import cast
 import pytest
 from rich.console import Console
 
-from paprscm.commands import bench_flushes, cli, flush_plot
+from paprscm.commands import bench, bench_flushes, cli, flush_plot
 from paprscm.commands.bench_flushes import PERCENTILES, cells_of, parse_numbers, percentile
 from paprscm.commands.series import Series
 from paprscm.errors import CAPABILITY_STATUS, ContractError
@@ -169,7 +169,7 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
     def prepare(*_words: object, **_options: object) -> None:
         pytest.fail("it prepares a guest")
 
-    monkeypatch.setattr(cli, "prepare", prepare)
+    monkeypatch.setattr(bench, "prepare", prepare)
 
 
 @pytest.mark.usefixtures("unprepared")
@@ -200,7 +200,7 @@ def test_a_bad_option_is_refused_at_once(
 def test_without_matplotlib_it_says_so_before_it_measures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flush_plot.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
     said = capsys.readouterr().err
     assert "there is no matplotlib" in said

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.commands import bench_starts
 from paprscm.commands.cli import main
+from paprscm.commands.series import Series
 from paprscm.guest.environment import Environment
 from paprscm.vm.machine import MIB, Machine, Nvdimm
 
@@ -69,7 +69,7 @@ def test_a_missing_qemu_names_the_package(
 def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     from paprscm.host.cache import Cache
 
-    Cache(tmp_path).ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type, return-value]
+    Cache(tmp_path).ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type]
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
     assert "thing" in capsys.readouterr().out
     objects = tmp_path / "kbuild" / "0123456789abcdef"
@@ -107,7 +107,7 @@ def test_what_follows_two_dashes_is_avocados(
 
 
 def test_a_series_has_figures_summary_and_dimensions() -> None:
-    series = bench_starts.Series({"qemu": "7.2"}, 1.0, "s", {"ssh": [3.0, 1.0, 2.0]})
+    series = Series({"qemu": "7.2"}, 1.0, "s", {"ssh": [3.0, 1.0, 2.0]})
     told = json.loads(series.as_json())
     assert told["summary"]["ssh"]["median"] == 2.0
     assert (told["values"]["ssh"], told["environment"]) == ([3.0, 1.0, 2.0], {"qemu": "7.2"})

@@ -72,7 +72,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def health(bare: Bare, slot: int) -> tuple[int, int, int]:
     answer = bare.call(Hcall.H_SCM_HEALTH, drc_index(slot))
-    return answer.code, *answer.outputs[:2]
+    return answer.code, answer.outputs[0], answer.outputs[1]
 
 
 def test_registers_go_in_and_come_out(bare: Bare) -> None:

@@ -4,6 +4,7 @@
 import re
 import struct
 from dataclasses import replace
+from typing import Any
 
 import fdt
 import pytest
@@ -41,8 +42,8 @@ RIGHT = RawMachine(
 )
 
 
-def node_of(**changes: object) -> dict[str, bytes]:
-    values = {
+def node_of(**changes: Any) -> dict[str, bytes]:
+    values: dict[str, Any] = {
         "slot": 1,
         "driver": "spapr-nvdimm",
         "pmem": False,

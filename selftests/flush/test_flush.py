@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from paprscm.errors import CapabilityError, ContractError, HostError
-from paprscm.flush import accounts, trace
+from paprscm.flush import trace
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.flush.durability import Offset, expect_durable
 from paprscm.flush.load import Call, FlushLoad
@@ -282,7 +282,7 @@ def test_what_is_under_way_is_waited_for(guest: Guest, monkeypatch: pytest.Monke
     def sleep(_s: float) -> None:
         guest.begun = 0
 
-    monkeypatch.setattr(accounts.time, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     books.take().expect({0: 1})
     assert guest.begun == 0
 

@@ -40,8 +40,10 @@ def run(tool: Path, path: Path | str, *steps: str) -> subprocess.CompletedProces
 
 def test_each_step_is_made(tool: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
-    steps = ("write=0:100:7", "fsync", "dwrite=50:50:8", "store=10:5:9", "msync=10:5")
-    steps += ("fdatasync", "syncfs", "read=0:10", "read=10:5", "read=0:100", "read=200:1")
+    steps = (
+        *("write=0:100:7", "fsync", "dwrite=50:50:8", "store=10:5:9", "msync=10:5"),
+        *("fdatasync", "syncfs", "read=0:10", "read=10:5", "read=0:100", "read=200:1"),
+    )
     done = run(tool, file, *steps)
     made = parse_persist(done.stdout, done.returncode, steps, done.stderr)
     assert [step.errno for step in made] == [0] * len(steps)

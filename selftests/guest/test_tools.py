@@ -45,7 +45,7 @@ def test_gcc_names_the_lines_of_both_files(sources: Path, tmp_path: Path) -> Non
         with (sources / name).open("a") as file:
             file.write(f"#warning of {name}\n")
     (tmp_path / "one.c").write_text(tool_source("moved"))
-    command = ["gcc", "-fsyntax-only", tmp_path / "one.c"]
+    command = ["gcc", "-fsyntax-only", str(tmp_path / "one.c")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     for name in ("report.h", "moved.c"):
         last = len((sources / name).read_text().splitlines())

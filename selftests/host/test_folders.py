@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from paprscm.build import kbuild
+from paprscm.build import kbuild, kernel_source
 from paprscm.build.debian import Archive
 from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
@@ -56,7 +56,7 @@ def test_refused_before_anything_is_fetched(
     def fetch(*_: object, **__: object) -> None:
         pytest.fail("something was fetched")
 
-    monkeypatch.setattr(kbuild.kernel_source, "fetch", fetch)
+    monkeypatch.setattr(kernel_source, "fetch", fetch)
     monkeypatch.setattr(Archive, "extract", fetch)
     odd = tmp_path / "a b:c"
     with pytest.raises(ConfigError, match="cannot hold a kernel build"):

@@ -369,7 +369,7 @@ def test_no_space_behind_a_sparse_file(
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     free = 4096 if full else 1 << 30
-    monkeypatch.setattr(process.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     ended = Process(["sh", "-c", "kill -BUS $$"], scratch=scratch)
     if full:
         with pytest.raises(KilledError, match=f"no space left in {tmp_path}") as caught:

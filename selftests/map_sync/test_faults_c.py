@@ -34,10 +34,9 @@ def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
 def _load(binary: Path, base: Path, *options: str) -> LoadReport:
     for name in ("files", "expected"):
         (base / name).mkdir()
-    result = _run(
-        *(binary, "load", f"--seed={SEED}", "--sync=off", f"--expected={base / 'expected'}"),
-        *("--any-file", "--operations=400", *options, base / "files"),
-    )
+    words = ["load", f"--seed={SEED}", "--sync=off", f"--expected={base / 'expected'}"]
+    words += ["--any-file", "--operations=400", *options, str(base / "files")]
+    result = _run(binary, *words)
     return read_report(LoadReport, result.stdout, result.returncode, result.stderr)
 
 

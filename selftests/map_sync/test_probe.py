@@ -11,13 +11,15 @@ from typing import Any, cast
 
 import pytest
 
-from paprscm.errors import ContractError, HostError
+from paprscm.errors import HostError
 from paprscm.guest import tools
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.guest.ssh import CommandResult, TimedOutError
 from paprscm.map_sync import probe, verdict
-from paprscm.map_sync.verdict import STATX_ATTR_DAX, Verdict, expect, judge, parse_map_sync
+from paprscm.map_sync.verdict import STATX_ATTR_DAX, Verdict, judge, on_dax_file, parse_map_sync
+from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON
+from paprscm.vm.machine import Nvdimm
 
 PAGE = 65536
 XFS = 0x58465342
@@ -243,11 +245,18 @@ def test_unreached_file_is_broken() -> None:
     assert "open with ENOSPC (28)" in judgement.reason
 
 
-def test_expect_says_what_was_found_instead() -> None:
-    report = _parse(_report(REFUSED, CONTROL, dax=False))
-    expect(report, Verdict.NOT_DAX)
-    with pytest.raises(ContractError, match=r"expected MAP_SYNC refused, found not DAX: statx"):
-        expect(report, Verdict.REFUSED)
+@pytest.mark.parametrize(
+    ("nvdimm", "expected"),
+    [
+        (PMEM_ON, Verdict.ACCEPTED),
+        (PMEM_OFF, Verdict.REFUSED),
+        (OVERRIDE, Verdict.REFUSED),
+        (PLAIN, Verdict.ACCEPTED),
+    ],
+    ids=["pmem on", "pmem off", "override", "plain"],
+)
+def test_the_contract_of_each_kind_of_dimm(nvdimm: Nvdimm, expected: Verdict) -> None:
+    assert on_dax_file(nvdimm) is expected
 
 
 def _set(raw: Raw, path: str, value: Any) -> Raw:

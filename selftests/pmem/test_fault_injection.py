@@ -11,8 +11,7 @@ from typing import cast
 import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
-from paprscm.build.vmlinux import Kernel
-from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem import fault_injection
@@ -123,22 +122,3 @@ def test_the_aim_is_from_the_first_function_to_the_end_of_the_last() -> None:
     assert "echo 0xc000000000000500 > reject-end" in guest.commands[1]
     with pytest.raises(HostError, match="no function nobody"):
         fault_injection.aim(cast(Guest, guest), ("first", "nobody"))
-
-
-@pytest.mark.parametrize("lacking", ["FAILSLAB", "DEBUG_KMEMLEAK", None])
-def test_a_kernel_without_it_is_refused(lacking: str | None) -> None:
-    names = ("FAILSLAB", "FAIL_MAKE_REQUEST", "FAULT_INJECTION_STACKTRACE_FILTER")
-    config = dict.fromkeys([*names, "DEBUG_KMEMLEAK"], "y")
-    config.pop(lacking, None) if lacking else None
-    kernel = Kernel(Path("x"), "6.12.1", 65536, config, "built in", True, 1, 1)
-    if lacking is None:
-        fault_injection.require(kernel)
-        return
-    with pytest.raises(CapabilityError, match=rf"without CONFIG_{lacking} \(-p kernel=debug"):
-        fault_injection.require(kernel)
-
-
-def test_a_kernel_of_unknown_configuration_is_refused() -> None:
-    kernel = Kernel(Path("x"), "6.12.1", 65536, None, "built in", True, 1, 1)
-    with pytest.raises(CapabilityError, match=r"does not hold its configuration.*IKCONFIG=y"):
-        fault_injection.require(kernel)

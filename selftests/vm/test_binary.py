@@ -21,8 +21,8 @@ from paprscm.errors import CapabilityError, ConfigError, Error, HostError
 from paprscm.host.cache import Cache
 from paprscm.vm import binary, capabilities
 
-HOST_QEMU = shutil.which(capabilities.BINARY)
-needs_qemu = pytest.mark.skipif(HOST_QEMU is None, reason="needs qemu-system-ppc64")
+HOST_QEMU = shutil.which(capabilities.BINARY) or ""
+needs_qemu = pytest.mark.skipif(not HOST_QEMU, reason="needs qemu-system-ppc64")
 
 
 @pytest.fixture

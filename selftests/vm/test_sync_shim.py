@@ -781,8 +781,10 @@ def test_loaded_tells_the_pid(flushes: Shim, program: Path) -> None:
 def test_a_program_started_by_its_loader(flushes: Shim, file: WatchedFile, program: Path) -> None:
     """As a fetched QEMU is (qemu.py)."""
     with program.open("rb") as binary:
-        interpreter = ELFFile(binary).get_section_by_name(".interp").data().rstrip(b"\0").decode()
-    argv = (*flushes.prefix(), interpreter, "--library-path", program.parent, program)
+        section = ELFFile(binary).get_section_by_name(".interp")
+        assert section is not None
+        interpreter = section.data().rstrip(b"\0").decode()
+    argv = [*flushes.prefix(), interpreter, "--library-path", str(program.parent), str(program)]
     driver = Driver(*argv, pass_fds=flushes.pass_fds)
     assert flushes.require_loaded() == driver.process.pid
     file.fail(errno.EIO)
@@ -844,7 +846,7 @@ int main(int argc, char **argv)
 
 def compiled(folder: Path, *flags: str) -> Path:
     (folder / "program.c").write_text(SANITIZED)
-    argv = ["cc", *flags, "-o", folder / "program", folder / "program.c"]
+    argv = ["cc", *flags, "-o", str(folder / "program"), str(folder / "program.c")]
     if subprocess.run(argv, check=False, capture_output=True).returncode:
         pytest.skip(f"this compiler cannot do {' '.join(flags)}")
     return folder / "program"
@@ -859,14 +861,14 @@ def test_a_program_with_a_sanitizer(
     assert [name.partition(".")[0] for name in before] == (["libasan"] if "addr" in flag else [])
     with Shim(library, before=before) as flushes:
         file = flushes.watch(path)
-        argv = [*flushes.prefix(), program, path]
+        argv = [*flushes.prefix(), str(program), str(path)]
         done = subprocess.run(argv, pass_fds=flushes.pass_fds, check=False)
         assert (done.returncode, capfd.readouterr().err) == (0, "")
         assert [r.operation for r in flushes.records()] == [Operation.MSYNC, Operation.FDATASYNC]
         assert file.is_mapped()
     if before:
         with Shim(library) as flushes:
-            argv = [*flushes.prefix(), program, path]
+            argv = [*flushes.prefix(), str(program), str(path)]
             subprocess.run(argv, pass_fds=flushes.pass_fds, check=False)
         assert "runtime does not come first" in capfd.readouterr().err, "the order does not matter"
 
@@ -879,7 +881,7 @@ def test_a_static_program_cannot_load_it(
     with pytest.raises(CapabilityError, match=r"program is static: .*\(set qemu= to a dynamic"):
         sanitizers(program)
     with Shim(library) as flushes:
-        argv = [*flushes.prefix(), program, path]
+        argv = [*flushes.prefix(), str(program), str(path)]
         subprocess.run(argv, pass_fds=flushes.pass_fds, check=True)
         with pytest.raises(CapabilityError, match="did not load"):
             flushes.require_loaded(0)
@@ -894,7 +896,7 @@ def test_a_script_that_starts_the_program(library: Path, path: Path, tmp_path: P
         sanitizers(script)
     with Shim(library) as flushes:
         file = flushes.watch(path)
-        argv = [*flushes.prefix(), script, path]
+        argv = [*flushes.prefix(), str(script), str(path)]
         subprocess.run(argv, pass_fds=flushes.pass_fds, check=True)
         flushes.require_loaded(0)
         assert not file.is_mapped()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest sees in device tree and sysfs what the command line asked of the device.
+"""Device tree and sysfs of the guest agree with the command line of the device.
 
 QEMU's side is hw/ppc/spapr_nvdimm.c (spapr_dt_nvdimm); Linux' is papr_scm.c (papr_scm_probe and
 papr_scm_nvdimm_init) and drivers/nvdimm/region_devs.c (deep_flush_show, region_visible).
@@ -9,32 +9,28 @@ from paprscm.papr import NODE, PARENT_NODE, SCM_BLOCK_SIZE
 from paprscm.pmem.namespaces import BlockDevice, create_fsdax
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import OVERRIDE, PMEM_ON
 from paprscm.vm.machine import MIB, Machine, Nvdimm, in_words
 
 # Sizes and label sizes differ, so that one DIMM cannot be taken for another.
 KINDS = (
-    Nvdimm(slot=0, pmem=True),
+    PMEM_ON.at(0),
     Nvdimm(slot=1, size_bytes=768 * MIB, label_bytes=256 << 10),
-    Nvdimm(slot=2, pmem=True, pmem_override=True, size_bytes=1024 * MIB),
+    OVERRIDE.at(2, 1024 * MIB),
     Nvdimm(slot=3, device="nvdimm", uuid="7f9b6a0e-52f5-4d0a-8d5c-0c3f1f0b9a11"),
 )
 
 
-def flushes_by_hcall(nvdimm: Nvdimm) -> bool:
-    """Whether the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0)."""
-    return nvdimm.device == "spapr-nvdimm" and (not nvdimm.pmem or nvdimm.pmem_override)
-
-
 class DeviceTree(PaprScmTest):
     """
-    What Linux reads of each kind of DIMM.
+    The properties of each kind of DIMM as Linux reads them.
 
     :avocado: tags=map_sync,device_tree
     """
 
     def judge(self, region: Region, disk: BlockDevice, nvdimm: Nvdimm) -> None:
-        """The node has each property of spapr_dt_nvdimm, and what Linux shows follows from them."""
-        node, by_hcall = region.node, flushes_by_hcall(nvdimm)
+        """Compare each property of spapr_dt_nvdimm, and the sysfs files that follow from them."""
+        node, by_hcall = region.node, nvdimm.flushes_by_hcall
         table = {
             "path": (node.path, f"/{PARENT_NODE}/{NODE}@{nvdimm.drc:08x}"),
             "ibm,my-drc-index": (node.drc_index, nvdimm.drc),
@@ -59,28 +55,23 @@ class DeviceTree(PaprScmTest):
         # A disk that needs no flush may have a write cache or not.
         if by_hcall:
             table["queue/write_cache"] = (disk.write_cache, "write back")
-        wrong = [
-            f"{name} is {found!r}, expected {wanted!r}"
-            for name, (found, wanted) in table.items()
-            if found != wanted
-        ]
-        if wrong:
-            self.fail(f"{in_words(nvdimm)}:\n  " + "\n  ".join(wrong))
+        for name, (found, expected) in table.items():
+            self.check(f"{in_words(nvdimm)}: {name}", found, expected)
         self.usual(f"{in_words(nvdimm)}: queue/fua", disk.fua, "1" if by_hcall else "0")
         self.usual(f"{in_words(nvdimm)}: queue/write_cache", disk.write_cache, "write back")
 
     def test_at_boot(self) -> None:
-        """Each kind of DIMM that is there at boot has the nodes and files that it must have."""
+        """Each kind of DIMM that is present at boot has its device-tree node and sysfs files."""
         guest = self.boot(Machine(nvdimms=KINDS), cold=True)
         for nvdimm in KINDS:
-            region = wait_for_region(guest, nvdimm.slot, 10)
+            region = wait_for_region(guest, nvdimm.slot)
             self.judge(region, create_fsdax(guest, region), nvdimm)
 
     def test_hotplugged(self) -> None:
-        """Each kind of DIMM that is plugged later has the nodes and files that it has at boot."""
-        self.require(KINDS)
+        """Each kind of DIMM that is plugged later has the same node and sysfs files as at boot."""
+        self.require_qemu(*KINDS)
         guest = self.boot()
         for nvdimm in KINDS:
             guest.plug(nvdimm)
-            region = wait_for_region(guest, nvdimm.slot, 10)
+            region = wait_for_region(guest, nvdimm.slot)
             self.judge(region, create_fsdax(guest, region), nvdimm)

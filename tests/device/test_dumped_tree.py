@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The device tree of a stopped machine says of its DIMMs what the command line asked for.
+"""The device tree of a stopped machine agrees with the command line of its DIMMs.
 
 No guest runs: QEMU is asked for the tree through its monitor, 0.1 s a machine. QEMU's side is
 hw/ppc/spapr_nvdimm.c (spapr_dt_persistent_memory, spapr_dt_nvdimm).
@@ -67,15 +67,15 @@ def dimms_of(
 
 
 class TreeTest(QemuTest):
-    """What all tests of the tree need: to try machines, and to judge what became of them."""
+    """Base of the tests of the tree: try machines, and judge their trees."""
 
     timeout = 500
 
     def setUp(self) -> None:
-        """Nothing is tried yet."""
+        """Prepare the results of the machines."""
         super().setUp()
         self.verdicts: dict[RawMachine, str | None] = {}
-        """What is wrong of each machine that was tried; None: nothing."""
+        """Faults of each machine that was tried; None: none."""
         self.outcomes: Counter[str] = Counter()
         self.unusual: set[str] = set()
         """Messages in words that were not seen so far."""
@@ -100,7 +100,7 @@ class TreeTest(QemuTest):
             )
 
     def tried(self, machine: RawMachine) -> str | None:
-        """What is wrong of what QEMU makes of the machine; the same machine is tried only once."""
+        """Faults of the machine's tree, or None; the same machine is tried only once."""
         if machine not in self.verdicts:
             if self.end_s is not None and time.monotonic() > self.end_s:
                 return None
@@ -117,13 +117,13 @@ class TreeTest(QemuTest):
         return self.verdicts[machine]
 
     def remark_unusual(self) -> None:
-        """WARN of messages in other words; numbers in them may differ, so only the first few."""
+        """End as WARN for messages with another text; only the first few, as numbers differ."""
         if self.unusual:
             first = "\n".join(sorted(self.unusual)[:5])
             self.remark(f"{len(self.unusual)} messages of QEMU, the first:\n{first}")
 
     def try_all(self, machines: Sequence[RawMachine]) -> None:
-        """Try machines, some at once.
+        """Try machines, several concurrently.
 
         Raises:
             ContractError: one of them is not what it must be; with a command for a person.
@@ -137,13 +137,13 @@ class TreeTest(QemuTest):
 
 class EveryKind(TreeTest):
     """
-    Every combination of what a DIMM can be, and every number of DIMMs and slots.
+    Every kind of DIMM, and every number of DIMMs and slots.
 
     :avocado: tags=device,device_tree
     """
 
     def kinds(self) -> list[tuple[RawBackend, RawDimm]]:
-        """All combinations that this QEMU has, of sizes that differ."""
+        """All combinations that this QEMU supports, with different sizes."""
         on_off = (False, True)
         pmem = on_off if self.qemu.has_pmem else (False,)
         found: list[tuple[RawBackend, RawDimm]] = []
@@ -159,7 +159,7 @@ class EveryKind(TreeTest):
             if driver == "nvdimm" and override:
                 continue
             blocks = 1 + len(found) % 3
-            # A file has whole pages; QEMU leaves the rest of the last one to nobody.
+            # A file has whole pages; QEMU does not use the rest of the last one.
             size = blocks * SCM_BLOCK_SIZE + -(-label // PAGESIZE) * PAGESIZE
             found.append(
                 (
@@ -176,7 +176,7 @@ class EveryKind(TreeTest):
         return found
 
     def machines_of(self, count: int) -> list[RawMachine]:
-        """Machines with so many DIMMs each, which have every combination between them."""
+        """Machines with this number of DIMMs each, which together have every combination."""
         kinds = self.kinds()
         nodes = (256 * MIB, 256 * MIB)
         # The same number in each of them: the last ones begin again from the front.
@@ -184,39 +184,39 @@ class EveryKind(TreeTest):
         return [dimms_of((kinds + kinds)[n : n + count], nodes=nodes) for n in starts]
 
     def try_right(self, machines: Sequence[RawMachine]) -> None:
-        """Try machines of which none has a flaw."""
+        """Try machines without a flaw."""
         self.try_all(machines)
         if self.outcomes != {"accepted": len(set(machines))}:
             raise ContractError(f"not all of the machines were accepted: {self.outcomes}")
         self.remark_unusual()
 
     def test_one(self) -> None:
-        """Each kind of DIMM, alone in a machine, has the node that it must have."""
+        """Each kind of DIMM, alone in a machine, has the expected device-tree node."""
         self.try_right(self.machines_of(1))
 
     def test_two(self) -> None:
-        """Each kind of DIMM, one of two, has the node that it must have."""
+        """Each kind of DIMM, one of two, has the expected device-tree node."""
         self.try_right(self.machines_of(2))
 
     def test_all_slots(self) -> None:
-        """Each kind of DIMM, one of 32, has the node that it must have."""
+        """Each kind of DIMM, one of 32, has the expected device-tree node."""
         self.try_right(self.machines_of(32))
 
     def test_slots(self) -> None:
-        """For each slot a connector is announced, though there is no DIMM in any."""
+        """Each slot has a connector in the tree, also without a DIMM."""
         machines = [dimms_of((), slots=slots) for slots in range(33)]
         self.try_right([*machines, RawMachine()])
 
 
 class AnyMachine(TreeTest):
     """
-    Machines that nobody thought of.
+    Random machines.
 
     :avocado: tags=device,device_tree
     """
 
     def test_machines(self) -> None:
-        """QEMU refuses a wrong machine with the reason, and a right one comes out as it went in."""
+        """QEMU refuses an invalid machine with the reason; the tree of a valid one is as asked."""
         source = self.random()
         began = time.monotonic()
         # Of eight machines four have a flaw, a different one each, and three have none.
@@ -245,7 +245,7 @@ class AnyMachine(TreeTest):
             raise ContractError(f"too few machines were accepted: {self.outcomes['accepted']}")
 
     def try_group(self, reasons: Sequence[RefusalReason], *, examples: int, seed: int) -> None:
-        """Try batches of machines: right ones, and one for each of these reasons."""
+        """Try batches of machines: valid ones, and one for each of these reasons."""
         has_pmem = self.qemu.has_pmem and self.qemu.has_pmem_override
         valid = valid_machines(has_pmem)
         batch = st.tuples(
@@ -275,13 +275,13 @@ class AnyMachine(TreeTest):
 
 class Distances(TreeTest):
     """
-    How far apart DIMMs are.
+    NUMA distances of DIMMs.
 
     :avocado: tags=device,device_tree
     """
 
     def test_distances(self) -> None:
-        """Linux takes two DIMMs to be as far apart as their nodes, rounded to 20, 40, 80 or 160."""
+        """Linux sees the distance of two DIMMs' nodes, rounded to 20, 40, 80 or 160."""
         wrong = {}
         steps = ((20, 11, 30), (40, 31, 60), (80, 61, 120), (160, 121, 254))
         for rounded, *limits in steps:
@@ -299,7 +299,7 @@ class Distances(TreeTest):
         )
 
     def distance_of(self, away: int) -> int:
-        """How far apart Linux takes two DIMMs to be, in nodes that are `away` apart."""
+        """Linux's distance of two DIMMs whose nodes have the distance `away`."""
         pairs = [(PLAIN, RawDimm(node=node)) for node in (0, 1)]
         nodes = (256 * MIB, 256 * MIB)
         found = self.attempt(dimms_of(pairs, nodes=nodes, distances=((0, 1, away),)))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""As many flushes as were asked for: in the guest, at its hypervisor calls, and on the host.
+"""The number of flushes is the same in the guest, at its hypervisor calls, and on the host.
 
 A write of 1 to a region's deep_flush calls nvdimm_flush (drivers/nvdimm/region_devs.c), that calls
 papr_scm_pmem_flush where the DIMM wants it (ibm,hcall-flush-required), that makes H_SCM_FLUSH
 until it has ended (papr_scm.c, 75b7c05ebf90), and QEMU syncs the backing file once for each
-(spapr_nvdimm.c, b5513584a08d). Nobody may lose one, and nobody may merge two.
+(spapr_nvdimm.c, b5513584a08d). None may be lost, and no two may be merged.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 from paprscm.vm.sync_shim import Operation
-
-SMALL = 256 * MIB
 
 
 class FlushAccounting(PaprScmTest):
-    """What the tests of this file share."""
+    """Base of these tests."""
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:
-        """A guest with these DIMMs, its regions and its accounts."""
+        """Boot a guest with these DIMMs, and count its flushes."""
         guest = self.boot(Machine(nvdimms=nvdimms), shim=self.shim())
         slots = [nvdimm.slot for nvdimm in nvdimms]
-        self.regions = {slot: wait_for_region(guest, slot, 10) for slot in slots}
+        self.regions = {slot: wait_for_region(guest, slot) for slot in slots}
         self.accounts = FlushAccounts(guest, slots)
         return guest
 
     def attribute(self, region: Region) -> str:
-        """Where a flush of the whole region is asked for."""
+        """The file that flushes the whole region."""
         if (region.deep_flush, region.deep_flush_mode) != ("1", 0o644):
             raise ContractError(f"{region.name} has no deep_flush that can be written to: {region}")
         return f"{region.device}/deep_flush"
 
     def deep_flush(self, guest: Guest, slots: Sequence[int], threads: int, count: int) -> Account:
-        """Flush from several threads, each so many times; what was counted, which is as many."""
+        """Flush from several threads, `count` times each, and compare the counts; return them."""
         targets = [self.attribute(self.regions[slot]) for slot in slots]
         made = load(guest, "deep_flush", targets, threads=threads, count=count)
         made.expect_success()
@@ -73,32 +72,32 @@ class FlushAccounting(PaprScmTest):
 
 class DeepFlush(FlushAccounting):
     """
-    Flushes of a whole region, asked for by its attribute.
+    Flushes of a whole region by its attribute deep_flush.
 
     :avocado: tags=flush
     """
 
     def test_one_thread(self) -> None:
-        """Fifty flushes in turn are fifty H_SCM_FLUSH, each polled to its end, and fifty syncs.
+        """Fifty sequential flushes are fifty H_SCM_FLUSH, each polled to its end, and fifty syncs.
 
         The driver asks again 10 ms later, as the answer said, and not very much later: msleep(10)
         takes a jiffy more, of 10 ms at most.
         """
-        guest = self.machine(Nvdimm(slot=3, size_bytes=SMALL))
+        guest = self.machine(PMEM_OFF.at(3, SMALL))
         account = self.deep_flush(guest, [3], threads=1, count=50)
         shortest = min(flush.waits_us[0] for flush in account.all())
         if shortest > 30_000:
             raise ContractError(f"the shortest of 50 waits took {shortest / 1000} ms, not 10 to 20")
 
     def test_sixteen_threads(self) -> None:
-        """Sixteen threads, twenty flushes each: 320 tokens, and as many syncs; none are merged."""
-        guest = self.machine(Nvdimm(slot=0, size_bytes=SMALL))
+        """Twenty flushes of each of sixteen threads are 320 tokens and 320 syncs."""
+        guest = self.machine(PMEM_OFF.at(0, SMALL))
         self.deep_flush(guest, [0], threads=16, count=20)
 
     def test_four_dimms(self) -> None:
-        """Sixteen threads on four DIMMs: each flush syncs its own DIMM's file alone."""
+        """With sixteen threads on four DIMMs, each flush syncs only the file of its own DIMM."""
         slots = (6, 1, 4, 3)
-        guest = self.machine(*(Nvdimm(slot=slot, size_bytes=SMALL) for slot in slots))
+        guest = self.machine(*(PMEM_OFF.at(slot, SMALL) for slot in slots))
         for slot in slots:
             self.deep_flush(guest, [slot], threads=1, count=slot)
         self.deep_flush(guest, slots, threads=16, count=10)
@@ -106,17 +105,17 @@ class DeepFlush(FlushAccounting):
 
 class NothingToFlush(FlushAccounting):
     """
-    DIMMs that a guest need not flush through the hypervisor.
+    DIMMs that do not need flushes by hcall.
 
     :avocado: tags=flush
     """
 
     def judge(self, nvdimm: Nvdimm) -> None:
-        """Whatever asks for durability there, no hypervisor call is made and nothing synced.
+        """Check that no call that promises durability makes an hcall or a sync.
 
-        That all is counted is seen on a second DIMM, which does need it.
+        The control is a second DIMM, which does need flushes.
         """
-        other = Nvdimm(slot=5, size_bytes=SMALL)
+        other = PMEM_OFF.at(5, SMALL)
         guest = self.machine(nvdimm, other)
         region = self.regions[nvdimm.slot]
         # region_devs.c:region_visible: it is there to be read, not to be written.
@@ -135,23 +134,23 @@ class NothingToFlush(FlushAccounting):
 
     def test_pmem_on(self) -> None:
         """On pmem=on no call that promises durability makes an H_SCM_FLUSH or a sync."""
-        self.judge(Nvdimm(slot=2, size_bytes=SMALL, pmem=True))
+        self.judge(PMEM_ON.at(2, SMALL))
 
     def test_plain_nvdimm(self) -> None:
-        """On a plain nvdimm no such call makes an H_SCM_FLUSH or a sync: nobody asks it to."""
-        self.judge(Nvdimm(slot=2, size_bytes=SMALL, device="nvdimm"))
+        """On a plain nvdimm no call that promises durability makes an H_SCM_FLUSH or a sync."""
+        self.judge(PLAIN.at(2, SMALL))
 
 
 class Override(FlushAccounting):
     """
-    A DIMM that could do without, and wants to be flushed all the same.
+    A DIMM on pmem=on that asks for flushes by hcall anyway.
 
     :avocado: tags=flush
     """
 
     def test_pmem_persist(self) -> None:
         """With pmem-override on pmem=on each flush is one pmem_persist, and never an fdatasync."""
-        guest = self.machine(Nvdimm(slot=1, size_bytes=SMALL, pmem=True, pmem_override=True))
+        guest = self.machine(OVERRIDE.at(1, SMALL))
         attribute = self.attribute(self.regions[1])
         # The first writes back every cache line of the DIMM: seconds.
         made = load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's sync fails: who in the guest is told, what file systems do, and what is left.
+"""Failing syncs on the host: errors in the guest, file systems, and the data afterwards.
 
 QEMU answers H_HARDWARE whatever the errno was (hw/ppc/spapr_nvdimm.c, flush_worker_cb). Linux logs
-it and makes EIO of it (arch/powerpc/platforms/pseries/papr_scm.c, papr_scm_pmem_flush;
-drivers/nvdimm/region_devs.c, nvdimm_flush). Who asked for the flush gets it as the end of a bio
+it and turns it into EIO (arch/powerpc/platforms/pseries/papr_scm.c, papr_scm_pmem_flush;
+drivers/nvdimm/region_devs.c, nvdimm_flush). The caller of the flush gets it as the end of a bio
 (drivers/nvdimm/pmem.c, pmem_submit_bio) or from blkdev_issue_flush.
 
 Each failure is counted twice: by the shim in QEMU, and by what the driver logs.
@@ -16,7 +16,8 @@ import json
 import re
 from collections.abc import Callable
 
-from paprscm.errors import ContractError
+from paprscm.checks import above, at_least, containing, matching, one_of, other_than
+from paprscm.errors import ContractError, GuestLostError
 from paprscm.flush.syscalls import Step, persist
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.guest import Guest
@@ -25,16 +26,15 @@ from paprscm.pmem.mounts import DaxMount, FsType, dax_mount, mount
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Dimm, region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 PAGE = 65536
 # "flush error: -1", of which kmsg.py makes a driver's error.
 FLUSH_ERROR = r"papr_scm \S+: flush error: -1$"
-SMALL = 256 * MIB
-DIMM, OTHER = Nvdimm(slot=3, size_bytes=SMALL), Nvdimm(slot=1, size_bytes=SMALL)
-# mkfs.xfs wants 300 MB or more.
-LARGE = Nvdimm(slot=3)
+DIMM, OTHER = PMEM_OFF.at(3, SMALL), PMEM_OFF.at(1, SMALL)
+LARGE = PMEM_OFF.at(3, FOR_XFS)
 
 
 class FlushErrors(PaprScmTest):
@@ -45,11 +45,11 @@ class FlushErrors(PaprScmTest):
     """
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:
-        """A guest whose flushes can be made to fail."""
+        """Boot a guest whose flushes can be made to fail."""
         return self.boot(Machine(nvdimms=nvdimms), allowed=[FLUSH_ERROR], shim=self.shim())
 
     def logged(self, guest: Guest, nvdimm: Nvdimm) -> int:
-        """How often the driver has said that a flush of this DIMM failed."""
+        """The number of flush errors that the driver has logged for this DIMM."""
         line = rf"papr_scm \S*pmemory@{nvdimm.drc:x}: flush error: -1$"
         return len(re.findall(line, guest.succeed("dmesg"), re.MULTILINE))
 
@@ -69,35 +69,33 @@ class FlushErrors(PaprScmTest):
         syncs.clear()
         after = syncs.counts()
         failed = after.failed - before.failed
-        self.assertGreater(failed, 0, "no sync has failed")
-        self.assertEqual(failed, after.begun - before.begun, "some syncs did not fail")
+        self.expect("syncs that failed", failed, above(0))
+        self.expect("syncs, of which all must fail", after.begun - before.begun, failed)
         if (lines := self.logged(guest, nvdimm) - logged) != failed:
             self.remark(f"the driver logged {lines} flush errors of {failed}")
         return made
 
     def expect_eio(self, made: tuple[Step, ...]) -> None:
-        """Assert that what promises durability got EIO, and what does not, nothing."""
-        wrong = [
-            str(step)
-            for step in made
-            if step.errno != (0 if step.step in ("write", "store", "read") else errno.EIO)
-        ]
-        self.assertEqual(wrong, [])
+        """Check that steps which promise durability got EIO, and the others no error."""
+        for step in made:
+            expected = 0 if step.step in ("write", "store", "read") else errno.EIO
+            self.check(f"errno of {step.step}", step.errno, expected)
 
     def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Step, ...]:
-        """Make steps that must succeed, and of which each must reach the host's sync."""
+        """Make steps that must succeed; each flush must reach the host's sync."""
         syncs = guest.vm.syncs(nvdimm.slot)
         before = syncs.counts()
         made = persist(guest, path, *steps)
         after = syncs.counts()
-        self.assertEqual([str(step) for step in made if step.errno], [])
+        self.expect("steps with an error", [str(step) for step in made if step.errno], [])
         asked = sum(step.step not in ("write", "store", "read") for step in made)
-        self.assertGreaterEqual(after.begun - before.begun, asked)
-        self.assertEqual((after.ended, after.failed), (after.begun, before.failed))
+        self.check("syncs", after.begun - before.begun, at_least(asked))
+        found = (after.ended, after.failed)
+        self.check("syncs that ended and failed", found, (after.begun, before.failed))
         return made
 
     def test_region(self) -> None:
-        """deep_flush gets EIO for EIO, ENOSPC, EDQUOT on the host; other flushes get nothing."""
+        """deep_flush gets EIO for EIO, ENOSPC and EDQUOT on the host; other flushes succeed."""
         guest = self.machine(DIMM, OTHER)
         paths = {n: f"{region(guest, n.slot).device}/deep_flush" for n in (DIMM, OTHER)}
         flush = "dwrite=0:1:49"
@@ -105,20 +103,21 @@ class FlushErrors(PaprScmTest):
             self.expect_eio(self.failing(guest, DIMM, number, paths[DIMM], flush, flush))
             self.synced(guest, OTHER, paths[OTHER], flush)
             self.synced(guest, DIMM, paths[DIMM], flush)
-        # Just those fail whose syncs failed.
+        # Exactly those fail whose syncs failed.
         syncs, hcalls = guest.vm.syncs(DIMM.slot), count_hcalls(guest)
         before = syncs.counts()
         syncs.fail(errno.EIO, every=3)
         made = persist(guest, paths[DIMM], *[flush] * 12)
         syncs.clear()
         after = syncs.counts()
-        self.assertEqual([step.errno for step in made], [0, 0, errno.EIO] * 4)
-        self.assertEqual((after.begun - before.begun, after.failed - before.failed), (12, 4))
-        self.assertGreaterEqual(count_hcalls(guest) - hcalls, 2 * 12)
-        self.assertEqual(self.logged(guest, OTHER), 0)
-        said = guest.vm.says()
+        self.check("errnos", [step.errno for step in made], [0, 0, errno.EIO] * 4)
+        figures = (after.begun - before.begun, after.failed - before.failed)
+        self.check("syncs, and those that failed", figures, (12, 4))
+        self.check("hcalls of 12 flushes", count_hcalls(guest) - hcalls, at_least(2 * 12))
+        self.check("flush errors logged for the other DIMM", self.logged(guest, OTHER), 0)
+        output = guest.vm.says()
         for text in ("Input/output error", "No space left on device", "Disk quota exceeded"):
-            self.assertIn(text, said)
+            self.check("QEMU's output", output, containing(text))
 
     def test_block_device(self) -> None:
         """On /dev/pmemN fsync, fdatasync, msync and O_DSYNC get EIO until the host's sync works."""
@@ -130,16 +129,17 @@ class FlushErrors(PaprScmTest):
             steps += [f"dwrite={PAGE}:{PAGE}:{byte}", f"store=0:{PAGE}:{byte}", f"msync=0:{PAGE}"]
             self.expect_eio(self.failing(guest, DIMM, number, path, *steps))
             *_, found = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
-            self.assertEqual(found.byte, byte)
+            self.check("byte on the disk", found.byte, byte)
 
     def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Dimm:
-        """What the guest says of the DIMM itself."""
-        found = region(guest, nvdimm.slot).dimm
-        assert found is not None
-        return found
+        """The DIMM as the guest has it."""
+        dimm = region(guest, nvdimm.slot).dimm
+        if dimm is None:
+            raise ContractError(f"the region of slot {nvdimm.slot} has no DIMM")
+        return dimm
 
     def test_health(self) -> None:
-        """A DIMM whose flushes fail is not told to be healthy."""
+        """A DIMM whose flushes fail is not reported as healthy."""
         unarmed = Nvdimm(slot=5, size_bytes=SMALL, unarmed=True)
         guest = self.machine(DIMM, OTHER, unarmed)
         found = {nvdimm: region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
@@ -150,37 +150,48 @@ class FlushErrors(PaprScmTest):
         listed = json.loads(guest.succeed("ndctl list -DH"))
         health = {dimm["dev"]: dimm["health"] for dimm in listed}
         flags = {nvdimm: self.dimm(guest, nvdimm).papr_flags for nvdimm in found}
-        # The control: what QEMU does tell comes through.
-        self.assertEqual(flags[unarmed], {"not_armed"})
-        told = health[self.dimm(guest, DIMM).name]
-        self.measure("health after failed flushes", told)
-        self.assertEqual((told["shutdown_state"], told["shutdown_count"]), ("clean", 0))
+        # The control: a flag that QEMU does report arrives.
+        self.check("flags of the DIMM with unarmed=on", flags[unarmed], {"not_armed"})
+        report = health[self.dimm(guest, DIMM).name]
+        self.measure("health after failed flushes", report)
+        shutdown = (report["shutdown_state"], report["shutdown_count"])
+        self.check("shutdown state and count", shutdown, ("clean", 0))
         self.known_issue(
             "qemu-nvdimm-healthy-while-flushes-fail",
-            shows=told["health_state"] == "ok" and not flags[DIMM],
-            found=f"after five flushes that failed, health is {told['health_state']}, the flags "
+            shows=report["health_state"] == "ok" and not flags[DIMM],
+            found=f"after five flushes that failed, health is {report['health_state']}, the flags "
             f"are {sorted(flags[DIMM] or ())}",
         )
 
     def mounted(self, guest: Guest, fstype: FsType) -> DaxMount:
-        """A new file system that writes its log when it is told to, and hardly else."""
+        """Make a file system that writes its log almost only on request."""
         options = {"xfs": "dax=always", "ext4": "dax=always,errors=remount-ro,commit=300"}
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
         return dax_mount(guest, LARGE.slot, fstype, "/mnt/pm", options=options[fstype])
 
     def mounted_anew(self, guest: Guest, found: DaxMount) -> None:
-        """Unmount, mount again, and let nothing of it stay in memory meanwhile."""
+        """Unmount, drop the caches, and mount again."""
         fstype: FsType = "xfs" if found.mount.fstype == "xfs" else "ext4"
         guest.succeed("umount /mnt/pm && dmesg -C && echo 3 > /proc/sys/vm/drop_caches")
         mount(guest, found.device, fstype, "/mnt/pm")
 
+    def opened(self, guest: Guest, file: str) -> str:
+        """Open a file and close it; the failure, or "opened"."""
+        try:
+            persist(guest, file)
+        except GuestLostError:
+            raise
+        except ContractError as error:
+            return str(error)
+        return "opened"
+
     def expect_complaint(self, guest: Guest) -> None:
-        """Assert that the kernel's log says that something is wrong with the file system."""
-        self.assertNotEqual(complaints(guest.succeed("dmesg")), [])
+        """Check that the kernel's log reports an error of the file system."""
+        self.check("complaints in the log", complaints(guest.succeed("dmesg")), other_than([]))
 
     def overwritten(self, fstype: FsType) -> None:
-        """Let the flush of data that are overwritten fail, in each way, with each errno."""
+        """Let the flush of overwritten data fail in each way, with each errno."""
         guest, file = self.machine(LARGE), "/mnt/pm/file"
         found = self.mounted(guest, fstype)
         self.synced(guest, LARGE, file, f"write=0:{4 * PAGE}:9", "fsync")
@@ -192,23 +203,23 @@ class FlushErrors(PaprScmTest):
         for byte, number in enumerate(ERRORS, 1):
             steps = [step for place, way in enumerate(ways) for step in way(place * PAGE, byte)]
             self.expect_eio(self.failing(guest, LARGE, number, file, *steps))
-            # It is not told that all is well because nothing is dirty any more.
+            # A clean page cache must not be reported as success.
             self.synced(guest, LARGE, file, "fdatasync", f"msync=0:{PAGE}", "fsync")
         self.mounted_anew(guest, found)
         made = persist(guest, file, f"read=0:{3 * PAGE}", f"read={3 * PAGE}:{PAGE}")
-        self.assertEqual([step.byte for step in made], [len(ERRORS), 9])
+        self.check("bytes after a remount", [step.byte for step in made], [len(ERRORS), 9])
         check_offline(guest, [found.mount])
 
     def test_overwritten_xfs(self) -> None:
-        """XFS: when data cannot be flushed, fdatasync, msync, O_DSYNC say EIO, and try again."""
+        """On XFS, fdatasync, msync and O_DSYNC fail with EIO when a flush fails, then retry."""
         self.overwritten("xfs")
 
     def test_overwritten_ext4(self) -> None:
-        """ext4: when data cannot be flushed, fdatasync, msync, O_DSYNC say EIO, and try again."""
+        """On ext4, fdatasync, msync and O_DSYNC fail with EIO when a flush fails, then retry."""
         self.overwritten("ext4")
 
     def test_log_xfs(self) -> None:
-        """XFS shuts down when its log cannot be flushed; what was promised is there afterwards."""
+        """XFS shuts down when its log cannot be flushed; synced data survive."""
         guest, file = self.machine(LARGE), "/mnt/pm/file"
         found = self.mounted(guest, "xfs")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
@@ -216,15 +227,14 @@ class FlushErrors(PaprScmTest):
         self.expect_eio(self.failing(guest, LARGE, errno.ENOSPC, file, *steps))
         self.expect_complaint(guest)
         # The host is well again; that does not bring it back.
-        with self.assertRaisesRegex(ContractError, "cannot be opened: EIO"):
-            persist(guest, file)
+        self.check("opening a file", self.opened(guest, file), containing("cannot be opened: EIO"))
         self.mounted_anew(guest, found)
         made = self.synced(guest, LARGE, file, f"read=0:{PAGE}", f"write=0:{PAGE}:3", "fsync")
-        self.assertEqual(made[0].byte, 1)
+        self.check("byte after a remount", made[0].byte, 1)
         check_offline(guest, [found.mount])
 
     def test_journal_ext4(self) -> None:
-        """ext4 aborts its journal and turns read-only; what was promised is there afterwards."""
+        """ext4 aborts its journal and becomes read-only; synced data survive."""
         guest, file = self.machine(LARGE), "/mnt/pm/file"
         found = self.mounted(guest, "ext4")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
@@ -235,22 +245,23 @@ class FlushErrors(PaprScmTest):
         # show it, since commit d3476f3dad4a ("ext4: don't set SB_RDONLY after filesystem errors")
         # (in v6.12). Files that were already open: flush/test_promises.py.
         refused = guest.fail("mkdir /mnt/pm/folder")
-        self.assertIn("Read-only file system", refused.stderr)
+        self.check("mkdir's error", refused.stderr, containing("Read-only file system"))
         # Linux 6.1.176 opens the file for writing; then fsync decides which data must be there.
         allowed = {1}
         try:
             made = persist(guest, file, f"write=0:{PAGE}:4", "fsync")
         except ContractError as error:
-            self.assertRegex(str(error), "cannot be opened: (EIO|EROFS)")
+            self.expect("opening a file", str(error), matching("cannot be opened: (EIO|EROFS)"))
         else:
             allowed = {1, 4} if any(step.errno for step in made) else {4}
         self.mounted_anew(guest, found)
         (step,) = persist(guest, file, f"read=0:{PAGE}")
-        self.assertEqual(step.result, PAGE)
-        self.assertIn(step.byte, allowed)
+        found_bytes = (step.result, step.byte)
+        self.check("length and byte after a remount", found_bytes, (PAGE, one_of(*allowed)))
         # The file system remembers that there was an error (s_state, EXT4_ERROR_FS).
         superblock = guest.succeed(f"umount /mnt/pm && dumpe2fs -h {found.device.path}")
-        self.assertRegex(superblock, r"Filesystem state: .*with errors")
+        state = matching(r"Filesystem state: .*with errors")
+        self.check("dumpe2fs", superblock, state)
         guest.succeed(f"dmesg -C; e2fsck -fy {found.device.path}; [ $? -le 1 ]")
         mount(guest, found.device, "ext4", "/mnt/pm")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:3", "fsync")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's sync never ends, and somebody wants the machine to: how QEMU takes it, in seconds.
+"""A sync on the host hangs while the machine is reset, ended or powered down.
 
 A reset waits in spapr_nvdimm_finish_flushes (QEMU hw/ppc/spapr_nvdimm.c) until no flush is pending.
-The end of QEMU does not; and a powerdown is the guest's to do, whose nd_pmem flushes each DIMM that
+The end of QEMU does not. A powerdown is done by the guest, whose nd_pmem flushes each DIMM that
 has a namespace before the power goes (Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown).
 
 Every hang is bounded: the shim lets go of it in the end, and QEMU must end.
@@ -17,30 +17,31 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from paprscm.errors import GuestLostError
+from paprscm.errors import ContractError, GuestLostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
-DIMM = Nvdimm(slot=2, size_bytes=256 * MIB)
+DIMM = PMEM_OFF.at(2, SMALL)
 HELD_S = 2.0
-"""How long a hang is watched."""
+"""Duration for which a hang is watched."""
 SOON_S = 30.0
 """Within this, on a busy host, what does not hang has happened."""
 
 
 class FlushHang(PaprScmTest):
     """
-    A flush that never ends, and then …
+    The end of a machine while a flush hangs.
 
     :avocado: tags=flush
     """
 
     def hanging(self, *, namespace: bool = False) -> Guest:
-        """A guest with one flush that hangs, of a DIMM with or without a namespace."""
+        """Boot a guest with one hanging flush, of a DIMM with or without a namespace."""
         guest = self.boot(Machine(nvdimms=(DIMM,)), shim=self.shim())
         found, syncs = region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
         if namespace:
@@ -48,30 +49,30 @@ class FlushHang(PaprScmTest):
         # The control: it is this flush that hangs, not flushing.
         path = f"{found.device}/deep_flush"
         (step,) = persist(guest, path, "dwrite=0:1:49")
-        self.assertEqual(step.errno, 0)
+        self.expect("errno of the control", step.errno, 0)
         self.begun = syncs.counts().ended
         syncs.hang()
         guest.succeed(f"echo 1 > {path} 2> /tmp/said < /dev/null &")
-        self.begun = syncs.wait_begun(self.begun + 1, SOON_S).begun
+        self.begun = syncs.wait_begun(self.begun + 1).begun
         return guest
 
     def expect_end(self, guest: Guest, limit_s: float) -> float:
-        """Wait until QEMU has ended, well; after how many seconds."""
+        """Wait until QEMU has ended with status 0; the duration, s."""
         began = time.monotonic()
         status = guest.process.wait(limit_s)
         took_s = time.monotonic() - began
-        self.assertEqual(status, 0, f"QEMU's exit status after {took_s:.1f} s")
-        self.assertIsNone(guest.console.trouble)
+        self.expect(f"QEMU's exit status after {took_s:.1f} s", status, 0)
+        self.check("trouble on the console", guest.console.trouble, None)
         # It is gone, as it should be.
         guest.kill()
         return round(took_s, 3)
 
     def powered_down(self, guest: Guest) -> bool:
-        """Whether the kernel has printed its last message (kernel/reboot.c, kernel_power_off)."""
+        """True if the kernel has printed its last message (kernel/reboot.c, kernel_power_off)."""
         return "reboot: Power down" in "\n".join(guest.console.lines)
 
     def begin_reset(self, guest: Guest, pool: ThreadPoolExecutor) -> Future[object]:
-        """Reset the machine, which may take as long as the flush; whether it does is judged."""
+        """Reset the machine, which may take as long as the flush."""
         # The suite's guests end with the first reset (-no-reboot).
         guest.qmp.execute("set-action", reboot="reset")
 
@@ -84,14 +85,14 @@ class FlushHang(PaprScmTest):
         return pool.submit(reset)
 
     def with_reset(self, then: Callable[[Guest, Future[object]], None]) -> None:
-        """Reset a guest whose flush hangs, watch that for a while, and go on."""
+        """Reset a guest whose flush hangs, and judge whether the monitor answers meanwhile."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         with ThreadPoolExecutor(1) as pool:
             done = self.begin_reset(guest, pool)
             try:
                 blocked = bool(wait([done], HELD_S).not_done)
-                self.assertEqual(syncs.counts().ended, self.begun - 1)
+                self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
                 then(guest, done)
             finally:
                 syncs.release()
@@ -103,7 +104,7 @@ class FlushHang(PaprScmTest):
         )
 
     def test_reset(self) -> None:
-        """A reset while a flush hangs is done when that ends, and the guest starts again."""
+        """A reset while a flush hangs is done when the flush ends, and the guest starts again."""
 
         def then(guest: Guest, done: Future[object]) -> None:
             began, printed = time.monotonic(), len(guest.console.lines)
@@ -112,37 +113,37 @@ class FlushHang(PaprScmTest):
             self.measure("answer after release, s", round(time.monotonic() - began, 3))
             guest.hang_up()
             ready = {"ready": re.compile("paprscm: ready")}
-            self.assertTrue(
-                guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed),
-                "the guest did not start again",
-            )
+            if not guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed):
+                raise ContractError("the guest did not start again within 120 s")
             guest.connect()
             self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
             # Not persist, which would have to be compiled anew.
             guest.succeed(f"echo 1 > {region(guest, DIMM.slot).device}/deep_flush")
             counts = guest.vm.syncs(DIMM.slot).counts()
-            self.assertEqual((counts.begun, counts.ended), (self.begun + 1, self.begun + 1))
+            found = (counts.begun, counts.ended)
+            self.check("syncs that began and ended", found, (self.begun + 1, self.begun + 1))
 
         self.with_reset(then)
 
     def test_reset_then_terminate(self) -> None:
-        """SIGTERM on top of a reset while a flush hangs ends QEMU when the flush ends."""
+        """SIGTERM after a reset while a flush hangs ends QEMU when the flush ends."""
 
         def then(guest: Guest, done: Future[object]) -> None:
             guest.process.send_signal(signal.SIGTERM)
             early = guest.process.wait(HELD_S) is not None
             self.measure("ended by SIGTERM while the flush hangs", early)
-            self.assertEqual(early, done.done())
+            self.expect("the reset ended with QEMU", done.done(), early)
             guest.vm.syncs(DIMM.slot).release()
             self.measure("ended after release, s", self.expect_end(guest, SOON_S))
             # Its answer may not have made it.
             if done.exception(SOON_S) is not None:
-                self.assertIsInstance(done.exception(), GuestLostError)
+                lost = isinstance(done.exception(), GuestLostError)
+                self.check(f"QEMU's end ends the reset: {done.exception()!r}", lost, True)
 
         self.with_reset(then)
 
     def test_quit(self) -> None:
-        """quit ends QEMU at once while a flush hangs, which nobody waits for."""
+        """quit ends QEMU immediately while a flush hangs."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         # As much as the monitor says goodbye, or does not.
@@ -152,9 +153,9 @@ class FlushHang(PaprScmTest):
             ended = guest.process.wait(SOON_S)
             syncs.release()
         self.measure("ended, s", round(time.monotonic() - began, 3))
-        self.assertEqual(ended, 0, "QEMU waits for the flush")
+        self.expect("QEMU's exit status while the flush hangs", ended, 0)
         self.expect_end(guest, SOON_S)
-        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown(self) -> None:
         """A guest whose DIMM has no namespace powers down while a flush of it hangs."""
@@ -163,22 +164,22 @@ class FlushHang(PaprScmTest):
         guest.qmp.execute("system_powerdown")
         self.measure("ended, s", self.expect_end(guest, SOON_S))
         self.usual("the kernel's last word", self.powered_down(guest), True)
-        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown_with_namespace(self) -> None:
         """A guest does not power down before a DIMM with a namespace is flushed, however long."""
         guest = self.hanging(namespace=True)
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
-        # nd_pmem's own, besides the one that hangs: the guest was told to power off.
-        syncs.wait_begun(self.begun + 1, SOON_S)
-        self.assertIsNone(guest.process.wait(HELD_S))
-        self.assertFalse(self.powered_down(guest))
-        # QEMU itself is well meanwhile.
-        self.assertEqual(guest.qmp.execute("query-status")["status"], "running")
-        self.assertEqual(syncs.counts().ended, self.begun - 1)
+        # nd_pmem's flush, in addition to the one that hangs: the guest got the powerdown request.
+        syncs.wait_begun(self.begun + 1)
+        self.expect("QEMU's exit status while the flush hangs", guest.process.wait(HELD_S), None)
+        self.expect("the guest has powered down", self.powered_down(guest), False)
+        # QEMU itself still works.
+        self.expect("QEMU's status", guest.qmp.execute("query-status")["status"], "running")
+        self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
         syncs.release()
         self.measure("ended after release, s", self.expect_end(guest, SOON_S))
         counts = syncs.counts()
-        self.assertEqual(counts.begun, counts.ended)
+        self.check("syncs that ended", counts.ended, counts.begun)
         self.usual("flushes of a power-down", counts.begun - self.begun, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kprobes, by which the suite counts flushes: a kernel with probes works as one without.
+"""Kprobes, with which the suite counts flushes: a probe does not change how the kernel works.
 
 A kprobe is a trap. Some time after it is set the kernel replaces the trap by a branch to a copy of
 optprobe_template_entry (arch/powerpc/kernel/optprobes_head.S), unless
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import re
 
-from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
 from paprscm.guest.tools import compile_tool
 from paprscm.testcase import PaprScmTest
@@ -42,17 +41,13 @@ class Kprobes(PaprScmTest):
     """
 
     def test_process_that_moves(self) -> None:
-        """A process that is moved to another CPU inside a probe's code goes on there."""
-        kernel = self.environment.kernel
-        for option in ("KPROBE_EVENTS", "OPTPROBES", "PREEMPTION"):
-            if kernel.option(option) != "y":
-                self.cancel(str(CapabilityError(f"Linux {kernel.release} lacks CONFIG_{option}=y")))
-        if self.settings.smp < 2:
-            self.cancel("a process cannot be moved with one CPU (smp=2)")
+        """A process that is moved to another CPU inside a probe's code continues there."""
+        self.require_kernel("CONFIG_KPROBE_EVENTS", "CONFIG_OPTPROBES", "CONFIG_PREEMPTION")
+        self.require_cpus(2)
         guest = self.boot(allowed=[LOST.pattern])
         probe = guest.succeed(SET)
         if "[FTRACE]" not in probe:
-            self.assertEqual(self.move(guest), "", "the probe is a trap")
+            self.expect("trouble while the probe is a trap", self.move(guest), "")
             guest.succeed(f"echo 1 > {OPTIMIZATION}")
             probe = guest.wait_until(f"{LIST} | grep OPTIMIZED")
         end = self.move(guest)
@@ -68,7 +63,7 @@ class Kprobes(PaprScmTest):
         )
 
     def move(self, guest: Guest) -> str:
-        """Move the process; the first sign of a kernel that is lost, or nothing."""
+        """Move the process; the first message of a lost kernel, or ""."""
         console, tool = guest.console, compile_tool(guest, "moved")
         start = len(console.lines)
         guest.succeed(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A bio that wants a flush before its data and another behind them, and only the first fails.
+"""A bio with a flush before and a flush after its data, of which only the first fails.
 
 File systems write their journal so, with REQ_PREFLUSH | REQ_FUA: the data of the files must be
 durable before the record that says so. When that first flush fails, they must be told
@@ -15,12 +15,13 @@ from paprscm.errors import ContractError, HostError
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF
+from paprscm.vm.machine import Machine
 
 SLOT = 1
 MESSAGES = (
     r"papr_scm .*: flush error: -1$",
-    # What a file system says that was told.
+    # The messages of a file system that has noticed the error.
     r"I/O error",
     r"log I/O error|Log I/O Error|metadata I/O error|Filesystem has been shut down",
     r"EXT4-fs error|EXT4-fs .*: Remounting filesystem read-only|JBD2: Error|Aborting journal",
@@ -35,8 +36,8 @@ class LostError(PaprScmTest):
     """
 
     def judge(self, fstype: FsType) -> None:
-        """Let just that flush fail; fsync must fail with EIO."""
-        nvdimm = Nvdimm(slot=SLOT, size_bytes=512 * MIB)
+        """Let only the first flush fail; fsync must fail with EIO."""
+        nvdimm = PMEM_OFF.at(SLOT, FOR_XFS)
         guest = self.boot(Machine(nvdimms=(nvdimm,)), allowed=MESSAGES, shim=self.shim())
         # Neither file system writes its log unasked meanwhile.
         options = "dax=always" + (",commit=600" if fstype == "ext4" else "")
@@ -67,9 +68,9 @@ class LostError(PaprScmTest):
         )
 
     def test_xfs(self) -> None:
-        """XFS: fsync fails with EIO when the flush before the log's record failed."""
+        """On XFS, fsync fails with EIO when the flush before the log's record failed."""
         self.judge("xfs")
 
     def test_ext4(self) -> None:
-        """ext4: fsync fails with EIO when the flush before the commit record failed."""
+        """On ext4, fsync fails with EIO when the flush before the commit record failed."""
         self.judge("ext4")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Never too few flushes: no call that promises durability returns before it is true.
+"""No call that promises durability returns before its data are durable.
 
 fsync(2), fdatasync(2), msync(2) with MS_SYNC, syncfs(2), and writes with O_DSYNC return when the
 data are on stable storage, "so that all changed information can be retrieved even if the system
@@ -9,7 +9,7 @@ were stored; the host knows when that was.
 
 from __future__ import annotations
 
-from paprscm.errors import HostError
+from paprscm.errors import ContractError, HostError
 from paprscm.flush.durability import Offset, compare_clocks, expect_durable
 from paprscm.flush.load import load
 from paprscm.guest.guest import Guest
@@ -17,28 +17,28 @@ from paprscm.pmem.mounts import dax_mount
 from paprscm.pmem.namespaces import CharacterDevice, create_namespace
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PLAIN, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
 DISK, XFS, EXT4, CLOCK = 0, 1, 2, 3
-# mkfs.xfs wants 300 MB or more.
-SIZES = {DISK: 256 * MIB, XFS: 512 * MIB, EXT4: 256 * MIB}
+SIZES = {DISK: SMALL, XFS: FOR_XFS, EXT4: SMALL}
 THREADS = 12
 CALLS = 30
 """Of each thread."""
 
 SYNC_LOW_S, SYNC_HIGH_S = 0.008, 0.04
-"""How long a sync takes: no call can return in less that does not leave its flush to others."""
+"""Injected sync latency; a call that returns sooner cannot have waited for a flush."""
 
 
 class FlushOrder(PaprScmTest):
     """
-    A random mixture of calls from several threads, with syncs that take their time.
+    A random mixture of calls from several threads, with slow syncs.
 
     :avocado: tags=flush
     """
 
     def compare(self, guest: Guest) -> Offset:
-        """The difference of the clocks, to an accuracy that is worth something."""
+        """Measure the difference of the clocks, accurate enough for the comparison."""
         offset = compare_clocks(guest, self.region, self.device)
         for _ in range(4):
             if offset.width_ns < SYNC_LOW_S * 1e9 / 4:
@@ -48,18 +48,19 @@ class FlushOrder(PaprScmTest):
         return offset
 
     def test_never_too_few(self) -> None:
-        """On a disk, XFS and ext4, what a call promised was synced before it returned."""
+        """On a disk, XFS and ext4, data are synced before the call that promises it returns."""
         random = self.random()
-        dimms = [Nvdimm(slot=slot, size_bytes=size) for slot, size in SIZES.items()]
+        dimms = [PMEM_OFF.at(slot, size) for slot, size in SIZES.items()]
         # It is never flushed, so nothing here depends on flushes.
-        dimms.append(Nvdimm(slot=CLOCK, size_bytes=256 * MIB, device="nvdimm"))
+        dimms.append(PLAIN.at(CLOCK, SMALL))
         shim = self.shim()
         guest = self.boot(Machine(nvdimms=tuple(dimms)), shim=shim)
-        self.region = wait_for_region(guest, CLOCK, 10)
+        self.region = wait_for_region(guest, CLOCK)
         device = create_namespace(guest, self.region, mode="devdax").device
-        assert isinstance(device, CharacterDevice)
+        if not isinstance(device, CharacterDevice):
+            raise ContractError(f"ndctl made no character device: {device}")
         self.device = device
-        disk = create_namespace(guest, wait_for_region(guest, DISK, 10), mode="fsdax").disk.path
+        disk = create_namespace(guest, wait_for_region(guest, DISK), mode="fsdax").disk.path
         targets = [disk, "/mnt/xfs", "/mnt/ext4"]
         dax_mount(guest, XFS, "xfs", targets[XFS])
         dax_mount(guest, EXT4, "ext4", targets[EXT4])

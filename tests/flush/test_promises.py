@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a sync call returned 0 for is in the file system after a remount, whatever flushes failed.
+"""Data survive a remount if a sync call returned 0 for them, also after a failed flush.
 
 fsync(2), fdatasync(2), msync(2) with MS_SYNC, syncfs(2) and write(2) with O_DSYNC may fail, but
 when they return 0 the data are durable, and so is what is needed to find them. sync(2) returns
@@ -22,7 +22,8 @@ from paprscm.flush.syscalls import HeldFile, Step, persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import DaxMount, FsType, dax_mount, mount
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF
+from paprscm.vm.machine import Machine
 
 PAGE = 65536
 FLUSH_ERROR = r"papr_scm \S+: flush error: -1$"
@@ -80,7 +81,7 @@ SCENARIOS = (
 
 @dataclass(frozen=True)
 class Promise:
-    """One call, what it answered, and whether its data were there after a remount."""
+    """One call, its result, and the data after a remount."""
 
     name: str
     step: Step
@@ -88,12 +89,12 @@ class Promise:
 
     @property
     def given(self) -> bool:
-        """True if the call said that all is durable."""
+        """True if the call promised durability."""
         return not self.step.errno
 
     @property
     def broken(self) -> bool:
-        """True if it said so, and they were lost."""
+        """True if it promised durability, and the data are lost."""
         return self.given and not self.kept
 
     def __str__(self) -> str:
@@ -102,13 +103,13 @@ class Promise:
 
 class FlushPromises(PaprScmTest):
     """
-    What is promised on a file system whose flush failed.
+    Promises of sync calls on a file system whose flush failed.
 
     :avocado: tags=flush
     """
 
     def mounted(self, guest: Guest, slot: int, fstype: FsType) -> DaxMount:
-        """A new file system that writes its log, and starts a transaction, only when asked to."""
+        """Make a file system that writes its log, and starts a transaction, only on request."""
         options = "dax=always,noatime"
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
@@ -117,13 +118,13 @@ class FlushPromises(PaprScmTest):
         return dax_mount(guest, slot, fstype, f"/mnt/{slot}", options=options)
 
     def mounted_anew(self, guest: Guest, found: DaxMount, fstype: FsType) -> None:
-        """Unmount and mount again; nothing of it stays in memory meanwhile."""
+        """Unmount, drop the caches, and mount again."""
         where = found.mount.mountpoint
         guest.succeed(f"umount {where} && echo 3 > /proc/sys/vm/drop_caches")
         mount(guest, found.device, fstype, where)
 
     def kept(self, guest: Guest, where: str) -> set[str]:
-        """The calls whose data are there, whole."""
+        """Names of the calls whose data are complete."""
         digest = {b: hashlib.sha256(bytes([b]) * PAGE).hexdigest() for b in (WRITTEN, REWRITTEN)}
         # What is lost is not there, and no error of this command.
         listed = guest.run(f"cd {where} && sha256sum * 2> /dev/null; ls folder").stdout.split()
@@ -135,7 +136,7 @@ class FlushPromises(PaprScmTest):
     def promises(
         self, guest: Guest, slot: int, fstype: FsType, scenario: Scenario
     ) -> tuple[Promise, list[Promise]]:
-        """Let a flush fail; the call that needed it, and those made behind it."""
+        """Let a flush fail; the results of the call that needed it, and of those after it."""
         found = self.mounted(guest, slot, fstype)
         where, syncs = found.mount.mountpoint, guest.vm.syncs(slot)
         guest.succeed(f"mkdir {where}/folder && sync -f {where}")
@@ -159,18 +160,18 @@ class FlushPromises(PaprScmTest):
         return first, later
 
     def judge(self, fstype: FsType) -> list[Promise]:
-        """Make all scenarios; what must hold in each.
+        """Make all scenarios, and judge what holds in each.
 
         Returns:
             The calls that were made after a log had been aborted or shut down.
         """
-        nvdimms = [Nvdimm(slot=slot, size_bytes=512 * MIB) for slot in range(len(SCENARIOS))]
+        nvdimms = [PMEM_OFF.at(slot, FOR_XFS) for slot in range(len(SCENARIOS))]
         guest = self.boot(Machine(nvdimms=tuple(nvdimms)), allowed=[FLUSH_ERROR], shim=self.shim())
         made: list[Promise] = []
         for slot, scenario in enumerate(SCENARIOS):
             trigger, later = self.promises(guest, slot, fstype, scenario)
             if scenario.nth is None:
-                self.assertEqual(trigger.step.errno, errno.EIO, scenario)
+                self.expect(f"errno of {scenario}", trigger.step.errno, errno.EIO)
             # Known issues are about calls that come after an abort, not about the call that waited
             # for the flush, and not about a file system that did not notice the failure.
             known = [] if trigger.given else later
@@ -181,7 +182,7 @@ class FlushPromises(PaprScmTest):
         return made
 
     def aborted(self, issue: str, made: Sequence[Promise]) -> None:
-        """Judge calls that were made on an aborted journal, and whose bug this issue would be."""
+        """Judge the calls on an aborted journal that this issue is about."""
         broken = [promise for promise in made if promise.broken]
         # A promise that was kept by luck proves nothing.
         if broken or all(not promise.given for promise in made):
@@ -189,7 +190,7 @@ class FlushPromises(PaprScmTest):
             self.known_issue(issue, shows=bool(broken), found=f"after the abort, {found}")
 
     def test_ext4(self) -> None:
-        """ext4: on an aborted journal no sync call returns 0 for data that are lost."""
+        """On an aborted journal of ext4, no sync call returns 0 for lost data."""
         made = self.judge("ext4")
         syncfs = [promise for promise in made if promise.name == "syncfs"]
         others = [promise for promise in made if promise.name != "syncfs"]
@@ -197,21 +198,21 @@ class FlushPromises(PaprScmTest):
         self.aborted("linux-ext4-syncfs-ignores-aborted-journal", syncfs)
 
     def test_xfs(self) -> None:
-        """XFS: on a log that was shut down no sync call returns 0 for data that are lost."""
+        """On an XFS log that was shut down, no sync call returns 0 for lost data."""
         made = self.judge("xfs")
         folders = [promise for promise in made if promise.name == "folder"]
         broken = [str(p) for p in made if p not in folders and p.broken]
-        self.assertEqual(broken, [])
+        self.expect("broken promises", broken, [])
         self.aborted("linux-xfs-folder-fsync-ignores-shutdown", folders)
 
     def fsync_behind(self, fstype: FsType) -> tuple[Promise, Promise]:
-        """Two calls of fsync on one file, the second of which waits for an inode lock.
+        """Call fsync twice on one file, so that the second waits for an inode lock.
 
         The first holds it shared while its flush, which fails, is under way. A change of the
         inode waits to get it alone, and so the second, which must not overtake it, waits as well.
         """
         guest = self.boot(
-            Machine(nvdimms=(Nvdimm(slot=0, size_bytes=512 * MIB),)),
+            Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS),)),
             allowed=[FLUSH_ERROR],
             shim=self.shim(),
         )
@@ -224,7 +225,7 @@ class FlushPromises(PaprScmTest):
         syncs.fail(errno.EIO)
         syncs.hang()
         first.go()
-        syncs.wait_begun(begun + 1, 30)
+        syncs.wait_begun(begun + 1)
         change.go()
         change.wait_blocked()
         second.go()
@@ -241,19 +242,19 @@ class FlushPromises(PaprScmTest):
         return made[0], made[1]
 
     def waiting(self, fstype: FsType) -> Promise:
-        """The second of those two, after judging the first."""
+        """Judge the first of those two calls; return the second."""
         first, second = self.fsync_behind(fstype)
         if first.broken:
             raise ContractError(str(first))
         return second
 
     def test_waiting_ext4(self) -> None:
-        """ext4: fsync that waits for an fsync whose flush fails does not return 0 for lost data."""
+        """On ext4, fsync that waits for an fsync that fails does not return 0 for lost data."""
         second = self.waiting("ext4")
-        self.assertFalse(second.broken, str(second))
+        self.check(f"broken promise, {second}", second.broken, False)
 
     def test_waiting_xfs(self) -> None:
-        """XFS: fsync that waits for an fsync whose flush fails does not return 0 for lost data."""
+        """On XFS, fsync that waits for an fsync that fails does not return 0 for lost data."""
         second = self.waiting("xfs")
         if second.given and second.kept:
             # As with linux-pmem-loses-preflush-error, where the log record is stored.

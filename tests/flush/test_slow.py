@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's sync is slow, or does not end: who in the guest waits, who goes on, who is told.
+"""Slow and hanging syncs on the host: what waits for them in the guest, and what goes on.
 
 papr_scm_pmem_flush (arch/powerpc/platforms/pseries/papr_scm.c) asks again and again until the
 hypervisor has another answer than H_LONG_BUSY; in between it sleeps for as long as that says, 10 ms
@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 import shlex
 
-from paprscm.errors import ConfigError
+from paprscm.checks import above, at_least, at_most, below
+from paprscm.errors import ConfigError, ContractError
 from paprscm.flush.syscalls import parse_persist, persist
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.guest import Guest
@@ -21,16 +22,15 @@ from paprscm.pmem.mounts import dax_mount, mount
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 from paprscm.vm.sync_shim import Shim
 
 PAGE = 65536
-SMALL = 256 * MIB
-DIMM, OTHER = Nvdimm(slot=2, size_bytes=SMALL), Nvdimm(slot=5, size_bytes=SMALL)
-# mkfs.xfs wants 300 MB or more.
-LARGE = Nvdimm(slot=2)
+DIMM, OTHER = PMEM_OFF.at(2, SMALL), PMEM_OFF.at(5, SMALL)
+LARGE = PMEM_OFF.at(2, FOR_XFS)
 FLUSH = "dwrite=0:1:49"
-"""What writes "1" to deep_flush."""
+"""The step of persist that writes "1" to deep_flush."""
 POLL_S = 0.010
 # Linux 7.2 adds " in I/O wait" after "blocked" where that is so.
 HUNG_TASK = r"INFO: task \S+:\d+ blocked.* for more than"
@@ -40,13 +40,13 @@ SIGKILL_MASK = 1 << 8
 
 class FlushSlow(PaprScmTest):
     """
-    A flush that takes long, or does not end.
+    A slow or hanging flush.
 
     :avocado: tags=flush
     """
 
     def machine(self, *nvdimms: Nvdimm, allowed: tuple[str, ...] = ()) -> Guest:
-        """A guest whose flushes can be held up."""
+        """Boot a guest whose flushes can be delayed."""
         self.watcher: Shim = self.shim()
         return self.boot(Machine(nvdimms=nvdimms), allowed=allowed, shim=self.watcher)
 
@@ -55,7 +55,7 @@ class FlushSlow(PaprScmTest):
         return f"{region(guest, nvdimm.slot).device}/deep_flush"
 
     def begin(self, guest: Guest, name: str, path: str, *steps: str) -> int:
-        """Begin steps that nobody waits for; the pid. Their report will be in /tmp/NAME."""
+        """Begin steps in the background; the pid. Their report will be in /tmp/NAME."""
         words = shlex.join([str(compile_tool(guest, "persist")), path, *steps])
         return int(guest.succeed(f"{words} > /tmp/{name} 2>&1 < /dev/null & echo $!"))
 
@@ -66,7 +66,7 @@ class FlushSlow(PaprScmTest):
         return found["State"][0], int(found["SigPnd"], 16) | int(found["ShdPnd"], 16)
 
     def test_waited_for(self) -> None:
-        """fsync returns no earlier than the sync, of 1 ms, 50 ms or 1 s; meanwhile it is polled."""
+        """fsync polls the flush, and returns after a sync of 1 ms, 50 ms or 1 s, never before."""
         guest = self.machine(DIMM)
         disk = create_namespace(guest, region(guest, DIMM.slot), mode="raw").disk
         syncs, polls = guest.vm.syncs(DIMM.slot), {}
@@ -75,25 +75,27 @@ class FlushSlow(PaprScmTest):
             before, since = count_hcalls(guest), len(self.watcher.records())
             made = persist(guest, disk.path, *["fsync"] * count)
             hcalls, records = count_hcalls(guest) - before, self.watcher.records(since)
-            self.assertEqual([step.errno for step in made], [0] * count)
-            self.assertEqual([record.result for record in records], [0] * count)
+            what = f"sync of {delay_s:g} s"
+            self.expect(f"{what}: errnos", [step.errno for step in made], [0] * count)
+            self.expect(f"{what}: results", [record.result for record in records], [0] * count)
             for step, record in zip(made, records, strict=True):
-                assert record.duration_s is not None
-                self.assertGreaterEqual(record.duration_s, delay_s)
-                self.assertGreaterEqual(step.duration_s, record.duration_s)
+                if record.duration_s is None:
+                    raise ContractError(f"{what}: fsync returned before the sync ended: {step}")
+                self.check(f"{what}: its duration, s", record.duration_s, at_least(delay_s))
+                self.check(f"{what}: fsync, s", step.duration_s, at_least(record.duration_s))
             # One call to begin with and one at least to ask; no two within the 10 ms of the hint.
             took_s = sum(step.duration_s for step in made)
-            self.assertGreaterEqual(hcalls, 2 * count)
-            self.assertLessEqual(hcalls, 2 * count + took_s / POLL_S)
+            self.check(f"{what}: hcalls", hcalls, at_least(2 * count))
+            self.check(f"{what}: hcalls", hcalls, at_most(2 * count + took_s / POLL_S))
             polls[delay_s] = hcalls / count - 1
             figures = {"fsync_s": round(took_s / count, 4), "polls": round(polls[delay_s], 2)}
-            self.measure(f"sync of {delay_s:g} s", figures)
-        self.assertGreater(polls[0.05], polls[0.001])
+            self.measure(what, figures)
+        self.check("polls in 50 ms, more than in 1 ms", polls[0.05], above(polls[0.001]))
         # A sleep of 10 ms may take 20 ms with 100 ticks a second, and longer on a busy host.
-        self.assertGreater(polls[1.0], max(10.0, polls[0.05]))
+        self.check("polls in 1 s", polls[1.0], above(max(10.0, polls[0.05])))
 
     def test_others_go_on(self) -> None:
-        """While one sync takes long, flushes of its DIMM and of others end, and timers fire.
+        """During a slow sync, other flushes of its DIMM and of others end, and timers fire.
 
         -p sync_s=N is how long it takes, s.
         """
@@ -105,7 +107,7 @@ class FlushSlow(PaprScmTest):
         syncs, hcalls = guest.vm.syncs(DIMM.slot), count_hcalls(guest)
         syncs.delay(sync_s)
         pid = self.begin(guest, "slow", paths[1], FLUSH)
-        syncs.wait_begun(1, 30)
+        syncs.wait_begun(1)
         # It stays delayed; those after it are not.
         syncs.clear()
         quick, ticks, rounds = [], [], 0
@@ -118,7 +120,7 @@ class FlushSlow(PaprScmTest):
             if counts.begun - counts.ended != 1:
                 break
             rounds += 1
-            self.assertEqual([step.errno for step in made], [0] * len(made))
+            self.expect("errnos meanwhile", [step.errno for step in made], [0] * len(made))
             quick += [step.duration_s for step in made]
             ticks.append(float(ended) - float(began))
         figures = {
@@ -127,24 +129,24 @@ class FlushSlow(PaprScmTest):
             "longest_sleep_of_1_s": max(ticks, default=0),
         }
         self.measure("meanwhile", figures)
-        self.assertGreaterEqual(rounds, 2)
-        self.assertLess(max(quick), sync_s / 2)
-        self.assertLess(max(ticks), sync_s / 2)
+        self.expect("rounds meanwhile", rounds, at_least(2))
+        self.check("longest other flush, s", max(quick), below(sync_s / 2))
+        self.check("longest sleep of 1 s, s", max(ticks), below(sync_s / 2))
         guest.wait_until(f"! test -d /proc/{pid}")
         (slow,) = parse_persist(guest.succeed("cat /tmp/slow"), 0, (FLUSH,))
         hcalls = count_hcalls(guest) - hcalls
         self.measure("slow flush", {"s": round(slow.duration_s, 3), "hcalls of all": hcalls})
-        self.assertEqual(slow.errno, 0)
-        self.assertGreaterEqual(slow.duration_s, sync_s)
-        self.assertLess(slow.duration_s, sync_s + 10)
-        self.assertGreater(hcalls, sync_s * 10)
+        self.check("errno of the slow flush", slow.errno, 0)
+        self.check("duration of the slow flush, s", slow.duration_s, at_least(sync_s))
+        self.check("duration of the slow flush, s", slow.duration_s, below(sync_s + 10))
+        self.check("hcalls of all flushes", hcalls, above(sync_s * 10))
 
     def test_hung_task_watcher(self) -> None:
-        """The hung-task watcher names who waits for a flush that hangs, not only who waits behind.
+        """The hung-task watcher reports a task that waits for a hanging flush.
 
         Behind is an fsync on ext4, which waits for the journal's thread.
         """
-        self.environment.kernel.require_option("DETECT_HUNG_TASK")
+        self.require_kernel("CONFIG_DETECT_HUNG_TASK")
         guest = self.machine(LARGE, allowed=(HUNG_TASK,))
         found = dax_mount(guest, LARGE.slot, "ext4", "/mnt/pm")
         persist(guest, "/mnt/pm/file", f"write=0:{PAGE}:1", "fsync")
@@ -157,29 +159,30 @@ class FlushSlow(PaprScmTest):
         path = f"{found.region.device}/deep_flush"
         waits = self.begin(guest, "waits", path, FLUSH)
         behind = self.begin(guest, "behind", "/mnt/pm/file", f"write={PAGE}:{PAGE}:2", "fsync")
-        syncs.wait_begun(syncs.counts().ended + 2, 30)
-        # The control: what is told of at all.
+        syncs.wait_begun(syncs.counts().ended + 2)
+        # The control: a task that the watcher does report.
         guest.wait_until(f"dmesg | grep 'INFO: task persist.*:{behind} blocked'", timeout_s=30)
         said = guest.succeed("sleep 5; dmesg")
         states = {pid: self.state(guest, pid)[0] for pid in (waits, behind)}
         syncs.release()
         guest.wait_until(f"! test -d /proc/{waits} && ! test -d /proc/{behind}")
-        self.assertEqual(states, {waits: "D", behind: "D"})
+        self.expect("the tasks' states", states, {waits: "D", behind: "D"})
         for name, steps in (("waits", (FLUSH,)), ("behind", ("write", "fsync"))):
             made = parse_persist(guest.succeed(f"cat /tmp/{name}"), 0, steps)
-            self.assertEqual([step.errno for step in made], [0] * len(steps))
+            self.expect(f"errnos, {name}", [step.errno for step in made], [0] * len(steps))
         check_offline(guest, [found.mount])
-        self.assertEqual((syncs.counts().begun, syncs.counts().failed), (syncs.counts().ended, 0))
-        told = {int(pid) for pid in re.findall(r"INFO: task \S+:(\d+) blocked", said)}
+        counts = syncs.counts()
+        self.check("syncs that ended and failed", (counts.ended, counts.failed), (counts.begun, 0))
+        reported = {int(pid) for pid in re.findall(r"INFO: task \S+:(\d+) blocked", said)}
         self.known_issue(
             "linux-hung-task-misses-flush",
-            shows=waits not in told,
+            shows=waits not in reported,
             found="with a limit of 2 s, of a task that waits for a flush for 7 s the watcher says "
-            + ("nothing" if waits not in told else "that it hangs"),
+            + ("nothing" if waits not in reported else "that it hangs"),
         )
 
     def test_killed(self) -> None:
-        """When a process was killed while it waited for a flush, nothing of it is left afterwards.
+        """A process that was killed while it waited for a flush leaves nothing behind.
 
         So far it cannot be killed earlier: there is no way out of the loop in papr_scm_pmem_flush
         but an answer of the hypervisor.
@@ -191,7 +194,7 @@ class FlushSlow(PaprScmTest):
         before = syncs.counts()
         syncs.hang()
         pid = self.begin(guest, "killed", file, f"write=0:{PAGE}:2", "fdatasync")
-        syncs.wait_begun(before.begun + 1, 30)
+        syncs.wait_begun(before.begun + 1)
         guest.succeed(f"kill -KILL {pid}")
         polls = count_hcalls(guest)
         guest.succeed("sleep 2")
@@ -200,22 +203,23 @@ class FlushSlow(PaprScmTest):
         else:
             state, pending = self.state(guest, pid)
             self.usual("the state of the killed process", state, "D")
-            self.assertEqual(pending & SIGKILL_MASK, SIGKILL_MASK)
-            self.assertGreater(count_hcalls(guest), polls + 10)
-        self.assertEqual(syncs.counts().ended, before.ended)
+            self.expect("SIGKILL is pending", pending & SIGKILL_MASK, SIGKILL_MASK)
+            self.expect("hcalls after 2 s more", count_hcalls(guest), above(polls + 10))
+        self.expect("syncs that ended", syncs.counts().ended, before.ended)
         syncs.release()
         guest.wait_until(f"! test -d /proc/{pid}")
         # It was killed on its way out of the kernel, before it could print anything.
-        self.assertEqual(guest.succeed("cat /tmp/killed"), "")
+        self.check("output of the killed process", guest.succeed("cat /tmp/killed"), "")
         after = syncs.counts()
-        self.assertEqual((after.begun, after.failed), (after.ended, 0))
+        self.check("syncs that ended and failed", (after.ended, after.failed), (after.begun, 0))
         self.usual("flushes of the killed fdatasync", after.begun - before.begun, 1)
         polls = count_hcalls(guest)
-        self.assertEqual(count_hcalls(guest), polls, "somebody goes on polling")
-        # The file system goes on, and what the dead had stored is as good as synced.
+        self.check("hcalls, of which no more are made", count_hcalls(guest), polls)
+        # The file system still works, and the killed process's write survived.
         guest.succeed("umount /mnt/pm && echo 3 > /proc/sys/vm/drop_caches")
         mount(guest, found.device, "xfs", "/mnt/pm")
         made = persist(guest, file, f"read=0:{PAGE}", f"write={PAGE}:{PAGE}:3", "fsync")
-        self.assertEqual((made[0].byte, [step.errno for step in made]), (2, [0] * 3))
+        found_after = (made[0].byte, [step.errno for step in made])
+        self.check("byte and errnos after a remount", found_after, (2, [0] * 3))
         expect_no_complaints(guest.succeed(KERNEL_LOG))
         check_offline(guest, [found.mount])

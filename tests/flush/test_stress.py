@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flushes from many threads on several DIMMs, while everything around them comes and goes.
+"""Flushes from many threads on several DIMMs, during hotplug and other changes.
 
 papr_scm_pmem_flush holds no lock and sleeps between its hypervisor calls; QEMU has up to 64
 threads that sync, which its disks share. What may go wrong is lost or merged flushes, a token of
-one DIMM taken for another's, a sleep where none may be, memory or threads that nobody gives back.
+one DIMM taken for another's, a sleep in atomic context, leaked memory or threads.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from paprscm.pmem.mounts import Mount, dax_mount
 from paprscm.pmem.namespaces import create_fsdax, create_namespace
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest, QemuTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PLAIN, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
 DISK, XFS, EXT4, BUSY, OTHER = 0, 1, 2, 3, 4
 FLUSHED = (DISK, XFS, EXT4)
-# mkfs.xfs wants 300 MB or more.
 DIMMS = (
-    Nvdimm(slot=DISK, size_bytes=256 * MIB),
-    Nvdimm(slot=XFS, size_bytes=512 * MIB),
-    Nvdimm(slot=EXT4, size_bytes=256 * MIB),
-    Nvdimm(slot=BUSY, size_bytes=256 * MIB),
-    Nvdimm(slot=OTHER, size_bytes=256 * MIB, device="nvdimm"),
+    PMEM_OFF.at(DISK, SMALL),
+    PMEM_OFF.at(XFS, FOR_XFS),
+    PMEM_OFF.at(EXT4, SMALL),
+    PMEM_OFF.at(BUSY, SMALL),
+    PLAIN.at(OTHER, SMALL),
 )
 
 SLOW_S = 0.02
@@ -60,16 +60,16 @@ BESIDE = {
 
 class FlushStress(PaprScmTest):
     """
-    A disk, XFS and ext4 on three DIMMs, flushed by many threads at a time.
+    A disk, XFS and ext4 on three DIMMs, flushed by many threads concurrently.
 
     :avocado: tags=flush,stress
     """
 
     def machine(self) -> Guest:
-        """A guest with the DIMMs, their file systems, and its accounts."""
+        """Boot a guest with the DIMMs and their file systems, and count its flushes."""
         guest = self.boot(Machine(nvdimms=DIMMS), shim=self.shim())
         self.seeds = self.random()
-        self.regions = {n.slot: wait_for_region(guest, n.slot, 10) for n in DIMMS}
+        self.regions = {n.slot: wait_for_region(guest, n.slot) for n in DIMMS}
         self.disk = create_fsdax(guest, self.regions[DISK]).path
         self.mounts: list[Mount] = [
             dax_mount(guest, XFS, "xfs", "/mnt/xfs").mount,
@@ -87,11 +87,11 @@ class FlushStress(PaprScmTest):
         return [f"{self.regions[slot].device}/deep_flush" for slot in FLUSHED]
 
     def mixed(self) -> list[str]:
-        """What a mixture of calls works on."""
+        """The disk and the mount points for a mixture of calls."""
         return [self.disk, *(mount.mountpoint for mount in self.mounts)]
 
     def judge(self, name: str, made: FlushLoad, slots: Sequence[int] = FLUSHED) -> None:
-        """All calls succeeded, and the counts of the DIMMs agree."""
+        """Check that all calls succeeded, and that the counts of the DIMMs agree."""
         made.expect_success()
         account = self.accounts.take(limit_s=15)
         expect_protocol(account.all())
@@ -113,12 +113,12 @@ class FlushStress(PaprScmTest):
             raise HostError(f"nothing was flushed in the slots {never}: the load was none")
 
     def finish(self, guest: Guest) -> None:
-        """No file system complains, online or offline."""
+        """Check that no file system reports an error, online or offline."""
         expect_no_complaints(guest.succeed(KERNEL_LOG))
         check_offline(guest, self.mounts)
 
     def test_operations(self) -> None:
-        """Flushes of three DIMMs by 48 threads, one kind after the other, with syncs that lag."""
+        """48 threads flush three DIMMs with each kind of call and slow syncs; no flush is lost."""
         guest = self.machine()
         for slot in FLUSHED:
             guest.vm.syncs(slot).delay(0, SLOW_S)
@@ -132,7 +132,7 @@ class FlushStress(PaprScmTest):
         self.finish(guest)
 
     def test_beside_everything(self) -> None:
-        """While a CPU, a namespace and a driver come and go, no flush is lost, and no thread."""
+        """While a CPU, a namespace and a driver come and go, no flush and no thread is lost."""
         guest = self.machine()
         for slot in FLUSHED:
             guest.vm.syncs(slot).delay(0, SLOW_S)
@@ -147,14 +147,14 @@ class FlushStress(PaprScmTest):
         expect_threads_end(guest.vm.process.pid)
 
     def load(self, guest: Guest, limit_s: int) -> FlushLoad:
-        """A mixture of calls by 24 threads for so long."""
+        """Load the guest with a mixture of calls by 24 threads."""
         seed = self.seeds.getrandbits(60)
         return load(
             guest, "mixed", self.mixed(), threads=24, count=100_000, limit_s=limit_s, seed=seed
         )
 
     def begin(self, guest: Guest) -> None:
-        """Begin what goes on beside."""
+        """Begin the changes that go on meanwhile."""
         region = self.regions[BUSY]
         values = {
             "C": f"/sys/devices/system/cpu/cpu{self.settings.smp - 1}",
@@ -174,7 +174,7 @@ class FlushStress(PaprScmTest):
         guest.succeed("\n".join([f"touch /tmp/go; {settings}", *loops]))
 
     def end(self, guest: Guest) -> dict[str, int]:
-        """End it; how often each went round."""
+        """End the changes; the number of rounds of each."""
         guest.succeed("rm /tmp/go")
         rounds = {}
         for name in BESIDE:
@@ -186,7 +186,7 @@ class FlushStress(PaprScmTest):
 
 
 def expect_threads_end(pid: int) -> None:
-    """Assert that the threads of a QEMU's pool end when there is nothing to sync."""
+    """Check that the threads of a QEMU's pool end when there is nothing to sync."""
     deadline = time.monotonic() + POOL_LIMIT_S
     while workers := _workers(pid):
         if time.monotonic() > deadline:
@@ -196,18 +196,18 @@ def expect_threads_end(pid: int) -> None:
 
 class FlushMemory(QemuTest):
     """
-    Very many flushes, of a machine that does nothing else.
+    Thousands of flushes of a machine without an operating system.
 
     :avocado: tags=flush,stress
     """
 
     def test_nothing_is_kept(self) -> None:
-        """Thousands of flushes that ended leave no memory behind in QEMU, nor a thread.
+        """Thousands of completed flushes leave neither memory nor a thread behind in QEMU.
 
         A guest with an operating system cannot show that: for what it executes the first time QEMU
         keeps some MiB, and a flush is a hundred bytes (spapr_nvdimm.c).
         """
-        nvdimm = Nvdimm(slot=0, size_bytes=256 * MIB)
+        nvdimm = PMEM_OFF.at(0, SMALL)
         bare = self.bare(Machine(nvdimms=(nvdimm,), smp=1, memory_mib=256))
         pid = bare.vm.process.pid
         grown = []
@@ -216,7 +216,8 @@ class FlushMemory(QemuTest):
             for _ in range(0, count, 1000):
                 flush = Call(Hcall.H_SCM_FLUSH, (nvdimm.drc, 0), 10_000_000, True)
                 answers = bare.batch([flush] * 1000, timeout_s=60)
-                self.assertEqual({answer.code for answer in answers}, {ReturnCode.H_SUCCESS})
+                codes = {answer.code for answer in answers}
+                self.expect("codes of 1000 flushes", codes, {ReturnCode.H_SUCCESS})
             grown.append(_own_kib(pid) - before)
         self.measure("grown_kib", grown)
         # The first fill what is kept for later ones. Each that is not forgotten takes 60 bytes.
@@ -226,10 +227,11 @@ class FlushMemory(QemuTest):
 
 
 def _own_kib(pid: int) -> int:
-    """QEMU's resident memory that is no file's and not shared: what it has allocated."""
+    """QEMU's anonymous resident memory, KiB."""
     rollup = Path(f"/proc/{pid}/status").read_text()
     found = re.search(r"^RssAnon:\s+(\d+) kB", rollup, re.MULTILINE)
-    assert found is not None
+    if found is None:
+        raise HostError(f"/proc/{pid}/status has no RssAnon")
     return int(found[1])
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What each operation in the guest costs in flushes, on pmem=off.
+"""Number of flushes of each operation in the guest, on pmem=off.
 
 A flush is what blkdev_issue_flush, REQ_PREFLUSH and REQ_FUA come down to (drivers/nvdimm/pmem.c:
 pmem_submit_bio), so a bio with both makes two; info blocks and BTTs are written by
@@ -17,11 +17,13 @@ from paprscm.errors import ContractError
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.flush.trace import expect_protocol
 from paprscm.guest.guest import Guest
-from paprscm.pmem.btt_race import BTT_ISSUE, SLEEPS, btt_sleep, first_write
+from paprscm.guest.kmsg import SLEEPS
+from paprscm.pmem.btt_race import BTT_ISSUE, btt_sleep, first_write
 from paprscm.pmem.namespaces import create_fsdax
 from paprscm.pmem.regions import Region, page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
 
 PINNED = "6.12."
 """The kernel whose numbers these are."""
@@ -144,13 +146,13 @@ class FlushTable(PaprScmTest):
     """
 
     def machine(self, size_bytes: int, allowed: Sequence[str] = ()) -> tuple[Guest, Region]:
-        """A guest with one DIMM, whose flushes are counted."""
+        """Boot a guest with one DIMM, and count its flushes."""
         guest = self.boot(
-            Machine(nvdimms=(Nvdimm(slot=SLOT, size_bytes=size_bytes),)),
+            Machine(nvdimms=(PMEM_OFF.at(SLOT, size_bytes),)),
             shim=self.shim(),
             allowed=allowed,
         )
-        region = wait_for_region(guest, SLOT, 10)
+        region = wait_for_region(guest, SLOT)
         # XFS writes its log every 30 s unasked.
         guest.succeed("mkdir -p /mnt/a; echo 72000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
         return guest, region
@@ -163,7 +165,7 @@ class FlushTable(PaprScmTest):
         disk: str = "",
         accounts: FlushAccounts | None = None,
     ) -> None:
-        """Carry out the rows, one after the other, and compare what each made."""
+        """Make the operations of the rows, and compare the flushes of each."""
         accounts = accounts or FlushAccounts(guest, [SLOT])
         settings = f"D={disk} F=/mnt/a/file P={page_size(guest)} R={region.device} N={region.name}"
         found: dict[str, int] = {}
@@ -190,28 +192,28 @@ class FlushTable(PaprScmTest):
             self.remark(text)
 
     def test_disk(self) -> None:
-        """A disk is flushed by fsync, fdatasync and O_DSYNC, and not by writes alone."""
-        guest, region = self.machine(256 * MIB)
+        """A disk is flushed by fsync, fdatasync and O_DSYNC, and not by a write alone."""
+        guest, region = self.machine(SMALL)
         self.judge(guest, region, DISK, create_fsdax(guest, region).path)
 
     def test_xfs(self) -> None:
-        """XFS flushes once for data, and twice where its log is written."""
-        guest, region = self.machine(512 * MIB)
+        """XFS flushes once for data, and twice for a log write."""
+        guest, region = self.machine(FOR_XFS)
         self.judge(guest, region, XFS, create_fsdax(guest, region).path)
 
     def test_ext4(self) -> None:
-        """ext4 flushes once for data, and twice where its journal is written."""
-        guest, region = self.machine(256 * MIB)
+        """ext4 flushes once for data, and twice for a journal write."""
+        guest, region = self.machine(SMALL)
         self.judge(guest, region, EXT4, create_fsdax(guest, region).path)
 
     def test_namespaces(self) -> None:
         """A namespace's info block is flushed when it is written, a disk when it is disabled."""
-        guest, region = self.machine(256 * MIB)
+        guest, region = self.machine(SMALL)
         self.judge(guest, region, NAMESPACES)
 
     def test_sector(self) -> None:
         """A BTT is flushed with each write of its own: four for each sector."""
-        guest, region = self.machine(256 * MIB, allowed=[SLEEPS.pattern])
+        guest, region = self.machine(SMALL, allowed=[SLEEPS.pattern])
         accounts = FlushAccounts(guest, [SLOT])
         self.judge(guest, region, SECTOR[:1], accounts=accounts)
         # A kernel that counts preemption reports the known issue at the first write; what it

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every hcall of storage class memory, every branch, made from bare metal and judged by a model.
+"""Every branch of every hcall of storage class memory, made from bare metal, against a model.
 
-No kernel is between: what is wrong here is QEMU's (hw/ppc/spapr_nvdimm.c). The model is
+No kernel takes part: every difference is QEMU's (hw/ppc/spapr_nvdimm.c). The model is
 paprscm/device/hcall_model.py; its docstrings say where each rule is from.
 """
 
@@ -10,15 +10,16 @@ import random
 from collections.abc import Iterable, Iterator
 
 from paprscm.device.hcall_judge import Request, ScmJudge, coverage, request, unbind_wraps
-from paprscm.errors import GuestLostError
+from paprscm.errors import GuestLostError, HostError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
+from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm
 
 KINDS = (
-    Nvdimm(slot=0),
+    PMEM_OFF.at(0),
     Nvdimm(slot=1, pmem=True, size_bytes=768 * MIB, label_bytes=256 << 10),
-    Nvdimm(slot=2, pmem=True, pmem_override=True),
+    OVERRIDE.at(2),
     Nvdimm(slot=3, device="nvdimm", label_bytes=192 << 10),
     Nvdimm(slot=6, unarmed=True, size_bytes=256 * MIB),
 )
@@ -46,7 +47,7 @@ def around(value: int, by: int = 9) -> range:
 
 
 class HcallTest(QemuTest):
-    """What the tests of hcalls share."""
+    """Base of the tests of hcalls."""
 
     def judge(self, *kinds: Nvdimm) -> ScmJudge:
         """A bare machine with those of these DIMMs that it can have, and its judge."""
@@ -55,7 +56,7 @@ class HcallTest(QemuTest):
         return ScmJudge(bare, able)
 
     def dies_of(self, signal: str, judge: ScmJudge, *requests: Request) -> str:
-        """How QEMU is killed by this signal during the calls; empty if they are answered."""
+        """QEMU's end by this signal during the calls; empty if they return."""
         try:
             judge.make(*requests)
         except GuestLostError as error:
@@ -65,11 +66,11 @@ class HcallTest(QemuTest):
         return ""
 
     def covers(self, judge: ScmJudge, *calls: Hcall, without: Iterable[str] = ()) -> None:
-        """Every branch of these calls was taken; else the test is weaker than it looks."""
+        """Check that these calls took every branch; else the test is weaker than it looks."""
         self.measure("hcalls", judge.calls)
         self.measure("branches", coverage(judge.model.covered))
         if missing := judge.missing(calls, without=without):
-            self.error(f"branches that the test did not reach: {', '.join(sorted(missing))}")
+            raise HostError(f"branches that the test did not reach: {', '.join(sorted(missing))}")
 
 
 class Metadata(HcallTest):
@@ -86,7 +87,7 @@ class Metadata(HcallTest):
         return itertools.product(sorted(offsets), (*range(10), 16, *EDGES[3:]))
 
     def fill(self, judge: ScmJudge, chance: random.Random) -> None:
-        """Random bytes in every label area, through the backing files; the model knows them."""
+        """Write random bytes into every label area and into the model."""
         for slot, dimm in judge.model.dimms.items():
             dimm.label[:] = chance.randbytes(len(dimm.label))
             with judge.bare.file(slot).open("r+b") as file:
@@ -94,7 +95,7 @@ class Metadata(HcallTest):
                 file.write(dimm.label)
 
     def test_read(self) -> None:
-        """H_SCM_READ_METADATA gives the backing file's bytes, or the code of what is wrong."""
+        """H_SCM_READ_METADATA returns the backing file's bytes, or the argument's error code."""
         judge = self.judge(*KINDS)
         self.fill(judge, self.random())
         for slot, dimm in judge.model.dimms.items():
@@ -108,7 +109,7 @@ class Metadata(HcallTest):
         self.covers(judge, Hcall.H_SCM_READ_METADATA)
 
     def test_read_four_bytes(self) -> None:
-        """H_SCM_READ_METADATA of 4 bytes leaves the upper half of r4 clear, whatever they are."""
+        """H_SCM_READ_METADATA of 4 bytes always clears the upper half of r4."""
         judge = self.judge(KINDS[0])
         drc, word = KINDS[0].drc, 0x80000001
         judge.make(
@@ -120,7 +121,7 @@ class Metadata(HcallTest):
         self.known_issue(issue, shows=bool(found), found=found or f"r4 is {word:#x}")
 
     def test_write(self) -> None:
-        """H_SCM_WRITE_METADATA changes the bytes that it names, in the backing file and no more."""
+        """H_SCM_WRITE_METADATA changes exactly the named bytes of the backing file."""
         judge, chance = self.judge(*KINDS), self.random()
         self.fill(judge, chance)
         for slot, dimm in judge.model.dimms.items():
@@ -144,12 +145,15 @@ class Metadata(HcallTest):
         for slot, dimm in judge.model.dimms.items():
             with judge.bare.file(slot).open("rb") as file:
                 file.seek(dimm.size_bytes - 4096)
-                self.assertEqual(file.read(4096), bytes(4096), f"data area of slot {slot}")
-                self.assertEqual(file.read(), bytes(dimm.label), f"label area of slot {slot}")
+                untouched, label = file.read(4096) == bytes(4096), file.read() == dimm.label
+                self.check(
+                    f"slot {slot}: the data area before the labels is empty", untouched, True
+                )
+                self.check(f"slot {slot}: the label area is the model's", label, True)
         self.covers(judge, Hcall.H_SCM_WRITE_METADATA, without=["read-only backend"])
 
     def test_write_to_a_read_only_backend(self) -> None:
-        """H_SCM_WRITE_METADATA on a read-only backend is answered H_P2, and QEMU lives on."""
+        """H_SCM_WRITE_METADATA on a read-only backend returns H_P2, and does not end QEMU."""
         nvdimm = Nvdimm(slot=0, unarmed=True, read_only=True)
         judge = self.judge(nvdimm)
         judge.model.dimms[0].read_only = True
@@ -174,7 +178,7 @@ class Binding(HcallTest):
     """
 
     def test_bind(self) -> None:
-        """H_SCM_BIND_MEM gives the address of any range of blocks, or the code of what is wrong."""
+        """H_SCM_BIND_MEM returns the address of a range of blocks, or the argument's error code."""
         judge = self.judge(*KINDS)
         call, anywhere = Hcall.H_SCM_BIND_MEM, BIND_ANY_ADDRESS
         for slot, dimm in judge.model.dimms.items():
@@ -184,14 +188,14 @@ class Binding(HcallTest):
                 *(request(call, drc, a, n, anywhere, 0) for a in blocks for n in blocks),
                 *(request(call, drc, 0, 1, a, 0) for a in (*EDGES, dimm.address)),
                 *(request(call, drc, 0, 1, anywhere, token) for token in EDGES),
-                # Which of two mistakes is told is a part of the contract: the first that is wrong.
+                # Which of two errors is returned is part of the contract: the first one.
                 *(request(call, drc, 99, 99, 0, token) for token in (0, 1)),
                 *(request(call, other, 0, 1, anywhere, 0) for other in NO_NVDIMMS),
             )
         self.covers(judge, call)
 
     def test_unbind(self) -> None:
-        """H_SCM_UNBIND_MEM takes each range of blocks of its DIMM, and refuses every other."""
+        """H_SCM_UNBIND_MEM accepts each range of blocks of its DIMM, and refuses all others."""
         judge = self.judge(*KINDS)
         call = Hcall.H_SCM_UNBIND_MEM
         for slot, dimm in judge.model.dimms.items():
@@ -211,7 +215,7 @@ class Binding(HcallTest):
         self.covers(judge, call, without=["range wraps"])
 
     def test_unbind_a_range_that_wraps(self) -> None:
-        """H_SCM_UNBIND_MEM of blocks that end beyond 2^64 is refused, and QEMU lives on."""
+        """H_SCM_UNBIND_MEM of blocks that end beyond 2^64 is refused, and does not end QEMU."""
         judge = self.judge(KINDS[0])
         start = (1 << 64) - SCM_BLOCK_SIZE
         wraps = request(Hcall.H_SCM_UNBIND_MEM, drc_index(0), start, 2, 0)
@@ -219,7 +223,7 @@ class Binding(HcallTest):
         self.known_issue("qemu-unbind-mem-aborts", shows=bool(crash), found=crash or "H_P3")
 
     def test_unbind_all(self) -> None:
-        """H_SCM_UNBIND_ALL counts the blocks of one DIMM or of all, or says what is wrong."""
+        """H_SCM_UNBIND_ALL returns the blocks of one or all DIMMs, or an argument's error code."""
         judge = self.judge(*KINDS)
         call = Hcall.H_SCM_UNBIND_ALL
         judge.make(
@@ -241,14 +245,14 @@ class Others(HcallTest):
     """
 
     def test_health(self) -> None:
-        """H_SCM_HEALTH knows whether a DIMM is armed, and claims to know nothing else."""
+        """H_SCM_HEALTH reports only whether a DIMM is armed; its mask has no other bit."""
         judge = self.judge(*KINDS)
         drcs = (*map(drc_index, judge.model.dimms), *NO_NVDIMMS)
         judge.make(*(request(Hcall.H_SCM_HEALTH, drc) for drc in drcs))
         self.covers(judge, Hcall.H_SCM_HEALTH)
 
     def test_not_implemented(self) -> None:
-        """The queries of bindings and the statistics are answered H_FUNCTION, as Linux expects."""
+        """The queries of bindings and of statistics return H_FUNCTION, as Linux expects."""
         judge = self.judge(*KINDS)
         calls = (
             Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING,
@@ -272,10 +276,10 @@ class Others(HcallTest):
             *(request(Hcall.H_SCM_FLUSH, drc, 0) for drc in drcs),
         )
         judge.poll_to_the_end()
-        self.assertEqual(judge.model.dimms[0].last_token, len(drcs))
+        self.check("token of the last flush", judge.model.dimms[0].last_token, len(drcs))
 
     def test_other_connectors_are_no_nvdimms(self) -> None:
-        """The DRC of a DIMM of ordinary memory, of a core or a host bridge is no nvdimm's."""
+        """A DRC of ordinary memory, of a core or of a host bridge is refused as not an NVDIMM's."""
         judge = self.judge(*KINDS)
         qmp = judge.bare.qmp
         qmp.execute("object-add", qom_type="memory-backend-ram", id="ram1", size=256 * MIB)
@@ -299,8 +303,8 @@ class Others(HcallTest):
             )
 
     def test_hotplugged(self) -> None:
-        """A DIMM that is plugged into a running machine answers as one that was there at boot."""
-        at_boot, later = Nvdimm(slot=0), Nvdimm(slot=EMPTY_SLOT, size_bytes=256 * MIB)
+        """A DIMM that is plugged into a running machine works like one present at boot."""
+        at_boot, later = PMEM_OFF.at(0), PMEM_OFF.at(EMPTY_SLOT, SMALL)
         judge = self.judge(at_boot)
         everything = [
             request(call, later.drc, 0, 1, BIND_ANY_ADDRESS if call is Hcall.H_SCM_BIND_MEM else 1)

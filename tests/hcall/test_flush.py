@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""H_SCM_FLUSH from bare metal: its tokens, what it syncs on the host, and what it does when that
-takes long or fails.
+"""H_SCM_FLUSH from bare metal: its tokens, its syncs on the host, and slow or failing syncs.
 
 QEMU commit b5513584a08d ("spapr: nvdimm: Implement H_SCM_FLUSH hcall") (in v7.0), hw/ppc/
-spapr_nvdimm.c: h_scm_flush, flush_worker_cb, spapr_nvdimm_get_flush_status. What the host is asked
-to do is counted by the flush shim, in QEMU's process but apart from its code.
+spapr_nvdimm.c: h_scm_flush, flush_worker_cb, spapr_nvdimm_get_flush_status. The flush shim counts
+the host's syncs in QEMU's process, independently of QEMU's code.
 """
 
 import dataclasses
 import errno
 
+from paprscm.checks import at_least, containing
 from paprscm.device.hcall_judge import ScmJudge, coverage, request
 from paprscm.device.mailbox import TIMEBASE_HZ, Call
+from paprscm.errors import HostError
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm, in_words
+from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Operation
 
 FLUSH = Hcall.H_SCM_FLUSH
@@ -23,16 +25,15 @@ H_LOGICAL_CI_LOAD, H_LOGICAL_CI_STORE = 0x3C, 0x40
 PATTERN = 0x8182838485868788
 BUSY = ReturnCode.H_LONG_BUSY_ORDER_10_MSEC
 
-SMALL = 256 * MIB
-FIRST = Nvdimm(slot=0, size_bytes=SMALL)
-SECOND = Nvdimm(slot=1, size_bytes=SMALL)
-PMEM = Nvdimm(slot=2, size_bytes=SMALL, pmem=True)
-OVERRIDE = Nvdimm(slot=3, size_bytes=SMALL, pmem=True, pmem_override=True)
-PLAIN = Nvdimm(slot=4, size_bytes=SMALL, device="nvdimm")
+FIRST = PMEM_OFF.at(0, SMALL)
+SECOND = PMEM_OFF.at(1, SMALL)
+PERSISTENT = PMEM_ON.at(2, SMALL)
+OVERRIDDEN = OVERRIDE.at(3, SMALL)
+OLD = PLAIN.at(4, SMALL)
 
 
 class FlushTest(QemuTest):
-    """What the tests of H_SCM_FLUSH share."""
+    """Base of the tests of H_SCM_FLUSH."""
 
     def judge(self, *nvdimms: Nvdimm, smp: int = 1) -> ScmJudge:
         """A bare machine whose syncs are watched, and its judge."""
@@ -40,7 +41,7 @@ class FlushTest(QemuTest):
         return ScmJudge(self.bare(machine, shim=self.shim()), nvdimms)
 
     def counts(self, judge: ScmJudge, slot: int) -> dict[str, int]:
-        """How often the host was asked to sync the file behind a DIMM, by operation."""
+        """The number of syncs of the file behind a DIMM, by operation."""
         syncs = judge.bare.vm.syncs(slot)
         ended = {operation.name.lower(): syncs.counts(operation).ended for operation in Operation}
         return {name: count for name, count in ended.items() if count}
@@ -54,14 +55,14 @@ class Tokens(FlushTest):
     """
 
     def test_life(self) -> None:
-        """A flush is long-busy first, keeps its token, is told to have ended once, and no more."""
+        """A flush is long-busy first, keeps its token, and reports its end exactly once."""
         judge = self.judge(FIRST)
         for number in range(1, 21):
             (begun,) = judge.make(request(FLUSH, FIRST.drc, 0))
-            self.assertEqual((begun.code, begun.outputs[0]), (BUSY, number))
+            self.expect("code and token of a flush", (begun.code, begun.outputs[0]), (BUSY, number))
             judge.poll_to_the_end()
             judge.make(request(FLUSH, FIRST.drc, number), request(FLUSH, FIRST.drc, number + 1))
-        self.assertEqual(self.counts(judge, 0), {"fdatasync": 20})
+        self.check("syncs", self.counts(judge, 0), {"fdatasync": 20})
         self.measure("branches", coverage(judge.model.covered))
 
     def test_tokens_are_the_devices_own(self) -> None:
@@ -74,11 +75,11 @@ class Tokens(FlushTest):
             *(request(FLUSH, FIRST.drc, token) for token in (4, 1 << 32 | 1, 1 << 63, -1)),
         )
         judge.poll_to_the_end()
-        self.assertEqual(self.counts(judge, 0), {"fdatasync": 3})
-        self.assertEqual(self.counts(judge, 1), {"fdatasync": 1})
+        self.check("syncs of slot 0", self.counts(judge, 0), {"fdatasync": 3})
+        self.check("syncs of slot 1", self.counts(judge, 1), {"fdatasync": 1})
 
     def test_many_outstanding(self) -> None:
-        """A thousand flushes at once are a thousand syncs; each is told once, in any order."""
+        """A thousand concurrent flushes are a thousand syncs; each end is reported exactly once."""
         judge = self.judge(FIRST)
         judge.make(*(request(FLUSH, FIRST.drc, 0) for _ in range(1000)))
         judge.bare.vm.syncs(0).wait_ended(1000, 60)
@@ -87,33 +88,34 @@ class Tokens(FlushTest):
         polls = [Call(FLUSH, (FIRST.drc, token), 100_000, True, 100) for token in tokens]
         judge.judge([request(FLUSH, *poll.args) for poll in polls], judge.bare.batch(polls))
         judge.make(*(request(FLUSH, FIRST.drc, token) for token in tokens))
-        self.assertEqual(self.counts(judge, 0), {"fdatasync": 1000})
+        self.check("syncs", self.counts(judge, 0), {"fdatasync": 1000})
 
     def test_four_processors(self) -> None:
-        """Flushes that four vCPUs begin at once have a token each, and end once each."""
+        """Flushes that four vCPUs begin concurrently have a token each, and end once each."""
         judge = self.judge(FIRST, smp=4)
         bare, each = judge.bare, 250
         bare.start_cpus(4)
         begun = bare.together({cpu: [Call(FLUSH, (FIRST.drc, 0))] * each for cpu in range(4)})
         answers = [answer for made in begun.values() for answer in made]
-        self.assertEqual({answer.code for answer in answers}, {BUSY})
+        self.expect("codes of the flushes", {answer.code for answer in answers}, {BUSY})
         tokens = sorted(answer.outputs[0] for answer in answers)
-        self.assertEqual(tokens, list(range(1, 4 * each + 1)))
-        # Every vCPU asks for every token: exactly one of them must be told of its end.
+        self.expect("the tokens count from 1", tokens == list(range(1, 4 * each + 1)), True)
+        # Every vCPU polls every token: exactly one of them must get the flush's end.
         polls = [Call(FLUSH, (FIRST.drc, token), 100_000, True, 100) for token in tokens]
         ended = bare.together(dict.fromkeys(range(4), polls), timeout_s=60)
-        codes = [sorted(made[n].code for made in ended.values()) for n in range(len(tokens))]
-        self.assertEqual(set(map(tuple, codes)), {(ReturnCode.H_P2,) * 3 + (ReturnCode.H_SUCCESS,)})
-        self.assertEqual(self.counts(judge, 0), {"fdatasync": 4 * each})
+        codes = {tuple(sorted(made[n].code for made in ended.values())) for n in range(len(tokens))}
+        once = (ReturnCode.H_P2,) * 3 + (ReturnCode.H_SUCCESS,)
+        self.check("the vCPUs' codes for a token", codes, {once})
+        self.check("syncs", self.counts(judge, 0), {"fdatasync": 4 * each})
 
     def test_reset_ends_and_forgets_flushes(self) -> None:
-        """A reset of the machine forgets tokens, told or not, and later ones are new ones."""
+        """A reset of the machine forgets all tokens; later flushes get new ones."""
         judge = self.judge(FIRST, SECOND)
         judge.make(*(request(FLUSH, nvdimm.drc, 0) for nvdimm in (FIRST, SECOND, FIRST)))
         judge.bare.reset()
         judge.model.reset()
         for slot, count in ((0, 2), (1, 1)):
-            self.assertEqual(self.counts(judge, slot), {"fdatasync": count})
+            self.check(f"syncs of slot {slot}", self.counts(judge, slot), {"fdatasync": count})
         judge.make(
             *(request(FLUSH, FIRST.drc, token) for token in (1, 2)),
             request(FLUSH, SECOND.drc, 1),
@@ -125,28 +127,28 @@ class Tokens(FlushTest):
 
 class Syncs(FlushTest):
     """
-    What a flush makes the host do.
+    The host's syncs for a flush.
 
     :avocado: tags=hcall,flush
     """
 
     def test_each_kind(self) -> None:
-        """pmem=off is synced by fdatasync, an override by pmem_persist, others refuse to flush."""
-        nvdimms = self.possible((FIRST, PMEM, OVERRIDE, PLAIN))
+        """A flush of pmem=off calls fdatasync, of pmem-override pmem_persist; others refuse it."""
+        nvdimms = self.possible((FIRST, PERSISTENT, OVERRIDDEN, OLD))
         judge = self.judge(*nvdimms)
         for _ in range(5):
             judge.make(*(request(FLUSH, nvdimm.drc, 0) for nvdimm in nvdimms))
             judge.poll_to_the_end()
-        wanted = {FIRST: {"fdatasync": 5}, OVERRIDE: {"pmem_persist": 5}}
+        expected = {FIRST: {"fdatasync": 5}, OVERRIDDEN: {"pmem_persist": 5}}
         for nvdimm in nvdimms:
             counts = self.counts(judge, nvdimm.slot)
-            self.assertEqual(counts, wanted.get(nvdimm, {}), in_words(nvdimm))
+            self.check(f"syncs of {in_words(nvdimm)}", counts, expected.get(nvdimm, {}))
         self.measure("branches", coverage(judge.model.covered))
 
     def test_no_other_call_syncs(self) -> None:
-        """Labels are written and memory is bound without a sync, which is the flush's alone."""
-        judge = self.judge(FIRST, PLAIN)
-        for nvdimm in (FIRST, PLAIN):
+        """Calls that write labels or bind memory do not sync; only a flush does."""
+        judge = self.judge(FIRST, OLD)
+        for nvdimm in (FIRST, OLD):
             drc, address = nvdimm.drc, judge.model.dimms[nvdimm.slot].address
             answers = judge.make(
                 request(Hcall.H_SCM_WRITE_METADATA, drc, 0, 1, 1),
@@ -156,29 +158,32 @@ class Syncs(FlushTest):
                 request(Hcall.H_SCM_UNBIND_ALL, UnbindScope.DRC, drc, 0),
                 request(Hcall.H_SCM_HEALTH, drc),
             )
-            self.assertEqual({answer.code for answer in answers}, {ReturnCode.H_SUCCESS})
-            # Nor does one that asks for the end of a flush that was never begun.
+            codes = {answer.code for answer in answers}
+            self.check(f"codes of {in_words(nvdimm)}", codes, {ReturnCode.H_SUCCESS})
+            # Nor does a poll for a flush that was never begun.
             judge.make(request(FLUSH, drc, 99))
-            self.assertEqual(self.counts(judge, nvdimm.slot), {}, in_words(nvdimm))
+            self.check(f"syncs of {in_words(nvdimm)}", self.counts(judge, nvdimm.slot), {})
 
     def stored_and_flushed(self, nvdimm: Nvdimm) -> bytes:
-        """What a DIMM's file begins with when eight bytes were stored there and a flush ended."""
+        """Store eight bytes at a DIMM's begin, flush, and return the first bytes of its file."""
         judge = self.judge(nvdimm)
         address = judge.model.dimms[nvdimm.slot].address
-        self.assertEqual(judge.bare.call(H_LOGICAL_CI_STORE, 8, address, PATTERN).code, 0)
+        stored = judge.bare.call(H_LOGICAL_CI_STORE, 8, address, PATTERN)
+        self.expect("code of H_LOGICAL_CI_STORE", stored.code, 0)
         loaded = judge.bare.call(H_LOGICAL_CI_LOAD, 8, address)
-        self.assertEqual((loaded.code, loaded.outputs[0]), (0, PATTERN))
+        self.expect("code and value of a load", (loaded.code, loaded.outputs[0]), (0, PATTERN))
         judge.make(request(FLUSH, nvdimm.drc, 0))
         judge.poll_to_the_end()
         with judge.bare.file(nvdimm.slot).open("rb") as file:
             return file.read(8)
 
     def test_what_was_stored_is_in_the_file(self) -> None:
-        """When a flush has ended, the file holds what was stored before it began."""
-        self.assertEqual(self.stored_and_flushed(FIRST), PATTERN.to_bytes(8, "big"))
+        """When a flush has ended, the data that were stored before it are in the file."""
+        content = self.stored_and_flushed(FIRST)
+        self.check("the file's first bytes", content, PATTERN.to_bytes(8, "big"))
 
     def test_a_private_mapping_loses_what_was_stored(self) -> None:
-        """A flush that ended well is no lie with share=off, either."""
+        """With share=off, too, H_SUCCESS of a flush means that the data are in the file."""
         found = self.stored_and_flushed(dataclasses.replace(FIRST, share=False))
         lost = found != PATTERN.to_bytes(8, "big")
         self.known_issue(
@@ -188,26 +193,26 @@ class Syncs(FlushTest):
         )
 
     def test_told_only_after_its_sync(self) -> None:
-        """While the sync is held back every poll is long-busy; other DIMMs go on meanwhile."""
+        """While a sync hangs, each poll is long-busy, and other DIMMs can be flushed."""
         judge = self.judge(FIRST, SECOND)
         held = judge.bare.vm.syncs(0)
         held.hang()
         judge.model.dimms[0].held = True
         judge.make(*(request(FLUSH, FIRST.drc, 0) for _ in range(3)))
-        held.wait_begun(3, 10)
+        held.wait_begun(3)
         for _ in range(20):
             judge.make(*(request(FLUSH, FIRST.drc, token) for token in (1, 2, 3)))
             judge.make(request(FLUSH, SECOND.drc, 0))
             judge.poll_to_the_end(1)
-        self.assertEqual(held.counts().ended, 0)
+        self.check("syncs that ended while they were held", held.counts().ended, 0)
         held.release()
         judge.model.release(0)
         judge.poll_to_the_end()
-        self.assertEqual(self.counts(judge, 0), {"fdatasync": 3})
-        self.assertEqual(self.counts(judge, 1), {"fdatasync": 20})
+        self.check("syncs of slot 0", self.counts(judge, 0), {"fdatasync": 3})
+        self.check("syncs of slot 1", self.counts(judge, 1), {"fdatasync": 20})
 
     def test_a_slow_sync_is_waited_for(self) -> None:
-        """The end of a flush whose sync takes 50 ms is not told any earlier."""
+        """The end of a flush whose sync takes 50 ms is not reported earlier."""
         judge = self.judge(FIRST)
         judge.bare.vm.syncs(0).delay(0.05)
         for _ in range(5):
@@ -215,8 +220,9 @@ class Syncs(FlushTest):
             (ended,) = judge.bare.batch(
                 [Call(FLUSH, (FIRST.drc, begun.outputs[0]), 100_000, True, 100)]
             )
-            self.assertEqual(ended.code, ReturnCode.H_SUCCESS)
-            self.assertGreaterEqual((ended.ended - begun.began) / TIMEBASE_HZ, 0.05)
+            self.check("code of the flush's end", ended.code, ReturnCode.H_SUCCESS)
+            duration_s = (ended.ended - begun.began) / TIMEBASE_HZ
+            self.check("duration of a flush, s", duration_s, at_least(0.05))
 
     def test_a_failed_sync_is_told(self) -> None:
         """When the host's sync fails its flush ends with H_HARDWARE, and no other flush does."""
@@ -232,13 +238,14 @@ class Syncs(FlushTest):
             first.failing = False
             judge.make(request(FLUSH, FIRST.drc, 0))
             judge.poll_to_the_end()
-        self.assertEqual(syncs.counts().failed, 9)
-        said = judge.bare.vm.says()
+        self.check("syncs that failed", syncs.counts().failed, 9)
+        output = judge.bare.vm.says()
         for text in ("Input/output error", "No space left on device", "Disk quota exceeded"):
-            self.assertIn(f"papr_scm: Could not sync nvdimm to backend file: {text}", said)
+            message = f"papr_scm: Could not sync nvdimm to backend file: {text}"
+            self.check("QEMU's output", output, containing(message))
 
     def test_one_of_many_fails(self) -> None:
-        """Of a hundred flushes at once just those fail whose syncs failed."""
+        """Of a hundred concurrent flushes exactly those fail whose syncs failed."""
         judge = self.judge(FIRST)
         syncs = judge.bare.vm.syncs(0)
         syncs.fail(errno.EIO, every=7)
@@ -247,13 +254,14 @@ class Syncs(FlushTest):
             [Call(FLUSH, (FIRST.drc, answer.outputs[0]), 100_000, True, 100) for answer in begun]
         )
         codes = [answer.code for answer in ended]
-        self.assertEqual(codes.count(ReturnCode.H_HARDWARE), 100 // 7)
-        self.assertEqual(codes.count(ReturnCode.H_SUCCESS), 100 - 100 // 7)
-        self.assertEqual(syncs.counts().failed, 100 // 7)
+        failed = 100 // 7
+        self.check("flushes with H_HARDWARE", codes.count(ReturnCode.H_HARDWARE), failed)
+        self.check("flushes with H_SUCCESS", codes.count(ReturnCode.H_SUCCESS), 100 - failed)
+        self.check("syncs that failed", syncs.counts().failed, failed)
 
     def test_every_branch(self) -> None:
-        """Every answer that H_SCM_FLUSH has is given once at least."""
-        nvdimms = self.possible((FIRST, PMEM, OVERRIDE, PLAIN))
+        """H_SCM_FLUSH can return each of its result codes."""
+        nvdimms = self.possible((FIRST, PERSISTENT, OVERRIDDEN, OLD))
         judge = self.judge(*nvdimms)
         held = judge.bare.vm.syncs(0)
         held.hang()
@@ -268,6 +276,6 @@ class Syncs(FlushTest):
         judge.poll_to_the_end()
         judge.make(request(FLUSH, FIRST.drc, 1))
         self.measure("branches", coverage(judge.model.covered))
-        without = [] if PMEM in nvdimms else ["persistent backend"]
+        without = [] if PERSISTENT in nvdimms else ["persistent backend"]
         if missing := judge.missing([FLUSH], without=without):
-            self.error(f"branches that the test did not reach: {', '.join(sorted(missing))}")
+            raise HostError(f"branches that the test did not reach: {', '.join(sorted(missing))}")

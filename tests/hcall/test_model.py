@@ -22,18 +22,18 @@ from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError, Error
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
 from paprscm.testcase import QemuTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import PLAIN, PMEM_OFF, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
 
-SMALL = 256 * MIB
 DIMMS = (
-    Nvdimm(slot=0, size_bytes=SMALL),
+    PMEM_OFF.at(0, SMALL),
     Nvdimm(slot=1, size_bytes=2 * SMALL, label_bytes=256 << 10),
-    Nvdimm(slot=2, size_bytes=SMALL, pmem=True),
-    Nvdimm(slot=3, size_bytes=SMALL, device="nvdimm"),
+    PMEM_ON.at(2, SMALL),
+    PLAIN.at(3, SMALL),
     Nvdimm(slot=4, size_bytes=SMALL, unarmed=True),
 )
 MOST_HELD = 16
-"""How many flushes a sequence may hold back; QEMU has 64 threads for them."""
+"""Limit of flushes that a sequence holds back; QEMU has 64 threads for them."""
 
 
 class Token(NamedTuple):
@@ -51,7 +51,7 @@ class Address(NamedTuple):
 
 
 class Make(NamedTuple):
-    """A call; arguments are numbers, or what they are relative to."""
+    """A call; its arguments are numbers, or relative to a token or an address."""
 
     call: Hcall
     slot: int
@@ -59,7 +59,7 @@ class Make(NamedTuple):
 
 
 class Control(NamedTuple):
-    """Something that is done to the machine: "hold", "release", "fail", "mend", "reset"."""
+    """An action on the machine: "hold", "release", "fail", "mend", "reset"."""
 
     verb: str
     slot: int
@@ -69,7 +69,7 @@ Value = int | Token | Address
 
 
 def weighed(*choices: tuple[int, st.SearchStrategy[Value]]) -> st.SearchStrategy[Value]:
-    """Any of these, so often as the number says; one_of() would drop repetitions."""
+    """Any of these, with the number as its weight; one_of() would drop repetitions."""
     picks = [strategy for weight, strategy in choices for _ in range(weight)]
     return st.integers(0, len(picks) - 1).flatmap(lambda number: picks[number])
 
@@ -132,7 +132,7 @@ class Model(QemuTest):
     timeout = 600
 
     def test_random_sequences(self) -> None:
-        """Whatever is called in whatever order, the machine answers as the model does."""
+        """In any order of any calls, the machine returns the same as the model."""
         count = int(self.params.get("sequences", default=500))
         machine = Machine(nvdimms=self.possible(DIMMS), smp=1, memory_mib=256)
         self.done: list[str] = []
@@ -165,7 +165,7 @@ class Model(QemuTest):
         try:
             run()
         except (ContractError, Flaky) as error:
-            # What time decides does not go wrong each time: then this is the last way that did.
+            # A race does not fail every time: then this is the last sequence that failed.
             sometimes = " that was found, and not every time" if isinstance(error, Flaky) else ""
             way = "\n  ".join(self.shortest)
             raise ContractError(
@@ -179,11 +179,11 @@ class Model(QemuTest):
         self.log.info("%d hcalls in %d sequences", total["hcalls"], total["sequences"])
 
     def new_judge(self, machine: Machine) -> ScmJudge:
-        """A machine as all sequences begin with, and its judge."""
+        """Start a machine for the sequences; its judge."""
         return ScmJudge(self.bare(machine, shim=self.shim()), machine.nvdimms)
 
     def recover(self, machine: Machine) -> None:
-        """A machine to go on with when nobody knows which flushes and labels this one has."""
+        """Bring the machine into a known state again, or start a new one."""
         old = self.judge
         try:
             for slot in old.model.dimms:
@@ -200,7 +200,7 @@ class Model(QemuTest):
             self.judge = self.new_judge(machine)
 
     def run_one(self, sequence: list[Make | Control]) -> None:
-        """One sequence: calls in a row are made in one go."""
+        """Run one sequence; consecutive calls are made in one batch."""
         judge = self.judge
         self.clean(judge)
         self.done = []
@@ -225,7 +225,7 @@ class Model(QemuTest):
         judge.poll_to_the_end()
 
     def clean(self, judge: ScmJudge) -> None:
-        """The machine as it was at its start: empty labels, no rule of the shim, no flush."""
+        """Bring the machine into its first state: empty labels, no rule of the shim, no flush."""
         for slot, dimm in judge.model.dimms.items():
             judge.bare.vm.syncs(slot).clear()
             judge.model.release(slot)
@@ -238,7 +238,7 @@ class Model(QemuTest):
         judge.poll_to_the_end()
 
     def request(self, judge: ScmJudge, step: Make) -> Request | None:
-        """The call with numbers in place of what is relative; None if it would hold too much."""
+        """The call with absolute numbers; None if it would hold too many flushes."""
 
         def number(value: Value) -> int:
             if isinstance(value, int):
@@ -264,7 +264,7 @@ class Model(QemuTest):
         """Do something to the machine, and to the model."""
         dimm, syncs = judge.model.dimms[step.slot], judge.bare.vm.syncs(step.slot)
         if step.verb in ("fail", "mend"):
-            # How a flush ends that is on its way, nobody could say.
+            # The end of a flush that is under way cannot be predicted.
             if dimm.held:
                 return
             judge.poll_to_the_end(step.slot)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What devdax promises: its device grants MAP_SYNC, refuses what it must, and is the DIMM's memory.
+"""Contract of a devdax device: MAP_SYNC, refused mappings, and stores that reach the DIMM.
 
 drivers/dax/device.c (check_vma, dax_mmap, dax_fops) and drivers/dax/bus.c (devm_create_dev_dax:
-set_dax_synchronous). It has no file system, so nothing but stores and cache-line write-backs; what
-only a flush by hcall makes persistent must not be promised to be persistent without one.
+set_dax_synchronous). It has no file system, only stores and cache-line write-backs; it must not
+promise without a flush what only a flush by hcall makes persistent.
 """
 
 import dataclasses
@@ -28,6 +28,7 @@ from paprscm.map_sync.verdict import Result
 from paprscm.pmem.namespaces import CharacterDevice, create_namespace, place_in_file
 from paprscm.pmem.regions import Region, page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Machine, Nvdimm
 
 # Message of check_vma for each mapping that it refuses, with the name of its caller: dax_mmap, and
@@ -39,22 +40,22 @@ def prove(reports: Iterable[CellReport]) -> None:
     """Assert that each cell was tried on a DAX character device."""
     found = {(report.file.type, report.file.dax) if report.file else None for report in reports}
     if found != {("character", True)}:
-        raise ContractError(f"the file is no DAX character device: {found}")
+        raise ContractError(f"the file is not a DAX character device: {found}")
 
 
 class OnHost:
-    """A device as the DIMM's backing file on the host has it."""
+    """A device's content in the DIMM's backing file on the host."""
 
     def __init__(self, guest: Guest, region: Region, device: CharacterDevice) -> None:
         self._begin = place_in_file(guest, region, device)
         self._file = guest.file(region.slot)
 
     def absent(self, report: CellReport, *, shift: int = 0) -> list[int]:
-        """The offsets of stores that are not there.
+        """The offsets of stores that are missing in the backing file.
 
         Args:
             report: of a cell that stored.
-            shift: how far from where they belong they are looked for, bytes.
+            shift: added to each offset, bytes.
         """
         with self._file.open("rb") as file:
             return [
@@ -73,8 +74,8 @@ class Devdax(PaprScmTest):
 
     def device(self, guest: Guest, nvdimm: Nvdimm) -> tuple[Region, CharacterDevice]:
         """The device of a new devdax namespace, proven to be on the DIMM's region."""
-        region = wait_for_region(guest, nvdimm.slot, 10)
-        if region.node.hcall_flush_required is nvdimm.pmem:
+        region = wait_for_region(guest, nvdimm.slot)
+        if region.node.hcall_flush_required is not nvdimm.flushes_by_hcall:
             raise ContractError(f"{nvdimm}: {region.node}")
         device = create_namespace(guest, region, mode="devdax").device
         if not isinstance(device, CharacterDevice):
@@ -82,7 +83,7 @@ class Devdax(PaprScmTest):
         return region, device
 
     def judge(self, nvdimm: Nvdimm) -> tuple[list[CellReport], int]:
-        """Everything but MAP_SYNC; the cells that ask for it where it can be granted, and align."""
+        """Compare all cells except those that MAP_SYNC decides; return these, and the alignment."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         region, device = self.device(guest, nvdimm)
         align = device.align_bytes
@@ -124,11 +125,11 @@ class Devdax(PaprScmTest):
         return by_sync, align
 
     def test_pmem_on(self) -> None:
-        """Devdax on pmem=on grants MAP_SYNC with each type of shared mapping; stores arrive.
+        """Devdax on pmem=on grants MAP_SYNC with each type of shared mapping, and keeps stores.
 
         A private or unaligned mapping is refused with EINVAL, and so is fsync().
         """
-        by_sync, align = self.judge(Nvdimm(pmem=True))
+        by_sync, align = self.judge(PMEM_ON)
         if found := differences(by_sync, FileKind.DEVICE, align_bytes=align):
             raise ContractError("MAP_SYNC:\n  " + "\n  ".join(found))
 
@@ -137,7 +138,7 @@ class Devdax(PaprScmTest):
 
         Linux grants it: known issue linux-devdax-grants-map-sync.
         """
-        by_sync, align = self.judge(Nvdimm())
+        by_sync, align = self.judge(PMEM_OFF)
         granted = differences(by_sync, FileKind.DEVICE, align_bytes=align)
         refused = [
             r
@@ -154,15 +155,14 @@ class Devdax(PaprScmTest):
         )
 
     def test_offset(self) -> None:
-        """A mapping whose offset in the device is no multiple of its alignment is refused, EINVAL.
+        """A mapping whose offset is not a multiple of the device's alignment fails with EINVAL.
 
-        That is what drivers/dax means to do: 9702cffdbf21 ("device-dax: implement ->split() to
-        catch invalid munmap attempts") says so. But check_vma looks at the addresses only. Known
-        issue linux-devdax-maps-another-offset.
+        That is the intention of drivers/dax: 9702cffdbf21 ("device-dax: implement ->split() to
+        catch invalid munmap attempts"). But check_vma checks the addresses only: known issue
+        linux-devdax-maps-another-offset.
         """
-        nvdimm = Nvdimm(pmem=True)
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
-        region, device = self.device(guest, nvdimm)
+        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
+        region, device = self.device(guest, PMEM_ON)
         align = device.align_bytes
         if align <= page_size(guest):
             raise CapabilityError(
@@ -186,7 +186,7 @@ class Devdax(PaprScmTest):
         elif not mapping.store_in_mapping:
             raise ContractError(f"{report.cell}: expected EINVAL, found {mapping}")
         elif not on_host.absent(report):
-            shows, found_text = False, "it is mapped, and what is stored is where it belongs"
+            shows, found_text = False, "it is mapped, and its stores are where they belong"
         elif not on_host.absent(report, shift=-align // 2):
             shows = True
             found_text = f"stores at offset {half.offset:#x} are at {half.offset - align // 2:#x}"

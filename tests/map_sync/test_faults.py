@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Page faults under load: threads that map, store, truncate, punch holes and rename at a time.
+"""Page faults under load: threads map, store, truncate, punch holes and rename concurrently.
 
 A DAX mapping is of the file system's own blocks. Where a truncation or a hole frees one, it must
 first be taken out of every mapping (fs/dax.c, dax_layout_busy_page; mm/truncate.c,
 truncate_pagecache), while other threads fault their pages in (mapping->invalidate_lock); what is
 left of a page must be zeroed in place (dax_truncate_page). A mistake is a store that lands in
-another file's block, or a block that nobody frees.
+another file's block, or a block that is never freed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from paprscm.map_sync.fault_load import LoadReport, VerifyReport, expect_load, e
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Machine, Nvdimm
 
 THREADS = 8
@@ -33,7 +34,7 @@ class Faults(PaprScmTest):
     """
 
     def judge(self, guest: Guest, slot: int, fstype: FsType, *, sync: bool) -> None:
-        """Load a new file system, unmount it, mount it again, and look at every byte."""
+        """Load a new file system, unmount it, mount it again, and verify every byte."""
         seed = self.random().getrandbits(62)
         mounted = dax_mount(guest, slot, fstype, f"/mnt/{slot}").mount
         tool, words = self.tool, f"--seed={seed} --expected=/tmp/expected{slot}"
@@ -57,21 +58,21 @@ class Faults(PaprScmTest):
         check_offline(guest, [mounted])
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:
-        """A guest with these DIMMs, and the tool compiled in it."""
+        """Boot a guest with these DIMMs, and compile the tool in it."""
         guest = self.boot(Machine(nvdimms=nvdimms))
         self.tool = compile_tool(guest, "faults")
         return guest
 
     def test_map_sync_xfs(self) -> None:
-        """XFS, MAP_SYNC: under eight threads no byte is lost, no store succeeds behind an end."""
-        self.judge(self.machine(Nvdimm(pmem=True)), 0, "xfs", sync=True)
+        """On XFS with MAP_SYNC, eight threads lose no byte and store nothing behind EOF."""
+        self.judge(self.machine(PMEM_ON), 0, "xfs", sync=True)
 
     def test_map_sync_ext4(self) -> None:
-        """ext4, MAP_SYNC: under eight threads no byte is lost, no store succeeds behind an end."""
-        self.judge(self.machine(Nvdimm(pmem=True)), 0, "ext4", sync=True)
+        """On ext4 with MAP_SYNC, eight threads lose no byte and store nothing behind EOF."""
+        self.judge(self.machine(PMEM_ON), 0, "ext4", sync=True)
 
     def test_flushed_by_hcall(self) -> None:
-        """The same with plain mappings and fsync over pmem=off, on XFS and ext4."""
-        guest = self.machine(Nvdimm(slot=0), Nvdimm(slot=1))
+        """On XFS and ext4 over pmem=off, eight threads with mappings and fsync lose no byte."""
+        guest = self.machine(PMEM_OFF.at(0), PMEM_OFF.at(1))
         self.judge(guest, 0, "xfs", sync=False)
         self.judge(guest, 1, "ext4", sync=False)

@@ -8,10 +8,11 @@ pmem= and the device's pmem-override= (hw/ppc/spapr_nvdimm.c, spapr_dt_nvdimm).
 
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Verdict, expect
+from paprscm.map_sync.verdict import Verdict
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import Machine, Nvdimm
+from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON
+from paprscm.vm.machine import Machine, Nvdimm, in_words
 
 
 class OneDimm(PaprScmTest):
@@ -27,56 +28,55 @@ class OneDimm(PaprScmTest):
         dax_mount(guest, nvdimm.slot, fstype, "/mnt")
         report = map_sync(guest, "/mnt/file")
         self.measure("probe", report.line)
-        expect(report, verdict)
+        self.check_map_sync(fstype, report, verdict, fstype=fstype)
 
     def test_pmem_on_xfs(self) -> None:
         """On XFS over pmem=on, MAP_SYNC succeeds and is in the mapping's VmFlags."""
-        self.judge(Nvdimm(pmem=True), "xfs", Verdict.ACCEPTED)
+        self.judge(PMEM_ON, "xfs", Verdict.ACCEPTED)
 
     def test_pmem_on_ext4(self) -> None:
         """On ext4 over pmem=on, MAP_SYNC succeeds and is in the mapping's VmFlags."""
-        self.judge(Nvdimm(pmem=True), "ext4", Verdict.ACCEPTED)
+        self.judge(PMEM_ON, "ext4", Verdict.ACCEPTED)
 
     def test_pmem_off_xfs(self) -> None:
         """On XFS over pmem=off, MAP_SYNC fails with EOPNOTSUPP on a file that is DAX."""
-        self.judge(Nvdimm(), "xfs", Verdict.REFUSED)
+        self.judge(PMEM_OFF, "xfs", Verdict.REFUSED)
 
     def test_pmem_off_ext4(self) -> None:
         """On ext4 over pmem=off, MAP_SYNC fails with EOPNOTSUPP on a file that is DAX."""
-        self.judge(Nvdimm(), "ext4", Verdict.REFUSED)
+        self.judge(PMEM_OFF, "ext4", Verdict.REFUSED)
 
     def test_pmem_override_xfs(self) -> None:
         """On XFS over pmem=on with pmem-override=on, MAP_SYNC fails with EOPNOTSUPP."""
-        self.judge(Nvdimm(pmem=True, pmem_override=True), "xfs", Verdict.REFUSED)
+        self.judge(OVERRIDE, "xfs", Verdict.REFUSED)
 
     def test_pmem_override_ext4(self) -> None:
         """On ext4 over pmem=on with pmem-override=on, MAP_SYNC fails with EOPNOTSUPP."""
-        self.judge(Nvdimm(pmem=True, pmem_override=True), "ext4", Verdict.REFUSED)
+        self.judge(OVERRIDE, "ext4", Verdict.REFUSED)
 
     def test_plain_nvdimm_xfs(self) -> None:
         """On XFS over a plain nvdimm, MAP_SYNC succeeds though the file behind it is ordinary.
 
-        The device of before spapr-nvdimm (QEMU 7.0) never asks for H_SCM_FLUSH: a hole that is
-        known, and kept for guests that were made with it.
+        The device of before spapr-nvdimm (QEMU 7.0) never asks for H_SCM_FLUSH: a known hole, kept
+        for the guests that were created with it.
         """
-        self.judge(Nvdimm(device="nvdimm"), "xfs", Verdict.ACCEPTED)
+        self.judge(PLAIN, "xfs", Verdict.ACCEPTED)
 
     def test_plain_nvdimm_ext4(self) -> None:
         """On ext4 over a plain nvdimm, MAP_SYNC succeeds though the file behind it is ordinary."""
-        self.judge(Nvdimm(device="nvdimm"), "ext4", Verdict.ACCEPTED)
+        self.judge(PLAIN, "ext4", Verdict.ACCEPTED)
 
 
 class TwoDimms(PaprScmTest):
     """
-    A synchronous and an asynchronous DIMM in one guest, told apart by their DRC.
+    A synchronous and an asynchronous DIMM in one guest, identified by their DRC.
 
     :avocado: tags=map_sync
     """
 
     def judge(self, fstype: FsType, *, on_slot: int, off_slot: int) -> None:
         """/mnt1 is on the DIMM with pmem=on, /mnt2 on the one with pmem=off, in any slot order."""
-        dimms = (Nvdimm(slot=on_slot, pmem=True), Nvdimm(slot=off_slot))
-        guest = self.boot(Machine(nvdimms=dimms))
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(on_slot), PMEM_OFF.at(off_slot))))
         for mountpoint, slot, verdict in (
             ("/mnt1", on_slot, Verdict.ACCEPTED),
             ("/mnt2", off_slot, Verdict.REFUSED),
@@ -84,7 +84,7 @@ class TwoDimms(PaprScmTest):
             dax_mount(guest, slot, fstype, mountpoint)
             report = map_sync(guest, f"{mountpoint}/file")
             self.measure(f"probe {mountpoint}", report.line)
-            expect(report, verdict)
+            self.check_map_sync(f"slot {slot}, {fstype}", report, verdict, fstype=fstype)
 
     def test_pmem_on_first_xfs(self) -> None:
         """With pmem=on in slot 0 and pmem=off in slot 1, XFS grants MAP_SYNC on slot 0 only."""
@@ -104,16 +104,16 @@ class TwoDimms(PaprScmTest):
 
 
 CASES = (
-    (Nvdimm(slot=5, pmem=True), Verdict.ACCEPTED),
-    (Nvdimm(slot=2), Verdict.REFUSED),
-    (Nvdimm(slot=3, pmem=True, pmem_override=True), Verdict.REFUSED),
-    (Nvdimm(slot=0, device="nvdimm"), Verdict.ACCEPTED),
+    (PMEM_ON.at(5), Verdict.ACCEPTED),
+    (PMEM_OFF.at(2), Verdict.REFUSED),
+    (OVERRIDE.at(3), Verdict.REFUSED),
+    (PLAIN.at(0), Verdict.ACCEPTED),
 )
 
 
 class EachKind(PaprScmTest):
     """
-    Each kind of DIMM in one guest, there when it boots or plugged while it runs.
+    Each kind of DIMM in one guest, present at boot or plugged while it runs.
 
     :avocado: tags=map_sync
     """
@@ -125,60 +125,58 @@ class EachKind(PaprScmTest):
             dax_mount(guest, nvdimm.slot, fstype, mountpoint)
             report = map_sync(guest, f"{mountpoint}/file")
             self.measure(f"probe slot {nvdimm.slot}", report.line)
-            expect(report, verdict)
+            self.check_map_sync(in_words(nvdimm), report, verdict, fstype=fstype)
 
     def plugged(self) -> Guest:
-        """A guest into which they were plugged while it ran."""
-        self.require(nvdimm for nvdimm, _verdict in CASES)
+        """Boot a guest and plug each DIMM while it runs."""
+        self.require_qemu(*(nvdimm for nvdimm, _verdict in CASES))
         guest = self.boot()
         for nvdimm, _verdict in CASES:
             guest.plug(nvdimm)
         return guest
 
     def booted(self) -> Guest:
-        """A guest whose kernel found them when it started."""
+        """Boot a guest whose kernel finds the DIMMs when it starts."""
         return self.boot(Machine(nvdimms=tuple(nvdimm for nvdimm, _verdict in CASES)), cold=True)
 
     def test_at_boot_xfs(self) -> None:
-        """On XFS, a DIMM that is there when the kernel starts gets the verdict of its kind."""
+        """On XFS, each kind of DIMM that is present at boot gets the verdict of its kind."""
         self.judge(self.booted(), "xfs")
 
     def test_at_boot_ext4(self) -> None:
-        """On ext4, a DIMM that is there when the kernel starts gets the verdict of its kind."""
+        """On ext4, each kind of DIMM that is present at boot gets the verdict of its kind."""
         self.judge(self.booted(), "ext4")
 
     def test_hotplug_xfs(self) -> None:
-        """On XFS, a DIMM plugged by device_add gets the verdict that it would get at boot."""
+        """On XFS, each kind of DIMM plugged by device_add gets the same verdict as at boot."""
         self.judge(self.plugged(), "xfs")
 
     def test_hotplug_ext4(self) -> None:
-        """On ext4, a DIMM plugged by device_add gets the verdict that it would get at boot."""
+        """On ext4, each kind of DIMM plugged by device_add gets the same verdict as at boot."""
         self.judge(self.plugged(), "ext4")
 
 
 class NotDax(PaprScmTest):
     """
-    Files that are not DAX: MAP_SYNC fails there too, with the same errno and for another reason.
+    Files that are not DAX: MAP_SYNC fails with the same errno, but for another reason.
 
     :avocado: tags=map_sync
     """
 
-    def judge(self, guest: Guest, path: str, fstype: str, wanted: Verdict) -> None:
-        """The file is on that file system, not on the tmpfs below it, and has the verdict."""
+    def judge(self, guest: Guest, path: str, fstype: str, expected: Verdict) -> None:
+        """Compare the verdict of a file that is on that file system, not on the tmpfs below it."""
         report = map_sync(guest, path)
         self.measure("probe", report.line)
-        assert report.file is not None
-        assert report.file.fs_name == fstype
-        expect(report, wanted)
+        self.check_map_sync(path, report, expected, fstype=fstype)
 
     def test_xfs_with_small_blocks(self) -> None:
-        """XFS with blocks smaller than a page turns DAX off in silence, so far: judged not DAX.
+        """XFS with blocks smaller than a page silently turns DAX off, so far: judged not DAX.
 
         fs/xfs/xfs_super.c, xfs_setup_dax_always: it mounts with dax=always and a warning. On a
         kernel with 4 KiB pages, blocks of 1 KiB do the same. A kernel whose files are DAX there
         must grant MAP_SYNC, for the DIMM has pmem=on.
         """
-        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
         line = guest.succeed("grep -m 1 KernelPageSize /proc/self/smaps")
         small = 1024 if line.split()[1:] == ["4", "kB"] else 4096
         dax_mount(guest, 0, "xfs", "/mnt", block_size=small)
@@ -188,7 +186,7 @@ class NotDax(PaprScmTest):
         self.judge(guest, "/mnt/file", "xfs", Verdict.ACCEPTED if is_dax else Verdict.NOT_DAX)
 
     def test_tmpfs(self) -> None:
-        """tmpfs is no DAX file system: judged not DAX, though MAP_SHARED_VALIDATE works there."""
+        """A file on tmpfs is judged not DAX, although MAP_SHARED_VALIDATE works there."""
         guest = self.boot()
         guest.succeed("mkdir /mnt/t && mount -t tmpfs tmpfs /mnt/t")
         self.judge(guest, "/mnt/t/file", "tmpfs", Verdict.NOT_DAX)

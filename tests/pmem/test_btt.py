@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sector mode on a DIMM that is flushed by hcall: the flush sleeps, so nobody may hold it up.
+"""Sector mode on a DIMM that is flushed by hcall: the flush sleeps, so it must not be atomic.
 
 drivers/nvdimm/btt.c writes a block as data, log and map. Behind each is nsio_rw_bytes
 (drivers/nvdimm/claim.c), which flushes the region: on pmem=off that is papr_scm_pmem_flush, which
-sleeps 10 ms between two hcalls. A spinlock held meanwhile, or preemption that is off, is a bug on
-every kernel; which tells it in which way depends on what it was built with.
+sleeps 10 ms between two hcalls. A spinlock held meanwhile, or disabled preemption, is always a bug;
+the kernel's configuration decides which message reports it.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from __future__ import annotations
 import re
 import time
 
-from paprscm.errors import CapabilityError, ContractError
+from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import traces
+from paprscm.guest.kmsg import SLEEPS, SOFT_LOCKUP, STALLS, has_frame, spins, traces
 from paprscm.guest.tools import compile_tool
 from paprscm.pmem.btt_race import (
     BTT_ISSUE,
     DONE,
     PROGRESS,
-    SLEEPS,
     WRITE_PATH,
     Running,
     btt_sleep,
@@ -32,18 +31,14 @@ from paprscm.pmem.btt_race import (
 from paprscm.pmem.namespaces import BlockDevice, create_namespace
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import Machine, Nvdimm
+from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
+from paprscm.vm.machine import Machine
 
-# kernel/watchdog.c, watchdog_timer_fn.
-LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(\d+) stuck for (\d+)s!")
-# What such a CPU leads to.
-STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked.* for more than")
-SPINS = re.compile(r"NIP \[[0-9a-f]+\] (?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+)\+")
 THREADS = 4
 LIMIT_S = 8
-"""How long they write; a wedged CPU was always there after 4 s."""
+"""Duration of the writes; a stuck CPU has always shown after 4 s."""
 WATCHDOG_S = 2
-"""A CPU that runs nothing else for twice as long is told."""
+"""A CPU that runs nothing else for twice as long is reported."""
 
 
 class Btt(PaprScmTest):
@@ -55,26 +50,17 @@ class Btt(PaprScmTest):
 
     def disk(self, guest: Guest) -> BlockDevice:
         """A sector namespace of the whole DIMM."""
-        region = wait_for_region(guest, 0, 10)
+        region = wait_for_region(guest, 0)
         return create_namespace(guest, region, mode="sector").disk
 
-    def reports_sleep(self) -> None:
+    def require_sleep_reports(self) -> None:
         """CANCEL unless the kernel reports a task that sleeps in atomic context."""
-        kernel = self.environment.kernel
-        if kernel.option("PREEMPT_COUNT") != "y":
-            self.cancel(
-                str(
-                    CapabilityError(
-                        f"the kernel {kernel.release} was built without CONFIG_PREEMPT_COUNT",
-                        hint="take -p kernel=debug",
-                    )
-                )
-            )
+        self.require_kernel("CONFIG_PREEMPT_COUNT", hint="take -p kernel=debug")
 
     def test_one_write_off(self) -> None:
         """On pmem=off, a write to a sector namespace does not sleep in atomic context."""
-        self.reports_sleep()
-        guest = self.boot(Machine(nvdimms=(Nvdimm(),)), allowed=[SLEEPS.pattern])
+        self.require_sleep_reports()
+        guest = self.boot(Machine(nvdimms=(PMEM_OFF,)), allowed=[SLEEPS.pattern])
         trace = first_write(guest, self.disk(guest).path)
         self.measure("first message", trace)
         self.known_issue(
@@ -86,9 +72,9 @@ class Btt(PaprScmTest):
         )
 
     def test_one_write_on(self) -> None:
-        """On pmem=on, where nothing sleeps, the same write is no reason for a message."""
-        self.reports_sleep()
-        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        """On pmem=on, a write to a sector namespace does not cause a kernel message."""
+        self.require_sleep_reports()
+        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
         disk = self.disk(guest)
         guest.succeed(f"dd if=/dev/zero of={disk.path} bs=4096 count=1 oflag=direct")
 
@@ -100,11 +86,11 @@ class Btt(PaprScmTest):
         start(guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds)
 
     def ended(self, guest: Guest, after_s: float) -> int:
-        """The number of writes of threads that must have ended; their report counts, not the line.
+        """The number of writes of threads that must have ended, from their report.
 
         Args:
             guest: where.
-            after_s: how long they were waited for, s.
+            after_s: time since their start, s.
         """
         found = state(guest)
         if isinstance(found, Running):
@@ -120,20 +106,20 @@ class Btt(PaprScmTest):
         return sum(found.writes)
 
     def test_same_block_off(self) -> None:
-        """On pmem=off, four threads that write one block on two CPUs all come to their end."""
-        self.two_cpus()
-        self.environment.kernel.require_option("SOFTLOCKUP_DETECTOR")
-        allowed = [LOCKUP.pattern, SLEEPS.pattern, *STALLS]
-        guest = self.boot(Machine(nvdimms=(Nvdimm(),)), allowed=allowed)
+        """On pmem=off, four threads that write one block on two CPUs all end."""
+        self.require_cpus(2)
+        self.require_kernel("CONFIG_SOFTLOCKUP_DETECTOR")
+        allowed = [SOFT_LOCKUP.pattern, SLEEPS.pattern, *STALLS]
+        guest = self.boot(Machine(nvdimms=(PMEM_OFF,)), allowed=allowed)
         self.start(guest, seconds=LIMIT_S)
         limit_s = LIMIT_S + 20
         found = guest.console.wait_for(
-            {"sleeps": SLEEPS, "wedged": LOCKUP, "done": DONE},
+            {"sleeps": SLEEPS, "stuck": SOFT_LOCKUP, "done": DONE},
             timeout_s=limit_s,
             silence_s=float("inf"),
         )
         if found is not None and found[0] == "sleeps":
-            # It is reported before it can wedge a CPU, and after it the counts are wrong.
+            # It is reported before a CPU can get stuck; after it preempt_count is wrong.
             guest.console.settle(0.5, 3.0)
             trace = traces(guest.console.lines, SLEEPS)[0]
             guest.kill()
@@ -145,19 +131,18 @@ class Btt(PaprScmTest):
             guest.check()
             self.known_issue(BTT_ISSUE, shows=False, found=f"{writes} writes of one block")
             return
-        self.known_issue(BTT_ISSUE, shows=True, found=self.wedged(guest))
+        self.known_issue(BTT_ISSUE, shows=True, found=self.stuck(guest))
 
-    def wedged(self, guest: Guest) -> str:
-        """Prove that a CPU is taken for good: it is told again, and nobody has written meanwhile.
+    def stuck(self, guest: Guest) -> str:
+        """Prove that a CPU is stuck: it is reported again, and no thread has written meanwhile.
 
         Raises:
             ContractError: it is something else.
         """
         console = guest.console
         console.settle(0.5, 3.0)
-        first = LOCKUP.search(traces(console.lines, LOCKUP)[0])
-        assert first is not None
-        cpu, stuck_s = first[1], int(first[2])
+        first = next(filter(None, map(SOFT_LOCKUP.search, console.lines)))
+        cpu, stuck_s = first["cpu"], int(first["s"])
         again = re.compile(rf"soft lockup - CPU#{cpu} stuck for (\d+)s!")
         writes = _writes(console.lines)
         deadline = time.monotonic() + 10 * WATCHDOG_S
@@ -172,11 +157,11 @@ class Btt(PaprScmTest):
         guest.kill()
         self.measure("writes", now)
         self.measure("trace", trace)
-        if not SPINS.search(trace) or not WRITE_PATH.search(trace):
-            raise ContractError(f"a CPU is taken, not by a writer of the BTT:\n{trace}")
+        if not spins(trace) or not has_frame(trace, *WRITE_PATH):
+            raise ContractError(f"a CPU is stuck, not in a writer of the BTT:\n{trace}")
         if later == stuck_s or now != writes or status != "running":
             raise ContractError(
-                f"CPU {cpu} was taken for {later} s, then not; {writes} and then {now} writes; "
+                f"CPU {cpu} was stuck for {later} s, then not; {writes} and then {now} writes; "
                 f"QEMU is {status}"
             )
         return (
@@ -185,20 +170,15 @@ class Btt(PaprScmTest):
         )
 
     def test_same_block_on(self) -> None:
-        """On pmem=on, four threads that write one block on two CPUs all come to their end."""
-        self.two_cpus()
-        guest = self.boot(Machine(nvdimms=(Nvdimm(pmem=True),)))
+        """On pmem=on, four threads that write one block on two CPUs all end."""
+        self.require_cpus(2)
+        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
         self.start(guest, seconds=LIMIT_S // 2)
-        # The message's own line counts, however slow the host is.
+        # The message's line counts, also on a slow host.
         guest.console.wait_for({"done": DONE}, timeout_s=60, silence_s=float("inf"))
         self.ended(guest, 60)
 
-    def two_cpus(self) -> None:
-        """CANCEL with one CPU: then nobody waits for a lock that its holder sleeps with."""
-        if self.settings.smp < 2:
-            self.cancel("it takes two CPUs (smp=2)")
-
 
 def _writes(lines: list[str]) -> int:
-    """How many writes the threads have told."""
+    """The number of writes that the threads have reported."""
     return max((int(one[1]) for line in lines if (one := PROGRESS.search(line))), default=0)

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Failures in the guest's kernel: each allocation of papr_scm and libnvdimm in turn, and bios.
 
-A call is made again and again, and another allocation fails each time, until there is none left. It
-must say so, may not hang, and must work when nothing fails. What the kernel may say then is listed
-here; lockdep, KFENCE and the list checks say the rest. At the end nothing may be left that nobody
-points to (kmemleak).
+A call is repeated, and another allocation fails each time, until none is left. It must return an
+error, must not hang, and must work when nothing fails. The kernel messages that this allows are
+listed here; lockdep, KFENCE and the list checks report everything else. At the end, kmemleak must
+not find a leak.
 """
 
 from __future__ import annotations
 
 import errno
 
+from paprscm.checks import containing
+from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
 from paprscm.pmem import fault_injection
 from paprscm.pmem.dump import RegionError
@@ -18,14 +20,15 @@ from paprscm.pmem.fault_injection import LIBNVDIMM, Report, aim, expect_errors, 
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import PMEM_OFF
+from paprscm.vm.machine import MIB, Machine
 
 PLATFORM = "/sys/bus/platform/drivers/papr_scm"
 ND = "/sys/bus/nd"
 SLOT = 2
 ATTRIBUTES: tuple[fault_injection.Attribute, ...] = ("failslab", "fail_page_alloc")
 # Of papr_scm.c, papr_scm_nvdimm_init; of drivers/base/dd.c, really_probe and call_driver_probe; of
-# drivers/nvdimm/claim.c, devm_nsio_enable, for which no memory is no room.
+# drivers/nvdimm/claim.c, devm_nsio_enable, which turns an allocation failure into -EBUSY.
 ANNOUNCED = (
     r"papr_scm .*: Error (?:creating|registering) ",
     r"really_probe: driver_sysfs_add failed",
@@ -51,27 +54,27 @@ class FaultInjection(PaprScmTest):
     timeout = 900
 
     def setUp(self) -> None:
-        """CANCEL on a kernel that fails nothing."""
+        """CANCEL on a kernel without fault injection."""
         super().setUp()
         with self.verdict():
-            fault_injection.require(self.environment.kernel)
+            self.require_kernel(*fault_injection.OPTIONS, hint=fault_injection.DEBUG_KERNEL)
 
     def start(self, *allowed: str) -> tuple[Guest, Region]:
-        """A guest with its DIMM, from whose leaks on ours count."""
-        guest = self.boot(Machine(nvdimms=(Nvdimm(slot=SLOT),)), allowed=allowed)
-        region = wait_for_region(guest, SLOT, 30)
+        """Boot a guest with its DIMM; leaks count from now on."""
+        guest = self.boot(Machine(nvdimms=(PMEM_OFF.at(SLOT),)), allowed=allowed)
+        region = wait_for_region(guest, SLOT)
         fault_injection.forget_leaks(guest)
         return guest, region
 
     def judge(self, what: str, report: Report, *allowed: int, optional: int = 0) -> None:
-        """The errors that came out."""
+        """Check the errors that the calls returned."""
         longest = max(one.duration_us for one in report.rounds)
         self.measure(what, {"answers": report.answers, "longest_us": longest})
         expect_errors(report, allowed or [errno.ENOMEM], optional=optional)
 
     def works(self, guest: Guest) -> None:
-        """All is as it was before, and nothing was left behind."""
-        region = wait_for_region(guest, SLOT, 30)
+        """Check that the DIMM still works, and that nothing has leaked."""
+        region = wait_for_region(guest, SLOT)
         guest.succeed(f"echo 1 > {region.device}/deep_flush")
         made = create_namespace(guest, region, mode="fsdax")
         guest.succeed(
@@ -84,10 +87,10 @@ class FaultInjection(PaprScmTest):
         ours = [one for one in found if any(word in one for word in ("papr_scm", "nvdimm", "nd_"))]
         self.measure("leaks", {"ours": len(ours), "others": len(found) - len(ours)})
         if ours:
-            self.fail(f"{len(ours)} objects were left behind, the first:\n{ours[0]}")
+            raise ContractError(f"{len(ours)} objects have leaked, the first:\n{ours[0]}")
 
     def test_driver_of_the_dimm(self) -> None:
-        """Whatever allocation of papr_scm's probe fails, bind says so, and the next one works."""
+        """Each allocation of papr_scm's probe can fail: bind fails then, and works afterwards."""
         guest, region = self.start(*ANNOUNCED)
         name = guest.succeed(f"ls {PLATFORM} | grep {region.drc:x}")
         aim(guest, ("papr_scm_probe",))
@@ -99,7 +102,7 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_driver_of_the_region(self) -> None:
-        """Whatever allocation of nd_region's probe fails, bind says so, and the next one works."""
+        """Each allocation of nd_region's probe can fail: bind fails then, and works afterwards."""
         guest, region = self.start(*ANNOUNCED)
         drivers = f"{ND}/drivers/nd_region"
         aim(guest, LIBNVDIMM)
@@ -115,7 +118,7 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_driver_of_the_disk(self) -> None:
-        """Whatever allocation of nd_pmem's probe fails, bind says so, and the next one works."""
+        """Each allocation of nd_pmem's probe can fail: bind fails then, and works afterwards."""
         guest, region = self.start(*ANNOUNCED)
         made = create_namespace(guest, region, mode="raw", size_bytes=64 * MIB)
         drivers = f"{ND}/drivers/nd_pmem"
@@ -128,7 +131,7 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_namespace(self) -> None:
-        """Whatever allocation fails, a namespace gets its size and labels, or an error is said."""
+        """Each allocation can fail: a namespace gets its size and labels, or the write an error."""
         guest, region = self.start(*RESERVE, *DISABLED)
         seed = guest.succeed(f"cat {region.device}/namespace_seed")
         folder = f"{ND}/devices/{seed}"
@@ -144,12 +147,12 @@ class FaultInjection(PaprScmTest):
             *(errno.ENOMEM, errno.ENOSPC, errno.ENXIO),
             optional=99,
         )
-        # What the labels say: the drivers read them anew.
+        # The labels' content: the drivers read them anew.
         name = guest.succeed(f"ls {PLATFORM} | grep {region.drc:x}")
         before = guest.succeed(f"cat {folder}/uuid {size}")
         guest.succeed(f"cd {PLATFORM} && echo {name} > unbind && echo {name} > bind")
         try:
-            region = wait_for_region(guest, SLOT, 30)
+            region = wait_for_region(guest, SLOT)
         except RegionError:
             said = guest.succeed("dmesg | grep -F 'error -16'")
             self.known_issue(
@@ -160,14 +163,14 @@ class FaultInjection(PaprScmTest):
             f"cd {region.device} && for n in namespace*; do [ ! -e $n/size ] || "
             f'[ "$(cat $n/size)" = 0 ] || cat $n/uuid $n/size; done'
         )
-        if after != before:
-            self.fail(f"the labels have {after!r}, the kernel had {before!r}")
+        self.expect("uuid and size in the labels", after, before)
         self.works(guest)
 
     def test_ioctls(self) -> None:
-        """Whatever allocation fails, a DIMM's health and label area are had, or ENOMEM is said."""
+        """Each allocation can fail: the ioctls for health and labels work, or return ENOMEM."""
         guest, region = self.start()
-        assert region.dimm is not None
+        if region.dimm is None:
+            raise ContractError(f"{region.name} has no DIMM")
         node = f"/dev/{region.dimm.name}"
         # The label area is the kernel's own while the region is there.
         guest.succeed(f"echo {region.name} > {ND}/drivers/nd_region/unbind")
@@ -179,12 +182,12 @@ class FaultInjection(PaprScmTest):
                 report = fail_each(guest, *words)
                 self.judge(f"{words[0]}, {attribute}", report)
         after = guest.succeed(f"ndctl read-labels {region.dimm.name} | cksum")
-        self.assertEqual(after, before, "the label area")
+        self.check("checksum of the label area", after, before)
         guest.succeed(f"echo {region.name} > {ND}/drivers/nd_region/bind")
         self.works(guest)
 
     def test_bios(self) -> None:
-        """A bio that fails is EIO for who wrote, read or flushed, and the next one works."""
+        """A failed bio is EIO for the caller that wrote, read or flushed; the next one works."""
         guest, region = self.start()
         made = create_namespace(guest, region, mode="raw", size_bytes=64 * MIB)
         disk = made.disk
@@ -198,16 +201,15 @@ class FaultInjection(PaprScmTest):
         for words in (("pwrite", disk.path), ("fsync", disk.path)):
             self.judge(words[0], fail_each(guest, *words), errno.EIO)
         guest.succeed(f"dd if=/tmp/old of={disk.path} bs=4k oflag=direct 2>&1")
-        # All of them at a time, as a cable that is pulled.
+        # All of them, as if a cable were pulled.
         guest.succeed(f"cd {folder} && echo -1 > times && echo 100 > probability")
         for command in (
             f"dd if=/dev/zero of={disk.path} bs=4k count=1 oflag=direct",
             f"dd if={disk.path} of=/dev/null bs=4k count=1 iflag=direct",
             f"dd if=/dev/zero of={disk.path} bs=4k count=1 conv=fsync",
         ):
-            said = guest.fail(command).stderr
-            if "Input/output error" not in said:
-                self.fail(f"{command} says {said!r}")
+            reason = guest.fail(command).stderr
+            self.expect(f"error of {command}", reason, containing("Input/output error"))
         guest.succeed(f"echo 0 > {folder}/probability")
         # What could not be written back is still in the page cache, and is not what is on the disk.
         guest.succeed(

@@ -1,23 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Namespaces of each mode, several on one DIMM, kept over a reboot, cut up, and put together.
+"""Namespaces: each mode, several on one DIMM, after a reboot, partitioned, and in a dm-linear.
 
-What a file system sits on decides whether its files are DAX; which backend is behind it decides
+The disk below a file system decides whether its files are DAX; the backend behind the disk decides
 whether they get MAP_SYNC. The first is drivers/nvdimm/pmem.c:pmem_attach_disk (BLK_FEAT_DAX only
 with page structures), drivers/nvdimm/btt.c and drivers/dax/super.c:fs_dax_get_by_bdev; the second
 is pmem_attach_disk again (set_dax_synchronous), and drivers/md/dm-table.c for what is made of
 several.
 """
 
-import os
-import tempfile
 import uuid
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from paprscm.errors import HostError
+from paprscm.checks import above, below
+from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import MapSyncReport, Result, Verdict, judge
+from paprscm.map_sync.verdict import Result, Verdict, judge, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import (
     BlockDevice,
@@ -31,48 +30,24 @@ from paprscm.pmem.namespaces import (
 )
 from paprscm.pmem.regions import Region, page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import GIB, MIB, Machine, Nvdimm
-
-
-def by_backend(nvdimm: Nvdimm) -> Verdict:
-    """The verdict for a file that is DAX (drivers/nvdimm/pmem.c, pmem_attach_disk)."""
-    return Verdict.ACCEPTED if nvdimm.pmem else Verdict.REFUSED
 
 
 class NamespaceTest(PaprScmTest):
     """
-    What these tests have in common.
+    Base of these tests.
 
     :avocado: disable
     """
 
-    def setUp(self) -> None:
-        """Nothing was found to be wrong yet."""
-        super().setUp()
-        self.wrong: list[str] = []
-
-    def expect(self, what: str, report: MapSyncReport, fstype: str, wanted: Verdict) -> None:
-        """Note what is wrong with a report.
-
-        That a file is not DAX proves something only if it is on the file system in question, and
-        not below a mount point where nothing is mounted.
-        """
+    def probe(
+        self, guest: Guest, what: str, path: str, fstype: FsType, expected: Verdict, **options: Any
+    ) -> None:
+        """Probe a file that is on this file system, and compare the verdict."""
+        report = map_sync(guest, path, **options)
         self.measure(what, report.line)
-        found = judge(report)
-        if report.file is None or report.file.fs_name != fstype:
-            self.wrong.append(f"{what}: {report.path} is not on {fstype}: {found}")
-        elif found.verdict is not wanted:
-            self.wrong.append(f"{what}: expected {wanted.value}, found {found}")
-
-    def same(self, what: str, found: object, wanted: object) -> None:
-        """Note that something is not as it should be."""
-        if found != wanted:
-            self.wrong.append(f"{what} is {found!r}, expected {wanted!r}")
-
-    def done(self) -> None:
-        """FAIL with all that was noted."""
-        if self.wrong:
-            self.fail("\n  ".join(["", *self.wrong]))
+        self.check_map_sync(what, report, expected, fstype=fstype)
 
 
 class Partitions(NamespaceTest):
@@ -83,9 +58,9 @@ class Partitions(NamespaceTest):
     """
 
     def judge(self, nvdimm: Nvdimm) -> None:
-        """Four partitions, which differ in where they begin and end."""
+        """Make four partitions that differ in their begin and end."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
-        disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot, 10))
+        disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
         page = page_size(guest)
         kinds = (
             ("begins and ends at a page", 0, 0, True),
@@ -104,31 +79,30 @@ class Partitions(NamespaceTest):
             always = try_mount(guest, path, "ext4", "/mnt")
             name = path.removeprefix("/dev/")
             if dax:
-                self.same(f"mount of what {what}", always.errno_name, None)
+                self.check(f"mount of the partition that {what}", always.errno_name, None)
             else:
-                self.usual(f"mount of what {what}", always.errno_name, "EINVAL")
+                self.usual(f"mount of the partition that {what}", always.errno_name, "EINVAL")
                 said = (
                     f"{name}: error: unaligned partition for dax",
                     f"EXT4-fs ({name}): DAX unsupported by block device.",
                 )
-                self.usual(f"the log for what {what}", always.messages, said)
+                self.usual(f"log of the partition that {what}", always.messages, said)
                 if always.errno_name is not None:
                     mount(guest, path, "ext4", "/mnt", options="")
-            wanted = by_backend(nvdimm) if dax else Verdict.NOT_DAX
-            self.expect(what, map_sync(guest, "/mnt/file"), "ext4", wanted)
+            expected = on_dax_file(nvdimm) if dax else Verdict.NOT_DAX
+            self.probe(guest, what, "/mnt/file", "ext4", expected)
             guest.succeed("umount /mnt")
-        self.done()
 
     def test_pmem_on(self) -> None:
-        """On pmem=on, a partition in whole pages gets MAP_SYNC, one that is not has no DAX.
+        """On pmem=on, a partition in whole pages has MAP_SYNC; another one does not have DAX.
 
         drivers/dax/super.c, fs_dax_get_by_bdev; so far ext4 refuses dax=always there with EINVAL.
         """
-        self.judge(Nvdimm(pmem=True))
+        self.judge(PMEM_ON)
 
     def test_pmem_off(self) -> None:
-        """On pmem=off, a partition in whole pages has DAX without MAP_SYNC, another has no DAX."""
-        self.judge(Nvdimm())
+        """On pmem=off, a partition in whole pages has DAX without MAP_SYNC; another has no DAX."""
+        self.judge(PMEM_OFF)
 
 
 class Modes(NamespaceTest):
@@ -139,9 +113,9 @@ class Modes(NamespaceTest):
     """
 
     def judge(self, nvdimm: Nvdimm, *, sector: bool) -> None:
-        """What each is, and what it grants."""
+        """Make a namespace of each mode, and judge it."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
-        region = wait_for_region(guest, nvdimm.slot, 10)
+        region = wait_for_region(guest, nvdimm.slot)
         page = page_size(guest)
         kinds: list[tuple[NamespaceMode, NamespaceMap | None]] = [
             ("fsdax", "dev"),
@@ -158,46 +132,45 @@ class Modes(NamespaceTest):
                 self.devdax(guest, namespace, nvdimm)
             else:
                 self.disk(guest, namespace, page, nvdimm)
-        self.same("the region's namespaces", find_namespaces(guest, region), tuple(made))
-        self.same("the number of uuids", len({namespace.uuid for namespace in made}), len(kinds))
-        self.done()
+        self.check("the region's namespaces", find_namespaces(guest, region), tuple(made))
+        self.check("the number of uuids", len({namespace.uuid for namespace in made}), len(kinds))
 
     def disk(self, guest: Guest, namespace: Namespace, page: int, nvdimm: Nvdimm) -> None:
-        """A block device: is it DAX, and what does ext4 make of it?"""
+        """Judge a block device: its properties, and an ext4 on it."""
         disk, what = namespace.disk, f"{namespace.mode} {namespace.map or ''}".strip()
         is_dax = namespace.mode == "fsdax"
-        self.same(f"{what}: queue/dax", disk.dax, str(int(is_dax)))
+        self.check(f"{what}: queue/dax", disk.dax, str(int(is_dax)))
         # ndctl chooses it.
         sectors = 4096 if namespace.mode == "sector" else 512
         self.usual(f"{what}: sector", disk.sector_bytes, sectors)
-        # A BTT is a disk of its own, which tells nothing of a write cache.
+        # A BTT is a disk of its own, without a write cache.
         if namespace.mode == "sector":
             self.usual(f"{what}: write cache", disk.write_cache, "write through")
         else:
-            self.same(f"{what}: write cache", disk.write_cache, "write back")
+            self.check(f"{what}: write cache", disk.write_cache, "write back")
         # Its page structures are on the DIMM with map=dev only; 64 bytes for each page.
         whole = namespace.map != "dev" and namespace.mode != "sector"
         spare = 64 * MIB - disk.size_bytes
-        self.same(f"{what}: all but the info block", spare <= 2 * MIB and whole, whole)
+        self.check(f"{what}: all but the info block", spare <= 2 * MIB and whole, whole)
         make_filesystem(guest, disk, "ext4", page)
         always = try_mount(guest, disk, "ext4", "/mnt")
         if is_dax:
-            self.same(f"{what}: mount", always.errno_name, None)
+            self.check(f"{what}: mount", always.errno_name, None)
         else:
             self.usual(f"{what}: mount", always.errno_name, "EINVAL")
             said = (f"EXT4-fs ({disk.name}): DAX unsupported by block device.",)
             self.usual(f"{what}: the log", always.messages, said)
             if always.errno_name is not None:
                 mount(guest, disk, "ext4", "/mnt", options="")
-        wanted = by_backend(nvdimm) if is_dax else Verdict.NOT_DAX
-        self.expect(what, map_sync(guest, "/mnt/file"), "ext4", wanted)
+        expected = on_dax_file(nvdimm) if is_dax else Verdict.NOT_DAX
+        self.probe(guest, what, "/mnt/file", "ext4", expected)
         guest.succeed("umount /mnt")
         # The block device itself is mapped through the page cache (block/fops.c), DAX or not.
         report = map_sync(guest, disk.path, truncate=False, length=page)
         self.measure(f"{disk.path}, {what}", report.line)
         kind = report.file.type if report.file else "absent"
         found = (kind, judge(report).verdict, report.mapping.errno_name)
-        self.same(f"{disk.path}, {what}", found, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
+        self.check(f"{disk.path}, {what}", found, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
 
     def devdax(self, guest: Guest, namespace: Namespace, nvdimm: Nvdimm) -> None:
         """A character device, which cannot be mounted and grants MAP_SYNC where pmem=on.
@@ -209,15 +182,15 @@ class Modes(NamespaceTest):
         self.measure("devdax", report.line)
         flags = report.mapping.vm_flags or frozenset()
         kind = report.file.type if report.file else "absent"
-        self.same("the type of the devdax device", kind, "character")
+        self.check("the type of the devdax device", kind, "character")
         granted = (report.mapping.result, "sf" in flags) == (Result.MAPPED, True)
         refused = (report.mapping.result, report.mapping.errno_name)
         if not granted and (nvdimm.pmem or refused != (Result.REFUSED, "EOPNOTSUPP")):
-            self.wrong.append(f"MAP_SYNC on devdax: {report.mapping}")
+            self.check("MAP_SYNC on devdax", str(report.mapping), "granted, or EOPNOTSUPP")
 
     def test_pmem_on(self) -> None:
-        """On pmem=on, fsdax and devdax grant MAP_SYNC, raw and sector have no DAX."""
-        self.judge(Nvdimm(pmem=True), sector=True)
+        """On pmem=on, fsdax and devdax grant MAP_SYNC; raw and sector do not have DAX."""
+        self.judge(PMEM_ON, sector=True)
 
     def test_pmem_off(self) -> None:
         """On pmem=off, only fsdax has DAX, and MAP_SYNC is refused there.
@@ -225,7 +198,7 @@ class Modes(NamespaceTest):
         Without a sector namespace: its 1038 flushes take ten seconds (drivers/nvdimm/claim.c,
         nsio_rw_bytes, flushes at each write), and nothing in it depends on the backend.
         """
-        self.judge(Nvdimm(), sector=False)
+        self.judge(PMEM_OFF, sector=False)
 
 
 class Several(NamespaceTest):
@@ -236,9 +209,9 @@ class Several(NamespaceTest):
     """
 
     def judge(self, nvdimm: Nvdimm) -> None:
-        """An XFS and an ext4, mounted at the same time."""
+        """Mount an XFS and an ext4 at the same time, and judge both."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
-        region = wait_for_region(guest, nvdimm.slot, 10)
+        region = wait_for_region(guest, nvdimm.slot)
         page = page_size(guest)
         kinds: tuple[tuple[FsType, int | None], ...] = (("xfs", 512 * MIB), ("ext4", None))
         disks: list[BlockDevice] = []
@@ -247,28 +220,27 @@ class Several(NamespaceTest):
             disks.append(namespace.disk)
             make_filesystem(guest, namespace.disk, fstype, page)
             mount(guest, namespace.disk, fstype, f"/mnt/{fstype}")
-        self.same("the number of disks", len({disk.path for disk in disks}), 2)
+        self.check("the number of disks", len({disk.path for disk in disks}), 2)
         together = sum(disk.size_bytes for disk in disks)
-        if not region.size_bytes * 0.98 < together < region.size_bytes:
-            self.wrong.append(f"{together} bytes of disks on {region.size_bytes} of the DIMM")
+        self.check("bytes of both disks", together, above(region.size_bytes * 0.98))
+        self.check("bytes of both disks", together, below(region.size_bytes))
         for fstype, _size in kinds:
-            report = map_sync(guest, f"/mnt/{fstype}/file", pages=4)
-            self.expect(fstype, report, fstype, by_backend(nvdimm))
+            expected = on_dax_file(nvdimm)
+            self.probe(guest, fstype, f"/mnt/{fstype}/file", fstype, expected, pages=4)
         # Each stored in its own, and the second did not overwrite the first.
         sums = guest.succeed(
             "set -e; sync; cd /mnt; cksum < xfs/file; umount /mnt/ext4; cksum < xfs/file; "
             f"umount /mnt/xfs; mount -o dax=always {disks[0].path} /mnt/xfs; cksum < xfs/file"
         ).splitlines()
-        self.same("the checksums of one file", len(set(sums)), 1)
-        self.done()
+        self.check("the checksums of one file", len(set(sums)), 1)
 
     def test_pmem_on(self) -> None:
         """Two file systems on two namespaces of one DIMM with pmem=on both grant MAP_SYNC."""
-        self.judge(Nvdimm(pmem=True, size_bytes=GIB))
+        self.judge(PMEM_ON.at(0, GIB))
 
     def test_pmem_off(self) -> None:
         """Two file systems on two namespaces of one DIMM with pmem=off both refuse MAP_SYNC."""
-        self.judge(Nvdimm(size_bytes=GIB))
+        self.judge(PMEM_OFF.at(0, GIB))
 
 
 class Kept(NamespaceTest):
@@ -278,79 +250,66 @@ class Kept(NamespaceTest):
     :avocado: tags=map_sync
     """
 
-    def backing_file(self, nvdimm: Nvdimm) -> Path:
-        """An empty file for a DIMM, which outlives its guest."""
-        folder = self.leave.enter_context(
-            tempfile.TemporaryDirectory(prefix="paprscm-kept-", dir=self.settings.scratch_dir)
-        )
-        file = Path(folder) / "dimm"
-        file.touch()
-        os.truncate(file, nvdimm.file_bytes)
-        return file
-
     def judge(self, first: Nvdimm, second: Nvdimm, fstype: FsType) -> None:
-        """Make it in one boot, find it in the next."""
-        file = self.backing_file(first)
-        # The same device for the guest, whatever slot it is in and whatever is behind it.
+        """Make a namespace in one boot, and compare it with that of the next boot."""
+        file = self.keep(first).path(first.slot)
+        # The same device for the guest, in any slot and with any backend.
         first, second = (replace(nvdimm, file=file, uuid=UUID) for nvdimm in (first, second))
         before, region, namespace, label = self.first_boot(first, fstype)
         # The label area is the file's end; a label has its namespace's uuid in binary
         # (drivers/nvdimm/label.h, struct nvdimm_efi_label).
-        self.same("the uuid in the labels", label.bytes in labels(first), True)
+        self.check("the uuid in the labels", label.bytes in labels(first), True)
 
         guest = self.boot(Machine(nvdimms=(second,)))
         again = dax_mount(guest, second.slot, fstype, "/mnt", reuse=True)
         for key in ("mode", "map", "uuid"):
-            self.same(key, getattr(again.namespace, key), getattr(namespace, key))
-        self.same("size", again.device.size_bytes, namespace.disk.size_bytes)
-        self.same("uuid in the label", label_uuid(guest, again.namespace), label)
+            self.check(key, getattr(again.namespace, key), getattr(namespace, key))
+        self.check("size", again.device.size_bytes, namespace.disk.size_bytes)
+        self.check("uuid in the label", label_uuid(guest, again.namespace), label)
         for now, dimm in ((region, first), (again.region, second)):
-            self.same(f"deep_flush, {dimm.pmem=}", now.deep_flush, "0" if dimm.pmem else "1")
-        self.same("the file's checksum", guest.succeed("cksum < /mnt/kept"), before)
-        report = map_sync(guest, "/mnt/kept", truncate=False)
-        self.expect("second boot", report, fstype, by_backend(second))
-        self.done()
+            self.check(f"deep_flush, {dimm.pmem=}", now.deep_flush, "0" if dimm.pmem else "1")
+        self.check("the file's checksum", guest.succeed("cksum < /mnt/kept"), before)
+        expected = on_dax_file(second)
+        self.probe(guest, "second boot", "/mnt/kept", fstype, expected, truncate=False)
 
     def first_boot(
         self, nvdimm: Nvdimm, fstype: FsType
     ) -> tuple[str, Region, Namespace, uuid.UUID]:
-        """A file with a known content: its checksum, and what it is on."""
+        """Make a file with a known content: its checksum, region, namespace and label's uuid."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         made = dax_mount(guest, nvdimm.slot, fstype, "/mnt")
-        report = map_sync(guest, "/mnt/kept", pages=4)
-        self.expect("first boot", report, fstype, by_backend(nvdimm))
+        self.probe(guest, "first boot", "/mnt/kept", fstype, on_dax_file(nvdimm), pages=4)
         checksum = guest.succeed("cksum < /mnt/kept && umount /mnt")
         label = label_uuid(guest, made.namespace)
         guest.kill()
         return checksum, made.region, made.namespace, label
 
     def test_other_uuid(self) -> None:
-        """A namespace belongs to its DIMM's uuid: with another one it is not there, nor is it lost.
+        """A namespace belongs to its DIMM's uuid: with another uuid it is hidden, but not lost.
 
         papr_scm gives the uuid to the region as its cookie (papr_scm_nvdimm_init), which is in each
         label, and drivers/nvdimm/namespace_devs.c takes only labels that have it.
         """
-        file = self.backing_file(Nvdimm())
-        own, other = Nvdimm(file=file, uuid=UUID), Nvdimm(file=file)
+        (other,) = self.keep(PMEM_OFF).nvdimms()
+        own = replace(other, uuid=UUID)
         guest = self.boot(Machine(nvdimms=(own,)))
-        made = create_namespace(guest, wait_for_region(guest, 0, 10), mode="fsdax")
+        made = create_namespace(guest, wait_for_region(guest, 0), mode="fsdax")
         guest.kill()
         before = labels(own)
         for nvdimm, there in ((other, ()), (own, (made,))):
             guest = self.boot(Machine(nvdimms=(nvdimm,)))
-            found = find_namespaces(guest, wait_for_region(guest, 0, 10))
-            self.same(f"with {nvdimm.guid}, the namespace", found, there)
+            found = find_namespaces(guest, wait_for_region(guest, 0))
+            self.check(f"with {nvdimm.guid}, the namespace", found, there)
             guest.kill()
-        self.same("the label area", labels(own) == before, True)
-        self.done()
+        self.check("the label area", labels(own) == before, True)
 
     def test_xfs_on_then_off(self) -> None:
-        """An XFS made on pmem=on is there after a boot with pmem=off, and refuses MAP_SYNC."""
-        self.judge(Nvdimm(pmem=True), Nvdimm(), "xfs")
+        """An XFS made on pmem=on survives a boot with pmem=off, and refuses MAP_SYNC there."""
+        self.judge(PMEM_ON, PMEM_OFF, "xfs")
 
     def test_ext4_off_then_on(self) -> None:
-        """An ext4 made on pmem=off is there after a boot with pmem=on, and grants MAP_SYNC."""
-        self.judge(Nvdimm(slot=1), Nvdimm(slot=4, pmem=True), "ext4")
+        """An ext4 made on pmem=off survives a boot with pmem=on, and grants MAP_SYNC there."""
+        self.judge(PMEM_OFF.at(1), PMEM_ON.at(4), "ext4")
 
 
 UUID = "3b0c7f0e-9d3b-4a53-8f2e-6a1d5c0f7e21"
@@ -364,13 +323,13 @@ def labels(nvdimm: Nvdimm) -> bytes:
 
 
 def label_uuid(guest: Guest, namespace: Namespace) -> uuid.UUID:
-    """The uuid in a namespace's label; ndctl shows that of what is inside, the pfn device."""
+    """The uuid in a namespace's label; ndctl prints that of the pfn device inside."""
     return uuid.UUID(guest.succeed(f"cat /sys/bus/nd/devices/{namespace.name}/uuid"))
 
 
 class DmLinear(NamespaceTest):
     """
-    A disk that device-mapper puts together of parts of DIMMs.
+    A device-mapper disk made of parts of DIMMs.
 
     :avocado: tags=map_sync
     """
@@ -378,22 +337,22 @@ class DmLinear(NamespaceTest):
     def disks(self, guest: Guest, nvdimms: tuple[Nvdimm, ...]) -> dict[int, BlockDevice]:
         """The disk of each DIMM, by its slot."""
         return {
-            nvdimm.slot: create_fsdax(guest, wait_for_region(guest, nvdimm.slot, 10))
+            nvdimm.slot: create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
             for nvdimm in nvdimms
         }
 
     def test_sync_and_async(self) -> None:
-        """A dm-linear grants MAP_SYNC if all its DIMMs are pmem=on; one pmem=off takes it away.
+        """A dm-linear grants MAP_SYNC only if all its DIMMs have pmem=on.
 
         drivers/md/dm-table.c, dm_table_set_restrictions: device_not_dax_synchronous_capable. DAX
         it has in any case (device_not_dax_capable), and a file wholly on the synchronous part is
         refused like any other.
         """
-        dimms = (Nvdimm(slot=0, pmem=True), Nvdimm(slot=1), Nvdimm(slot=2, pmem=True))
+        dimms = (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         page = page_size(guest)
-        # All are there at once: what was one of them does not become another
+        # All exist at the same time: a device of one does not become a device of another
         # (known_issues/linux-dax-device-inherits-flags.md).
         cases = (
             ("on+off", (0, 1), Verdict.REFUSED),
@@ -405,22 +364,21 @@ class DmLinear(NamespaceTest):
         for index, (name, slots, verdict) in enumerate(cases):
             path = linear(guest, name, [disks[slot] for slot in slots], at_mib=32 * index)
             dax = guest.succeed(f"cat /sys/block/{path.removeprefix('/dev/')}/queue/dax")
-            self.same(f"{name}: queue/dax", dax, "1")
+            self.check(f"{name}: queue/dax", dax, "1")
             make_filesystem(guest, path, "ext4", page)
             mount(guest, path, "ext4", f"/mnt/{name}")
-            self.expect(name, map_sync(guest, f"/mnt/{name}/file"), "ext4", verdict)
-        self.done()
+            self.probe(guest, name, f"/mnt/{name}/file", "ext4", verdict)
 
     def test_grown(self) -> None:
         """A synchronous dm-linear that is extended onto pmem=off no longer grants MAP_SYNC."""
-        dimms = (Nvdimm(slot=0, pmem=True), Nvdimm(slot=1))
+        dimms = (PMEM_ON.at(0), PMEM_OFF.at(1))
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         path = linear(guest, "grows", [disks[0]], at_mib=0)
         make_filesystem(guest, path, "ext4", page_size(guest))
         mount(guest, path, "ext4", "/mnt")
-        self.expect("before", map_sync(guest, "/mnt/before"), "ext4", Verdict.ACCEPTED)
-        self.done()
+        self.probe(guest, "before", "/mnt/before", "ext4", Verdict.ACCEPTED)
+        self.checkpoint()
         rows = rows_of([disks[0], disks[1]], at_mib=0)
         guest.succeed(
             f"dmsetup reload grows <<'E'\n{rows}\nE\ndmsetup suspend grows && "
@@ -435,7 +393,7 @@ class DmLinear(NamespaceTest):
             found=f"a dm-linear with a part on pmem=off: {found.verdict.value}",
         )
         if found.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED):
-            self.fail(str(found))
+            raise ContractError(str(found))
 
 
 def rows_of(disks: list[BlockDevice], *, at_mib: int) -> str:
@@ -460,7 +418,7 @@ def linear(guest: Guest, name: str, disks: list[BlockDevice], *, at_mib: int) ->
 
 class Inherited(NamespaceTest):
     """
-    Namespaces that are made where others were.
+    Namespaces in the place of former ones.
 
     :avocado: tags=map_sync
     """
@@ -471,8 +429,8 @@ class Inherited(NamespaceTest):
         drivers/dax/super.c, dax_dev_get: a new dax_device must not have the flags of the one whose
         memory it got. Which memory it gets is chance, so there are several tries on one CPU.
         """
-        guest = self.boot(Machine(nvdimms=(Nvdimm(),)))
-        region = wait_for_region(guest, 0, 10)
+        guest = self.boot(Machine(nvdimms=(PMEM_OFF,)))
+        region = wait_for_region(guest, 0)
         page = page_size(guest)
         verdicts: list[Verdict] = []
         namespace = create_namespace(guest, region, mode="devdax", size_bytes=64 * MIB)
@@ -495,9 +453,9 @@ class Inherited(NamespaceTest):
             found=f"fsdax after devdax on pmem=off, try {len(verdicts)}: {verdicts[-1].value}",
         )
         if verdicts[-1] not in (Verdict.ACCEPTED, Verdict.REFUSED):
-            self.fail(str(judge(report)))
+            raise ContractError(str(judge(report)))
 
 
 def turn(guest: Guest, namespace: str, mode: NamespaceMode) -> None:
-    """Make another mode of a namespace, as `ndctl create-namespace -e` does."""
+    """Change the mode of a namespace by `ndctl create-namespace -e`."""
     guest.succeed(f"taskset 1 ndctl create-namespace -f -e {namespace} -m {mode}")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What MAP_SYNC promises: after a store and a CPU flush, nothing more is needed, whatever happens.
+"""Contract of MAP_SYNC: a store and a CPU flush make data durable, without any system call.
 
-mmap(2) says it: shared file mappings with MAP_SYNC "provide the guarantee that while some memory
+mmap(2): shared file mappings with MAP_SYNC "provide the guarantee that while some memory
 is writably mapped in the address space of the process, it will be visible in the same file at the
 same offset even after the system crashes or is rebooted". In Linux the first write fault of a page
 whose extent is not yet durable returns VM_FAULT_NEEDDSYNC, and dax_finish_sync_fault (fs/dax.c)
@@ -42,8 +42,8 @@ from paprscm.power_cut.sudden_end import (
 )
 from paprscm.power_cut.sudden_end_report import PromiseReport
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.backing_files import BackingFiles
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.dimms import FOR_XFS, PMEM_ON, SMALL
+from paprscm.vm.machine import Machine
 
 SIDES = (
     Side(slot=0, fstype="xfs", sync=True),
@@ -54,19 +54,18 @@ SIDES = (
 LEDGER_SLOT = 4
 LEDGER = "/mnt/ledger"
 TOOL = f"{LEDGER}/promise"
-# mkfs.xfs wants 300 MB or more.
-SIZES = {0: 512 * MIB, 1: 512 * MIB, 2: 256 * MIB, 3: 256 * MIB, LEDGER_SLOT: 256 * MIB}
+SIZES = {0: FOR_XFS, 1: FOR_XFS, 2: SMALL, 3: SMALL, LEDGER_SLOT: SMALL}
 
 START_LIMIT_S = 60.0
 MORE = 10
-"""How many cuts more a control is given to lose something."""
+"""Additional cuts for a control that has not lost anything yet."""
 RENEWED = 8
 """One cut in so many, file systems are made anew instead of being used again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of the program on one side, and how far it was when it was killed."""
+    """One run of the program on one side, and its progress when it was killed."""
 
     seed: int
     nonce: int
@@ -77,13 +76,13 @@ class Run:
 
 class Promise(PaprScmTest):
     """
-    QEMU is killed again and again, and its DIMMs are looked at by the next one.
+    QEMU is killed repeatedly; the next QEMU checks its DIMMs.
 
     :avocado: tags=map_sync,promise
     """
 
     def test_sudden_end(self) -> None:
-        """With MAP_SYNC, stores that the CPU flushed survive a sudden end; without, some do not.
+        """With MAP_SYNC, flushed stores survive a sudden end; without MAP_SYNC, some are lost.
 
         pmem=on, XFS and ext4, files that grow, sparse and allocated ones: existence, size, extents
         and bytes. The control without MAP_SYNC has file systems of its own, because a MAP_SYNC
@@ -91,9 +90,9 @@ class Promise(PaprScmTest):
         both file systems; a few more are made where a control has lost nothing by then.
         """
         cuts, dice = self.cuts(), self.random()
-        dimms = [Nvdimm(slot=slot, pmem=True, size_bytes=size) for slot, size in SIZES.items()]
-        self.require(dimms)
-        files = self.leave.enter_context(BackingFiles(self.settings.scratch_dir, dimms))
+        dimms = [PMEM_ON.at(slot, size) for slot, size in SIZES.items()]
+        self.require_qemu(*dimms)
+        files = self.keep(*dimms)
         tallies = {side: Tally() for side in SIDES}
         runs: dict[Side, Run] = {}
         for cut in itertools.count():
@@ -102,7 +101,7 @@ class Promise(PaprScmTest):
             for side, report in self.verify(guest, runs).items():
                 tallies[side].add(side, runs[side].phase, report)
             self.measure("sides", {str(side): tally.figures() for side, tally in tallies.items()})
-            # At once: a few cuts later nobody could see any more how it came.
+            # Immediately: after a few more cuts the cause could not be found.
             expect_kept(tallies)
             if cut >= cuts + MORE or (cut >= cuts and not without_force(tallies)):
                 check_offline(guest, [found.mount for found in mounts.values()])
@@ -114,10 +113,10 @@ class Promise(PaprScmTest):
         expect_force(tallies)
 
     def cuts(self) -> int:
-        """How often to kill QEMU."""
+        """The number of kills of QEMU."""
         text = str(self.params.get("cuts", default="2"))
         if not text.isdecimal() or not int(text):
-            raise ConfigError(f"cuts={text} is no number of cuts")
+            raise ConfigError(f"cuts={text} is not a number of cuts")
         return int(text)
 
     def mount(self, guest: Guest, *, again: bool) -> dict[int, DaxMount]:
@@ -135,7 +134,7 @@ class Promise(PaprScmTest):
         return mounts
 
     def renew(self, guest: Guest, mounts: dict[int, DaxMount], dice: random.Random) -> None:
-        """Now and then, make both file systems of a kind anew."""
+        """Sometimes, make both file systems of a kind again."""
         for fstype in ("xfs", "ext4"):
             if dice.randrange(RENEWED):
                 continue
@@ -149,7 +148,7 @@ class Promise(PaprScmTest):
     def start(
         self, guest: Guest, cut: int, old: dict[Side, Run], dice: random.Random
     ) -> dict[Side, Run]:
-        """Start the program on all sides at once, in new folders; the old ones go meanwhile."""
+        """Start the program on all sides, in new folders; remove the old ones meanwhile."""
         runs = {
             side: Run(
                 seed=dice.getrandbits(62),
@@ -179,7 +178,7 @@ class Promise(PaprScmTest):
     def kill(
         self, guest: Guest, ledger: Ledger, runs: dict[Side, Run], dice: random.Random
     ) -> dict[Side, Run]:
-        """Kill QEMU when a side that is drawn has done some more steps; what all had done then."""
+        """Kill QEMU when a random side has done some more steps; the runs with their progress."""
         chosen, more = dice.choice(SIDES), int(2 ** (dice.random() * 10))
         delay_s = dice.random() * 0.01
         deadline = time.monotonic() + START_LIMIT_S
@@ -205,12 +204,13 @@ class Promise(PaprScmTest):
         ended = {}
         for side, run in runs.items():
             entry = self.entry(ledger, side, run)
-            assert entry is not None
+            if entry is None:
+                raise HostError(f"{side}: the ledger has lost its entry")
             ended[side] = dataclasses.replace(run, done=entry.done, phase=entry.phase)
         return ended
 
     def stalled(self, guest: Guest, entries: dict[Side, Entry | None]) -> Error:
-        """The error for programs that have not all made a step: theirs, or the kernel's."""
+        """The error for programs of which not all have made a step: theirs, or the kernel's."""
         for side in [side for side, entry in entries.items() if entry is None]:
             # Its output is its errors; the ledger has the rest.
             if said := guest.succeed(f"cat /tmp/store{side.slot}"):
@@ -219,7 +219,7 @@ class Promise(PaprScmTest):
         return GuestLostError(f"after {START_LIMIT_S:g} s not every program made a step: {steps}")
 
     def entry(self, ledger: Ledger, side: Side, run: Run) -> Entry | None:
-        """What one side has done so far."""
+        """The progress of one side."""
         entry = ledger.read(run.nonce)
         if entry is None or entry.state in (State.STARTING, State.RUNNING):
             return entry
@@ -229,7 +229,7 @@ class Promise(PaprScmTest):
         )
 
     def verify(self, guest: Guest, runs: dict[Side, Run]) -> dict[Side, PromiseReport]:
-        """What is there after the replay of the journals, about which no file system complains."""
+        """Verify the files after the journals' replay, which must not report an error."""
         lines = [
             f"echo side {side.slot}; {TOOL} verify --seed={run.seed} --done={run.done} "
             f"{run.folder}; echo status $?"
@@ -245,7 +245,7 @@ class Promise(PaprScmTest):
         if [side.slot for side in runs] != list(reports):
             raise HostError(f"promise printed what it should not:\n{parts}")
         for side, run in runs.items():
-            told = reports[side.slot].seed, reports[side.slot].done
-            if told != (run.seed, run.done):
-                raise HostError(f"{side}: promise answers {told}, asked for was {run}")
+            answer = reports[side.slot].seed, reports[side.slot].done
+            if answer != (run.seed, run.done):
+                raise HostError(f"{side}: promise answers {answer}, asked for was {run}")
         return {side: reports[side.slot] for side in runs}

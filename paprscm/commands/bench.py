@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The verbs of `paprscm bench`: measure, keep the series and print its medians."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.table import Table
+
+from paprscm import log, settings
+from paprscm.build.debian import Archive
+from paprscm.commands import bench_flushes, bench_hcalls, bench_starts, bench_suite, flush_plot
+from paprscm.commands.series import Series, keep
+from paprscm.errors import ConfigError, HostError
+from paprscm.guest.environment import prepare
+from paprscm.paths import SUITE_VARIABLE
+from paprscm.settings import Settings
+from paprscm.vm.binary import resolve
+
+
+def start(arguments: argparse.Namespace, chosen: Settings) -> int:
+    """Time starts of guests."""
+    _check_rounds(arguments)
+    if arguments.warm_only and chosen.start == "cold":
+        raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
+    environment = prepare(chosen, make_snapshot=True)
+    failed = arguments.series.parent / "bench-start-failed"
+    series, left = bench_starts.starts(
+        environment, arguments.n, warm_only=arguments.warm_only, failed=failed
+    )
+    _show(arguments, series, bench_starts.table)
+    if left.problems:
+        raise HostError(str(left))
+    if not arguments.json:
+        print(left)
+    return 0
+
+
+def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
+    """Run the suite's jobs in each mode and compare them."""
+    _check_rounds(arguments)
+    os.environ[SUITE_VARIABLE] = "1"
+    modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
+    given = {name: getattr(arguments, name) for name in settings.names()}
+    plan = bench_suite.plan(
+        prepare(chosen, make_snapshot=True),
+        modes,
+        tests=arguments.tests,
+        given={name: value for name, value in given.items() if value is not None},
+        words=arguments.rest,
+    )
+    keep = arguments.series.parent / "bench-suite" if arguments.keep else None
+    series, doubts = bench_suite.measure(plan, arguments.n, keep=keep)
+    _show(arguments, series, bench_suite.table)
+    for doubt in doubts:
+        print(f"paprscm: {doubt}", file=sys.stderr)
+    if not doubts and not arguments.json:
+        print("every test ended alike in all jobs; nothing left behind")
+    if keep:
+        log.logger.info("what the jobs left is in %s", keep)
+    return 1 if doubts else 0
+
+
+def hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
+    """Measure hcalls and flushes per second without a guest."""
+    _check_rounds(arguments)
+    qemu = resolve(Archive.of(chosen), chosen.qemu)
+    _show(arguments, bench_hcalls.rates(qemu, chosen, arguments.n), bench_hcalls.table)
+    return 0
+
+
+def flush(arguments: argparse.Namespace, chosen: Settings) -> int:
+    """Measure flushes per second in a guest, by threads and DIMMs."""
+    _check_rounds(arguments)
+    threads = bench_flushes.parse_numbers(
+        "--threads", arguments.threads, bench_flushes.MOST_THREADS
+    )
+    dimms = bench_flushes.parse_numbers("--dimms", arguments.dimms, bench_flushes.MOST_DIMMS)
+    flush_plot.check(arguments.plot)
+    environment = prepare(chosen, make_snapshot=True)
+    series = bench_flushes.rates(environment, threads, dimms, arguments.n)
+    _show(arguments, series, bench_flushes.table)
+    flush_plot.draw(series, arguments.plot)
+    log.logger.info("the plot is %s", arguments.plot)
+    return 0
+
+
+def _check_rounds(arguments: argparse.Namespace) -> None:
+    if arguments.n < 1:
+        raise ConfigError("-n must be at least 1")
+
+
+def _show(
+    arguments: argparse.Namespace,
+    series: Series,
+    table: Callable[[Series], Table],
+) -> None:
+    """Keep a series and print it; it is kept whatever was found."""
+    keep(series, arguments.series)
+    if arguments.json:
+        print(series.as_json())
+    else:
+        Console().print(table(series))
