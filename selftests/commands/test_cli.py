@@ -152,6 +152,8 @@ def test_a_signal_ends_the_command_through_its_clean_up(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # These selftests may have been started with nohup themselves.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     with command, contextlib.ExitStack() as stack:
         stack.callback(command.kill)

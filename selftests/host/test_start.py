@@ -79,6 +79,13 @@ class Start:
         self._run, theirs = os.pipe()
         self._stack.callback(os.close, self._run)
         mark = uuid.uuid4().hex
+
+        def begin() -> None:
+            # nohup, for one, has its whole offspring ignore it.
+            signal.signal(signal.SIGHUP, signal.SIG_DFL)
+            if terminal:
+                fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
         self.shell = subprocess.Popen(
             ["sh", "-c", script],
             cwd=ROOT,
@@ -88,7 +95,7 @@ class Start:
             stderr=slave,
             pass_fds=[theirs],
             start_new_session=True,
-            preexec_fn=(lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)) if terminal else None,
+            preexec_fn=begin,
         )
         self._stack.callback(self._kill_all, mark)
         os.close(theirs)
