@@ -228,7 +228,7 @@ def test_a_qemu_that_is_killed_says_nothing_about_the_snapshot(
         os.kill(qemu_below(tmp_path), 9)
         load_state(qmp, begin)
 
-    monkeypatch.setattr("paprscm.guest.guest.load", load_and_kill)
+    monkeypatch.setattr("paprscm.guest.guest.load_state", load_and_kill)
     with pytest.raises(KilledError, match="was killed by SIGKILL from outside"), restore():
         pass
     assert snapshot.folder.exists()
