@@ -16,7 +16,7 @@ from paprscm.vm.sync_shim import Operation
 
 @dataclass(frozen=True)
 class Account:
-    """What happened between two moments at which no flush was under way.
+    """Totals between two moments at which no flush was in progress.
 
     Attributes:
         flushes: of each slot.
@@ -28,12 +28,12 @@ class Account:
 
     @property
     def count(self) -> int:
-        """How many flushes there were, of all slots."""
+        """Number of flushes, of all slots."""
         return sum(map(len, self.flushes.values()))
 
     @property
     def calls(self) -> int:
-        """How many hypervisor calls they took."""
+        """Number of hcalls that they took."""
         return sum(len(flush.calls) for made in self.flushes.values() for flush in made)
 
     def all(self) -> tuple[Flush, ...]:
@@ -86,7 +86,7 @@ class FlushAccounts:
         self._flushes: list[Flush] = []
 
     def take(self, *, limit_s: float = 5.0) -> Account:
-        """What happened since the last time.
+        """Return the totals since the last call.
 
         Args:
             limit_s: for how long the counts may differ, because something is under way, s.

@@ -37,7 +37,7 @@ _DRIFT_NS = 50_000
 
 @dataclass(frozen=True)
 class Offset:
-    """What must be added to the guest's CLOCK_MONOTONIC_RAW to get the host's monotonic time.
+    """Offset from the guest's CLOCK_MONOTONIC_RAW to the host's monotonic time.
 
     Attributes:
         low_ns, high_ns: it lies between these two, ns.
@@ -48,11 +48,11 @@ class Offset:
 
     @property
     def width_ns(self) -> int:
-        """How much is not known of it, ns."""
+        """Uncertainty of the offset, ns."""
         return self.high_ns - self.low_ns
 
     def narrowed(self, other: Offset) -> Offset:
-        """What two comparisons say together.
+        """Combine two comparisons.
 
         Raises:
             HostError: they contradict each other: a clock was changed in between.

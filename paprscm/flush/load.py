@@ -53,12 +53,12 @@ class Call(Fields, frozen=True, array_like=True):
 
     @property
     def duration_s(self) -> float:
-        """How long the caller had to wait, s."""
+        """Duration of the call, s."""
         return (self.end_ns - self.begin_ns) / 1e9
 
 
 class FlushLoad(ToolReport, frozen=True, kw_only=True):
-    """What threads in the guest did.
+    """Calls that threads in the guest made.
 
     Attributes:
         seed, threads: as asked for.

@@ -58,7 +58,7 @@ class Step(Fields, frozen=True, kw_only=True):
 
     @property
     def duration_s(self) -> float:
-        """How long it took, s."""
+        """Duration, s."""
         return (self.end_ns - self.begin_ns) / 1e9
 
     def __str__(self) -> str:

@@ -116,7 +116,7 @@ class Flush:
 
     @property
     def code(self) -> int:
-        """What it ended with."""
+        """Return code of the last hcall."""
         return self.calls[-1].code
 
     @property
@@ -128,7 +128,7 @@ class Flush:
 
 @dataclass(frozen=True)
 class Reading:
-    """What was seen since the trace was begun, but for `flushes`.
+    """Totals since tracing started; only `flushes` is reset by read().
 
     Attributes:
         flushes: those that ended since the last reading, in the order in which they ended.
@@ -167,7 +167,7 @@ class FlushTrace:
         self._hcalls_before = self.read().hcalls
 
     def read(self) -> Reading:
-        """What has happened meanwhile, in one round trip.
+        """Read the trace, in one round trip.
 
         Raises:
             HostError: an event was lost, or a line cannot be understood.
@@ -232,7 +232,7 @@ class FlushTrace:
 
 
 def count_hcalls(guest: Guest) -> int:
-    """How often the guest has made H_SCM_FLUSH since it started, by HCALL_STATS: without a probe.
+    """Count the guest's H_SCM_FLUSH calls since its start by HCALL_STATS, without a probe.
 
     Raises:
         CapabilityError: its kernel does not count its hcalls.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What guest_tools/faults.c reports of page faults under load, parsed strictly and judged."""
+"""Reports of guest_tools/faults.c on page faults under load, and their checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _FaultsReport(ToolReport, frozen=True, kw_only=True):
 
 
 class LoadReport(_FaultsReport, frozen=True, kw_only=True):
-    """What the threads did, and what was not as it must be.
+    """Operations of the threads, and the errors they found.
 
     Attributes:
         seed, sync, threads: as asked for.
@@ -67,7 +67,7 @@ class LoadReport(_FaultsReport, frozen=True, kw_only=True):
 
 
 class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
-    """What was in the files afterwards.
+    """Contents of the files after the load.
 
     Attributes:
         seed: as asked for.

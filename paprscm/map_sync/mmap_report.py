@@ -15,7 +15,7 @@ _MASK: Final = (1 << 64) - 1
 
 
 class Access(Enum):
-    """How the file is opened and protected: `opened` and `prot` of a report, and in words."""
+    """Open mode and protection: `opened` and `prot` of a report, and a description."""
 
     READ_WRITE = ("rw", "rw", "")
     WRITE = ("r", "rw", " on O_RDONLY with PROT_WRITE")
@@ -71,7 +71,7 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class CellReport:
-    """What became of one cell.
+    """Result of one cell.
 
     Attributes:
         cell: what was asked for.

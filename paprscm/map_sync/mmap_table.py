@@ -62,7 +62,7 @@ _RULES: Final = {
 
 @dataclass(frozen=True)
 class _Row:
-    """What each kind of file answers, in the order of FileKind."""
+    """Answers of each kind of file, in the order of FileKind."""
 
     type: str
     sync: bool
@@ -147,7 +147,7 @@ ANONYMOUS: Final = (
 
 
 def expected(cell: Cell, kind: FileKind) -> tuple[Answer, str]:
-    """What mmap() answers to a cell: OK, SF or an errno's number, and the rule that says so."""
+    """Return mmap()'s answer to a cell (OK, SF or an errno's number) and the rule behind it."""
     if cell.length == 0:
         return _INVAL, "length"
     if cell.offset % 4096:
@@ -233,7 +233,7 @@ def _difference(report: CellReport, answer: Answer, kind: FileKind) -> str | Non
 
 
 def _store_difference(report: CellReport, kind: FileKind, shared: bool) -> str | None:
-    """What is wrong with where the stores went."""
+    """Describe stores that did not arrive where they must."""
     mapping, seen = report.mapping, (report.mapping.store_in_mapping, report.mapping.store_in_file)
     if report.cell.access is Access.READ:
         return None if seen == (None, None) else f"stored, though it was to be read: {seen}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What guest_tools/map_sync.c reports, parsed strictly, and what such a report proves."""
+"""Reports of guest_tools/map_sync.c, parsed strictly, and the verdicts that they prove."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAP_SYNC: Final = 0x080000
 MAP_FIXED: Final = 0x10
 MAP_ANONYMOUS: Final = 0x20
 UNKNOWN_BIT: Final = 0x02000000
-"""What map_sync's --unknown-bit sets."""
+"""Flag that map_sync's --unknown-bit sets."""
 
 FILE_SYSTEMS: Final = {0x58465342: "xfs", 0xEF53: "ext4", 0x01021994: "tmpfs"}
 """statfs magic numbers (Linux include/uapi/linux/magic.h)."""
@@ -37,7 +37,7 @@ _TYPES: Final = {
 
 
 class Result(StrEnum):
-    """How one mapping went, and the exit status that map_sync gives it."""
+    """Result of one mapping, and map_sync's exit status for it."""
 
     MAPPED = "mapped"
     REFUSED = "refused"
@@ -244,7 +244,7 @@ def parse_map_sync(stdout: str, status: int, stderr: str = "") -> MapSyncReport:
 
 
 class Verdict(Enum):
-    """What a MAP_SYNC probe proves."""
+    """Verdict that a MAP_SYNC probe proves."""
 
     ACCEPTED = "MAP_SYNC accepted"
     REFUSED = "MAP_SYNC refused"

@@ -21,7 +21,7 @@ class RegionError(ContractError):
 
 
 class Dump:
-    """What the script printed, parsed strictly.
+    """Output of the script, parsed strictly.
 
     guest_tools/pmem.sh describes the lines.
 

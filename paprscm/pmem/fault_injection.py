@@ -94,7 +94,7 @@ class Report(ToolReport, frozen=True, kw_only=True):
 
     @property
     def answers(self) -> dict[str, int]:
-        """How often each errno was the answer to a failure; "0": the call succeeded."""
+        """Number of answers to a failure by errno; "0": the call succeeded."""
         names = [errno.errorcode.get(one.errno, "0") for one in self.rounds if one.failed]
         return dict(Counter(names))
 

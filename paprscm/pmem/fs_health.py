@@ -33,7 +33,7 @@ _SPEAKERS: Final = re.compile(r"(?:<([0-9]+)>)?.*?((?:XFS|EXT4-fs|JBD2|Buffer I/
 
 
 def complaints(messages: str) -> list[str]:
-    """What a file system says only when something is wrong.
+    """Messages that a file system prints only in case of an error.
 
     Args:
         messages: of the kernel, one a line, as KERNEL_LOG prints them; a line without a level

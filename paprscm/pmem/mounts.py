@@ -24,7 +24,7 @@ FsType = Literal["xfs", "ext4"]
 
 @dataclass(frozen=True, kw_only=True)
 class DaxMount:
-    """What `dax_mount` made or found: region, namespace and mounted file system.
+    """Region, namespace and mounted file system of `dax_mount`.
 
     Attributes:
         page_size, block_size: of the guest's kernel and of the file system, bytes.
@@ -89,7 +89,7 @@ def try_mount(
     *,
     options: str = "dax=always",
 ) -> MountAnswer:
-    """What mount(2) says, as an errno, and what the kernel logs meanwhile; for what is refused.
+    """Try mount(2): return its errno and the kernel's messages.
 
     A disk that is read-only is mounted read-only in the end, though the answer is EACCES: that is
     what mount programs do.
@@ -179,7 +179,7 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True)
 class MountAnswer:
-    """What mount(2) said, and what the kernel logged meanwhile.
+    """Answer of mount(2), and the kernel's messages.
 
     Attributes:
         errno_name: "EINVAL", for example; None: it succeeded.

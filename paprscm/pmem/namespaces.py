@@ -137,7 +137,7 @@ def created_namespace(
 
 
 PERSONALITIES: Final = {"fsdax": "pfn", "devdax": "dax", "sector": "btt", "raw": "namespace"}
-"""What the device is a child of in sysfs, for each mode of a namespace (drivers/nvdimm)."""
+"""Parent of the device in sysfs, for each mode of a namespace (drivers/nvdimm)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the pmem script printed in the guest, as data: region and device tree node."""
+"""Regions of DIMMs, found by DRC index, and their device tree nodes."""
 
 from __future__ import annotations
 

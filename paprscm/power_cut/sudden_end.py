@@ -27,7 +27,7 @@ _SMALLEST_PAGE: Final = 4096
 
 
 class Phase(IntEnum):
-    """What promise was about when it was killed (promise.c, enum phase)."""
+    """Phase of promise when it was killed (promise.c, enum phase)."""
 
     NOTHING = 0
     CREATE = 1
@@ -41,7 +41,7 @@ class Phase(IntEnum):
 
 
 class State(IntEnum):
-    """How far it had come (promise.c, enum state)."""
+    """State of promise (promise.c, enum state)."""
 
     STARTING = 0
     RUNNING = 1
@@ -51,7 +51,7 @@ class State(IntEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """What the ledger says.
+    """Contents of the ledger.
 
     Attributes:
         done: steps that are promised.
@@ -107,7 +107,7 @@ class Ledger:
         self._ranges.close()
 
     def read(self, nonce: int) -> Entry | None:
-        """What the program that was given `nonce` has counted; None: nothing yet.
+        """Return the counts of the program with this `nonce`; None: nothing yet.
 
         Raises:
             ProbeError: what is there is no ledger.
@@ -189,7 +189,7 @@ class Side:
 
 @dataclass(kw_only=True)
 class Tally:
-    """What all cuts of one side have shown so far.
+    """Results of all cuts of one side so far.
 
     Attributes:
         cuts: how many there were.

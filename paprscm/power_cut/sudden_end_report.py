@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What guest_tools/promise.c found in a file system after a sudden end, parsed strictly."""
+"""Reports of guest_tools/promise.c on a file system after a sudden end, parsed strictly."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Finding(Fields, frozen=True, kw_only=True):
 
 
 class PromiseReport(ToolReport, frozen=True, kw_only=True):
-    """What was there of all that was promised.
+    """Promised files and pages that were found.
 
     Attributes:
         seed, done: of the plan.
