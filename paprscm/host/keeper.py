@@ -62,7 +62,7 @@ class Watch:
     """Processes of which none may end.
 
     Args:
-        run: process id and start time of each.
+        run: process id and start time of each; an empty time: it has ended already.
 
     Attributes:
         pidfds: they poll readable when their process ends.
@@ -85,7 +85,9 @@ class Watch:
 
     def lost(self) -> int | None:
         """One that has ended; None: they all live."""
-        return next((pid for pid, start in self._run if start_time(pid) != start), None)
+        return next(
+            (pid for pid, start in self._run if not start or start_time(pid) != start), None
+        )
 
 
 def has_ended(child: int) -> bool:

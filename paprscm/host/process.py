@@ -66,12 +66,14 @@ def _run_members() -> list[tuple[int, str]]:
     if not all(re.fullmatch(r"\d+:\d+", word) for word in words):
         raise HostError(f"{_RUN} is {os.environ[_RUN]!r}, not PID:START …", hint=f"unset {_RUN}")
     members = [(int(pid), start) for pid, start in (word.split(":") for word in words)]
-    pids = [os.getpid()]
+    members.append((os.getpid(), keeper.start_time(os.getpid())))
     # Avocado runs a test in a child of its runner that multiprocessing forked.
     runner = multiprocessing.parent_process()
     if runner is not None and runner.pid is not None:
-        pids.append(runner.pid)
-    return members + [(pid, keeper.start_time(pid)) for pid in pids]
+        # Once it has ended we have another parent, and its number may name another process.
+        alive = runner.pid == os.getppid()
+        members.append((runner.pid, keeper.start_time(runner.pid) if alive else ""))
+    return members
 
 
 def _name(argv: Sequence[str]) -> str:

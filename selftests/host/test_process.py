@@ -45,6 +45,31 @@ else:
     time.sleep(1000)
 """
 
+# A runner whose test outlives it, and then starts a program.
+KILLED_RUNNER = """
+import multiprocessing, os, signal, sys, time
+from pathlib import Path
+from paprscm.errors import HostError
+from paprscm.host.process import Process
+
+def test():
+    runner = os.getppid()
+    os.kill(runner, signal.SIGKILL)
+    while os.getppid() == runner:
+        time.sleep(0.01)
+    text = "it started"
+    try:
+        Process(["true"]).wait()
+    except HostError as error:
+        text = str(error)
+    part = Path(sys.argv[1] + ".part")
+    part.write_text(text)
+    part.rename(sys.argv[1])
+
+multiprocessing.get_context("fork").Process(target=test).start()
+time.sleep(100)
+"""
+
 # include/uapi/linux/{filter,seccomp,prctl}.h
 LOAD, JUMP_IF_EQUAL, RETURN = 0x20, 0x15, 0x06
 SECCOMP_ERRNO, SECCOMP_ALLOW = 0x00050000, 0x7FFF0000
@@ -188,6 +213,17 @@ def test_a_process_joins_a_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(2):
         join_run()
     assert os.environ["PAPRSCM_RUN"] == f"1:2 {os.getpid()}:{keeper.start_time(os.getpid())}"
+
+
+def test_nothing_starts_in_a_test_whose_runner_has_ended(tmp_path: Path) -> None:
+    """Also when the runner was killed before the test had started its first program."""
+    said = tmp_path / "said"
+    runner = subprocess.Popen([sys.executable, "-c", KILLED_RUNNER, said])
+    assert runner.wait(10) == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while not said.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert said.read_text().startswith(f"cannot start true: process {runner.pid} of this run has")
 
 
 def test_the_start_time_of_a_process_that_has_ended_is_empty() -> None:
