@@ -18,7 +18,7 @@ from paprscm.testcase import QemuTest
 
 def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
     lines = f"- **Since:** {since}\n- **Fixed in:** {fixed_in}\n- **Seen in:** 1.2 to 3.4\n"
-    (folder / "x.md").write_text(f"# It does x\n\n- **Where:** there\n{lines}\nThe prose.\n")
+    (folder / "x.md").write_text(f"# It does x\n\n- **Location:** there\n{lines}\nThe prose.\n")
     return read_issue("x", folder=folder)
 
 
@@ -232,7 +232,7 @@ def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
 @pytest.mark.parametrize("release", ["6.12.117", "6.12.117+deb13-powerpc64le", "7.4.0-rc1"])
 def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> None:
     test = _Test(QEMU="7.2.22", Linux=release)
-    with pytest.raises(ContractError, match="fsync returned 0: A flush that failed") as caught:
+    with pytest.raises(ContractError, match="fsync returned 0: A bio succeeds") as caught:
         test.says(shows=True)
     assert str(caught.value.hint) == (
         f"a regression on Linux {release}: known_issues/linux-pmem-loses-preflush-error.md lists "
