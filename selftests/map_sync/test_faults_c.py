@@ -196,7 +196,7 @@ def test_lost_and_additional_files_are_named(binary: Path, base: Path) -> None:
     file = _largest(base)
     file.unlink()
     report = _verify(binary, base)
-    assert f"verify {file.parent.name}/{file.name}: it is gone" in report.errors[0]
+    assert f"verify {file.parent.name}/{file.name}: it is missing" in report.errors[0]
     assert "files, not" in report.errors[1]
 
 
@@ -206,7 +206,7 @@ def test_what_nobody_stored_in_the_arena_is_named(binary: Path, base: Path) -> N
         opened.seek(16)
         opened.write(b"12345678")
     errors = _verify(binary, base).errors
-    assert "arena: the word at 0x10 is 0x3837363534333231, which nobody stored there" in errors[0]
+    assert "arena: the word at 0x10 is 0x3837363534333231, which no thread stored there" in errors[0]
 
 
 def test_damaged_expectations_are_no_verdict(binary: Path, base: Path) -> None:
@@ -216,7 +216,7 @@ def test_damaged_expectations_are_no_verdict(binary: Path, base: Path) -> None:
         *(binary, "verify", f"--seed={SEED}", f"--expected={base / 'expected'}", base / "files")
     )
     assert (result.returncode, result.stdout) == (4, "")
-    assert "what is expected is damaged" in result.stderr
+    assert "the expected content is damaged" in result.stderr
 
 
 def test_files_must_be_dax(binary: Path, tmp_path: Path) -> None:
