@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rows of refusals are consistent, and a mismatch says all that is needed."""
+"""Rows of refusals: they are consistent, and a mismatch shows both texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def places(tmp_path: Path) -> dict[str, str]:
     return make_files(tmp_path)
 
 
-def test_each_name_is_there_once() -> None:
+def test_names_are_unique() -> None:
     names = [row.name for row in ROWS]
     assert len(names) == len(set(names)) > 50
     assert all(find(row.name) is row for row in ROWS)
@@ -62,7 +62,7 @@ def test_a_range_includes_its_first_version_and_not_its_last(row: Refusal) -> No
     ]
 
 
-def test_all_placeholders_are_made(places: dict[str, str]) -> None:
+def test_all_placeholders_are_filled(places: dict[str, str]) -> None:
     for row in ROWS:
         filled(row.words, places)
         for version in VERSIONS:
@@ -74,17 +74,17 @@ def test_all_placeholders_are_made(places: dict[str, str]) -> None:
     assert not Path(places["absent"]).exists()
 
 
-def test_the_option_in_front_is_taken_off(row: Refusal, places: dict[str, str]) -> None:
+def test_the_leading_option_is_removed(row: Refusal, places: dict[str, str]) -> None:
     words = filled(row.words, places)
     assert without_option(f"{words[-2]} {words[-1]}: no\nand no", words) == "no\nand no"
     assert without_option("-device other: no", words) == "-device other: no"
 
 
-def test_what_is_as_expected_has_no_difference(row: Refusal, places: dict[str, str]) -> None:
+def test_the_expected_text_has_no_difference(row: Refusal, places: dict[str, str]) -> None:
     words = filled(row.words, places)
     assert row.difference(attempt(1, "mem0 is bad"), (7, 2, 22), places) is None
-    said = f"-device {words[-1]}: mem0 is bad"
-    assert row.difference(attempt(1, said), (7, 2, 22), places) is None
+    text = f"-device {words[-1]}: mem0 is bad"
+    assert row.difference(attempt(1, text), (7, 2, 22), places) is None
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_what_is_as_expected_has_no_difference(row: Refusal, places: dict[str, s
 def test_a_difference_shows_both_texts(
     row: Refusal, places: dict[str, str], status: int, text: str
 ) -> None:
-    found = row.difference(attempt(status, text), (7, 2, 22), places)
-    assert found is not None
-    assert found.startswith("bad: ")
-    assert text in found
-    assert "expected (QEMU 7.0 to before 8.1; here.c:there):\n    mem0 is bad" in found
+    difference = row.difference(attempt(status, text), (7, 2, 22), places)
+    assert difference is not None
+    assert difference.startswith("bad: ")
+    assert text in difference
+    assert "expected (QEMU 7.0 to before 8.1; here.c:there):\n    mem0 is bad" in difference

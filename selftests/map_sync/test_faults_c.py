@@ -206,7 +206,9 @@ def test_what_nobody_stored_in_the_arena_is_named(binary: Path, base: Path) -> N
         opened.seek(16)
         opened.write(b"12345678")
     errors = _verify(binary, base).errors
-    assert "arena: the word at 0x10 is 0x3837363534333231, which no thread stored there" in errors[0]
+    assert (
+        "arena: the word at 0x10 is 0x3837363534333231, which no thread stored there" in errors[0]
+    )
 
 
 def test_damaged_expectations_are_no_verdict(binary: Path, base: Path) -> None:
