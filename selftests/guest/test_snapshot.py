@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a restored guest says is not trusted, and a snapshot is used for what it was made of."""
+"""Snapshots: answers of a restored guest are checked, and a snapshot fits only its machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PLAIN = Machine(memory_mib=256)
 
 
 def alive() -> None:
-    """A guest that is not lost."""
+    """Check of a guest that is not lost."""
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def ends() -> Iterator[tuple[Port, socket.socket]]:
     port.close()
 
 
-def test_wake_says_the_time_the_regions_and_a_seed(ends: tuple[Port, socket.socket]) -> None:
+def test_wake_has_the_time_the_regions_and_a_seed(ends: tuple[Port, socket.socket]) -> None:
     port, guest = ends
     port.wake(regions=2)
     port.wake(regions=2)
@@ -78,14 +78,14 @@ def test_answers_come_in_pieces_or_together(ends: tuple[Port, socket.socket]) ->
         b"x" * 600,
     ],
 )
-def test_nonsense_is_no_restored_guest(ends: tuple[Port, socket.socket], said: bytes) -> None:
+def test_a_malformed_answer_is_an_error(ends: tuple[Port, socket.socket], said: bytes) -> None:
     port, guest = ends
     guest.send(said)
     with pytest.raises(NotRestoredError, match="the restored guest says"):
         port.awake(alive)
 
 
-def test_a_qemu_that_hangs_up_is_noticed_at_once(ends: tuple[Port, socket.socket]) -> None:
+def test_a_closed_port_is_detected_immediately(ends: tuple[Port, socket.socket]) -> None:
     port, guest = ends
     guest.close()
     with pytest.raises(NotRestoredError, match="closed"):
@@ -101,8 +101,8 @@ def test_silence_has_a_limit(
         port.awake(alive)
 
 
-def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) -> None:
-    """A kernel that panics when a DIMM is plugged is no reason to try it otherwise."""
+def test_a_lost_guest_stays_a_lost_guest(ends: tuple[Port, socket.socket]) -> None:
+    """A kernel that panics when a DIMM is plugged must not cause a cold boot instead."""
     port, _guest = ends
 
     def lost() -> None:
@@ -123,11 +123,11 @@ def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) ->
         ({"smp": 1}, False),
         ({"memory_mib": 512}, False),
         ({"firmware": "slof"}, False),
-        # More DIMMs than fit into the address space that the saved guest has for them.
+        # More DIMM space than the saved guest has.
         ({"nvdimms": (Nvdimm(size_bytes=8192 * MIB),)}, False),
     ],
 )
-def test_a_snapshot_is_for_machines_that_differ_in_dimms_only(
+def test_a_snapshot_fits_machines_that_differ_only_in_dimms(
     change: dict[str, object], fits: bool
 ) -> None:
     snapshot = Snapshot(folder=Path("/s"), machine=PLAIN, has_rom=False)
@@ -145,10 +145,10 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     assert words[-3:] == ["-incoming", "defer", "-S"]
     assert not [word for word in words if "spapr-nvdimm" in word]
     own = "readonly=on,rom=off" if has_rom else ""
-    [told] = [word for word in words if word.startswith("memory-backend-file")]
-    # Whatever it writes must not reach the file that other guests begin with.
-    assert told.split(",share=")[1].strip(",") == ("off," + own).strip(",")
-    # Booted or restored, for QEMU it is one machine.
+    [memory_object] = [word for word in words if word.startswith("memory-backend-file")]
+    # Its writes must not reach the memory file that other guests share.
+    assert memory_object.split(",share=")[1].strip(",") == ("off," + own).strip(",")
+    # For QEMU a booted and a restored machine must be the same.
     saved = qemu_argv(
         ("qemu",), machine, payload, files, wiring, MemoryFile(path=Path("/m"), restored=False)
     )
@@ -157,7 +157,7 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
 
 
 def stopped(qemu: Qemu, memory: MemoryFile) -> Command:
-    """The command line of a machine that runs nothing."""
+    """The command line of a stopped machine."""
 
     def command(_files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
         qmp = ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-qmp", "chardev:qmp"]
@@ -179,12 +179,12 @@ def stopped(qemu: Qemu, memory: MemoryFile) -> Command:
 
 @contextlib.contextmanager
 def machine(qemu: Qemu, folder: Path, memory: MemoryFile) -> Iterator[Vm]:
-    """It, running."""
+    """The stopped machine in a running QEMU."""
     with Vm(stopped(qemu, memory), (), folder=folder / "log", scratch_dir=folder) as vm:
         yield vm
 
 
-def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) -> None:
+def test_a_state_is_loaded_completely_or_refused_immediately(qemu: Qemu, tmp_path: Path) -> None:
     has_rom = qemu.has("memory-backend-file", "rom")
     snapshot = Snapshot(folder=tmp_path, machine=PLAIN, has_rom=has_rom)
     memory = snapshot.memory.path
@@ -212,7 +212,7 @@ def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) 
 def test_a_state_is_complete_when_it_was_saved(
     qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU has finished when the program that writes the file has not begun to."""
+    """QEMU finishes before the program that writes the file has begun."""
     slow = tmp_path / "bin" / "cat"
     slow.parent.mkdir()
     slow.write_text(
@@ -226,7 +226,7 @@ def test_a_state_is_complete_when_it_was_saved(
         assert (tmp_path / "state").read_bytes() == (tmp_path / "kept").read_bytes() != b""
 
 
-def test_a_state_that_cannot_be_written_is_told(qemu: Qemu, tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_written_is_an_error(qemu: Qemu, tmp_path: Path) -> None:
     memory = MemoryFile(path=tmp_path / "memory", restored=False)
     with machine(qemu, tmp_path, memory) as vm, pytest.raises(HostError, match="migrate failed"):
         save_state(vm.qmp, tmp_path / "nowhere" / "state")
