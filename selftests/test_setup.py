@@ -127,7 +127,7 @@ def test_missing_packages_are_named_and_installed(machine: Machine) -> None:
     output = machine.run(1)
     assert "setup: missing packages: the-thing file\n" in output
     # One of the two packages is installed now, the other stays missing.
-    assert "still not there after their installation: file" in output
+    assert "still missing after their installation: file" in output
     update, install = machine.called("apt-get")
     assert " update, noninteractive" in update
     assert " -y --no-install-recommends install the-thing file, noninteractive" in install
@@ -286,7 +286,7 @@ def test_two_concurrent_runs(machine: Machine) -> None:
     output = second.communicate(timeout=30)[1]
     first.communicate(timeout=30)
     assert (first.returncode, second.returncode) == (0, 0)
-    assert "another run is at it; waiting" in output
+    assert "another run is installing; waiting" in output
     assert len(machine.called("pip install")) == 1
 
 
