@@ -18,6 +18,7 @@ from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
 from paprscm.errors import ConfigError
 from paprscm.guest import kernel_image
+from paprscm.guest.dimm_content import DimmContents
 from paprscm.guest.guest import Equipment, Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
@@ -171,6 +172,15 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             client_key=land.client_key,
             host_key=land.host_key_public,
             board=board,
+            contents=DimmContents(
+                cache=cache,
+                made_by={
+                    "kernel": cache.identity(under_test.path),
+                    "userland": cache.identity(land.disk),
+                    "qemu": qemu.key,
+                    "cpu": f"{board.cpu} {board.accel}",
+                },
+            ),
         )
 
     def environment(land: Userland) -> Environment:
