@@ -20,7 +20,7 @@ from rich.table import Table
 from paprscm import log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
-from paprscm.build.kbuild import build_default, build_tree, prune_trees
+from paprscm.build.kbuild import build_default, build_tree
 from paprscm.commands import bench, bench_flushes, bench_suite, doctor, manual, shell
 from paprscm.commands.dimm_syntax import parse_nvdimm
 from paprscm.device import bare_metal, hcall_judge
@@ -235,7 +235,7 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
     for nvdimm in machine.nvdimms:
         require(environment.qemu, nvdimm)
     if arguments.dry_run:
-        print(_script(environment, environment.furnish(machine)), end="")
+        print(_script(environment, machine), end="")
         return 0
     mirror = sys.stdout if arguments.serial else None
     with (
@@ -264,8 +264,9 @@ def _script(environment: Environment, machine: Machine) -> str:
     equipment = environment.equipment
     folder = environment.settings.scratch_dir / "paprscm-by-hand"
     files = {n.slot: n.file or folder / f"nvdimm{n.slot}" for n in machine.nvdimms}
-    argv = qemu_argv(equipment.qemu, machine, equipment.payload, files, None)
-    return script(argv, {files[n.slot]: n.file_bytes for n in machine.nvdimms})
+    board = machine.board(equipment.board)
+    argv = qemu_argv(equipment.qemu, machine, board, equipment.payload, files, None)
+    return script(argv, machine.nvdimms, files)
 
 
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
@@ -317,10 +318,9 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     cache, unused_for_s = Cache(chosen.cache_dir), arguments.days * DAY_S
     free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
     entries = cache.prune(unused_for_s=unused_for_s)
-    trees = prune_trees(cache, unused_for_s=unused_for_s)
     Archive.of(chosen).prune(unused_for_s=unused_for_s)
     freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
-    print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
+    print(f"{len(entries)} entries removed, {freed:.0f} MB")
     return 0
 
 
@@ -333,7 +333,7 @@ def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
     entries = [
         entry
         for entry in cache.entries()
-        if entry.used >= started and entry.kind != kernel_source.KIND
+        if entry.used >= started and not (entry.is_workspace or entry.kind == kernel_source.KIND)
     ]
     size_bytes = transfer.export(entries, arguments.file)
     print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from paprscm import log
-from paprscm.build import initramfs, kbuild, rootfs, tcg_fixup, vmlinux
+from paprscm.build import rootfs
 from paprscm.build.debian import Archive, Download, suites
 from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
 from paprscm.errors import ConfigError
+from paprscm.guest import kernel_image
+from paprscm.guest.dimm_content import DimmContents
 from paprscm.guest.guest import Equipment, Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
@@ -26,11 +26,11 @@ from paprscm.guest.snapshot import NotRestoredError, Snapshot
 from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
 from paprscm.host.cache import Cache
-from paprscm.settings import OWN_KERNELS, Settings, expanded
-from paprscm.vm import binary, instructions
+from paprscm.settings import Settings
+from paprscm.vm import binary
 from paprscm.vm.argv import Payload
 from paprscm.vm.binary import Qemu
-from paprscm.vm.machine import Machine
+from paprscm.vm.machine import Machine, board_of
 from paprscm.vm.sync_shim import Shim
 
 # Everything that the suite's tests call in the guest must start there.
@@ -52,8 +52,6 @@ class Environment:
         settings: what the user chose.
         qemu: the QEMU under test.
         kernel: the kernel under test, as it was given or built.
-        accel: "tcg" or "kvm".
-        cpu: the -cpu model.
         kernel_source: package and version of the source that the kernel was built from here; "" for
             a user's kernel.
         userland: the Debian suite of the root file system, and its C library's version.
@@ -65,25 +63,11 @@ class Environment:
     settings: Settings
     qemu: Qemu
     kernel: Kernel
-    accel: str
-    cpu: str
     kernel_source: str
     userland: str
     fixed_sites: int
     equipment: Equipment
     snapshot: Snapshot | None = None
-
-    def furnish(self, machine: Machine) -> Machine:
-        """The machine with CPU, memory, firmware and accelerator from the settings."""
-        chosen = self.settings
-        return dataclasses.replace(
-            machine,
-            smp=chosen.smp,
-            memory_mib=chosen.memory_mib,
-            cpu=self.cpu,
-            firmware=chosen.firmware,
-            accel=self.accel,
-        )
 
     @contextlib.contextmanager
     def guest(
@@ -99,19 +83,19 @@ class Environment:
         """A running guest: restored from the snapshot where that can be, else booted.
 
         Args:
-            machine: what is wanted; CPU, memory, firmware and accelerator come from the settings.
+            machine: the machine that the guest runs on.
             folder: where its logs go.
             cold: boot it: its DIMMs are there when the kernel starts.
             allowed: kernel messages that are expected (regular expressions).
             mirror: where to write what its console prints.
             shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """
-        wanted, patterns = self.furnish(machine), list(allowed)
+        patterns = list(allowed)
 
         def start(begin: Snapshot | None) -> Guest:
             return Guest(
                 self.equipment,
-                wanted,
+                machine,
                 folder=folder,
                 allowed=patterns,
                 mirror=mirror,
@@ -120,7 +104,7 @@ class Environment:
             )
 
         begin = self.snapshot
-        if cold or begin is None or not begin.fits(wanted):
+        if cold or begin is None or not begin.fits(machine, machine.board(self.equipment.board)):
             begin = None
         with contextlib.ExitStack() as stack:
             try:
@@ -134,6 +118,7 @@ class Environment:
 
     def describe(self) -> dict[str, str]:
         """The dimensions of a result, by name."""
+        board = self.equipment.board
         return {
             "qemu": self.qemu.version_text,
             "qemu_path": str(self.qemu.path),
@@ -142,11 +127,7 @@ class Environment:
             "kernel_source": self.kernel_source or "none",
             "userland": self.userland,
             "page_size": str(self.kernel.page_size),
-            "accel": self.accel,
-            "cpu": self.cpu,
-            "smp": str(self.settings.smp),
-            "memory_mib": str(self.settings.memory_mib),
-            "firmware": self.settings.firmware,
+            **{name: str(value) for name, value in dataclasses.asdict(board).items()},
             "fixed_sites": str(self.fixed_sites),
             "snapshot": self.snapshot.folder.name if self.snapshot else "none",
         }
@@ -166,20 +147,17 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     cache = archive.cache
     qemu = binary.resolve(archive, settings.qemu)
     binary.require_guests(qemu)
-    accel = binary.accel(settings.accel, qemu)
-    if settings.firmware == "vof" and not qemu.has_vof:
+    board = board_of(settings, qemu)
+    if board.firmware == "vof" and not qemu.has_vof:
         raise ConfigError(f"{qemu.path} has no x-vof machine option", hint="set firmware=slof")
-    cpu = settings.cpu
-    if cpu == "auto":
-        cpu = "host" if accel == "kvm" else "POWER9"
     with process.beside(
         lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
     ) as obtaining:
         # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
-        under_test, source = _kernel(archive, settings, obtaining.check)
+        under_test, source = kernel_image.obtain(archive, settings, obtaining.check)
         obtained = obtaining.result()
-    executes = {} if accel == "kvm" else _executes(cache, qemu, cpu)
-    vmlinux, sites = _fixed(cache, under_test, executes)
+    executes = {} if board.accel == "kvm" else kernel_image.instructions_of(cache, qemu, board.cpu)
+    vmlinux, sites = kernel_image.fix(cache, under_test, executes)
 
     def equipment(land: Userland, initrd: Path | None) -> Equipment:
         return Equipment(
@@ -193,16 +171,24 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             ),
             client_key=land.client_key,
             host_key=land.host_key_public,
+            board=board,
+            contents=DimmContents(
+                cache=cache,
+                made_by={
+                    "kernel": cache.identity(under_test.path),
+                    "userland": cache.identity(land.disk),
+                    "qemu": qemu.key,
+                    "cpu": f"{board.cpu} {board.accel}",
+                },
+            ),
         )
 
     def environment(land: Userland) -> Environment:
-        initrd = _initramfs(cache, settings, under_test, land, executes)
+        initrd = kernel_image.initrd(cache, settings, under_test, land, executes)
         return Environment(
             settings=settings,
             qemu=qemu,
             kernel=under_test,
-            accel=accel,
-            cpu=cpu,
             kernel_source=source,
             userland=f"Debian {land.suite}, libc6 {land.versions.get('libc6')}",
             fixed_sites=sites,
@@ -213,7 +199,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         made_of = environment(land)
         with (
             tempfile.TemporaryDirectory(prefix="paprscm-boot-test-") as folder,
-            Guest(made_of.equipment, made_of.furnish(Machine()), folder=Path(folder)) as guest,
+            Guest(made_of.equipment, Machine(), folder=Path(folder)) as guest,
         ):
             guest.succeed(_BOOT_TEST)
 
@@ -222,9 +208,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     made = environment(obtained)
     if settings.start == "cold":
         return made
-    recipe = Recipe(
-        cache=cache, qemu=qemu, equipment=made.equipment, machine=made.furnish(Machine())
-    )
+    recipe = Recipe(cache=cache, qemu=qemu, equipment=made.equipment)
     try:
         outcome = ensure_snapshot(recipe) if make_snapshot else find_snapshot(recipe)
     except (TimedOutError, ProbeError) as error:
@@ -234,85 +218,3 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     if outcome is not None and outcome.snapshot is None:
         log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
     return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
-
-
-def _kernel(
-    archive: Archive, settings: Settings, proceed: Callable[[], None]
-) -> tuple[Kernel, str]:
-    """The kernel under test, and the source that it was built from here; "" for a user's own."""
-    if settings.kernel in OWN_KERNELS:
-        if settings.modules is not None:
-            raise ConfigError(
-                f"modules= without kernel=: the {settings.kernel} kernel needs none",
-                hint="give the vmlinux that they belong to",
-            )
-        built = kbuild.build_default(archive, settings, proceed=proceed)
-        return vmlinux.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
-    found = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
-    if settings.modules is not None:
-        found = initramfs.with_config(found, settings.modules)
-    vmlinux.check(found, has_modules=settings.modules is not None)
-    return found, ""
-
-
-def _executes(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
-    """Probe once which instructions the TCG of this binary executes."""
-    name = f"instructions-{cpu}-{instructions.probe_digest()}"
-    answer = binary.remember(
-        cache, qemu, name, lambda: instructions.probe(qemu.argv_prefix, cpu=cpu)
-    )
-    return {str(name): bool(able) for name, able in answer.items()}
-
-
-def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
-    """The kernel as this QEMU can execute it, and how many instructions had to be rewritten."""
-    lacking = tcg_fixup.missing(executes)
-    if not lacking:
-        return found.path, 0
-
-    def build(folder: Path) -> None:
-        report = tcg_fixup.fix_file(found.path, folder / "vmlinux", executes)
-        log.logger.info("instruction fix-up for TCG: %s", report)
-        (folder / "sites.json").write_text(json.dumps(report.sites))
-
-    fields = {
-        "kernel": cache.identity(found.path),
-        "release": found.release,
-        "rewritten": " ".join(instruction.name for instruction in lacking),
-    }
-    entry = cache.ensure("fixed-kernel", fields, build, needs_bytes=2 * found.size_bytes)
-    return entry.path / "vmlinux", int(json.loads((entry.path / "sites.json").read_text()))
-
-
-def _initramfs(
-    cache: Cache,
-    settings: Settings,
-    found: Kernel,
-    land: Userland,
-    executes: Mapping[str, bool],
-) -> Path | None:
-    """The initramfs with the kernel's modules, if it has any."""
-    folder_of_modules = settings.modules
-    if folder_of_modules is None:
-        return None
-    files = initramfs.find_modules(found, folder_of_modules)
-    content = "\n".join(cache.identity(path) for _name, path in sorted(files.items()))
-    fields = {
-        "kernel": cache.identity(found.path),
-        "release": found.release,
-        "modules": hashlib.sha256(content.encode()).hexdigest(),
-        "rewritten": " ".join(instruction.name for instruction in tcg_fixup.missing(executes)),
-        "busybox": str(land.versions.get("busybox-static")),
-    }
-
-    def build(folder: Path) -> None:
-        made = initramfs.build_initramfs(
-            found,
-            folder_of_modules,
-            land.busybox,
-            folder / "initramfs",
-            executes=executes,
-        )
-        log.logger.info("initramfs: %d modules, %d sites rewritten", len(made.modules), made.sites)
-
-    return cache.ensure("initramfs", fields, build).path / "initramfs"

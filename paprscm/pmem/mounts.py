@@ -15,7 +15,7 @@ from paprscm.pmem.namespaces import (
     Namespace,
     created_namespace,
     namespace_settings,
-    parse_namespaces,
+    present_namespace,
 )
 from paprscm.pmem.regions import Region, parse_region
 
@@ -114,7 +114,10 @@ def dax_mount(
     reuse: bool = False,
     timeout_s: float = 10.0,
 ) -> DaxMount:
-    """From an empty nvdimm to a mounted DAX file system, in one round trip.
+    """From an nvdimm that is empty, or holds such a file system already, to its mount.
+
+    A file system that the DIMM should hold (`Nvdimm.holds`) is made here for the first guest, and
+    kept for the next ones.
 
     Args:
         guest: where.
@@ -133,19 +136,25 @@ def dax_mount(
             there is not exactly one namespace to reuse.
     """
     values = {"fstype": fstype, "mountpoint": mountpoint, "options": options}
+    what = f"{fstype} on slot {slot}"
+    make = ["find", "namespace", "filesystem"]
     if reuse:
         if block_size is not None:
             raise ValueError("the block size of a file system that is there cannot be chosen")
-        steps = ["find", "namespaces", "single", "mount"]
     else:
         values["block_size"] = str(block_size or "")
         values |= namespace_settings("fsdax", None, None, None)
-        steps = ["find", "namespace", "filesystem", "mount"]
-    what = f"{fstype} on slot {slot}"
-    dump = run_steps(guest, what, steps, values, slot=slot, timeout_s=timeout_s)
+        if block_size is None:
+            reuse = guest.dimms.take(slot, fstype)
+            if not reuse and guest.dimms.should_keep(slot, fstype, guest.file(slot)):
+                run_steps(guest, what, [*make, "sync"], values, slot=slot, timeout_s=timeout_s)
+                guest.dimms.keep(slot, guest.file(slot))
+                reuse = True
+    steps = ["find", "present"] if reuse else make
+    dump = run_steps(guest, what, [*steps, "mount"], values, slot=slot, timeout_s=timeout_s)
     found = parse_region(dump, slot)
     if reuse:
-        (namespace,) = parse_namespaces(dump, found)
+        namespace = present_namespace(dump, found)
     else:
         namespace = created_namespace(dump, found, "fsdax", None)
     return DaxMount(

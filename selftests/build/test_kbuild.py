@@ -147,7 +147,7 @@ def test_missing_host_packages_are_named_before_the_compilation(
         "apt install libelf-dev dwarves (Fedora: dnf install elfutils-libelf-devel dwarves), "
         "or switch the options off"
     )
-    calls = next((cache.root / "kbuild").glob("*/objects/calls")).read_text().split()
+    calls = next((cache.root / kbuild.TREE).glob("*/objects/calls")).read_text().split()
     assert calls == ["olddefconfig"]
 
 

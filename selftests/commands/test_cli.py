@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.build import kbuild
 from paprscm.commands.cli import main
 from paprscm.commands.series import Series
 from paprscm.guest.environment import Environment
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.host.cache import Cache
+from paprscm.settings import Settings
+from paprscm.vm.binary import Qemu
+from paprscm.vm.machine import Board, Machine, board_of
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -67,18 +71,18 @@ def test_a_missing_qemu_names_the_package(
 
 
 def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from paprscm.host.cache import Cache
-
-    Cache(tmp_path).ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type]
+    cache = Cache(tmp_path)
+    cache.ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type]
+    with cache.workspace(kbuild.TREE, {"source": "/linux"}, what="builds") as objects:
+        (objects / "file").write_bytes(bytes(2_000_000))
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
-    assert "thing" in capsys.readouterr().out
-    objects = tmp_path / "kbuild" / "0123456789abcdef"
-    objects.mkdir(parents=True)
-    (objects / "build.log").write_text("x")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "thing" in line]
+    assert [line for line in lines if re.match(r"kernel-tree +\w+ +2 .*/linux", line.strip())]
     assert main(["cache", "prune", "--days", "1", "--cache-dir", str(tmp_path)]) == 0
-    assert "0 entries and 0 kernel build folders removed" in capsys.readouterr().out
+    assert "0 entries removed" in capsys.readouterr().out
     assert main(["cache", "prune", "--days", "0", "--cache-dir", str(tmp_path)]) == 0
-    assert "1 entries and 1 kernel build folders removed" in capsys.readouterr().out
+    assert "2 entries removed" in capsys.readouterr().out
     assert not objects.exists()
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
     assert "thing" not in capsys.readouterr().out
@@ -90,7 +94,7 @@ def test_an_oserror_is_printed_without_a_traceback(
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
 
-    monkeypatch.setattr("paprscm.commands.cli.prune_trees", full)
+    monkeypatch.setattr(Cache, "prune", full)
     error = refused(capsys, "cache", "prune", "--cache-dir", str(tmp_path))
     assert error.startswith("paprscm: /some/file: No space left on device\n")
 
@@ -113,14 +117,12 @@ def test_a_series_has_figures_summary_and_dimensions() -> None:
     assert (report["values"]["ssh"], report["environment"]) == ([3.0, 1.0, 2.0], {"qemu": "7.2"})
 
 
-@pytest.mark.guest
-def test_settings_furnish_the_machine(environment: Environment) -> None:
-    chosen = dataclasses.replace(environment.settings, smp=1, memory_mib=768)
-    machine = dataclasses.replace(environment, settings=chosen).furnish(
-        Machine(nvdimms=(Nvdimm(size_bytes=256 * MIB),))
-    )
-    assert (machine.smp, machine.memory_mib, machine.cpu) == (1, 768, environment.cpu)
-    assert machine.nvdimms[0].size_bytes == 256 * MIB
+def test_settings_make_the_board(qemu: Qemu) -> None:
+    """The machine's own fields come first."""
+    board = board_of(Settings(smp=1, memory_mib=768, accel="tcg"), qemu)
+    assert board == Board(smp=1, memory_mib=768, cpu="POWER9", firmware="vof", accel="tcg")
+    own = Machine(smp=4, cpu="POWER10").board(board)
+    assert own == Board(smp=4, memory_mib=768, cpu="POWER10", firmware="vof", accel="tcg")
 
 
 # A verb with a temporary folder that waits forever.

@@ -22,7 +22,8 @@ from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
 from paprscm.device.comparison import judge, nodes_differ, questions, unusual
 from paprscm.device.device_tree import distance, parse
 from paprscm.device.launch import Attempt, attempt
-from paprscm.device.prediction import RefusalReason, predict
+from paprscm.device.prediction import predict
+from paprscm.device.refusals import RefusalReason
 from paprscm.device.strategies import FLAWS, any_machines, flawed_machines, valid_machines
 from paprscm.errors import ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
@@ -106,7 +107,7 @@ class TreeTest(QemuTest):
                 return None
             prediction = predict(machine, has_override=self.qemu.has_pmem_override)
             outcome = self.attempt(machine)
-            named = [reason.name for reason in RefusalReason if reason.said_in(outcome.text)]
+            named = [reason.name for reason in RefusalReason if reason.is_in(outcome.text)]
             self.outcomes["accepted" if outcome.accepted else " and ".join(named)] += 1
             try:
                 self.verdicts[machine] = judge(machine, prediction, outcome)

@@ -109,7 +109,7 @@ class FlushPromises(PaprScmTest):
     """
 
     def mounted(self, guest: Guest, slot: int, fstype: FsType) -> DaxMount:
-        """Make and mount a file system without periodic log writes or transactions."""
+        """Mount a file system without periodic log writes or transactions."""
         options = "dax=always,noatime"
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
@@ -167,7 +167,8 @@ class FlushPromises(PaprScmTest):
         Returns:
             Promises of the calls made after a log was aborted or shut down.
         """
-        nvdimms = [PMEM_OFF.at(slot, FOR_XFS) for slot in range(len(SCENARIOS))]
+        nvdimm = PMEM_OFF.holding(fstype)
+        nvdimms = [nvdimm.at(slot, FOR_XFS) for slot in range(len(SCENARIOS))]
         guest = self.boot(Machine(nvdimms=tuple(nvdimms)), allowed=[FLUSH_ERROR], shim=self.shim())
         later_calls: list[Promise] = []
         for slot, scenario in enumerate(SCENARIOS):
@@ -214,7 +215,7 @@ class FlushPromises(PaprScmTest):
         of the inode waits for the exclusive lock, and the second fsync queues behind the change.
         """
         guest = self.boot(
-            Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS),)),
+            Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS).holding(fstype),)),
             allowed=[FLUSH_ERROR],
             shim=self.shim(),
         )

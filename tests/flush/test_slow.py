@@ -147,7 +147,7 @@ class FlushSlow(PaprScmTest):
         The control is an fsync on ext4, which waits for the journal's thread.
         """
         self.require_kernel("CONFIG_DETECT_HUNG_TASK")
-        guest = self.machine(LARGE, allowed=(HUNG_TASK,))
+        guest = self.machine(LARGE.holding("ext4"), allowed=(HUNG_TASK,))
         mounted = dax_mount(guest, LARGE.slot, "ext4", "/mnt/pm")
         persist(guest, "/mnt/pm/file", f"write=0:{PAGE}:1", "fsync")
         guest.succeed(
@@ -187,7 +187,7 @@ class FlushSlow(PaprScmTest):
         So far it ends only when the flush ends: the loop in papr_scm_pmem_flush does not check for
         signals.
         """
-        guest = self.machine(LARGE)
+        guest = self.machine(LARGE.holding("xfs"))
         mounted, file = dax_mount(guest, LARGE.slot, "xfs", "/mnt/pm"), "/mnt/pm/file"
         persist(guest, file, f"write=0:{PAGE}:1", "fsync")
         syncs = guest.vm.syncs(LARGE.slot)

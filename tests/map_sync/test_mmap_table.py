@@ -72,7 +72,7 @@ class Cells(PaprScmTest):
 
     def mounted(self, nvdimm: Nvdimm, fstype: FsType, *, options: str = "dax=always") -> Guest:
         """Boot a guest, and mount a file system with page-sized blocks on /mnt."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding(fstype),)))
         mounted = dax_mount(guest, nvdimm.slot, fstype, "/mnt", options=options)
         by_hcall = mounted.region.node.hcall_flush_required
         if by_hcall is not nvdimm.flushes_by_hcall or mounted.block_size != mounted.page_size:
@@ -163,7 +163,7 @@ class Cells(PaprScmTest):
 
         The disk is an fsdax namespace on pmem=on: a file system on it would grant MAP_SYNC.
         """
-        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.holding("fsdax"),)))
         region = wait_for_region(guest, 0)
         disk = create_fsdax(guest, region)
         if disk.dax != "1" or region.node.hcall_flush_required:

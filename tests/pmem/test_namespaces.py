@@ -58,7 +58,7 @@ class Partitions(NamespaceTest):
 
     def judge(self, nvdimm: Nvdimm) -> None:
         """Make four partitions that differ in start and size, and judge each."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding("fsdax"),)))
         disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
         page = page_size(guest)
         kinds = (
@@ -351,7 +351,9 @@ class DmLinear(NamespaceTest):
         device has DAX in any case (device_not_dax_capable), and MAP_SYNC is refused even for a file
         that lies completely on the synchronous part.
         """
-        dimms = (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
+        dimms = tuple(
+            dimm.holding("fsdax") for dimm in (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
+        )
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         page = page_size(guest)
@@ -374,7 +376,7 @@ class DmLinear(NamespaceTest):
 
     def test_grown(self) -> None:
         """A synchronous dm-linear that is extended onto pmem=off no longer grants MAP_SYNC."""
-        dimms = (PMEM_ON.at(0), PMEM_OFF.at(1))
+        dimms = (PMEM_ON.at(0).holding("fsdax"), PMEM_OFF.at(1).holding("fsdax"))
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         path = linear(guest, "grows", [disks[0]], at_mib=0)
