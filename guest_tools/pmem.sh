@@ -169,7 +169,7 @@ step_namespaces() {
 	devices "$made"
 }
 
-# The only fsdax namespace of the region, from sysfs: ndctl takes a quarter of a second under TCG.
+# Find the only fsdax namespace of the region in sysfs: ndctl takes 0.25 s under TCG.
 step_present() {
 	disks=0
 	for dir in "$device"/pfn*/block/*; do
@@ -184,7 +184,7 @@ step_present() {
 	block_device
 }
 
-# Writes are on the DIMM when it returns.
+# Write back all data to the DIMM.
 step_sync() {
 	sync
 }

@@ -118,7 +118,7 @@ def test_a_series_has_figures_summary_and_dimensions() -> None:
 
 
 def test_settings_make_the_board(qemu: Qemu) -> None:
-    """The machine's own fields come first."""
+    """Fields that the machine sets override the settings."""
     board = board_of(Settings(smp=1, memory_mib=768, accel="tcg"), qemu)
     assert board == Board(smp=1, memory_mib=768, cpu="POWER9", firmware="vof", accel="tcg")
     own = Machine(smp=4, cpu="POWER10").board(board)

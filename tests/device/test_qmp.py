@@ -139,7 +139,7 @@ class DeviceQmp(QemuTest):
             what: the name of the command's fault, for a report.
             vm: the machine.
             command: of its monitor.
-            reasons: of which QEMU names one.
+            reasons: the refusal must name one of them.
             arguments: of the command.
         """
         before = state(vm)
@@ -160,7 +160,7 @@ class DeviceQmp(QemuTest):
             self.check_reason(what, text, reasons)
 
     def check_reason(self, what: str, text: str, reasons: Sequence[RefusalReason]) -> None:
-        """Remark that a refusal names none of the expected reasons."""
+        """Add a remark if a refusal names none of the expected reasons."""
         if not names_one(text, reasons):
             self.remark(f"refusal of {what}: {text!r}, expected {in_words(reasons)}")
 
