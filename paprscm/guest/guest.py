@@ -287,7 +287,7 @@ class Guest(Lifetime):
         if not reason:
             status = self.process.wait(2.0)
             how = "closed its console" if status is None else f"ended, {describe_status(status)}"
-            reason = f"QEMU {how}; it said:\n{self.vm.says()}"
+            reason = f"QEMU {how}; it said:\n{self.vm.output()}"
         raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
 
     def _report(self, trouble: Trouble) -> Error:
@@ -384,7 +384,7 @@ class Guest(Lifetime):
                 self.check()
         except StuckError as error:
             state = self.qmp.execute("query-status")["status"]
-            paused = f"; QEMU has it {state} and said:\n{self.vm.says()}"
+            paused = f"; QEMU has it {state} and said:\n{self.vm.output()}"
             self._lose(error.message + (paused if state != "running" else ""))
             self.check()
 
