@@ -14,7 +14,7 @@ from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, Properties
 TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 BASE_CMDLINE = "console=hvc0 root=/dev/vda ro init=/init"
-"""First words of every guest kernel's command line."""
+"""Begins the command line of each guest's kernel."""
 PORT_NAME = "paprscm"
 """Name of the virtio-serial port through which a restored guest is woken
 (/sys/class/virtio-ports/*/name)."""
@@ -62,7 +62,7 @@ class Wiring:
     Attributes:
         console_fd: the guest's serial console.
         port_fd: the virtio-serial port through which a restored guest is woken.
-        console_log: the file to which QEMU appends the guest's console output.
+        console_log: what the guest prints is added there by QEMU itself.
     """
 
     console_fd: int

@@ -23,4 +23,4 @@ PMEM_OFF: Final = Nvdimm()
 OVERRIDE: Final = Nvdimm(pmem=True, pmem_override=True)
 """Persistent memory that requests H_SCM_FLUSH anyway (pmem-override=on)."""
 PLAIN: Final = Nvdimm(device="nvdimm")
-"""The older device, without spapr-nvdimm: a regular file that never requests H_SCM_FLUSH."""
+"""Device "nvdimm", older than spapr-nvdimm: a regular file that never requests H_SCM_FLUSH."""

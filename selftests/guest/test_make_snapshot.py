@@ -83,4 +83,4 @@ def test_qemu_that_cannot_save_is_remembered(
     assert make_snapshot.ensure_snapshot(wanted).snapshot is None
     outcome = make_snapshot.find_snapshot(wanted)
     assert outcome is not None
-    assert "QEMU cannot save it" in outcome.why
+    assert "QEMU cannot save it" in outcome.reason

@@ -82,7 +82,7 @@ def test_answers_come_in_pieces_or_together(ends: tuple[Port, socket.socket]) ->
 def test_nonsense_is_no_restored_guest(ends: tuple[Port, socket.socket], said: bytes) -> None:
     port, guest = ends
     guest.send(said)
-    with pytest.raises(NotRestoredError, match="the restored guest says"):
+    with pytest.raises(NotRestoredError, match="the restored guest sent"):
         port.awake(alive)
 
 
@@ -98,7 +98,7 @@ def test_silence_has_a_limit(
 ) -> None:
     port, _guest = ends
     monkeypatch.setattr("paprscm.guest.snapshot._AWAKE_LIMIT_S", 0.1)
-    with pytest.raises(NotRestoredError, match=r"did not say 'awake' in 0\.1 s"):
+    with pytest.raises(NotRestoredError, match=r"did not send 'awake' within 0\.1 s"):
         port.awake(alive)
 
 
