@@ -15,17 +15,20 @@ def marked(mark: str) -> dict[int, str]:
         try:
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
                 continue
+            comm = (folder / "comm").read_text().strip()
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
         if words != [""]:
-            found[int(folder.name)] = what(words)
+            found[int(folder.name)] = what(words, comm)
     return found
 
 
-def what(words: list[str]) -> str:
-    """The role of a process of the run, from its command line."""
+def what(words: list[str], comm: str) -> str:
+    """The role of a process of the run, from its command line and its name."""
     line = " ".join(words)
+    if "paprscm.plugins.runner_server" in line:
+        return "runner or test" if comm == "runner" else "server of runners"
     for part, role in (
         ("keeper.py", "keeper"),
         ("qemu-system", "qemu"),

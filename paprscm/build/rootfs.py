@@ -18,13 +18,15 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from paprscm import log
+from paprscm.build import toolchain
 from paprscm.build.debian import ARCH, Archive, Download, first_available
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
 from paprscm.host.cache import Cache
-from paprscm.paths import IMAGES
+from paprscm.paths import GUEST_TOOLS, IMAGES
 
 _FORMAT = "1"
+_AGENT = GUEST_TOOLS / "agent.c"
 """Changes when this file makes the disk otherwise."""
 _NEEDS_BYTES = 1_800_000_000
 _BLOCK_SIZE = 4096
@@ -156,7 +158,7 @@ def build(
 
     def fill(folder: Path) -> None:
         with log.step(f"making the guest's userland (Debian {suite}, {ARCH})"):
-            _build(folder, download, unwanted)
+            _build(folder, download, unwanted, _compile_agent(cache))
             if boot_test is not None:
                 with log.step("boot test"):
                     boot_test(_load(folder, suite))
@@ -205,6 +207,7 @@ def _recipe(suite: str) -> tuple[list[str], list[str], dict[str, str]]:
         # Not the file: a better reason for a package is no reason to fetch them all anew.
         "packages": hashlib.sha256(repr((sorted(packages), sorted(unwanted))).encode()).hexdigest(),
         "init": hashlib.sha256((IMAGES / "init").read_bytes()).hexdigest(),
+        "agent": hashlib.sha256(_AGENT.read_bytes()).hexdigest(),
         "format": _FORMAT,
     }
     return packages, unwanted, fields
@@ -221,7 +224,18 @@ def _load(folder: Path, suite: str) -> Userland:
     )
 
 
-def _build(folder: Path, download: Download, unwanted: list[str]) -> None:
+def _compile_agent(cache: Cache) -> Path:
+    """Compile the agent for any guest: the oldest CPU, and whatever C library it has."""
+    return toolchain.compile_c(
+        cache,
+        "agent",
+        [_AGENT],
+        compiler=f"{toolchain.PREFIX}gcc",
+        flags="-O2 -Wall -Wextra -Werror -mcpu=power8 -static -s",
+    )
+
+
+def _build(folder: Path, download: Download, unwanted: list[str], agent: Path) -> None:
     root = folder / "root"
     versions = download.unpack(root, title="userland")
     (folder / "versions.json").write_text(json.dumps(versions, indent=1, sort_keys=True))
@@ -230,6 +244,10 @@ def _build(folder: Path, download: Download, unwanted: list[str]) -> None:
     client, host = Ed25519PrivateKey.generate(), Ed25519PrivateKey.generate()
     _write_private(folder / "client_key", _openssh_private(client))
     (folder / "host_key.pub").write_text(openssh_public(host) + "\n")
+    target = root / "usr/local/sbin/paprscm-agent"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(agent, target)
+    target.chmod(0o755)
     _configure(root, client_public=openssh_public(client), host_key=dropbear_private(host))
     with log.step("writing the disk"):
         _make_disk(root, folder / "disk.img")

@@ -27,14 +27,14 @@ MARKS = {
         "restored": "state loaded",
         "awake": "clock, seed, timers right",
         "regions": "both regions ready",
-        "ssh": "ssh connected",
+        "commands": "takes commands",
         "command": "first command answered",
     },
     "cold": {
         "banner": "kernel banner",
         "init": "/init runs",
         "ready": "ssh server listens",
-        "ssh": "ssh connected",
+        "commands": "takes commands",
         "command": "first command answered",
     },
 }

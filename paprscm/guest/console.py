@@ -175,6 +175,7 @@ class Console:
 _MARKS = {
     "banner": re.compile(r"^(?:\[.*\])? ?Linux version "),
     "init": re.compile(r"^paprscm: init"),
+    "agent": re.compile(r"^paprscm: agent"),
     "ready": re.compile(r"^paprscm: ready"),
     "failed": re.compile(r"^paprscm: failed: "),
     # Linux, init/main.c:print_kernel_cmdline; not printed under "quiet".
@@ -192,19 +193,20 @@ class StartTimes:
     """Times at which a guest reached its marks, s after QEMU's exec; None: not reached.
 
     Attributes:
-        banner, init, ready: a boot, as the console tells it.
+        banner, init, agent, ready: a boot, as the console reports it.
         restored, awake, regions: a restored guest: its state was loaded; clock, random numbers and
             timers are right; the regions of its DIMMs have their driver.
-        ssh: connected.
+        commands: the guest takes commands.
     """
 
     banner: float | None = None
     init: float | None = None
+    agent: float | None = None
     ready: float | None = None
     restored: float | None = None
     awake: float | None = None
     regions: float | None = None
-    ssh: float | None = None
+    commands: float | None = None
 
     def reached(self) -> dict[str, float]:
         """Return the marks that were reached, by name."""

@@ -19,7 +19,8 @@ from paprscm.build.vmlinux import Kernel
 from paprscm.errors import ConfigError
 from paprscm.guest import kernel_image
 from paprscm.guest.dimm_content import DimmContents
-from paprscm.guest.guest import Equipment, Guest
+from paprscm.guest.equipment import Equipment
+from paprscm.guest.guest import Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import NotRestoredError, Snapshot

@@ -11,8 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -21,47 +19,25 @@ import paramiko
 
 from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
+from paprscm.guest.agent import Agent
 from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_ready
-from paprscm.guest.dimm_content import DimmContents, GuestDimms
+from paprscm.guest.dimm_content import GuestDimms
+from paprscm.guest.equipment import Equipment
 from paprscm.guest.kmsg import Trouble
 from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
 from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, require_valid
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
 from paprscm.log import quoted
-from paprscm.settings import Settings
-from paprscm.vm.argv import MemoryFile, Payload, Wiring, qemu_argv, script
+from paprscm.vm.argv import MemoryFile, Wiring, qemu_argv, script
 from paprscm.vm.backing_files import ScratchFiles
-from paprscm.vm.machine import Board, Machine, Nvdimm, in_words
+from paprscm.vm.machine import Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 
 # Last messages of a kernel without the drivers of this machine.
 _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: no root disk")
 _NO_ROOT_HINT = "the kernel needs virtio_pci, virtio_blk and ext4, built in or in modules="
-
-
-@dataclass(frozen=True, kw_only=True)
-class Equipment:
-    """Parts that all guests of a run have in common.
-
-    Attributes:
-        settings: time limits and folders.
-        qemu: how the QEMU is started.
-        payload: kernel, modules and root disk.
-        client_key: our ssh key (a file).
-        host_key: the guest's public key.
-        board: processors, memory and firmware, where a machine leaves them open.
-        contents: contents for DIMMs that should not start empty; None: they start empty.
-    """
-
-    settings: Settings
-    qemu: tuple[str, ...]
-    payload: Payload
-    client_key: Path
-    host_key: str
-    board: Board = Board()
-    contents: DimmContents | None = None
 
 
 class Guest(Lifetime):
@@ -116,6 +92,7 @@ class Guest(Lifetime):
         self._lost_reason = ""
         self._marks = itertools.count(1)
         self._ssh: Ssh | None = None
+        self._agent: Agent | None = None
 
     def __exit__(
         self,
@@ -150,9 +127,10 @@ class Guest(Lifetime):
         """
         self.check()
         limit_s = self._settings.command_limit_s if timeout_s is None else timeout_s
-        assert self._ssh is not None  # noqa: S101
+        channel = self._ssh if self._agent is None else self._agent
+        assert channel is not None  # noqa: S101
         try:
-            result = self._ssh.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
+            result = channel.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
         except TimedOutError as error:
             self._lose(f"a command did not end within {limit_s:g} s")
             self._reported = True
@@ -243,6 +221,8 @@ class Guest(Lifetime):
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
         """An interactive shell of the guest, on a pseudo terminal of that size."""
+        if self._ssh is None:
+            self.connect()
         assert self._ssh is not None  # noqa: S101
         return self._ssh.shell(term, columns, rows)
 
@@ -305,7 +285,14 @@ class Guest(Lifetime):
         self.process.kill()
 
     def hang_up(self) -> None:
-        """Close the ssh connection; connect() makes a new one."""
+        """Close the channels for commands; after connect() commands go over ssh."""
+        if self._agent is not None:
+            self._agent.close()
+            self._agent = None
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """Close the ssh connection."""
         if self._ssh is not None:
             self._ssh.close()
 
@@ -334,8 +321,7 @@ class Guest(Lifetime):
                 self._restore(self._snapshot)
             else:
                 self._boot()
-                self.connect()
-                self._note("ssh")
+            self._note("commands")
 
     def _start_qemu(self) -> None:
         """Start QEMU, with its console on a socket that it inherits."""
@@ -358,8 +344,14 @@ class Guest(Lifetime):
             sock, port_fd = pair()
             self._port = Port(sock)
             stack.callback(self._port.close)
+            sock, agent_fd = pair()
+            self._agent = Agent(sock)
+            stack.callback(self._agent.close)
             wiring = Wiring(
-                console_fd=console_fd, port_fd=port_fd, console_log=self.folder / "console.log"
+                console_fd=console_fd,
+                port_fd=port_fd,
+                agent_fd=agent_fd,
+                console_log=self.folder / "console.log",
             )
             parts = (equipment.qemu, machine, self.board, equipment.payload, files.paths)
             self.vm = stack.enter_context(
@@ -368,14 +360,14 @@ class Guest(Lifetime):
                     files,
                     folder=self.folder,
                     by_hand=script(qemu_argv(*parts, None), machine.nvdimms, files.paths),
-                    pass_fds=(console_fd, port_fd),
+                    pass_fds=(console_fd, port_fd, agent_fd),
                     shim=self._shim,
                 )
             )
         self.process, self.qmp = self.vm.process, self.vm.qmp
 
     def _boot(self) -> None:
-        """Wait for the guest's marks."""
+        """Wait for the guest's marks, and for its agent or ssh server."""
         try:
             if not wait_until_ready(
                 self.console, self.times, exec_s=self.vm.exec_s, settings=self._settings
@@ -387,6 +379,15 @@ class Guest(Lifetime):
             paused = f"; QEMU reports status {state}; its output:\n{self.vm.output()}"
             self._lose(error.message + (paused if state != "running" else ""))
             self.check()
+        assert self._agent is not None  # noqa: S101
+        if self.times.agent is None:
+            # The kernel has no virtio_console.
+            self._agent.close()
+            self._agent = None
+            self.connect()
+        elif not self._agent.answers(self._settings.silence_limit_s):
+            self.check()
+            raise GuestLostError(f"the guest's agent does not answer\n{self.console.tail()}")
 
     def _restore(self, snapshot: Snapshot) -> None:
         """Load the state, plug the DIMMs and let the guest run."""
@@ -402,26 +403,20 @@ class Guest(Lifetime):
             self.vm.attach(nvdimm)
         self._port.wake(regions=len(self.machine.nvdimms))
         self.qmp.execute("cont")
-        with ThreadPoolExecutor(1, "ssh") as pool:
-            connecting = pool.submit(self.connect)
-            connecting.add_done_callback(lambda _: self._note("ssh"))
-            try:
-                self._port.awake(self.check)
-                self._note("awake")
-                there = self._port.regions(self.check)
-                self._note("regions")
-            except BaseException as error:
-                try:
-                    if isinstance(error, NotRestoredError):
-                        self._expect_not_killed(error)
-                finally:
-                    # So that the call ends.
-                    self._lose("it was given up")
-                    self.process.kill()
-                raise
-        connecting.result()
-        if there != (wanted := len(self.machine.nvdimms)):
-            log.logger.info("%d regions of %d DIMMs have their driver", there, wanted)
+        assert self._agent is not None  # noqa: S101
+        try:
+            self._port.awake(self.check)
+            self._note("awake")
+            count = self._port.regions(self.check)
+            self._note("regions")
+            if not self._agent.answers(self._settings.silence_limit_s):
+                self.check()
+                raise NotRestoredError("the agent of the restored guest does not answer")
+        except NotRestoredError as error:
+            self._expect_not_killed(error)
+            raise
+        if count != (dimms := len(self.machine.nvdimms)):
+            log.logger.info("%d regions of %d DIMMs have their driver", count, dimms)
 
     def _expect_not_killed(self, error: NotRestoredError) -> None:
         """Raise if a signal ended QEMU: then the snapshot may be good, and is kept."""
@@ -444,7 +439,9 @@ class Guest(Lifetime):
     def _on_event(self) -> None:
         """Wake the callers that wait for the end of a command: the console reports an event."""
         self._event.set()
-        self.hang_up()
+        if self._agent is not None:
+            self._agent.close()
+        self.disconnect()
 
     def _lose(self, reason: str) -> None:
         self._lost_reason = self._lost_reason or reason

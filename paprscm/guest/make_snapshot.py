@@ -16,7 +16,8 @@ from pathlib import Path
 from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import tools
-from paprscm.guest.guest import Equipment, Guest
+from paprscm.guest.equipment import Equipment
+from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import Snapshot, save_state
 from paprscm.guest.ssh import TimedOutError
@@ -206,7 +207,6 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
             guest.succeed("for f in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 0 > $f; done")
         guest.run(f"sync; echo 3 > /proc/sys/vm/drop_caches; {_WARM_UP}")
         # What a connection reads from the disk is now read for the last time.
-        guest.hang_up()
         guest.connect()
         guest.succeed(
             f"cd /sys/class/virtio-ports && for port in *; do "
@@ -215,7 +215,7 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
             f"echo 'no virtio-serial port: does the kernel have virtio_console?' >&2; exit 1"
         )
         guest.succeed("kill -STOP $(cat /run/dropbear.pid)")
-        guest.hang_up()
+        guest.disconnect()
         time.sleep(_QUIET_S)
         guest.check()
         save_state(guest.qmp, folder / "state")

@@ -137,18 +137,18 @@ class Ssh:
             except TimeoutError as error:
                 alive()
                 raise TimedOutError(
-                    f"`{_short(command)}` did not end within {timeout_s:g} s; so far it said:\n"
-                    f"{_indented(out + err)}"
+                    f"`{short(command)}` did not end within {timeout_s:g} s; so far it said:\n"
+                    f"{indented(out + err)}"
                 ) from error
             except (paramiko.SSHException, EOFError, OSError) as error:
                 alive()
-                raise GuestLostError(f"lost the guest in `{_short(command)}`: {error}") from error
+                raise GuestLostError(f"lost the guest in `{short(command)}`: {error}") from error
             status = channel.recv_exit_status() if channel.exit_status_ready() else -1
         if status < 0:
             # The shell itself was killed: dropbear says "exit-signal", paramiko does not keep it.
             alive()
             if not self._transport.is_active():
-                raise GuestLostError(f"lost the guest in `{_short(command)}`")
+                raise GuestLostError(f"lost the guest in `{short(command)}`")
             status = 255
         return CommandResult(
             command=command,
@@ -228,12 +228,14 @@ class Ssh:
             poll.poll(min(left, 0.01 if sent < len(stdin) else left) * 1000)
 
 
-def _short(command: str) -> str:
+def short(command: str) -> str:
+    """The first line of a command, for a message."""
     lines = command.strip().splitlines() or [""]
     return lines[0][:100] + (" …" if len(lines) > 1 or len(lines[0]) > 100 else "")
 
 
-def _indented(output: bytes | bytearray) -> str:
+def indented(output: bytes | bytearray) -> str:
+    """The last lines of a command's output, for a message."""
     lines = bytes(output).decode(errors="replace").splitlines()[-10:]
     return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
 

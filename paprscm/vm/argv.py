@@ -15,6 +15,8 @@ TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 BASE_CMDLINE = "console=hvc0 root=/dev/vda ro init=/init"
 """Begins the command line of each guest's kernel."""
+AGENT_PORT = "paprscm.agent"
+"""The port of guest_tools/agent.c; images/init looks for this name."""
 PORT_NAME = "paprscm"
 """Name of the virtio-serial port through which a restored guest is woken
 (/sys/class/virtio-ports/*/name)."""
@@ -62,11 +64,13 @@ class Wiring:
     Attributes:
         console_fd: the guest's serial console.
         port_fd: the virtio-serial port through which a restored guest is woken.
+        agent_fd: the one through which the guest's agent gets commands.
         console_log: what the guest prints is added there by QEMU itself.
     """
 
     console_fd: int
     port_fd: int
+    agent_fd: int
     console_log: Path
 
 
@@ -137,7 +141,7 @@ def qemu_argv(
         *("-device", "virtio-serial-pci"),
     ]
     if wiring is None:
-        argv += ["-serial", "mon:stdio", "-chardev", "null,id=port"]
+        argv += ["-serial", "mon:stdio", "-chardev", "null,id=port", "-chardev", "null,id=agent"]
     else:
         log = _escaped(str(wiring.console_log))
         console = f"socket,id=console,fd={wiring.console_fd},logfile={log},logappend=on"
@@ -145,8 +149,10 @@ def qemu_argv(
             *("-chardev", console),
             *("-serial", "chardev:console"),
             *("-chardev", f"socket,id=port,fd={wiring.port_fd}"),
+            *("-chardev", f"socket,id=agent,fd={wiring.agent_fd}"),
         ]
-    argv += ["-device", f"virtserialport,chardev=port,name={PORT_NAME}"]
+    for chardev, name in (("port", PORT_NAME), ("agent", AGENT_PORT)):
+        argv += ["-device", f"virtserialport,chardev={chardev},name={name}"]
     if memory and memory.restored:
         return [*argv, "-incoming", "defer", "-S"]
     return argv + _dimms(machine, files)

@@ -78,8 +78,8 @@ def test_verbs(boot: Boot, tmp_path: Path) -> None:
     assert "paprscm: ready" in log
     assert (tmp_path / "guest" / "qemu.sh").stat().st_mode & 0o111
     assert guest.times.banner is not None
-    assert guest.times.ssh is not None
-    assert 0 < guest.times.banner < guest.times.ssh
+    assert guest.times.commands is not None
+    assert 0 < guest.times.banner < guest.times.commands
 
 
 def test_a_command_without_end_loses_the_guest(boot: Boot) -> None:

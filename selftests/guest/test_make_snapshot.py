@@ -11,7 +11,7 @@ import pytest
 
 from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import make_snapshot
-from paprscm.guest.guest import Equipment
+from paprscm.guest.equipment import Equipment
 from paprscm.guest.make_snapshot import Recipe
 from paprscm.guest.report import ProbeError
 from paprscm.guest.ssh import TimedOutError

@@ -143,7 +143,7 @@ def test_a_snapshot_is_for_one_firmware() -> None:
 @pytest.mark.parametrize("has_rom", [False, True])
 def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"))
-    wiring = Wiring(console_fd=5, port_fd=7, console_log=Path("/o"))
+    wiring = Wiring(console_fd=5, port_fd=7, agent_fd=8, console_log=Path("/o"))
     machine = Machine(nvdimms=(Nvdimm(),))
     memory = MemoryFile(path=Path("/m"), restored=True, has_rom=has_rom)
     files = {0: Path("/f")}

@@ -17,7 +17,7 @@ from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, require
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
 BOARD = Board()
-WIRING = Wiring(console_fd=5, port_fd=7, console_log=Path("/o/console.log"))
+WIRING = Wiring(console_fd=5, port_fd=7, agent_fd=8, console_log=Path("/o/console.log"))
 
 
 def argv(machine: Machine, board: Board = BOARD, **files: str) -> list[str]:
@@ -53,7 +53,9 @@ ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1'
 -chardev socket,id=console,fd=5,logfile=/o/console.log,logappend=on
 -serial chardev:console
 -chardev socket,id=port,fd=7
+-chardev socket,id=agent,fd=8
 -device virtserialport,chardev=port,name=paprscm
+-device virtserialport,chardev=agent,name=paprscm.agent
 -object memory-backend-file,id=mem0,mem-path=/s/0,size=537001984,share=on,pmem=on
 -device spapr-nvdimm,id=nv0,memdev=mem0,slot=0,label-size=131072,\
 uuid=26d5ee6d-1c48-5acf-9d2c-5b0cc3ce6c1c
