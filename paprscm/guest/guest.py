@@ -220,7 +220,7 @@ class Guest(Lifetime):
         self.vm.plug(nvdimm)
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
-        """An interactive shell of the guest, on a pseudo terminal of that size."""
+        """Start an interactive shell of the guest, on a pseudo terminal of this size."""
         if self._ssh is None:
             self.connect()
         assert self._ssh is not None  # noqa: S101
@@ -405,9 +405,9 @@ class Guest(Lifetime):
         self.qmp.execute("cont")
         assert self._agent is not None  # noqa: S101
         try:
-            self._port.awake(self.check)
+            self._port.wait_awake(self.check)
             self._note("awake")
-            count = self._port.regions(self.check)
+            count = self._port.wait_regions(self.check)
             self._note("regions")
             if not self._agent.answers(self._settings.silence_limit_s):
                 self.check()

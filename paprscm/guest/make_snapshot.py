@@ -206,7 +206,7 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
         if offline:
             guest.succeed("for f in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 0 > $f; done")
         guest.run(f"sync; echo 3 > /proc/sys/vm/drop_caches; {_WARM_UP}")
-        # What a connection reads from the disk is now read for the last time.
+        # Fill the page cache with what a connection reads from the disk.
         guest.connect()
         guest.succeed(
             f"cd /sys/class/virtio-ports && for port in *; do "

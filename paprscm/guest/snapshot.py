@@ -146,7 +146,7 @@ class Port:
         line = f"wake {seconds} {nanoseconds} {regions} {limit_ms} {seed}\n"
         self._sock.sendall(line.encode())
 
-    def awake(self, alive: Callable[[], None]) -> int:
+    def wait_awake(self, alive: Callable[[], None]) -> int:
         """Wait until clock and seed are set and timers fire; return the number of such CPUs.
 
         Args:
@@ -157,7 +157,7 @@ class Port:
         """
         return self._answer("awake", _AWAKE_LIMIT_S, alive)
 
-    def regions(self, alive: Callable[[], None]) -> int:
+    def wait_regions(self, alive: Callable[[], None]) -> int:
         """Wait for the nvdimm regions; return how many have their driver, usually all."""
         return self._answer("regions", _REGIONS_LIMIT_S + _AWAKE_LIMIT_S, alive)
 

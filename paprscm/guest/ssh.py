@@ -137,7 +137,7 @@ class Ssh:
             except TimeoutError as error:
                 alive()
                 raise TimedOutError(
-                    f"`{short(command)}` did not end within {timeout_s:g} s; so far it said:\n"
+                    f"`{short(command)}` did not end within {timeout_s:g} s; its output so far:\n"
                     f"{indented(out + err)}"
                 ) from error
             except (paramiko.SSHException, EOFError, OSError) as error:

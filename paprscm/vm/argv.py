@@ -14,7 +14,7 @@ from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, Properties
 TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 BASE_CMDLINE = "console=hvc0 root=/dev/vda ro init=/init"
-"""Begins the command line of each guest's kernel."""
+"""First words of every guest kernel's command line."""
 AGENT_PORT = "paprscm.agent"
 """The port of guest_tools/agent.c; images/init looks for this name."""
 PORT_NAME = "paprscm"
@@ -64,8 +64,8 @@ class Wiring:
     Attributes:
         console_fd: the guest's serial console.
         port_fd: the virtio-serial port through which a restored guest is woken.
-        agent_fd: the one through which the guest's agent gets commands.
-        console_log: what the guest prints is added there by QEMU itself.
+        agent_fd: the virtio-serial port through which the guest's agent receives commands.
+        console_log: the file to which QEMU appends the guest's console output.
     """
 
     console_fd: int

@@ -63,8 +63,8 @@ def test_answers_come_in_pieces_or_together(ends: tuple[Port, socket.socket]) ->
     port, guest = ends
     guest.send(b"awa")
     guest.send(b"ke 2\nregions 1\n")
-    assert port.awake(alive) == 2
-    assert port.regions(alive) == 1
+    assert port.wait_awake(alive) == 2
+    assert port.wait_regions(alive) == 1
 
 
 @pytest.mark.parametrize(
@@ -83,14 +83,14 @@ def test_nonsense_is_no_restored_guest(ends: tuple[Port, socket.socket], said: b
     port, guest = ends
     guest.send(said)
     with pytest.raises(NotRestoredError, match="the restored guest sent"):
-        port.awake(alive)
+        port.wait_awake(alive)
 
 
 def test_a_qemu_that_hangs_up_is_noticed_at_once(ends: tuple[Port, socket.socket]) -> None:
     port, guest = ends
     guest.close()
     with pytest.raises(NotRestoredError, match="closed"):
-        port.awake(alive)
+        port.wait_awake(alive)
 
 
 def test_silence_has_a_limit(
@@ -99,7 +99,7 @@ def test_silence_has_a_limit(
     port, _guest = ends
     monkeypatch.setattr("paprscm.guest.snapshot._AWAKE_LIMIT_S", 0.1)
     with pytest.raises(NotRestoredError, match=r"did not send 'awake' within 0\.1 s"):
-        port.awake(alive)
+        port.wait_awake(alive)
 
 
 def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) -> None:
@@ -110,7 +110,7 @@ def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) ->
         raise GuestLostError("Kernel panic")
 
     with pytest.raises(GuestLostError, match="Kernel panic"):
-        port.awake(lost)
+        port.wait_awake(lost)
 
 
 @pytest.mark.parametrize(
