@@ -238,8 +238,8 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
             (qemu.has_pmem_override, "no pmem-override, so its tests are cancelled"),
             (qemu.has_vof or settings.firmware == "slof", "no x-vof, so set firmware=slof"),
             (
-                not qemu.lacks_for_guests,
-                f"no {', '.join(qemu.lacks_for_guests)}, so tests with guests are cancelled",
+                not qemu.missing_for_guests,
+                f"no {', '.join(qemu.missing_for_guests)}, so tests with guests are cancelled",
             ),
         )
         if not present

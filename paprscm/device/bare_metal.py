@@ -349,7 +349,7 @@ class Bare(Lifetime):
         if status is not None:
             raise GuestLostError(
                 f"QEMU ended, {describe_status(status)}, while it {self._doing()}; "
-                f"it said:\n{self.vm.says()}"
+                f"it said:\n{self.vm.output()}"
             )
         for cpu in self._running:
             if exception := self._boxes[cpu].exception:

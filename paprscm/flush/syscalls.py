@@ -11,7 +11,14 @@ from typing import Literal
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import Fields, Natural, ToolReport, believed, check_report, read_report
+from paprscm.guest.report import (
+    Fields,
+    Natural,
+    ToolReport,
+    check_report,
+    malformed_as_probe_error,
+    read_report,
+)
 from paprscm.guest.tools import compile_tool
 
 
@@ -170,7 +177,7 @@ def parse_persist(
     expected = ["open", *(word.partition("=")[0] for word in asked)]
     if done and done[0].error:
         expected = expected[:1]
-    with believed("persist", stdout, status, stderr):
+    with malformed_as_probe_error("persist", stdout, status, stderr):
         steps = [step.step for step in done]
         check_report(steps == expected, f"the steps are {steps}, not {expected}")
     opened, *others = done

@@ -91,7 +91,7 @@ class Agent:
         if not ended:
             alive()
             raise TimedOutError(
-                f"`{short(command)}` did not end within {timeout_s:g} s; so far it said:\n"
+                f"`{short(command)}` did not end within {timeout_s:g} s; its output so far:\n"
                 f"{indented(running.out + running.err)}"
             )
         if running.errno:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest's serial console: boot marks, and a watch over what the kernel prints."""
+"""The guest's serial console: boot marks and a watch for kernel messages."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _KEEP_LINES = 4000
 
 
 class Console:
-    """Reads the console in a thread of its own, so that QEMU never waits for us.
+    """Reads the console in a thread, so that QEMU never blocks on it.
 
     Args:
         sock: our end of the socket; closed with the console.
-        on_event: called in the reading thread at the first kernel message that no healthy guest
-            prints, and when QEMU has closed its end.
-        allowed: kernel messages that the test has announced.
-        mirror: also write all that is printed there, as it comes.
+        on_event: called in the reading thread at the first kernel message that reports a fault, and
+            after QEMU has closed its end.
+        allowed: kernel messages that the test expects.
+        mirror: stream that receives a copy of the output; None: no copy.
     """
 
     def __init__(
@@ -46,9 +46,9 @@ class Console:
         self._mirror = mirror
         self._on_event = on_event
         self.allowed = list(allowed)
-        """Messages that are announced; may grow while the guest runs."""
+        """Expected messages; may be extended while the guest runs."""
         self.trouble: Trouble | None = None
-        """The first message that no healthy guest prints."""
+        """The first message that reports a fault, or a later fatal one."""
         self._lines: deque[tuple[float, str]] = deque(maxlen=_KEEP_LINES)
         self._count = 0
         self._last_s = time.monotonic()
@@ -65,18 +65,17 @@ class Console:
         silence_s: float,
         start: int = 0,
     ) -> tuple[str, str, float] | None:
-        """Wait until one of several things is printed.
+        """Wait until a line matches one of several patterns.
 
         Args:
-            marks: a name for each pattern; searched in every line.
-            timeout_s: how long to wait in all.
-            silence_s: how long the guest may print nothing.
-            start: the number of the first line to look at.
+            marks: patterns by name; searched in every line.
+            timeout_s: time limit in total, s.
+            silence_s: time limit without any output, s.
+            start: number of the first line to search.
 
         Returns:
-            The mark's name, the line, and when it came (time.monotonic()); None when time is up,
-            the guest was silent too long, its console was closed (`closed`) or its kernel is in
-            `trouble`.
+            The mark's name, the line and its arrival time (time.monotonic()); None when a limit was
+            reached, the console is `closed` or the kernel has reported `trouble`.
         """
         deadline = time.monotonic() + timeout_s
         with self._changed:
@@ -94,7 +93,7 @@ class Console:
                 self._changed.wait(min(deadline, quiet) - now)
 
     def settle(self, quiet_s: float = 0.3, at_most_s: float = 3.0) -> None:
-        """Wait until the guest prints no more: a call trace comes in many lines."""
+        """Wait until the guest prints nothing for `quiet_s`: a call trace has many lines."""
         deadline = time.monotonic() + at_most_s
         with self._changed:
             while not self._closed:
@@ -106,17 +105,17 @@ class Console:
 
     @property
     def closed(self) -> bool:
-        """QEMU has closed its end."""
+        """True after QEMU has closed its end."""
         return self._closed
 
     @property
     def lines(self) -> list[str]:
-        """The last 4,000 lines printed so far."""
+        """The last 4,000 lines so far."""
         with self._changed:
             return [line for _when, line in self._lines]
 
     def tail(self, count: int = 20) -> str:
-        """The last lines, from the trouble on where there is one, indented for a message."""
+        """Return the last lines, or those from the trouble on, indented for a message."""
         lines = self.lines
         begin = max(0, len(lines) - count)
         if self.trouble is not None:
@@ -127,16 +126,16 @@ class Console:
         return "\n".join(f"    {line}" for line in part) or "    (nothing was printed)"
 
     def send(self, keys: bytes) -> None:
-        """Type something; for a person at the keyboard, never for commands of ours."""
+        """Send key strokes of an interactive user; commands use Guest.run()."""
         self._sock.sendall(keys)
 
     def close(self) -> None:
-        """Stop reading; call it when QEMU is gone."""
+        """Stop reading; call it after QEMU has ended."""
         self._thread.join(timeout=2)
         self._sock.close()
 
     def _read(self) -> None:
-        # fdspawn and not SocketSpawn: the latter fails on text (TypeError) in pexpect 4.9.
+        # Not SocketSpawn: it raises TypeError on text in pexpect 4.9.
         reader = pexpect.fdpexpect.fdspawn(
             self._sock.fileno(), encoding="utf-8", codec_errors="replace", timeout=None
         )
@@ -157,19 +156,19 @@ class Console:
                 return
 
     def _take(self, line: str) -> None:
-        # Control characters could play tricks on the terminal of a report's reader.
+        # Control characters could manipulate the terminal on which a report is read.
         line = "".join(c if c.isprintable() or c == "\t" else "\ufffd" for c in line)
-        found = classify(line, self.allowed)
+        trouble = classify(line, self.allowed)
         with self._changed:
             now = time.monotonic()
             self._lines.append((now, line))
             self._count += 1
             self._last_s = now
-            news = found is not None and (self.trouble is None)
-            if news or (found is not None and found.fatal):
-                self.trouble = found
+            is_first = trouble is not None and self.trouble is None
+            if is_first or (trouble is not None and trouble.fatal):
+                self.trouble = trouble
             self._changed.notify_all()
-        if news:
+        if is_first:
             self._on_event()
 
 
@@ -191,7 +190,7 @@ _MARKS = {
 
 @dataclass
 class StartTimes:
-    """When a guest reached its marks, in seconds after QEMU's exec; None: not on its way.
+    """Times at which a guest reached its marks, s after QEMU's exec; None: not reached.
 
     Attributes:
         banner, init, agent, ready: a boot, as the console reports it.
@@ -210,42 +209,42 @@ class StartTimes:
     commands: float | None = None
 
     def reached(self) -> dict[str, float]:
-        """The marks that were on its way, by name."""
+        """Return the marks that were reached, by name."""
         return {mark: when for mark, when in vars(self).items() if when is not None}
 
 
 class StuckError(GuestLostError):
-    """The guest does not come up, and its console does not say why."""
+    """The guest does not finish its boot, and its console shows no reason."""
 
 
 def wait_until_ready(
     console: Console, times: StartTimes, *, exec_s: float, settings: Settings
 ) -> bool:
-    """Wait until the guest's ssh server listens.
+    """Wait until the guest has booted (/init prints its mark "ready").
 
     Args:
-        console: the guest's.
-        times: where to note when each mark was reached.
-        exec_s: when QEMU was started (time.monotonic()).
+        console: the guest's console.
+        times: receives the time of each mark.
+        exec_s: start time of QEMU (time.monotonic()).
         settings: boot_limit_s and silence_limit_s.
 
     Returns:
-        False if the console ended or reported trouble, which is for the caller to explain.
+        False if the console was closed or reported trouble; the caller reports the reason.
 
     Raises:
-        GuestLostError: /init says that it cannot do its work.
+        GuestLostError: /init reported a failure.
         ConfigError: the kernel ignores its command line, or refuses one of its modules.
         StuckError: a limit was reached; the message names it.
     """
     deadline = exec_s + settings.boot_limit_s
-    wanted = dict(_MARKS)
-    while "ready" in wanted:
-        found = console.wait_for(
-            wanted,
+    pending = dict(_MARKS)
+    while "ready" in pending:
+        match = console.wait_for(
+            pending,
             timeout_s=deadline - time.monotonic(),
             silence_s=settings.silence_limit_s,
         )
-        if found is None:
+        if match is None:
             if console.closed or console.trouble:
                 return False
             if time.monotonic() >= deadline:
@@ -256,22 +255,22 @@ def wait_until_ready(
                     "(setting silence_limit_s)"
                 )
             raise StuckError(f"the guest {limit}")
-        mark, line, when = found
+        mark, line, when = match
         if mark == "failed":
             raise GuestLostError(f"the guest cannot boot: {line}\n{console.tail()}")
         if mark == "module":
             raise ConfigError(
                 f"the guest's kernel refuses a module: {text_of(line)}",
-                hint="modules= must come from the build of the vmlinux, with the signatures that "
-                "its modules_install made",
+                hint="set modules= to the output of `make modules_install` of the same build, with "
+                "its module signatures",
             )
         if mark == "command line":
             if BASE_CMDLINE not in line:
                 raise ConfigError(
                     f"the guest's kernel ignores QEMU's -append; it prints: {text_of(line)}",
-                    hint="build it without CONFIG_CMDLINE_FORCE; `paprscm kernel build` does",
+                    hint="build it without CONFIG_CMDLINE_FORCE, as `paprscm kernel build` does",
                 )
         else:
             setattr(times, mark, when - exec_s)
-        del wanted[mark]
+        del pending[mark]
     return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""All that guests are made of, from the settings: QEMU, kernel, userland; built where missing."""
+"""Environment of guests: QEMU, kernel, userland and snapshot, built or fetched if missing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, board_of
 from paprscm.vm.sync_shim import Shim
 
-# Everything that the suite's tests call in the guest must start there.
+# Every program that tests run in the guest must start there.
 _BOOT_TEST = """
 set -e
 for tool in gcc make ndctl daxctl mkfs.xfs mkfs.ext4 mount kmod fio strace busybox; do
@@ -50,15 +50,15 @@ class Environment:
     """QEMU, kernel, userland and snapshot of the guests of one run.
 
     Attributes:
-        settings: what the user chose.
+        settings: the user's settings.
         qemu: the QEMU under test.
-        kernel: the kernel under test, as it was given or built.
-        kernel_source: package and version of the source that the kernel was built from here; "" for
-            a user's kernel.
+        kernel: the kernel under test, before instructions are rewritten.
+        kernel_source: package and version of the source of a kernel that was built here; "" for a
+            user's kernel.
         userland: the Debian suite of the root file system, and its C library's version.
-        fixed_sites: how many instructions were rewritten for TCG.
-        equipment: the same, as a guest takes it.
-        snapshot: where guests begin that do not boot; None: all of them boot.
+        fixed_sites: number of instructions that were rewritten for TCG.
+        equipment: the parts that all guests have in common.
+        snapshot: initial state of guests that are restored; None: all guests boot.
     """
 
     settings: Settings
@@ -81,44 +81,45 @@ class Environment:
         mirror: TextIO | None = None,
         shim: Shim | None = None,
     ) -> Iterator[Guest]:
-        """A running guest: restored from the snapshot where that can be, else booted.
+        """Run a guest: restored from the snapshot if the machine fits it, else booted.
 
         Args:
-            machine: the machine that the guest runs on.
-            folder: where its logs go.
-            cold: boot it: its DIMMs are there when the kernel starts.
-            allowed: kernel messages that are expected (regular expressions).
-            mirror: where to write what its console prints.
-            shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
+            machine: the guest's machine.
+            folder: folder for its logs.
+            cold: always boot, so that its DIMMs are present when the kernel starts.
+            allowed: expected kernel messages (regular expressions).
+            mirror: stream that receives a copy of its console output.
+            shim: preloaded into its QEMU, to record and disturb the syncs of the backing files.
         """
         patterns = list(allowed)
 
-        def start(begin: Snapshot | None) -> Guest:
+        def start(snapshot: Snapshot | None) -> Guest:
             return Guest(
                 self.equipment,
                 machine,
                 folder=folder,
                 allowed=patterns,
                 mirror=mirror,
-                snapshot=begin,
+                snapshot=snapshot,
                 shim=shim,
             )
 
-        begin = self.snapshot
-        if cold or begin is None or not begin.fits(machine, machine.board(self.equipment.board)):
-            begin = None
+        snapshot = self.snapshot
+        board = machine.board(self.equipment.board)
+        if cold or snapshot is None or not snapshot.fits(machine, board):
+            snapshot = None
         with contextlib.ExitStack() as stack:
             try:
-                guest = stack.enter_context(start(begin))
+                guest = stack.enter_context(start(snapshot))
             except NotRestoredError as error:
-                assert begin is not None  # noqa: S101
-                log.logger.info("%s; it is booted, and the snapshot dropped", error.message)
-                Cache(self.settings.cache_dir).remove(begin.folder)
+                assert snapshot is not None  # noqa: S101
+                log.logger.info("%s; booting it and removing the snapshot", error.message)
+                Cache(self.settings.cache_dir).remove(snapshot.folder)
                 guest = stack.enter_context(start(None))
             yield guest
 
     def describe(self) -> dict[str, str]:
-        """The dimensions of a result, by name."""
+        """Return the dimensions of a result, by name."""
         board = self.equipment.board
         return {
             "qemu": self.qemu.version_text,
@@ -135,14 +136,15 @@ class Environment:
 
 
 def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
-    """All that guests need, as the settings ask for it; built or fetched where it is missing.
+    """Build or fetch everything that guests need, according to the settings.
 
     Args:
-        settings: what the user chose.
-        make_snapshot: make one now if there is none; that takes as long as some eight tests save.
+        settings: the user's settings.
+        make_snapshot: make a snapshot if there is none; this costs the time that about eight tests
+            save.
 
     Raises:
-        Error: something cannot be had; the message says what, the hint how.
+        Error: a part is not available; the message names it, the hint tells how to get it.
     """
     archive = Archive.of(settings)
     cache = archive.cache
@@ -154,68 +156,70 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     with process.beside(
         lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
     ) as obtaining:
-        # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
+        # Compile the kernel while packages are downloaded; a failed download cancels the build.
         under_test, source = kernel_image.obtain(archive, settings, obtaining.check)
         obtained = obtaining.result()
     executes = {} if board.accel == "kvm" else kernel_image.instructions_of(cache, qemu, board.cpu)
     vmlinux, sites = kernel_image.fix(cache, under_test, executes)
 
-    def equipment(land: Userland, initrd: Path | None) -> Equipment:
+    def equipment(userland: Userland, initrd: Path | None) -> Equipment:
         return Equipment(
             settings=settings,
             qemu=qemu.argv_prefix,
             payload=Payload(
                 kernel=vmlinux,
-                disk=land.disk,
+                disk=userland.disk,
                 initrd=initrd,
                 words=under_test.words,
             ),
-            client_key=land.client_key,
-            host_key=land.host_key_public,
+            client_key=userland.client_key,
+            host_key=userland.host_key_public,
             board=board,
             contents=DimmContents(
                 cache=cache,
-                made_by={
+                inputs={
                     "kernel": cache.identity(under_test.path),
-                    "userland": cache.identity(land.disk),
+                    "userland": cache.identity(userland.disk),
                     "qemu": qemu.key,
                     "cpu": f"{board.cpu} {board.accel}",
                 },
             ),
         )
 
-    def environment(land: Userland) -> Environment:
-        initrd = kernel_image.initrd(cache, settings, under_test, land, executes)
+    def assemble(userland: Userland) -> Environment:
+        initrd = kernel_image.initrd(cache, settings, under_test, userland, executes)
         return Environment(
             settings=settings,
             qemu=qemu,
             kernel=under_test,
             kernel_source=source,
-            userland=f"Debian {land.suite}, libc6 {land.versions.get('libc6')}",
+            userland=f"Debian {userland.suite}, libc6 {userland.versions.get('libc6')}",
             fixed_sites=sites,
-            equipment=equipment(land, initrd),
+            equipment=equipment(userland, initrd),
         )
 
-    def boot_test(land: Userland) -> None:
-        made_of = environment(land)
+    def boot_test(userland: Userland) -> None:
+        parts = assemble(userland).equipment
         with (
             tempfile.TemporaryDirectory(prefix="paprscm-boot-test-") as folder,
-            Guest(made_of.equipment, Machine(), folder=Path(folder)) as guest,
+            Guest(parts, Machine(), folder=Path(folder)) as guest,
         ):
             guest.succeed(_BOOT_TEST)
 
     if isinstance(obtained, Download):
         obtained = rootfs.build(cache, obtained, boot_test=boot_test)
-    made = environment(obtained)
+    environment = assemble(obtained)
     if settings.start == "cold":
-        return made
-    recipe = Recipe(cache=cache, qemu=qemu, equipment=made.equipment)
+        return environment
+    recipe = Recipe(cache=cache, qemu=qemu, equipment=environment.equipment)
     try:
         outcome = ensure_snapshot(recipe) if make_snapshot else find_snapshot(recipe)
     except (TimedOutError, ProbeError) as error:
-        why = error.message.splitlines()[0]
-        log.logger.warning("no snapshot this time, so guests are booted: %s", why)
-        return made
+        reason = error.message.splitlines()[0]
+        log.logger.warning("no snapshot in this run, so guests are booted: %s", reason)
+        return environment
     if outcome is not None and outcome.snapshot is None:
-        log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
-    return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
+        log.logger.info(
+            "guests are booted, because restored guests do not work: %s", outcome.reason
+        )
+    return dataclasses.replace(environment, snapshot=outcome.snapshot if outcome else None)

@@ -18,7 +18,7 @@ class Equipment:
 
     Attributes:
         settings: time limits and folders.
-        qemu: how the QEMU is started.
+        qemu: command-line prefix that starts QEMU.
         payload: kernel, modules and root disk.
         client_key: our ssh key (a file).
         host_key: the guest's public key.

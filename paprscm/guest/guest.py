@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A running pseries guest: booted on entering, asked and steered meanwhile, gone on leaving."""
+"""A running pseries guest: started on entry, controlled by its methods, ended on exit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.kmsg import Trouble
 from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
-from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, reporting
+from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, require_valid
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
 from paprscm.log import quoted
@@ -35,28 +35,28 @@ from paprscm.vm.machine import Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 
-# What a kernel without the drivers of our machine ends with.
+# Last messages of a kernel without the drivers of this machine.
 _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: no root disk")
-_NO_ROOT_HINT = "does the kernel have virtio_pci, virtio_blk and ext4, built in or in modules=?"
+_NO_ROOT_HINT = "the kernel needs virtio_pci, virtio_blk and ext4, built in or in modules="
 
 
 class Guest(Lifetime):
     """One guest; use it as a context manager.
 
     Args:
-        equipment: what it is made of.
-        machine: what it looks like.
-        folder: where console.log, qemu.log and qemu.sh go; they stay.
-        allowed: kernel messages that the test expects (regular expressions); any other Oops, BUG,
-            WARNING, lockup or driver error fails whatever runs in the guest at that moment.
-        mirror: where to write what the guest's console prints, in addition to console.log.
-        snapshot: begin there instead of booting; it must fit the machine.
-        memory_file: its memory becomes this file, for a guest that will be saved.
-        shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
+        equipment: the parts that all guests of a run have in common.
+        machine: the guest's machine.
+        folder: folder for console.log, qemu.log and qemu.sh, which are kept.
+        allowed: expected kernel messages (regular expressions); any other Oops, BUG, WARNING,
+            lockup or driver error fails the method that runs at that moment.
+        mirror: stream that receives a copy of the console output, in addition to console.log.
+        snapshot: state to restore instead of booting; it must fit the machine.
+        memory_file: file that becomes the memory of a guest that will be saved.
+        shim: preloaded into its QEMU, to record and disturb the syncs of the backing files.
 
     Raises:
-        NotRestoredError: the snapshot did not come to life.
-        GuestLostError: it did not boot.
+        NotRestoredError: the restored guest does not run.
+        GuestLostError: the guest did not boot.
         HostError: QEMU did not start.
     """
 
@@ -88,8 +88,8 @@ class Guest(Lifetime):
         self._settings = equipment.settings
         self._allowed = [re.compile(pattern) for pattern in allowed]
         self._event = threading.Event()
-        self._told = False
-        self._lost_why = ""
+        self._reported = False
+        self._lost_reason = ""
         self._marks = itertools.count(1)
         self._ssh: Ssh | None = None
         self._agent: Agent | None = None
@@ -100,30 +100,30 @@ class Guest(Lifetime):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # What was reported, and caught by a test that provoked it, is not reported again.
-        tell = error is None and not self._told
+        # Do not repeat a report that a test has provoked and caught.
+        must_report = error is None and not self._reported
         try:
-            if tell:
+            if must_report:
                 self.check()
         finally:
             self.close()
-        # The console is read to its end only now; the last lines may hold the worst.
-        if tell and (trouble := self.console.trouble):
+        # The last lines of the console were read only now; they may report a fault.
+        if must_report and (trouble := self.console.trouble):
             raise self._report(trouble)
 
     def run(
         self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
     ) -> CommandResult:
-        """Run a command by the guest's /bin/sh, whatever its exit status.
+        """Run a command by the guest's /bin/sh; any exit status is accepted.
 
         Args:
             command: shell, one line or several.
-            timeout_s: its own limit; the setting command_limit_s when None.
-            stdin: what it reads.
+            timeout_s: time limit, s; None: the setting command_limit_s.
+            stdin: its standard input.
 
         Raises:
-            GuestLostError: it did not end within its limit, or the guest went away.
-            ContractError: the kernel printed what no healthy kernel prints.
+            GuestLostError: the command did not end within its limit, or the guest was lost.
+            ContractError: the kernel printed a message that reports a fault.
         """
         self.check()
         limit_s = self._settings.command_limit_s if timeout_s is None else timeout_s
@@ -133,12 +133,12 @@ class Guest(Lifetime):
             result = channel.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
         except TimedOutError as error:
             self._lose(f"a command did not end within {limit_s:g} s")
-            self._told = True
+            self._reported = True
             raise TimedOutError(
                 f"{error.message}\n  the console ends with:\n{self.console.tail()}"
             ) from None
         except GuestLostError:
-            # The connection may end a moment before the console tells why.
+            # The connection may end shortly before the console shows the reason.
             self._event.wait(2.0)
             self.check()
             raise
@@ -147,12 +147,12 @@ class Guest(Lifetime):
         return result
 
     def succeed(self, command: str, *, timeout_s: float | None = None, stdin: bytes = b"") -> str:
-        """Run a command that must end with status 0; its output without the last line end.
+        """Run a command that must exit with status 0; return stdout without its last newline.
 
         Raises:
             ContractError: it failed.
         """
-        result = reporting(self.run(command, timeout_s=timeout_s, stdin=stdin))
+        result = require_valid(self.run(command, timeout_s=timeout_s, stdin=stdin))
         if result.status:
             raise ContractError(f"{outcome(result)}, expected 0")
         return result.stdout.removesuffix("\n")
@@ -160,23 +160,23 @@ class Guest(Lifetime):
     def fail(
         self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
     ) -> CommandResult:
-        """Run a command that must not end with status 0.
+        """Run a command that must exit with a status other than 0.
 
         Raises:
             ContractError: it succeeded.
         """
-        result = reporting(self.run(command, timeout_s=timeout_s, stdin=stdin))
+        result = require_valid(self.run(command, timeout_s=timeout_s, stdin=stdin))
         if not result.status:
             raise ContractError(f"{outcome(result)}, expected it to fail")
         return result
 
     def wait_until(self, command: str, *, timeout_s: float = 10.0) -> str:
-        """Repeat a command, in the guest and in one round trip, until it succeeds; its output.
+        """Repeat a command in the guest, in one round trip, until it succeeds; return its output.
 
         Raises:
             ContractError: it still fails after `timeout_s`.
         """
-        # The guest's own clock: 20 ms between two tries cost nothing there.
+        # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
         loop = (
             "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
             'until out=$(sh -c "$2" 2>&1); status=$?; case $status in 0|126|127) ;; *) status=99; '
@@ -184,7 +184,7 @@ class Guest(Lifetime):
             'printf "%s\\n" "$out"; exit $status'
         )
         line = shlex.join(["sh", "-c", loop, "wait_until", str(int(timeout_s) + 1), command])
-        result = reporting(self.run(line, timeout_s=timeout_s * 2 + 10))
+        result = require_valid(self.run(line, timeout_s=timeout_s * 2 + 10))
         if result.status:
             raise ContractError(
                 f"`{command}` still fails after {timeout_s:g} s; its output:\n"
@@ -196,9 +196,9 @@ class Guest(Lifetime):
         """Write a file in the guest, byte for byte.
 
         Args:
-            data: the content, or a file of ours.
+            data: the content, or a file of the host.
             target: the path in the guest; its folder must exist.
-            mode: its permissions.
+            mode: the file's permissions.
         """
         content = data.read_bytes() if isinstance(data, Path) else data
         path = shlex.quote(target)
@@ -206,41 +206,41 @@ class Guest(Lifetime):
 
     def get(self, path: str) -> bytes:
         """Read a file of the guest, byte for byte."""
-        result = reporting(self.run(f"cat -- {shlex.quote(path)}"))
+        result = require_valid(self.run(f"cat -- {shlex.quote(path)}"))
         if result.status:
             raise ContractError(f"{outcome(result)}, expected 0")
         return result.stdout_bytes
 
     def plug(self, nvdimm: Nvdimm) -> None:
-        """Plug a DIMM into the running guest; the guest notices a moment later.
+        """Plug a DIMM into the running guest, which notices it asynchronously.
 
         Raises:
-            RefusedError: QEMU does not take it; then everything is as it was before.
+            RefusedError: QEMU refuses it; then nothing has changed.
         """
         self.vm.plug(nvdimm)
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
-        """An interactive shell of the guest, on a pseudo terminal of that size."""
+        """Start an interactive shell of the guest, on a pseudo terminal of this size."""
         if self._ssh is None:
             self.connect()
         assert self._ssh is not None  # noqa: S101
         return self._ssh.shell(term, columns, rows)
 
     def file(self, slot: int) -> Path:
-        """The backing file of the DIMM in `slot`."""
+        """Return the backing file of the DIMM in `slot`."""
         return self.vm.file(slot)
 
     @contextlib.contextmanager
     def expect_messages(self, *patterns: str) -> Iterator[None]:
-        """Announce kernel messages: within, they do not fail the test."""
+        """Expect kernel messages: inside this context they do not fail the test."""
         added = [re.compile(pattern) for pattern in patterns]
         self.console.allowed.extend(added)
         try:
             yield
-            # What the kernel has printed by now must have been read before it counts again.
+            # Read all messages printed so far before they count as faults again.
             mark = f"paprscm: mark {next(self._marks)}"
             self.run(f"echo '<1>{mark}' > /dev/kmsg")
-            # However long the guest was silent before: only the mark's own line counts.
+            # Only the mark's own line counts, however long the guest was silent before.
             self.console.wait_for(
                 {"mark": re.compile(re.escape(mark) + "$")}, timeout_s=10, silence_s=float("inf")
             )
@@ -249,39 +249,39 @@ class Guest(Lifetime):
                 self.console.allowed.remove(pattern)
 
     def check(self) -> None:
-        """Raise if the guest is lost or its kernel printed what no healthy kernel prints.
+        """Raise if the guest is lost or its kernel has reported a fault.
 
         Raises:
-            ContractError: an Oops, a warning, … that was not announced.
-            GuestLostError: a panic, a hang, or QEMU is gone.
-            KilledError: QEMU was ended from outside.
+            ContractError: an Oops, a warning, … that is not expected.
+            GuestLostError: a panic, a hang, or the end of QEMU.
+            KilledError: QEMU was killed from outside.
         """
         if not self._event.is_set():
             return
-        self._told = True
-        # A call trace comes in many lines.
+        self._reported = True
+        # A call trace has many lines.
         self.console.settle()
         if trouble := self.console.trouble:
             raise self._report(trouble)
-        reason = self._lost_why
+        reason = self._lost_reason
         if not reason:
             status = self.process.wait(2.0)
             how = "closed its console" if status is None else f"ended, {describe_status(status)}"
-            reason = f"QEMU {how}; it said:\n{self.vm.says()}"
+            reason = f"QEMU {how}; its output:\n{self.vm.output()}"
         raise GuestLostError(f"{reason}\n  the guest's console ends with:\n{self.console.tail()}")
 
     def _report(self, trouble: Trouble) -> Error:
-        what = f"{trouble.text}\n  its console:\n{self.console.tail(30)}"
+        text = f"{trouble.text}\n  its console:\n{self.console.tail(30)}"
         no_root = any(_NO_ROOT.search(line) for line in self.console.lines)
         if no_root and self.times.init is None:
-            return ConfigError(f"the guest's kernel has no root disk: {what}", hint=_NO_ROOT_HINT)
+            return ConfigError(f"the guest's kernel has no root disk: {text}", hint=_NO_ROOT_HINT)
         kind = GuestLostError if trouble.fatal else ContractError
-        return kind(f"the guest's kernel reports: {what}")
+        return kind(f"the guest's kernel reports: {text}")
 
     def kill(self) -> None:
-        """End QEMU with SIGKILL, as a power cut would; the backing files stay."""
+        """End QEMU with SIGKILL, like a power cut; the backing files remain."""
         self._lose("the guest was killed")
-        self._told = True
+        self._reported = True
         self.process.kill()
 
     def hang_up(self) -> None:
@@ -297,10 +297,10 @@ class Guest(Lifetime):
             self._ssh.close()
 
     def connect(self) -> None:
-        """Call the guest's ssh server until it answers.
+        """Connect to the guest's ssh server, which may still be starting.
 
         Raises:
-            GuestLostError: it does not within silence_limit_s, or the guest is lost.
+            GuestLostError: no connection within silence_limit_s, or the guest is lost.
         """
         self._ssh = Ssh(
             port=self.ssh_port,
@@ -336,7 +336,7 @@ class Guest(Lifetime):
                 return ours, theirs.enter_context(other).fileno()
 
             sock, console_fd = pair()
-            # Left in the other order: QEMU goes first, so that the console's reader finds the end.
+            # Exit order is the reverse: QEMU ends first, so that the console's reader reaches EOF.
             self.console = Console(
                 sock, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
             )
@@ -376,7 +376,7 @@ class Guest(Lifetime):
                 self.check()
         except StuckError as error:
             state = self.qmp.execute("query-status")["status"]
-            paused = f"; QEMU has it {state} and said:\n{self.vm.says()}"
+            paused = f"; QEMU reports status {state}; its output:\n{self.vm.output()}"
             self._lose(error.message + (paused if state != "running" else ""))
             self.check()
         assert self._agent is not None  # noqa: S101
@@ -390,8 +390,8 @@ class Guest(Lifetime):
             raise GuestLostError(f"the guest's agent does not answer\n{self.console.tail()}")
 
     def _restore(self, snapshot: Snapshot) -> None:
-        """Load the state, plug the DIMMs, let it run; it is called while it wakes."""
-        # QEMU goes on writing there.
+        """Load the state, plug the DIMMs and let the guest run."""
+        # QEMU appends to it.
         (self.folder / "console.log").write_bytes(snapshot.console.read_bytes())
         try:
             load_state(self.qmp, snapshot)
@@ -405,9 +405,9 @@ class Guest(Lifetime):
         self.qmp.execute("cont")
         assert self._agent is not None  # noqa: S101
         try:
-            self._port.awake(self.check)
+            self._port.wait_awake(self.check)
             self._note("awake")
-            count = self._port.regions(self.check)
+            count = self._port.wait_regions(self.check)
             self._note("regions")
             if not self._agent.answers(self._settings.silence_limit_s):
                 self.check()
@@ -419,28 +419,30 @@ class Guest(Lifetime):
             log.logger.info("%d regions of %d DIMMs have their driver", count, dimms)
 
     def _expect_not_killed(self, error: NotRestoredError) -> None:
-        """Raise if a signal ended QEMU: that says nothing about the snapshot, which is kept."""
+        """Raise if a signal ended QEMU: then the snapshot may be good, and is kept."""
         if (status := self.process.wait(1.0)) is not None and status < 0:
-            raise GuestLostError(f"QEMU ended in its restore, {describe_status(status)}") from error
+            raise GuestLostError(
+                f"QEMU ended during the restore, {describe_status(status)}"
+            ) from error
 
     def _note(self, mark: str) -> None:
         setattr(self.times, mark, time.monotonic() - self.vm.exec_s)
 
     def _find_ssh_port(self) -> int:
-        """The port that QEMU chose; asking for one beforehand would be a race."""
+        """Return the port that QEMU chose; choosing one beforehand would be a race."""
         answer = self.qmp.hmp("info usernet")
-        found = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", answer)
-        if found is None:
+        match = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", answer)
+        if match is None:
             raise HostError(f"QEMU forwards no port to the guest: {answer.strip()}")
-        return int(found[1])
+        return int(match[1])
 
     def _on_event(self) -> None:
-        """Something happened on the console: wake the caller that waits for a command's end."""
+        """Wake the callers that wait for the end of a command: the console reports an event."""
         self._event.set()
         if self._agent is not None:
             self._agent.close()
         self.disconnect()
 
-    def _lose(self, why: str) -> None:
-        self._lost_why = self._lost_why or why
+    def _lose(self, reason: str) -> None:
+        self._lost_reason = self._lost_reason or reason
         self._event.set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The kernel under test as a guest boots it: kernel or built, made executable, with its modules."""
+"""The kernel under test: obtain it, rewrite instructions that TCG lacks, pack its modules."""
 
 from __future__ import annotations
 
@@ -21,12 +21,21 @@ from paprscm.vm.binary import Qemu
 
 
 def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> tuple[Kernel, str]:
-    """The kernel under test, and the source that it was built from here; "" for a user's own."""
+    """Return the kernel under test and its source; "" for a user's own kernel.
+
+    Args:
+        archive: packages and cache for the default kernels.
+        settings: kernel, modules and kernel_source.
+        proceed: called several times a second during a build; cancels it by raising.
+
+    Raises:
+        ConfigError: modules= is set without kernel=, or the kernel does not fit the suite.
+    """
     if settings.kernel in OWN_KERNELS:
         if settings.modules is not None:
             raise ConfigError(
-                f"modules= without kernel=: the {settings.kernel} kernel needs none",
-                hint="give the vmlinux that they belong to",
+                f"modules= without kernel=: the {settings.kernel} kernel needs no modules",
+                hint="set kernel= to the vmlinux of the same build",
             )
         built = kbuild.build_default(archive, settings, proceed=proceed)
         return vmlinux.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
@@ -38,16 +47,16 @@ def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) ->
 
 
 def instructions_of(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
-    """Probe once which instructions the TCG of this binary executes."""
+    """Return which instructions this QEMU executes under TCG; probed once per binary."""
     name = f"instructions-{cpu}-{instructions.probe_digest()}"
     answer = binary.remember(
         cache, qemu, name, lambda: instructions.probe(qemu.argv_prefix, cpu=cpu)
     )
-    return {str(name): bool(able) for name, able in answer.items()}
+    return {str(name): bool(executed) for name, executed in answer.items()}
 
 
 def fix(cache: Cache, kernel: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
-    """The kernel as this QEMU can execute it, and how many instructions had to be rewritten."""
+    """Return a kernel that this QEMU can execute, and the number of rewritten instructions."""
     lacking = tcg_fixup.missing(executes)
     if not lacking:
         return kernel.path, 0
@@ -70,10 +79,10 @@ def initrd(
     cache: Cache,
     settings: Settings,
     kernel: Kernel,
-    land: Userland,
+    userland: Userland,
     executes: Mapping[str, bool],
 ) -> Path | None:
-    """The initramfs with the kernel's modules, if it has any."""
+    """Build or find the initramfs with the kernel's modules; None if modules= is not set."""
     folder_of_modules = settings.modules
     if folder_of_modules is None:
         return None
@@ -84,17 +93,19 @@ def initrd(
         "release": kernel.release,
         "modules": hashlib.sha256(content.encode()).hexdigest(),
         "rewritten": " ".join(instruction.name for instruction in tcg_fixup.missing(executes)),
-        "busybox": str(land.versions.get("busybox-static")),
+        "busybox": str(userland.versions.get("busybox-static")),
     }
 
     def build(folder: Path) -> None:
-        made = initramfs.build_initramfs(
+        report = initramfs.build_initramfs(
             kernel,
             folder_of_modules,
-            land.busybox,
+            userland.busybox,
             folder / "initramfs",
             executes=executes,
         )
-        log.logger.info("initramfs: %d modules, %d sites rewritten", len(made.modules), made.sites)
+        log.logger.info(
+            "initramfs: %d modules, %d sites rewritten", len(report.modules), report.sites
+        )
 
     return cache.ensure("initramfs", fields, build).path / "initramfs"

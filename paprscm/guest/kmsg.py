@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-# printk's time stamp (PRINTK_TIME) and caller (PRINTK_CALLER); both are options of the kernel.
+# printk's time stamp (PRINTK_TIME) and caller (PRINTK_CALLER); both are kernel options.
 _STAMP = re.compile(r"^(?:\[\s*\d+\.\d{6}\])?(?:\[\s*[TC]\d+\])? ?")
 
-# Kind, pattern from the start of the message, and whether the guest is lost with it.
+# Kind, pattern at the start of the message, and True if the guest cannot continue after it.
 # Sources: kernel/panic.c, arch/powerpc/kernel/traps.c, kernel/hung_task.c, kernel/watchdog.c,
 # kernel/rcu/tree_stall.h, kernel/locking/lockdep.c, lib/bug.c, mm/kasan/report.c,
 # mm/kfence/report.c, mm/kmemleak.c, lib/list_debug.c, fs/sysfs/dir.c, kernel/sched/core.c.
@@ -19,7 +19,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
     for kind, pattern, fatal in (
         ("panic", r"Kernel panic - not syncing", True),
         ("panic", r"OS terminated: ", True),
-        # xmon stops the guest before the kernel prints its Oops, and waits for a person
+        # xmon stops the guest before the kernel prints its Oops, and waits for input
         # (arch/powerpc/xmon/xmon.c:excprint).
         ("xmon", r"cpu 0x[0-9a-f]+: Vector: [0-9a-f]+ ", True),
         ("oops", r"Oops: ", False),
@@ -29,9 +29,9 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
         ("hard lockup", r"watchdog: .*(?:hard LOCKUP|Hard LOCKUP)", False),
         ("hung task", r"INFO: task .* blocked.* for more than ", False),
         ("rcu stall", r"(?:rcu: )?INFO: .*(?:self-detected stall|detected stalls)", False),
-        # Lockdep has one in brackets: "[ BUG: Invalid wait context ]".
+        # Lockdep prints brackets: "[ BUG: Invalid wait context ]".
         ("bug", r"(?:kernel |\[ )?BUG[: ]", False),
-        # Said before the WARNING that comes with it, and says more.
+        # Printed before its WARNING, with more detail.
         ("list", r"list_(?:add|del) corruption", False),
         ("lockdep", r"INFO: trying to register non-static key", False),
         ("sysfs", r"sysfs: cannot create duplicate filename", False),
@@ -47,10 +47,10 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str], bool], ...] = tuple(
     )
 )
 
-# What every boot logs. The first two, for every DIMM: QEMU has no H_SCM_PERFORMANCE_STATS, answers
-# H_FUNCTION (-2), and papr_scm says so (papr_scm.c, papr_scm_probe and papr_scm_pmu_register).
-# The third, where VOF takes the place of SLOF: QEMU's empty NVRAM is not formatted
-# (arch/powerpc/kernel/nvram_64.c, nvram_scan_partitions).
+# Messages of every boot. The first two, for every DIMM: QEMU does not implement
+# H_SCM_PERFORMANCE_STATS and returns H_FUNCTION (-2), which papr_scm logs (papr_scm.c,
+# papr_scm_probe and papr_scm_pmu_register). The third, with VOF instead of SLOF: QEMU's empty NVRAM
+# is not formatted (arch/powerpc/kernel/nvram_64.c, nvram_scan_partitions).
 _ALWAYS_LOGGED = (
     re.compile(
         r"papr_scm ibm,persistent-memory:ibm,pmemory@[0-9a-f]{8}: "
@@ -67,12 +67,12 @@ _ALWAYS_LOGGED = (
 SLEEPS = re.compile(
     r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
 )
-"""A task slept in atomic context: the scheduler reports it where the kernel counts preemption
-(PREEMPT_COUNT, part of PREEMPT and PREEMPT_LAZY), DEBUG_ATOMIC_SLEEP before it happens."""
+"""A task slept in atomic context. The scheduler reports it if the kernel has PREEMPT_COUNT (part of
+PREEMPT and PREEMPT_LAZY); DEBUG_ATOMIC_SLEEP reports it before the task sleeps."""
 SOFT_LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(?P<cpu>\d+) stuck for (?P<s>\d+)s!")
-"""A CPU ran nothing else for twice watchdog_thresh (kernel/watchdog.c, watchdog_timer_fn)."""
+"""A CPU did not schedule for twice watchdog_thresh (kernel/watchdog.c, watchdog_timer_fn)."""
 STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked.* for more than")
-"""Messages that follow from a CPU that is stuck."""
+"""Messages that a stuck CPU causes."""
 _SPINS = re.compile(
     r"NIP \[[0-9a-f]+\] (?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+)\+"
 )
@@ -80,12 +80,12 @@ _SPINS = re.compile(
 
 @dataclass(frozen=True)
 class Trouble:
-    """One kernel message that no healthy guest prints.
+    """One kernel message that reports a fault.
 
     Attributes:
         kind: "panic", "oops", "warning", …
         text: the message without its time stamp.
-        fatal: the guest is gone with it.
+        fatal: the guest cannot continue after it.
     """
 
     kind: str
@@ -94,35 +94,35 @@ class Trouble:
 
 
 def text_of(line: str) -> str:
-    """The message of a line of the console, without time stamp and caller."""
+    """Return the message of a console line, without time stamp and caller."""
     return _STAMP.sub("", line.rstrip(), count=1)
 
 
 def classify(line: str, allowed: Iterable[re.Pattern[str]] = ()) -> Trouble | None:
-    """Return the fault that a line of the console reports, or None.
+    """Return the fault that a console line reports, or None.
 
     Args:
-        line: without its line end.
-        allowed: patterns of messages that the test has announced; searched in the message.
+        line: the line without its newline.
+        allowed: patterns of expected messages; searched in the message.
     """
     message = text_of(line)
     for kind, pattern, fatal in _PATTERNS:
         if pattern.match(message):
             if any(always.match(message) for always in _ALWAYS_LOGGED):
                 return None
-            if any(wanted.search(message) for wanted in allowed):
+            if any(expected.search(message) for expected in allowed):
                 return None
             return Trouble(kind, message, fatal)
     return None
 
 
 def traces(lines: Sequence[str], message: re.Pattern[str], *, length: int = 60) -> list[str]:
-    """The call traces that follow a kernel message, each with its first line.
+    """Return the call traces that follow a kernel message, each with that message.
 
     Args:
-        lines: of the console.
-        message: what the first line of a trace holds.
-        length: how many lines belong to it, up to the next such message.
+        lines: lines of the console.
+        message: pattern of the first line of a trace.
+        length: maximum number of lines of a trace; it ends before the next such message.
     """
     begins = [number for number, line in enumerate(lines) if message.search(line)]
     ends = [*begins[1:], len(lines)]
@@ -133,15 +133,15 @@ def traces(lines: Sequence[str], message: re.Pattern[str], *, length: int = 60) 
 
 
 def has_frame(trace: str, *functions: str) -> bool:
-    """True if one of these functions is in a call trace; the compiler may have inlined some."""
+    """Return True if the call trace has one of these functions; some may have been inlined."""
     return any(f"] {function}+" in trace for function in functions)
 
 
 def holds_lock(trace: str, lock: str) -> bool:
-    """True if lockdep names this lock among the held ones ("&arena->map_locks[i]")."""
+    """Return True if lockdep lists this lock as held ("&arena->map_locks[i]")."""
     return f"({lock}" in trace
 
 
 def spins(trace: str) -> bool:
-    """True if the CPU of a call trace waits for a spinlock."""
+    """Return True if the CPU of a call trace waits for a spinlock."""
     return _SPINS.search(trace) is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Make a snapshot of a guest that is ready for tests, and prove it, before others begin there."""
+"""Make a snapshot of a booted guest and test it before other guests are restored from it."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from paprscm.vm.machine import Machine, Nvdimm
 
 KIND = "snapshot"
 _FORMAT = "2"
-"""Changes when this file saves otherwise."""
+"""Version of the way in which this file saves; part of the cache key."""
 _KEEP = 6
 """Snapshots to keep (about 100 MB each); every rebuilt kernel adds one."""
 _NEEDS_BYTES = 1_500_000_000
 _RECORD = "proof.json"
 
-# The connection's process in the guest must be gone, and what the kernel puts off must be done.
+# Time for the end of the connection's process and for deferred work of the guest's kernel, s.
 _QUIET_S = 1.0
-# A snapshot of a QEMU that loses its timers comes to life in some of its restores only.
+# Restores to test, by way of saving: if QEMU loses timers, only some of the restores work.
 _PROOFS = {"as it is": 3, "secondary CPUs offline": 5}
 _CLOCK_LIMIT_S = 5.0
 _SLOTS = (1, 4)
 
-# What tests start in the guest sooner or later should be in its page cache.
+# Fills the guest's page cache with the programs that tests run.
 _WARM_UP = """
 cd /tmp
 ndctl list
@@ -53,8 +53,8 @@ rm image
 for tool in sed od cat stat env sleep mount umount mkdir; do $tool --version; done
 """
 
-# A restored guest is asked once.
-_ASK = """
+# Test of a restored guest: CPUs, flushes, clock, random numbers.
+_QUERY = """
 set -e
 for cpu in $(seq 0 $(($(nproc) - 1))); do
 	taskset -c $cpu sleep 0.01
@@ -82,9 +82,9 @@ class Recipe:
     """Inputs of a snapshot.
 
     Attributes:
-        cache: where it is kept.
+        cache: the cache that keeps it.
         qemu: the QEMU under test.
-        equipment: what the guest is made of; it has no DIMMs.
+        equipment: parts of the guest, which has no DIMMs.
     """
 
     cache: Cache
@@ -92,9 +92,9 @@ class Recipe:
     equipment: Equipment
 
     def fields(self) -> dict[str, str]:
-        """Everything that the snapshot depends on: QEMU must be started just so to load it."""
+        """Return the cache key: everything that must be equal for QEMU to load the snapshot."""
         payload = self.equipment.payload
-        # Where the files are makes no difference.
+        # The paths of the files are irrelevant.
         names = Payload(
             kernel=Path("kernel"),
             disk=Path("disk"),
@@ -118,31 +118,31 @@ class Recipe:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """A snapshot, or why there is none.
+    """A snapshot, or the reason why there is none.
 
     Attributes:
-        snapshot: None where restored guests do not work.
-        why: what was tried, and what went wrong.
+        snapshot: the snapshot; None: restored guests do not work.
+        reason: the ways of saving that failed, with their errors.
     """
 
     snapshot: Snapshot | None
-    why: str
+    reason: str
 
 
 def find_snapshot(recipe: Recipe) -> Outcome | None:
-    """The snapshot, if one was made or found to be impossible; nothing is made."""
+    """Return the cached outcome, or None; nothing is made."""
     entry = recipe.cache.find(KIND, recipe.fields())
     return _outcome(entry, recipe) if entry else None
 
 
 def ensure_snapshot(recipe: Recipe) -> Outcome:
-    """The snapshot; made and proven now if there is none.
+    """Return the snapshot; make and test it if it is not cached.
 
-    A QEMU whose restored guests do not work is remembered as well. A guest that was too slow is
-    not: that is the host's fault, and the next run tries again.
+    The failure of restored guests is cached, too. A timeout in the guest is not: the host may have
+    been overloaded, so the next run tries again.
 
     Raises:
-        ConfigError: no guest of this kernel can boot.
+        ConfigError: the kernel does not boot.
         TimedOutError, ProbeError: a command, or gcc, did not end in time in the guest.
     """
 
@@ -157,8 +157,8 @@ def ensure_snapshot(recipe: Recipe) -> Outcome:
 
 def _outcome(entry: Entry, recipe: Recipe) -> Outcome:
     record = json.loads((entry.path / _RECORD).read_text())
-    there = _snapshot(entry.path, recipe) if record["how"] else None
-    return Outcome(snapshot=there, why="; ".join(record["failed"]))
+    snapshot = _snapshot(entry.path, recipe) if record["how"] else None
+    return Outcome(snapshot=snapshot, reason="; ".join(record["failed"]))
 
 
 def _snapshot(folder: Path, recipe: Recipe) -> Snapshot:
@@ -167,7 +167,7 @@ def _snapshot(folder: Path, recipe: Recipe) -> Snapshot:
 
 
 def _build(folder: Path, recipe: Recipe) -> None:
-    """Try each way to save, the plain one first, until restored guests pass the proof."""
+    """Try each way of saving, the plain one first, until restored guests pass the test."""
     failed = []
     ways = list(_PROOFS) if recipe.equipment.board.smp > 1 else list(_PROOFS)[:1]
     for how in ways:
@@ -176,13 +176,13 @@ def _build(folder: Path, recipe: Recipe) -> None:
             with log.step(f"restoring it {_PROOFS[how]} times"):
                 _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
         except (ConfigError, KilledError, TimedOutError, ProbeError):
-            # None of them says anything about this way to save; it is not recorded.
+            # Unrelated to this way of saving, so it is not recorded.
             raise
         except Error as error:
             failed.append(f"saved {how}: {error.message.splitlines()[0]}")
             log.logger.info("%s", failed[-1])
-            for left in folder.iterdir():
-                left.unlink()
+            for file in folder.iterdir():
+                file.unlink()
             continue
         (folder / _RECORD).write_text(json.dumps({"how": how, "failed": failed}))
         return
@@ -190,29 +190,29 @@ def _build(folder: Path, recipe: Recipe) -> None:
 
 
 def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
-    """Boot a guest, make it ready, save it."""
+    """Boot a guest, prepare it, save it."""
     memory = folder / "memory-with-zeros"
     with (
         log.step(f"saving it {'with secondary CPUs offline' if offline else 'as it is'}"),
         tempfile.TemporaryDirectory(prefix="paprscm-save-") as logs,
         Guest(recipe.equipment, Machine(), folder=Path(logs), memory_file=memory) as guest,
     ):
-        # Side by side: the compiler takes most of the time.
+        # Concurrently: the compiler takes most of the time.
         with ThreadPoolExecutor(recipe.equipment.board.smp) as pool:
-            compiled = pool.map(
+            binaries = pool.map(
                 lambda tool: tools.compile_tool(guest, tool), (*tools.TOOLS, "warm")
             )
-            helper = list(compiled)[-1]
+            helper = list(binaries)[-1]
         if offline:
             guest.succeed("for f in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 0 > $f; done")
         guest.run(f"sync; echo 3 > /proc/sys/vm/drop_caches; {_WARM_UP}")
-        # What a connection reads from the disk is now read for the last time.
+        # Fill the page cache with what a connection reads from the disk.
         guest.connect()
         guest.succeed(
             f"cd /sys/class/virtio-ports && for port in *; do "
             f'[ "$(cat $port/name)" != {PORT_NAME} ] || '
             f"exec {helper} /dev/$port $(cat /run/dropbear.pid); done; "
-            f"echo 'there is no port: has the kernel virtio_console?' >&2; exit 1"
+            f"echo 'no virtio-serial port: does the kernel have virtio_console?' >&2; exit 1"
         )
         guest.succeed("kill -STOP $(cat /run/dropbear.pid)")
         guest.disconnect()
@@ -220,42 +220,42 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
         guest.check()
         save_state(guest.qmp, folder / "state")
         shutil.copy(guest.folder / "console.log", folder)
-    # The guest's memory is full of pages of zeros.
+    # Most pages of the guest's memory are zeros.
     process.run(["cp", "--sparse=always", memory, folder / "memory"])
     memory.unlink()
 
 
 def _prove(snapshot: Snapshot, recipe: Recipe, times: int) -> None:
-    """Restore it so many times; each guest must run, plug, flush, and be unlike the others.
+    """Restore the snapshot `times` times; each guest must run, flush and draw new random numbers.
 
     Raises:
-        Error: a guest does not.
+        Error: a guest fails.
     """
     dimms = tuple(Nvdimm(slot=slot) for slot in _SLOTS)
     machine = Machine(nvdimms=dimms)
-    question = _ASK.replace("@DRCS@", " ".join(f"{dimm.drc:x}" for dimm in dimms))
+    query = _QUERY.replace("@DRCS@", " ".join(f"{dimm.drc:x}" for dimm in dimms))
     seen: set[str] = set()
     for _ in range(times):
         with (
             tempfile.TemporaryDirectory(prefix="paprscm-proof-") as logs,
             Guest(recipe.equipment, machine, folder=Path(logs), snapshot=snapshot) as guest,
         ):
-            _check(guest.succeed(question), recipe.equipment.board.smp, seen)
+            _check(guest.succeed(query), recipe.equipment.board.smp, seen)
 
 
 def _check(answer: str, smp: int, seen: set[str]) -> None:
     if answer.count("flushed\n") != len(_SLOTS):
         raise ContractError(
-            f"a restored guest flushed not each of {len(_SLOTS)} regions:\n{answer}"
+            f"a restored guest did not flush each of {len(_SLOTS)} regions:\n{answer}"
         )
-    told = dict(re.findall(r"^([a-z_]+) (\S+)$", answer, re.MULTILINE))
-    if told.get("cpus") != str(smp):
-        raise ContractError(f"a restored guest has {told.get('cpus')} of {smp} CPUs")
-    late_s = time.time() - float(told.get("time", 0))
+    values = dict(re.findall(r"^([a-z_]+) (\S+)$", answer, re.MULTILINE))
+    if values.get("cpus") != str(smp):
+        raise ContractError(f"a restored guest has {values.get('cpus')} of {smp} CPUs")
+    late_s = time.time() - float(values.get("time", 0))
     if abs(late_s) > _CLOCK_LIMIT_S:
         raise ContractError(f"the clock of a restored guest is {late_s:.0f} s late")
     for name in ("uuid", "boot_id", "urandom"):
-        value = told.get(name)
+        value = values.get(name)
         if value is None or value in seen:
             raise ContractError(f"two restored guests have the same {name}, {value}")
         seen.add(value)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports of guest tools: one line of JSON, read strictly into types that declare its fields."""
+"""Reports of guest tools: one line of JSON, parsed strictly into types that declare its fields."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import msgspec
 from paprscm.errors import HostError
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
-"""A number of a report; none is negative, a fraction or a bool."""
+"""A number in a report: an integer >= 0, not a bool."""
 
 
 class MalformedError(ValueError):
-    """The field of a report that is wrong, and the reason."""
+    """A field of a report is wrong; the message names it and the reason."""
 
 
 class ProbeError(HostError):
@@ -26,21 +26,21 @@ class ProbeError(HostError):
 
 
 class Fields(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """An object in a report: it must have all fields of the subclass, and no other.
+    """An object in a report: it must have exactly the fields of the subclass.
 
-    No field has a default value, so none may be missing. What several fields mean together is
-    checked with check_report() in __post_init__().
+    No field has a default value, so none may be missing. A subclass checks the relations between
+    its fields with check_report() in __post_init__().
     """
 
 
 class ToolReport(Fields, frozen=True, kw_only=True):
-    """A whole report. The subclass declares `tool: Literal[NAME]`, and `verb` likewise."""
+    """A whole report. The subclass declares `tool: Literal[NAME]`, and `verb` if there is one."""
 
     version: Literal[1]
 
     @property
     def exit_status(self) -> int:
-        """The exit status of a tool with this report."""
+        """Exit status of a tool that prints this report."""
         return 0
 
 
@@ -49,27 +49,27 @@ _Report = TypeVar("_Report", bound=ToolReport)
 
 
 def read_report(kind: type[_Report], stdout: str, status: int, stderr: str = "") -> _Report:
-    """Read the report of a tool.
+    """Parse the report of a tool.
 
     Args:
         kind: the type that declares its fields.
         stdout: the tool's output, one line of JSON.
-        status: its exit status, which must fit the report.
-        stderr: for the message.
+        status: its exit status, which must match the report.
+        stderr: the tool's errors, for the message.
 
     Raises:
-        ProbeError: the report is not of this kind, contradicts itself or its status.
+        ProbeError: the report is not of this kind, or contradicts itself or its status.
     """
     (tool,) = get_args(get_type_hints(kind)["tool"])
-    with believed(tool, stdout, status, stderr):
+    with malformed_as_probe_error(tool, stdout, status, stderr):
         report = read_line(kind, stdout)
         check_report(status == report.exit_status, f"status {status}, not {report.exit_status}")
     return report
 
 
 @contextmanager
-def believed(tool: str, stdout: str, status: int, stderr: str) -> Iterator[None]:
-    """Turn a MalformedError into the ProbeError that shows the whole output of the tool."""
+def malformed_as_probe_error(tool: str, stdout: str, status: int, stderr: str) -> Iterator[None]:
+    """Turn a MalformedError into a ProbeError with the tool's output."""
     try:
         yield
     except MalformedError as error:
@@ -80,13 +80,13 @@ def believed(tool: str, stdout: str, status: int, stderr: str) -> Iterator[None]
 
 
 def read_line(kind: type[_Fields], text: str) -> _Fields:
-    """Read one line that must be one JSON object.
+    """Parse one line that must be one JSON object.
 
-    A byte above 0x7f in a string is a lone surrogate (guest_tools/report.h); where several make
-    UTF-8, they are decoded.
+    A byte above 0x7f in a string is encoded as a lone surrogate (guest_tools/report.h); sequences
+    that form UTF-8 are decoded.
 
     Raises:
-        MalformedError: it is not an object of this kind, or a key occurs twice.
+        MalformedError: the text is not an object of this kind, or a key occurs twice.
     """
     line = text.removesuffix("\n")
     if not line or "\n" in line:
@@ -101,15 +101,15 @@ def read_line(kind: type[_Fields], text: str) -> _Fields:
 
 
 def check_report(holds: bool, what: str) -> None:
-    """Raise MalformedError with `what` is wrong unless something `holds`."""
+    """Raise MalformedError unless `holds`; `what` names the wrong value."""
     if not holds:
         raise MalformedError(what)
 
 
 def check_errno(number: int | None, name: str | None) -> None:
-    """Raise MalformedError unless an errno fits its name; both are None without an error."""
+    """Raise MalformedError unless an errno matches its name; without an error both are None."""
     check_report((number is None) == (name is None), f"errno is {number}, its name {name}")
-    # The generic numbers, which powerpc has too.
+    # This host's errno numbers are the generic ones, which powerpc uses, too.
     known = getattr(errno, name or "", number)
     check_report(number == known and number != 0, f"errno {number} is not {name}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A guest that begins where another was saved: what a snapshot is, and how QEMU loads it."""
+"""Snapshots of booted guests, and the protocol that wakes a restored guest."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from paprscm.vm.machine import Board, Machine
 from paprscm.vm.qmp import Qmp
 
 SEED_BYTES = 64
-"""As guest_tools/warm.c wants it."""
+"""Size of the random seed that guest_tools/warm.c expects."""
 
-# A restored guest answers after 0.2 s. One that does not after so long never will.
+# A restored guest answers after 0.2 s; if it takes longer than this, it never will.
 _AWAKE_LIMIT_S = 10.0
-# Then the test goes on, and finds for itself which region is missing.
+# After this the test continues, and finds the missing region itself.
 _REGIONS_LIMIT_S = 10.0
 _LOAD_LIMIT_S = 10.0
 _LINE_LIMIT = 512
 
 
 class NotRestoredError(HostError):
-    """The guest did not wake; it says nothing about the product, and booting it may still work."""
+    """A restored guest did not wake. Not a verdict on the product; booting may still work."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A guest that was saved when it was ready; others begin there.
+    """Saved state of a booted guest, from which other guests are restored.
 
     Attributes:
         folder: its files: the guest's memory, the state of the rest of the machine, its console.
-        board: of the machine that was saved; it has no DIMM.
-        has_rom: as MemoryFile says.
+        board: the board of the saved machine, which has no DIMM.
+        has_rom: see MemoryFile.
     """
 
     folder: Path
@@ -63,7 +63,7 @@ class Snapshot:
         return self.folder / "console.log"
 
     def fits(self, machine: Machine, board: Board) -> bool:
-        """Return True if a machine equals the saved one except for its DIMMs, which are plugged."""
+        """Return True if a machine equals the saved one, apart from DIMMs, which are plugged."""
         saved = Machine()
         return board == self.board and (
             (machine.slots, machine.cmdline, machine.dimm_room_bytes)
@@ -72,12 +72,12 @@ class Snapshot:
 
 
 def save_state(qmp: Qmp, file: Path) -> None:
-    """Write the state of a machine, without its memory, to a file; the machine is stopped then.
+    """Write the state of a machine, without its memory, to a file, and leave the machine stopped.
 
-    Its memory must be a file of its own (MemoryFile), which QEMU leaves out of the stream.
+    Its memory must be a MemoryFile, which QEMU excludes from the stream.
 
     Raises:
-        HostError: QEMU cannot write it.
+        HostError: QEMU cannot write the state.
     """
     qmp.execute("stop")
     _prepare(qmp)
@@ -95,7 +95,7 @@ def load_state(qmp: Qmp, snapshot: Snapshot) -> None:
     """Load the state into a QEMU that was started with -incoming defer -S.
 
     Raises:
-        NotRestoredError: QEMU does not take it.
+        NotRestoredError: QEMU does not load it.
     """
     try:
         _prepare(qmp)
@@ -116,18 +116,18 @@ def _migrate(qmp: Qmp, command: str, uri: str) -> None:
     def ended(data: dict[str, str]) -> bool:
         return data.get("status") in ("completed", "failed")
 
-    # It takes 0.1 s. QEMU 7.2 waits for ever for the rest of an empty file.
-    told = qmp.execute_until(command, "MIGRATION", ended, limit_s=_LOAD_LIMIT_S, uri=uri)
-    if told["status"] == "failed":
-        why = qmp.execute("query-migrate").get("error-desc", "no reason given")
-        raise HostError(f"QEMU's {command} failed: {why}")
+    # Takes 0.1 s. QEMU 7.2 waits forever for the rest of an empty file.
+    result = qmp.execute_until(command, "MIGRATION", ended, limit_s=_LOAD_LIMIT_S, uri=uri)
+    if result["status"] == "failed":
+        reason = qmp.execute("query-migrate").get("error-desc", "no reason given")
+        raise HostError(f"QEMU's {command} failed: {reason}")
 
 
 class Port:
     """Our end of the port on which guest_tools/warm.c listens in the guest.
 
     Args:
-        sock: one end of a socketpair; the other one is QEMU's. Owned from now on.
+        sock: one end of a socketpair whose other end QEMU has; the port takes ownership.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -135,10 +135,10 @@ class Port:
         self._lines = b""
 
     def wake(self, *, regions: int) -> None:
-        """Write what the guest finds when it runs: the time, the seed, what to wait for.
+        """Send the time, a random seed and the number of regions to expect.
 
         Args:
-            regions: how many nvdimm regions there will be.
+            regions: number of nvdimm regions.
         """
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         limit_ms = int(_REGIONS_LIMIT_S * 1000)
@@ -146,23 +146,23 @@ class Port:
         line = f"wake {seconds} {nanoseconds} {regions} {limit_ms} {seed}\n"
         self._sock.sendall(line.encode())
 
-    def awake(self, alive: Callable[[], None]) -> int:
-        """Wait until its clock and seed are set and timers fire; on how many CPUs they do.
+    def wait_awake(self, alive: Callable[[], None]) -> int:
+        """Wait until clock and seed are set and timers fire; return the number of such CPUs.
 
         Args:
-            alive: asked meanwhile; raises if the guest is lost.
+            alive: polled meanwhile; raises if the guest is lost.
 
         Raises:
-            NotRestoredError: it does not answer, or something of it failed.
+            NotRestoredError: the guest does not answer, or reports a failure.
         """
         return self._answer("awake", _AWAKE_LIMIT_S, alive)
 
-    def regions(self, alive: Callable[[], None]) -> int:
-        """Wait for the nvdimm regions; how many have their driver, all of them as a rule."""
+    def wait_regions(self, alive: Callable[[], None]) -> int:
+        """Wait for the nvdimm regions; return how many have their driver, usually all."""
         return self._answer("regions", _REGIONS_LIMIT_S + _AWAKE_LIMIT_S, alive)
 
     def close(self) -> None:
-        """Close it; QEMU may be gone already."""
+        """Close the socket; QEMU may have ended already."""
         self._sock.close()
 
     def _answer(self, word: str, limit_s: float, alive: Callable[[], None]) -> int:
@@ -171,7 +171,9 @@ class Port:
         poll.register(self._sock, select.POLLIN)
         while b"\n" not in self._lines:
             if time.monotonic() >= deadline:
-                raise NotRestoredError(f"the restored guest did not say '{word}' in {limit_s:g} s")
+                raise NotRestoredError(
+                    f"the restored guest did not send '{word}' within {limit_s:g} s"
+                )
             alive()
             if not poll.poll(50):
                 continue
@@ -181,9 +183,9 @@ class Port:
                 raise NotRestoredError("QEMU closed the restored guest's port")
             self._lines += chunk
             if len(self._lines) > _LINE_LIMIT:
-                raise NotRestoredError(f"the restored guest says {self._lines[:60]!r}…")
+                raise NotRestoredError(f"the restored guest sent {self._lines[:60]!r}…")
         line, _, self._lines = self._lines.partition(b"\n")
-        found = re.fullmatch(rb"([a-z]+) ([0-9]{1,6})", line)
-        if found is None or found[1].decode() != word:
-            raise NotRestoredError(f"the restored guest says {line!r}, expected '{word}'")
-        return int(found[2])
+        match = re.fullmatch(rb"([a-z]+) ([0-9]{1,6})", line)
+        if match is None or match[1].decode() != word:
+            raise NotRestoredError(f"the restored guest sent {line!r}, expected '{word}'")
+        return int(match[2])

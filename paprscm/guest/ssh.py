@@ -25,14 +25,14 @@ _CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV, signal
 
 @dataclass(frozen=True)
 class CommandResult:
-    """One command in the guest, and everything it left.
+    """One command in the guest and its results.
 
     Attributes:
-        command: as it was given to the guest's shell.
-        status: its exit status; 128 + n where signal n ended it.
-        stdout, stderr: as text, with invalid UTF-8 replaced.
-        stdout_bytes: as it came.
-        duration_s: from asking to knowing the exit status, s.
+        command: the shell code.
+        status: the exit status; 128 + n if signal n ended the command.
+        stdout, stderr: output as text, with invalid UTF-8 replaced.
+        stdout_bytes: stdout, unchanged.
+        duration_s: time from the request to the exit status, s.
     """
 
     command: str
@@ -44,11 +44,11 @@ class CommandResult:
 
     @property
     def tool_failure(self) -> str:
-        """The reason why the status says nothing about the kernel under test; empty: it may.
+        """Reason why the status is not a verdict on the kernel under test; "" if it may be one.
 
-        POSIX's shell ends with 126 and 127 for a program that it cannot execute or find. A program
-        that dies of one of _CRASHES has a bug of its own, or holds an instruction that the CPU does
-        not have; SIGBUS is not among them, it is what a DAX mapping raises, nor is SIGKILL.
+        A POSIX shell returns 126 and 127 for a program that it cannot execute or find. A signal of
+        _CRASHES means a bug in the program or an instruction that the CPU lacks. SIGBUS is not one
+        of them, because DAX mappings raise it; nor is SIGKILL.
         """
         if self.status in (126, 127):
             what = "is missing" if self.status == 127 else "cannot be executed"
@@ -59,18 +59,18 @@ class CommandResult:
 
 
 class TimedOutError(GuestLostError):
-    """A command did not end within its limit; the guest is given up."""
+    """A command did not end within its limit; the guest is lost."""
 
 
 class Ssh:
-    """One ssh connection; commands may run side by side, from several threads.
+    """One ssh connection; commands may run concurrently, from several threads.
 
     Args:
-        port: on 127.0.0.1, forwarded by QEMU.
-        client_key: our private key, OpenSSH's format.
-        host_key: the guest's public key, "ssh-ed25519 AAAA…"; any other guest is refused.
-        timeout_s: how long to go on trying.
-        alive: asked between two tries; raises if the guest is lost.
+        port: TCP port on 127.0.0.1, forwarded by QEMU.
+        client_key: our private key, in OpenSSH's format.
+        host_key: the guest's public key, "ssh-ed25519 AAAA…"; other guests are refused.
+        timeout_s: time limit for all attempts to connect, s.
+        alive: called before each attempt; raises if the guest is lost.
 
     Raises:
         GuestLostError: no connection within the limit, or it is not our guest.
@@ -85,7 +85,7 @@ class Ssh:
         timeout_s: float,
         alive: Callable[[], None],
     ) -> None:
-        # A guest that goes away is an event of ours; paramiko would print a traceback.
+        # A lost guest is expected here; paramiko would log a traceback.
         logging.getLogger("paramiko").setLevel(logging.CRITICAL)
         key = paramiko.Ed25519Key.from_private_key_file(str(client_key))
         expected = host_key.split()[:2]
@@ -111,13 +111,13 @@ class Ssh:
         """Run a command by the guest's /bin/sh and wait for its end.
 
         Args:
-            command: one or several lines of shell.
-            stdin: what it reads.
-            timeout_s: its limit.
+            command: one or several lines of shell code.
+            stdin: its standard input.
+            timeout_s: time limit, s.
             alive: raises if the guest was lost meanwhile.
 
         Raises:
-            TimedOutError: it did not end in time.
+            TimedOutError: the command did not end in time.
             GuestLostError: the connection was lost.
         """
         started = time.monotonic()
@@ -127,17 +127,17 @@ class Ssh:
             channel = self._transport.open_session(timeout=timeout_s)
         except (paramiko.SSHException, EOFError, OSError) as error:
             alive()
-            raise GuestLostError(f"the guest takes no more commands: {error}") from error
+            raise GuestLostError(f"the guest accepts no more commands: {error}") from error
         with contextlib.closing(channel):
             try:
-                # With something behind it the shell does not exec the last command, and so turns
-                # its death by signal n into the status 128 + n.
+                # With a command after it the shell does not exec the last command, and so turns its
+                # death by signal n into the status 128 + n.
                 channel.exec_command(f"{command}\nexit $?")
                 self._feed_and_read(channel, stdin, out, err, deadline)
             except TimeoutError as error:
                 alive()
                 raise TimedOutError(
-                    f"`{short(command)}` did not end within {timeout_s:g} s; so far it said:\n"
+                    f"`{short(command)}` did not end within {timeout_s:g} s; its output so far:\n"
                     f"{indented(out + err)}"
                 ) from error
             except (paramiko.SSHException, EOFError, OSError) as error:
@@ -160,15 +160,15 @@ class Ssh:
         )
 
     def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
-        """An interactive shell on a pseudo terminal of the guest."""
+        """Start an interactive shell on a pseudo terminal of the guest."""
         channel = self._transport.open_session()
         channel.get_pty(term, columns, rows)
-        # Not invoke_shell(): root has dash, which starts sooner but is nothing for a person.
+        # Not invoke_shell(): root's shell is dash, which starts faster but has no line editing.
         channel.exec_command("exec bash -l")
         return channel
 
     def close(self) -> None:
-        """Hang up; who waits for a command's end is woken."""
+        """Disconnect; callers that wait for the end of a command are woken."""
         self._transport.close()
 
     @staticmethod
@@ -177,14 +177,14 @@ class Ssh:
     ) -> paramiko.Transport:
         left = max(0.1, deadline - time.monotonic())
         sock = socket.create_connection(("127.0.0.1", port), timeout=left)
-        # QEMU accepts at once, also when the guest is not there yet: then it hangs up again.
+        # QEMU accepts immediately, and disconnects again if the guest does not listen yet.
         transport = paramiko.Transport(sock)
         try:
             transport.banner_timeout = transport.auth_timeout = left
             transport.start_client(timeout=left)
-            found = transport.get_remote_server_key()
-            if [found.get_name(), found.get_base64()] != expected:
-                raise paramiko.AuthenticationException("it is not the guest that we started")
+            server = transport.get_remote_server_key()
+            if [server.get_name(), server.get_base64()] != expected:
+                raise paramiko.AuthenticationException("another guest answered")
             transport.auth_publickey("root", key)
         except BaseException:
             transport.close()
@@ -199,7 +199,7 @@ class Ssh:
         err: bytearray,
         deadline: float,
     ) -> None:
-        # fileno() must be asked for early: paramiko then makes it readable for data and the end.
+        # Call fileno() early: only then does paramiko make it readable for data and the end.
         poll = select.poll()
         poll.register(channel.fileno(), select.POLLIN)
         sent = 0
@@ -224,7 +224,7 @@ class Ssh:
                 return
             if left <= 0:
                 raise TimeoutError
-            # The pipe does not tell when the guest takes more of stdin.
+            # The pipe does not report when the guest accepts more stdin.
             poll.poll(min(left, 0.01 if sent < len(stdin) else left) * 1000)
 
 
@@ -241,7 +241,7 @@ def indented(output: bytes | bytearray) -> str:
 
 
 def log_command(result: CommandResult) -> None:
-    """Keep a command, its status and duration, and its output in the test's log."""
+    """Write a command, its status, duration and output to the test's log."""
     log.logger.debug(
         "guest: status %d, %.2f s: %s", result.status, result.duration_s, result.command
     )
@@ -254,15 +254,15 @@ def log_command(result: CommandResult) -> None:
 
 
 def outcome(result: CommandResult) -> str:
-    """A command, its status and its output, for an error."""
+    """Describe a command, its status and its output, for an error."""
     return (
         f"`{result.command}` ended with status {result.status}\n  stdout:\n"
         f"{quoted(result.stdout)}\n  stderr:\n{quoted(result.stderr)}"
     )
 
 
-def reporting(result: CommandResult) -> CommandResult:
-    """Return the result unless it says nothing about the kernel under test.
+def require_valid(result: CommandResult) -> CommandResult:
+    """Return the result if its status can be a verdict on the kernel under test.
 
     Raises:
         HostError: a program is missing in the userland, or crashed.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guest tools: compile them in the guest and run them there."""
+"""Compile and run guest tools in the guest."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from paprscm.guest.ssh import CommandResult, TimedOutError
 from paprscm.paths import GUEST_TOOLS
 
 _SOURCES = GUEST_TOOLS
-_TARGET = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest's
+_TARGET = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest
 _INCLUDE = '#include "report.h"\n'
 _GCC = "gcc -O2 -Wall -Wextra -Werror"
 _GCC_LIMIT_S = 120.0
-# Not an exit status of any tool (guest_tools/report.h).
+# No tool exits with this status (guest_tools/report.h).
 _NOT_BUILT = 70
 
 TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
-"""Tools that are compiled before a guest's snapshot is made, so that restored guests have them."""
+"""Tools that are compiled before a snapshot is made, so that restored guests have them."""
 
 
 def compile_tool(guest: Guest, name: str) -> PurePosixPath:
-    """Compile guest_tools/NAME.c in the guest unless it has that binary; return its path there.
+    """Compile guest_tools/NAME.c in the guest unless the binary exists; return its path there.
 
     Raises:
-        ProbeError: there is no such tool, or it does not compile, or not within 120 s.
+        ProbeError: the tool does not exist, or does not compile, or not within 120 s.
     """
     content, target = _tool(name)
     base = shlex.quote(str(target))
@@ -42,10 +42,10 @@ def compile_tool(guest: Guest, name: str) -> PurePosixPath:
             timeout_s=_GCC_LIMIT_S,
         )
     except TimedOutError as error:
-        # gcc does not use a DIMM, so only a busy host makes it slow.
+        # gcc uses no DIMM, so only a busy host makes it slow.
         raise ProbeError(
             f"gcc in the guest did not compile guest_tools/{name}.c within {_GCC_LIMIT_S:g} s",
-            hint="run fewer tests at the same time, or on an idle host",
+            hint="run fewer tests concurrently, or use an idle host",
         ) from error
     if result.status:
         raise ProbeError(
@@ -56,7 +56,7 @@ def compile_tool(guest: Guest, name: str) -> PurePosixPath:
 
 
 def tools_digest(*names: str) -> str:
-    """Return the digest of these tools' sources and of the command that compiles them."""
+    """Return the digest of these tools' sources and of the compiler command."""
     targets = " ".join(str(_tool(name)[1]) for name in names)
     return hashlib.sha256(f"{_GCC} {targets}".encode()).hexdigest()
 
@@ -73,10 +73,10 @@ def run_tool(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
 
 
 def tool_source(name: str) -> str:
-    """Return guest_tools/NAME.c as one file: report.h takes the place of its #include.
+    """Return guest_tools/NAME.c as one file, with report.h in place of its #include.
 
     Raises:
-        ProbeError: it cannot be read.
+        ProbeError: the file cannot be read.
     """
     try:
         text = (_SOURCES / f"{name}.c").read_text()
@@ -90,6 +90,6 @@ def tool_source(name: str) -> str:
 
 
 def _tool(name: str) -> tuple[bytes, PurePosixPath]:
-    """Return a tool's source, and the path of its binary in the guest, which has its digest."""
+    """Return a tool's source and the path of its binary in the guest, which contains its digest."""
     content = tool_source(name).encode()
     return content, _TARGET / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"

@@ -8,7 +8,13 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, Literal
 
-from paprscm.guest.report import Natural, believed, check_errno, check_report, read_line
+from paprscm.guest.report import (
+    Natural,
+    check_errno,
+    check_report,
+    malformed_as_probe_error,
+    read_line,
+)
 from paprscm.map_sync.verdict import FileFacts, Mapping, MapReport, Result
 
 _MASK: Final = (1 << 64) - 1
@@ -121,7 +127,7 @@ def parse_cells(
         ProbeError: the answers cannot be believed, or are to other questions.
     """
     lines = stdout.splitlines()
-    with believed("map_sync", stdout, status, stderr):
+    with malformed_as_probe_error("map_sync", stdout, status, stderr):
         check_report(len(lines) == len(cells), f"{len(lines)} answers to {len(cells)} cells")
         reports = [
             _report(read_line(_CellLine, line), cell, path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU's command line, computed from a machine and from what it boots."""
+"""QEMU's command line, computed from a machine and its boot files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, Properties
 
-# Default mitigations that TCG does not model; without this QEMU prints four warnings at each start.
+# Disables default mitigations that TCG does not model; QEMU would print four warnings per start.
 TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
 
 BASE_CMDLINE = "console=hvc0 root=/dev/vda ro init=/init"
-"""Begins the command line of each guest's kernel."""
+"""First words of every guest kernel's command line."""
 AGENT_PORT = "paprscm.agent"
 """The port of guest_tools/agent.c; images/init looks for this name."""
 PORT_NAME = "paprscm"
-"""The guest finds the port of its restoring by this name, in /sys/class/virtio-ports/*/name."""
+"""Name of the virtio-serial port through which a restored guest is woken
+(/sys/class/virtio-ports/*/name)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +29,8 @@ class Payload:
     Attributes:
         kernel: the vmlinux.
         disk: the root disk.
-        initrd: the initramfs, if there is one.
-        words: what this kernel needs on its command line.
+        initrd: the initramfs; None: none.
+        words: command-line words that this kernel needs.
     """
 
     kernel: Path
@@ -38,14 +39,15 @@ class Payload:
     words: tuple[str, ...] = ()
 
     def cmdline(self, machine: Machine) -> str:
-        """The kernel's command line."""
+        """Return the kernel's command line."""
         return " ".join(
             (
                 BASE_CMDLINE,
-                # A kernel whose virtio_net is a module would wait 12 s for eth0 before it loads any
-                # (net/ipv4/ipconfig.c, CONF_CARRIER_TIMEOUT); then /init configures it.
+                # With an initramfs /init configures the network: a kernel whose virtio_net is a
+                # module waits 12 s for eth0 before /init can load any module
+                # (net/ipv4/ipconfig.c, CONF_CARRIER_TIMEOUT).
                 *(() if self.initrd else ("ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off",)),
-                # A panic ends QEMU at once (-no-reboot): an event instead of a timeout.
+                # A panic ends QEMU immediately (with -no-reboot): an event instead of a timeout.
                 "panic=-1",
                 *self.words,
                 *machine.cmdline,
@@ -57,13 +59,13 @@ class Payload:
 class Wiring:
     """Channels to a running QEMU: connected sockets that it inherits.
 
-    Sockets from socketpair(2) have no name in the file system that could be left behind.
+    Sockets from socketpair(2) leave nothing behind in the file system.
 
     Attributes:
         console_fd: the guest's serial console.
         port_fd: the virtio-serial port through which a restored guest is woken.
-        agent_fd: the one through which the guest's agent gets commands.
-        console_log: what the guest prints is added there by QEMU itself.
+        agent_fd: the virtio-serial port through which the guest's agent receives commands.
+        console_log: the file to which QEMU appends the guest's console output.
     """
 
     console_fd: int
@@ -74,14 +76,14 @@ class Wiring:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFile:
-    """The guest's memory as a file, so that many guests can begin with the same.
+    """The guest's memory as a file, which many guests can share as their initial memory.
 
     Attributes:
         path: the file.
-        restored: the guest begins with what is in it, and keeps what it changes to itself; it then
-            waits for its state (-incoming) before it runs. Otherwise the file becomes its memory.
-        has_rom: the QEMU can open the file read-only and yet give the guest memory that it can
-            write to (readonly=on,rom=off, from 9.0 on).
+        restored: True: the file is the guest's initial memory, its writes stay private, and it
+            waits for its state (-incoming) before it runs. False: the guest writes to the file.
+        has_rom: the QEMU can open the file read-only and still give the guest writable memory
+            (readonly=on,rom=off, since QEMU 9.0).
     """
 
     path: Path
@@ -89,7 +91,7 @@ class MemoryFile:
     has_rom: bool = False
 
     def backend(self, size_mib: int) -> Properties:
-        """The object behind the memory, for -object."""
+        """Return the memory backend's properties, for -object."""
         properties: Properties = {
             "qom-type": "memory-backend-file",
             "id": "ram",
@@ -98,7 +100,7 @@ class MemoryFile:
             "share": not self.restored,
         }
         if self.restored and self.has_rom:
-            # Alone, readonly=on makes the guest's memory a ROM.
+            # Without rom=off, readonly=on makes the guest's memory a ROM.
             properties |= {"readonly": True, "rom": "off"}
         return properties
 
@@ -112,16 +114,17 @@ def qemu_argv(
     wiring: Wiring | None,
     memory: MemoryFile | None = None,
 ) -> list[str]:
-    """The command line of one guest, without a monitor; no question is put to this host.
+    """Return the command line of one guest, without a monitor; a pure function.
 
     Args:
-        qemu: how the binary is started.
+        qemu: command-line prefix that starts the binary.
         machine: its DIMMs and kernel words.
         board: its processors and memory.
-        payload: what it boots.
+        payload: its kernel and disk.
         files: the backing file of each slot.
-        wiring: None: console and monitor on the terminal, for a person who runs it by hand.
-        memory: None: QEMU's own. A guest that is restored gets its DIMMs later, by hotplug.
+        wiring: the channels; None: console and monitor on the terminal, for a manual run.
+        memory: the guest's memory; None: QEMU allocates it. A restored guest gets its DIMMs later,
+            by hotplug.
     """
     argv = [
         *_base(qemu, machine, board, "memory-backend=ram" if memory else ""),
@@ -164,29 +167,30 @@ def bare_argv(
     program: Path | None = None,
     memory_fd: int | None = None,
 ) -> list[str]:
-    """The command line of a machine with nothing but its DIMMs, for tests of the device alone.
+    """Return the command line of a machine that has only DIMMs, for tests of the device alone.
 
     Args:
-        qemu: how the binary is started.
+        qemu: command-line prefix that starts the binary.
         machine: its DIMMs.
-        board: its processors and memory; the firmware boots nothing but `program`.
+        board: its processors and memory; the firmware boots only `program`.
         files: the backing file of each slot.
-        program: a freestanding program to run; without one the machine is stopped (-S).
-        memory_fd: the guest's memory is this file, shared with us; None: QEMU's own.
+        program: a freestanding program to run; None: the machine stays stopped (-S).
+        memory_fd: descriptor of a file that becomes the guest's memory, shared with this process;
+            None: QEMU allocates it.
     """
     argv = [
         *_base(qemu, machine, board, "memory-backend=ram" if memory_fd is not None else ""),
         *(("-kernel", str(program)) if program else ("-S",)),
     ]
     if memory_fd is not None:
-        # Opened by QEMU itself, so that a plain file and a memfd will both do.
+        # QEMU opens the path itself, so both a plain file and a memfd work.
         memory = MemoryFile(path=Path(f"/proc/self/fd/{memory_fd}"), restored=False)
         argv += ["-object", _words(memory.backend(board.memory_mib))]
     return argv + _dimms(machine, files)
 
 
 def _base(qemu: Sequence[str], machine: Machine, board: Board, option: str = "") -> list[str]:
-    """The machine proper: type, processors, memory."""
+    """Return the part that all machines share: type, processors, memory."""
     words = [
         "pseries",
         *(["x-vof=on"] if board.firmware == "vof" else []),
@@ -215,12 +219,12 @@ def _dimms(machine: Machine, files: Mapping[int, Path]) -> list[str]:
 
 
 def script(argv: Sequence[str], nvdimms: Iterable[Nvdimm], files: Mapping[int, Path]) -> str:
-    """A shell script that runs a command line by hand.
+    """Return a shell script that runs a command line manually.
 
     Args:
-        argv: a command line without our channels.
+        argv: a command line without Wiring.
         nvdimms: its DIMMs.
-        files: the backing file of each slot; one that is gone is made first.
+        files: the backing file of each slot; the script creates missing ones.
     """
     lines = ["#!/bin/sh", "# Console or monitor are on the terminal; C-a x ends a guest's QEMU."]
     for nvdimm in nvdimms:
@@ -232,7 +236,7 @@ def script(argv: Sequence[str], nvdimms: Iterable[Nvdimm], files: Mapping[int, P
         )
     words: list[str] = []
     for word in argv:
-        # One option and its value on a line.
+        # One option and its value per line.
         words.append(("\\\n  " if word.startswith("-") else "") + shlex.quote(word))
     return "\n".join(lines) + "\nexec " + " ".join(words) + ' "$@"\n'
 
@@ -248,13 +252,13 @@ def _disk(disk: Path) -> Properties:
 
 
 def _words(properties: Properties) -> str:
-    """Properties as QEMU's command line wants them: a=b,c=on; the first key may stay unnamed."""
+    """Format properties for QEMU's command line: a=b,c=on; the first key may stay implicit."""
     words: list[str] = []
     for name, value in properties.items():
         text = ("on" if value else "off") if isinstance(value, bool) else _escaped(str(value))
         words.append(text if name in ("qom-type", "driver") and not words else f"{name}={text}")
     text = ",".join(words)
-    # -blockdev has no implied first key.
+    # -blockdev has no implicit first key.
     return "driver=" + text if "node-name" in properties else text
 
 

@@ -15,12 +15,12 @@ from paprscm.errors import HostError
 from paprscm.host.lifetime import Lifetime
 from paprscm.vm.machine import Nvdimm
 
-# The granularity in which zeros are left out.
+# Granularity at which zeros are skipped, bytes.
 _CHUNK = 1 << 16
 
 
 def _written(file: Path) -> Iterator[tuple[int, bytes]]:
-    """Offset and bytes of each chunk of a sparse file that is not all zeros."""
+    """Yield offset and bytes of each chunk of a sparse file that is not all zeros."""
     with file.open("rb", buffering=0) as source:
         end = 0
         while True:
@@ -38,12 +38,12 @@ def _written(file: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def is_blank(file: Path) -> bool:
-    """Return True if a file holds zeros only."""
+    """Return True if a file contains only zeros."""
     return next(_written(file), None) is None
 
 
 def copy_content(source: Path, target: Path) -> None:
-    """Copy what is not zero into a file of zeros, which stays sparse."""
+    """Copy the non-zero chunks into a file of zeros, which stays sparse."""
     with target.open("r+b", buffering=0) as file:
         for offset, chunk in _written(source):
             os.pwrite(file.fileno(), chunk, offset)
@@ -53,12 +53,12 @@ class ScratchFiles(Lifetime):
     """Backing files of one machine's DIMMs, in a scratch folder that is removed with them.
 
     Args:
-        scratch_dir: where the folder is made.
-        nvdimms: the DIMMs; one with a `file` of its own keeps that.
-        image: the content for the new file of a DIMM; None: zeros.
+        scratch_dir: parent of the scratch folder.
+        nvdimms: the DIMMs; one with a `file` keeps that file.
+        image: returns the initial content of a DIMM's new file; None: zeros.
 
     Raises:
-        HostError: on entry, there is no place for them.
+        HostError: on entry, the files cannot be created.
 
     Attributes:
         folder: the scratch folder.
@@ -89,7 +89,7 @@ class ScratchFiles(Lifetime):
             raise _no_place(self._scratch_dir, error) from error
 
     def make(self, nvdimm: Nvdimm) -> Path:
-        """The DIMM's own file, or a new one; the caller adds it to `paths`."""
+        """Return the DIMM's own file, or create one; the caller adds it to `paths`."""
         if nvdimm.file is not None:
             return nvdimm.file
         handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self.folder)
@@ -105,14 +105,14 @@ class ScratchFiles(Lifetime):
 class BackingFiles(Lifetime):
     """Backing files of DIMMs that several guests use, one after the other.
 
-    They have no name in a folder, so nothing is left when this process ends, however it ends.
+    The files are unlinked, so nothing remains when this process ends, even if it is killed.
 
     Args:
-        scratch_dir: where the sparse files are made.
-        nvdimms: the DIMMs; their own `file` is ignored.
+        scratch_dir: folder in which the sparse files are created.
+        nvdimms: the DIMMs; their `file` is ignored.
 
     Raises:
-        HostError: on entry, there is no place for them.
+        HostError: on entry, the files cannot be created.
     """
 
     def __init__(self, scratch_dir: Path, nvdimms: Iterable[Nvdimm]) -> None:
@@ -133,11 +133,11 @@ class BackingFiles(Lifetime):
             raise _no_place(self._scratch_dir, error) from error
 
     def path(self, slot: int) -> Path:
-        """The file's path for QEMU, valid until these files are closed."""
+        """Return the file's path for QEMU, valid until these files are closed."""
         return Path(f"/proc/{os.getpid()}/fd/{self._handles[slot]}")
 
     def nvdimms(self) -> tuple[Nvdimm, ...]:
-        """The DIMMs, for the next guest."""
+        """Return the DIMMs with these files, for the next guest."""
         return tuple(
             dataclasses.replace(nvdimm, file=self.path(slot))
             for slot, nvdimm in self._nvdimms.items()
@@ -146,5 +146,5 @@ class BackingFiles(Lifetime):
 
 def _no_place(folder: Path, error: OSError) -> HostError:
     return HostError(
-        f"cannot make backing files in {folder}: {error.strerror}", hint="set scratch_dir"
+        f"cannot create backing files in {folder}: {error.strerror}", hint="set scratch_dir"
     )

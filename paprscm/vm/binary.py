@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One QEMU binary: where it is or where it is fetched from, and what it says it can do."""
+"""One QEMU binary: locate or fetch it, and read its capabilities."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.host.cache import Cache
 from paprscm.host.folders import require_loader
 from paprscm.settings import expanded
-from paprscm.vm.capabilities import ASKED_TYPES, BINARY, FORMAT, GUEST_TYPES, JSON, ask
+from paprscm.vm.capabilities import BINARY, FORMAT, GUEST_TYPES, JSON, QUERIED_TYPES, ask
 
 INSTALL_HINT = "apt install qemu-system-ppc, or set qemu=debian:trixie to fetch one without root"
 _FETCH_HINT = "qemu=debian:trixie fetches one that has it"
 
 _FETCHED_FORMAT = "1"
-"""Changes when the layout of a fetched QEMU does."""
+"""Version of the layout of a fetched QEMU; part of its cache key."""
 _NEEDS_BYTES = 600_000_000
 _DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}
 KVM_API_VERSION = 12
-"""The only value that KVM_GET_API_VERSION has (Linux Documentation/virt/kvm/api.rst, 4.1)."""
+"""The only value that KVM_GET_API_VERSION returns (Linux Documentation/virt/kvm/api.rst, 4.1)."""
 
 
 @dataclass(frozen=True)
 class Qemu:
-    """One QEMU for pseries machines and its abilities, as it reports them.
+    """One QEMU for pseries machines and the capabilities that it reports.
 
     Attributes:
-        argv_prefix: what to put before a machine's arguments.
+        argv_prefix: command-line words before a machine's arguments.
         path: the binary.
-        key: digest that changes when the binary does.
+        key: digest of the binary's identity.
         version: major, minor, micro.
-        version_text: with the distribution's package version.
+        version_text: the version with the distribution's package version.
         machine: the machine type behind the alias "pseries".
         properties: names of properties by type, for "machine" (pseries) and each of
-            qemu_facts.ASKED_TYPES that this QEMU knows.
-        has_kvm: it was built with KVM for its target.
-        has_netdev_user: it was built with libslirp, the network of guests (-netdev user).
-        cpu_models: what -cpu takes.
+            capabilities.QUERIED_TYPES that this QEMU knows.
+        has_kvm: built with KVM for its target.
+        has_netdev_user: built with libslirp, the guests' network (-netdev user).
+        cpu_models: values of -cpu.
         qmp_commands: QMP commands.
-        migration_capabilities: what migrate-set-capabilities takes.
+        migration_capabilities: capabilities for migrate-set-capabilities.
     """
 
     argv_prefix: tuple[str, ...]
@@ -74,21 +74,21 @@ class Qemu:
         """Return True if the QEMU has the type, and the type has the property.
 
         Raises:
-            KeyError: QEMU was not asked about that type (see capabilities.ASKED_TYPES).
+            KeyError: the type is not one of capabilities.QUERIED_TYPES.
         """
-        if type_name != "machine" and type_name not in ASKED_TYPES:
+        if type_name != "machine" and type_name not in QUERIED_TYPES:
             raise KeyError(type_name)
-        found = self.properties.get(type_name)
-        return found is not None and (property_name is None or property_name in found)
+        names = self.properties.get(type_name)
+        return names is not None and (property_name is None or property_name in names)
 
     @property
     def has_vof(self) -> bool:
-        """It can boot a pseries machine without SLOF."""
+        """The pseries machine can boot without SLOF (x-vof=on)."""
         return self.has("machine", "x-vof")
 
     @property
     def has_pmem(self) -> bool:
-        """It was built with libpmem, which pmem=on needs."""
+        """Built with libpmem, which pmem=on needs."""
         return self.has("memory-backend-file", "pmem")
 
     @property
@@ -97,24 +97,23 @@ class Qemu:
         return self.has("spapr-nvdimm", "pmem-override")
 
     @property
-    def lacks_for_guests(self) -> tuple[str, ...]:
-        """Devices and backends of every guest that it was built without."""
-        absent = tuple(name for name in GUEST_TYPES if not self.has(name))
-        return absent if self.has_netdev_user else (*absent, "-netdev user (libslirp)")
+    def missing_for_guests(self) -> tuple[str, ...]:
+        """Devices and backends that every guest needs and this QEMU lacks."""
+        missing = tuple(name for name in GUEST_TYPES if not self.has(name))
+        return missing if self.has_netdev_user else (*missing, "-netdev user (libslirp)")
 
 
 def resolve(archive: Archive, setting: str) -> Qemu:
-    """Find, or fetch, the QEMU that the setting names, and ask what it can do.
+    """Find or fetch the QEMU that the setting names, and read its capabilities.
 
     Args:
-        archive: where a QEMU is fetched from; its cache holds fetched QEMUs and what binaries
-            answered.
+        archive: source of fetched QEMUs; its cache keeps them and the capabilities of binaries.
         setting: 'auto' (the host's), 'debian:SUITE', or a path.
 
     Raises:
         ConfigError: no such file, not executable, not a QEMU, or one for another target.
-        HostError: it is not installed, cannot be fetched, or does not start.
-        CapabilityError: it has no spapr-nvdimm device.
+        HostError: the QEMU is not installed, cannot be fetched, or does not start.
+        CapabilityError: the QEMU has no spapr-nvdimm device.
     """
     cache = archive.cache
     argv_prefix, path = _locate(archive, setting)
@@ -123,10 +122,10 @@ def resolve(archive: Archive, setting: str) -> Qemu:
     qemu = _from_facts(facts, argv_prefix, path, key)
     if not qemu.has("spapr-nvdimm"):
         # QEMU commit 8601b4f11d47 (in v7.0).
-        why = "it came with QEMU 7.0" if qemu.version < (7, 0, 0) else "build it with CONFIG_NVDIMM"
+        fix = "it needs QEMU 7.0" if qemu.version < (7, 0, 0) else "build it with CONFIG_NVDIMM"
         raise CapabilityError(
             f"{path} (version {qemu.version_text}) has no spapr-nvdimm device",
-            hint=f"{why}; {_FETCH_HINT}",
+            hint=f"{fix}; {_FETCH_HINT}",
         )
     return qemu
 
@@ -137,20 +136,22 @@ def require_guests(qemu: Qemu) -> None:
     Raises:
         CapabilityError: it was built without some of their devices; the message names them.
     """
-    if lacking := qemu.lacks_for_guests:
+    if missing := qemu.missing_for_guests:
         raise CapabilityError(
             f"{qemu.path} (version {qemu.version_text}) cannot run the suite's guests: "
-            f"it is built without {', '.join(lacking)}",
+            f"it is built without {', '.join(missing)}",
             hint=f"configure it with --enable-slirp and its default devices; {_FETCH_HINT}",
         )
 
 
 def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -> JSON:
-    """Return an answer about this binary from the cache; compute it if it is not there.
+    """Return a fact about this binary from the cache; compute it if it is absent.
 
     Args:
-        name: names the answer, and its format's version; a file name.
-        compute: gives something that JSON can hold. Other runs wait meanwhile.
+        cache: keeps the fact.
+        qemu: the binary.
+        name: name and format version of the fact.
+        compute: returns the fact, as a JSON value; other runs wait for it.
     """
     return _remember(cache, qemu.key, name, compute)
 
@@ -158,22 +159,23 @@ def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -
 def accel(
     setting: str, qemu: Qemu, *, host: str | None = None, device: Path = Path("/dev/kvm")
 ) -> str:
-    """The accelerator to use, "tcg" or "kvm"; see `accel_and_reason`."""
+    """Return the accelerator to use, "tcg" or "kvm"; see `accel_and_reason`."""
     return accel_and_reason(setting, qemu, host=host, device=device)[0]
 
 
 def accel_and_reason(
     setting: str, qemu: Qemu, *, host: str | None = None, device: Path = Path("/dev/kvm")
 ) -> tuple[str, str | None]:
-    """The accelerator to use, "tcg" or "kvm", and why it is not KVM where that was possible.
+    """Return the accelerator to use, "tcg" or "kvm", and for "tcg" the reason.
 
     Args:
         setting: 'auto', 'tcg' or 'kvm'.
-        host: the host's machine name as uname gives it; this host's when None.
+        qemu: the binary.
+        host: machine name as reported by uname; None: this host's.
         device: KVM's device node.
 
     Raises:
-        CapabilityError: KVM was asked for and cannot be had.
+        CapabilityError: KVM was requested and is not available.
     """
     if setting == "tcg":
         return "tcg", "accel=tcg is set"
@@ -181,7 +183,7 @@ def accel_and_reason(
     if reason is None:
         return "kvm", None
     if setting == "kvm":
-        raise CapabilityError(f"accel=kvm: {reason}", hint="accel=auto takes TCG here")
+        raise CapabilityError(f"accel=kvm: {reason}", hint="accel=auto uses TCG here")
     return "tcg", reason
 
 
@@ -219,16 +221,16 @@ def _locate(archive: Archive, setting: str) -> tuple[tuple[str, ...], Path]:
     if setting.startswith("debian:"):
         return _fetched(archive, setting.removeprefix("debian:"))
     if setting == "auto":
-        found = shutil.which(BINARY)
-        if found is None:
-            raise HostError(f"there is no {BINARY} on this host", hint=INSTALL_HINT)
-        path = Path(found)
+        program = shutil.which(BINARY)
+        if program is None:
+            raise HostError(f"{BINARY} is not installed", hint=INSTALL_HINT)
+        path = Path(program)
     else:
         path = expanded(Path(setting))
         if "/" not in setting and (on_path := shutil.which(setting)):
             path = Path(on_path)
-    # Absolute, because QEMU is started in other folders; links are kept, because a QEMU that is
-    # run from its build folder finds its firmware by the name it was called by.
+    # Absolute, because QEMU is started in other folders. Symbolic links are not resolved, because
+    # a QEMU in its build folder finds its firmware relative to argv[0].
     path = path.absolute()
     if not path.exists():
         raise ConfigError(f"qemu={setting}: there is no such file", hint=INSTALL_HINT)
@@ -241,12 +243,14 @@ def _locate(archive: Archive, setting: str) -> tuple[tuple[str, ...], Path]:
 
 def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
     if not re.fullmatch(r"[a-z][a-z0-9-]*", suite):
-        raise ConfigError(f"qemu=debian:{suite} names no suite", hint="such as debian:trixie")
+        raise ConfigError(
+            f"qemu=debian:{suite} is not the name of a suite", hint="example: debian:trixie"
+        )
     arch = _DEBIAN_ARCH.get(platform.machine())
     if arch is None:
         raise ConfigError(
             f"qemu=debian:{suite}: Debian has no packages for this host ({platform.machine()})",
-            hint="give the path of a QEMU",
+            hint="set qemu= to the path of a QEMU",
         )
 
     require_loader(archive.cache.root)
@@ -262,7 +266,7 @@ def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
             )
             for unused in ("doc", "man", "locale", "icons"):
                 shutil.rmtree(folder / "root/usr/share" / unused, ignore_errors=True)
-            # Never publish what does not start.
+            # Do not publish a QEMU that does not start.
             argv_prefix, path = _prefix_in(folder / "root")
             ask(argv_prefix, path)
 
@@ -272,7 +276,7 @@ def _fetched(archive: Archive, suite: str) -> tuple[tuple[str, ...], Path]:
 
 
 def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
-    """Command line prefix of a QEMU unpacked into `root`, with its own C library and firmware."""
+    """Return prefix and path of a QEMU unpacked into `root`, with its C library and firmware."""
     path = root / "usr/bin" / BINARY
     try:
         with path.open("rb") as file:
@@ -282,7 +286,7 @@ def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
         raise HostError(f"{path} is not a program: {error}") from error
     if not loaders:
         raise HostError(f"{path} is not a dynamically linked program")
-    # The second level: some libraries live in a folder of their own (pulseaudio).
+    # Two levels: some packages have a library folder of their own (pulseaudio).
     libraries = [*root.glob("usr/lib/*/lib*.so*"), *root.glob("usr/lib/*/*/lib*.so*")]
     folders = sorted({library.parent for library in libraries})
     prefix = (
@@ -297,7 +301,7 @@ def _prefix_in(root: Path) -> tuple[tuple[str, ...], Path]:
 
 
 def _inside(root: Path, path: Path) -> Path:
-    """The file that a link leads to when `root` is the root folder, as it was packed to be."""
+    """Resolve a symbolic link as if `root` were the root folder."""
     for _ in range(8):
         if not path.is_symlink():
             break
@@ -327,7 +331,7 @@ def _from_facts(facts: JSON, argv_prefix: tuple[str, ...], path: Path, key: str)
         version=(major, minor, micro),
         version_text=facts["version_text"],
         machine=facts["machine"],
-        properties={name: frozenset(found) for name, found in facts["properties"].items()},
+        properties={kind: frozenset(names) for kind, names in facts["properties"].items()},
         has_kvm=facts["kvm"],
         has_netdev_user=facts["netdev_user"],
         cpu_models=frozenset(facts["cpu_models"]),

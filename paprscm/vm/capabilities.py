@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ask a QEMU binary what it is and what it can do, in one short QMP conversation."""
+"""Query a QEMU binary's version and capabilities over QMP, in one short run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JSON: TypeAlias = Any
 
 BINARY = "qemu-system-ppc64"
 FORMAT = "2"
-"""Changes when `ask` returns something else."""
+"""Version of the value that ask() returns; part of its cache key."""
 
 _ANSWER_LIMIT_S = 20.0
 GUEST_TYPES = (
@@ -38,7 +38,7 @@ GUEST_TYPES = (
     "virtserialport",
 )
 """Devices of every guest; see argv.qemu_argv."""
-ASKED_TYPES = (
+QUERIED_TYPES = (
     "spapr-nvdimm",
     "nvdimm",
     "memory-backend-file",
@@ -47,19 +47,19 @@ ASKED_TYPES = (
     "main-loop",
     *GUEST_TYPES,
 )
-"""Types whose properties are asked for. The list of all types (qom-list-types) is not: for it QEMU
-loads every module in its compiled-in folder, and a QEMU run from another place aborts at those of
-the host's (assertion in util/module.c:module_load_dso, seen with 10.0)."""
+"""Types whose properties are queried. Not qom-list-types: it loads every module in QEMU's built-in
+module folder, and a relocated QEMU aborts at the modules of the host's QEMU (assertion in
+util/module.c:module_load_dso, seen with 10.0)."""
 
-# Runtimes of gcc and clang that must be the first library of their program.
+# Sanitizer runtimes of gcc and clang; each must be the first library that its program loads.
 _SANITIZER = re.compile(r"lib(clang_rt\.)?(asan|hwasan|tsan)\b")
 
 
 def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
-    """The fields of qemu.Qemu that the binary itself knows; it is started without a machine.
+    """Return the facts of binary.Qemu that the binary reports; it is started without a machine.
 
     Args:
-        argv_prefix: how it is started.
+        argv_prefix: command-line words that start it.
         path: the binary, for messages.
 
     Raises:
@@ -67,7 +67,7 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
         HostError: it does not start.
         CapabilityError: it has no pseries machine.
     """
-    with _started(argv_prefix, path) as qmp:
+    with _monitor(argv_prefix, path) as qmp:
         version = qmp.execute("query-version")
         numbers = version["qemu"]
         target = qmp.execute("query-target")["arch"]
@@ -80,11 +80,11 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
                 f"{path} has no pseries machine", hint="build it with CONFIG_PSERIES"
             )
         properties = {}
-        for name in ASKED_TYPES:
-            # None: it knows no such type.
-            found = _execute_or_none(qmp, "qom-list-properties", typename=name)
-            if found is not None:
-                properties[name] = _names(found)
+        for name in QUERIED_TYPES:
+            # None: the type does not exist in this QEMU.
+            items = _execute_or_none(qmp, "qom-list-properties", typename=name)
+            if items is not None:
+                properties[name] = _names(items)
         machine_type = f"{pseries[0]}-machine"
         properties["machine"] = _names(qmp.execute("qom-list-properties", typename=machine_type))
         return {
@@ -94,8 +94,8 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
             "machine": pseries[0],
             "properties": properties,
             "kvm": qmp.execute("query-kvm")["present"],
-            # The schema names the backend in every QEMU: only an attempt shows that it is built in.
-            "netdev_user": _execute_or_none(qmp, "netdev_add", type="user", id="asked") is not None,
+            # Every QEMU's QMP schema lists the backend; only an attempt shows if it is built in.
+            "netdev_user": _execute_or_none(qmp, "netdev_add", type="user", id="probe") is not None,
             "cpu_models": _names(qmp.execute("query-cpu-definitions")),
             "qmp_commands": _names(qmp.execute("query-commands")),
             "migration_capabilities": [
@@ -105,12 +105,12 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
 
 
 def sanitizers(program: Path) -> tuple[str, ...]:
-    """Libraries that must be loaded into the program before the shim.
+    """Return the libraries that must be loaded into the program before the shim.
 
-    AddressSanitizer and its kin end a program in which another library comes before theirs.
+    AddressSanitizer and similar runtimes abort a program that loads another library first.
 
     Raises:
-        CapabilityError: the shim cannot be loaded into it: it is static, or a script.
+        CapabilityError: the program is static or a script, so the shim cannot be preloaded.
     """
     hint = "set qemu= to a dynamically linked QEMU"
     try:
@@ -136,7 +136,7 @@ def _names(items: JSON) -> list[str]:
 
 
 @contextlib.contextmanager
-def _started(argv_prefix: Sequence[str], path: Path) -> Iterator[Qmp]:
+def _monitor(argv_prefix: Sequence[str], path: Path) -> Iterator[Qmp]:
     """Start the binary without a machine and yield its monitor."""
     argv = [*argv_prefix, "-M", "none", "-nodefaults", "-display", "none", "-qmp", "stdio"]
     with contextlib.ExitStack() as stack:
@@ -168,16 +168,16 @@ def _started(argv_prefix: Sequence[str], path: Path) -> Iterator[Qmp]:
                 ) from error
             stderr.seek(0)
             output = stderr.read(4000).decode(errors="replace").strip()
-            raise _end(path, qemu.wait(_ANSWER_LIMIT_S), output) from error
+            raise _early_end(path, qemu.wait(_ANSWER_LIMIT_S), output) from error
 
 
-def _end(path: Path, status: int | None, output: str) -> Error:
-    """Build the error for a QEMU that ended instead of answering."""
+def _early_end(path: Path, status: int | None, output: str) -> Error:
+    """Build the error for a QEMU that ended without an answer."""
     how = describe_status(status) if status is not None else "closed its output"
     last = output.splitlines()[-1] if output else "it printed nothing"
     if match := re.search(r"error while loading shared libraries: ([^:]+)", output):
         return HostError(
-            f"{path} does not start: it misses the library {match[1]}",
+            f"{path} does not start: the library {match[1]} is missing",
             hint="install that library, or set qemu=auto",
         )
     if (status or 0) > 0 and "qemu" not in output.lower():
@@ -188,7 +188,7 @@ def _end(path: Path, status: int | None, output: str) -> Error:
 
 
 def _execute_or_none(qmp: Qmp, command: str, **arguments: JSON) -> JSON | None:
-    """Run one QMP command; None if QEMU answers with an error."""
+    """Run one QMP command; return None if QEMU answers with an error."""
     try:
         return qmp.execute(command, **arguments)
     except RefusedError:

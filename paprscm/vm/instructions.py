@@ -16,21 +16,24 @@ from paprscm.host.process import run
 from paprscm.paths import GUEST_TOOLS
 
 _SOURCE = GUEST_TOOLS / "isa_probe.S"
-# What a trustworthy probe must answer: dcbf is as old as the architecture, 0 is illegal for good.
+# Expected results that validate the probe: every POWER CPU has dcbf; opcode 0 is always illegal.
 _CONTROLS = {"dcbf": (DCBF, True), "illegal": (0, False)}
 
 
 def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) -> dict[str, bool]:
-    """Which of `INSTRUCTIONS` this QEMU executes under TCG, by a bare-metal program of 0.1 s.
+    """Probe which of `INSTRUCTIONS` this QEMU executes under TCG; takes 0.1 s, on bare metal.
 
     Args:
-        qemu: the command line that starts qemu-system-ppc64, without options of a machine.
-        cpu: the -cpu model that the guests will have; TCG's decoder depends on it.
-        timeout_s: how long the program may take.
+        qemu: the command line that starts qemu-system-ppc64, without machine options.
+        cpu: the -cpu model of the guests; TCG's decoder depends on it.
+        timeout_s: time limit of the program, s.
+
+    Returns:
+        For each instruction's name, True if it is executed.
 
     Raises:
-        CapabilityError: the QEMU does not run the program (no x-vof machine option, say).
-        HostError: the cross binutils are missing, or the answer cannot be trusted.
+        CapabilityError: the QEMU does not run the program (for example, it has no x-vof option).
+        HostError: the cross binutils are missing, or the control instructions have wrong results.
     """
     with tempfile.TemporaryDirectory(prefix="paprscm-isa-") as folder:
         program = _assemble(Path(folder))
@@ -55,26 +58,26 @@ def probe(qemu: Sequence[str], *, cpu: str = "POWER9", timeout_s: float = 10.0) 
     line = re.search(r"isa-probe: ((?:\w+=[01] )+)end", output)
     if line is None:
         raise CapabilityError(
-            f"{qemu[-1]} ended without an answer to the instruction probe; it said: "
+            f"{qemu[-1]} ended without an answer to the instruction probe; its output: "
             + (output.strip() or "nothing")
         )
     answers = {name: value == "1" for name, value in (x.split("=") for x in line[1].split())}
     for name, (_word, expected) in _CONTROLS.items():
         if answers.pop(name, None) is not expected:
-            raise HostError(f"the instruction probe on {qemu[-1]} is not to be trusted: {line[0]}")
+            raise HostError(f"the instruction probe on {qemu[-1]} is unreliable: {line[0]}")
     return answers
 
 
 def probe_digest() -> str:
-    """A short digest of what the probe asks and how; its answers are good for no other."""
-    asked = repr((INSTRUCTIONS, _CONTROLS)).encode()
-    return hashlib.sha256(_SOURCE.read_bytes() + asked).hexdigest()[:12]
+    """Return a short digest of the probe's program and table; results are valid only for it."""
+    table = repr((INSTRUCTIONS, _CONTROLS)).encode()
+    return hashlib.sha256(_SOURCE.read_bytes() + table).hexdigest()[:12]
 
 
 def _assemble(folder: Path) -> Path:
     """Assemble and link guest_tools/isa_probe.S with the table of instructions."""
     words = {name: word for name, (word, _expected) in _CONTROLS.items() if word}
-    # RA=0, RB=r28 where the form has registers.
+    # RA=0, RB=r28 if the instruction has operands.
     words |= {i.name: i.word for i in INSTRUCTIONS}
     lines = [
         f"\tprobe {name}, {word | (28 << 11 if word & 0x7FF == DCBF & 0x7FF else 0):#010x}\n"

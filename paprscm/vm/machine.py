@@ -17,37 +17,37 @@ from paprscm.vm.binary import Qemu
 MIB = 1 << 20
 GIB = 1 << 30
 
-# Room for DIMMs, the same for all machines whose DIMMs fit: a restored guest has that of the one
-# that was saved.
+# Address space for DIMMs, bytes. The same for all machines whose DIMMs fit, because a restored
+# guest must have the maxmem of the saved one.
 _DIMM_ROOM = 6 * GIB
-# A machine with more of them still has room for some that are plugged into the running guest.
+# Minimum that remains free for DIMMs that are plugged into the running guest, bytes.
 _HOTPLUG_ROOM = 2 * GIB
 
 _UUIDS = uuids.UUID("6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9d4")
 
-type_names = ("spapr-nvdimm", "nvdimm")
+_DEVICES = ("spapr-nvdimm", "nvdimm")
 
 Properties = dict[str, str | int | bool]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Nvdimm:
-    """One NVDIMM and the file behind it.
+    """One NVDIMM and its backing file.
 
     Attributes:
-        slot: the memory slot; it decides the DRC index, by which the guest finds the region.
-        device: "spapr-nvdimm", or "nvdimm" (which never asks the guest for H_SCM_FLUSH).
+        slot: the memory slot; determines the DRC index, by which the guest identifies the region.
+        device: "spapr-nvdimm", or "nvdimm" (which never requests H_SCM_FLUSH).
         pmem: the backend's pmem=on: QEMU may treat the file as real persistent memory.
-        pmem_override: ask the guest for H_SCM_FLUSH in spite of pmem=on.
-        size_bytes: what the guest can use: a multiple of 256 MiB (PAPR's SCM block).
-        label_bytes: the label area behind it, in the same file; at least 128 KiB.
-        uuid: None: made from the slot, the same at every start.
-        share: the backend's share=on; without it nothing that is written reaches the file.
-        unarmed: the device says that it cannot persist.
-        read_only: the backend's readonly=on; QEMU takes it only with `unarmed`.
+        pmem_override: request H_SCM_FLUSH from the guest in spite of pmem=on.
+        size_bytes: size of the region in the guest: a multiple of 256 MiB (PAPR's SCM block).
+        label_bytes: size of the label area, behind the data in the same file; at least 128 KiB.
+        uuid: the device's uuid; None: derived from the slot, the same at every start.
+        share: the backend's share=on; without it no write reaches the file.
+        unarmed: the device reports that it cannot persist data.
+        read_only: the backend's readonly=on; QEMU accepts it only with `unarmed`.
         holds: the content of its new backing file at the guest's start: "" (zeros), "fsdax", "xfs"
             or "ext4"; see paprscm/guest/dimm_content.py.
-        file: an existing backing file of size_bytes + label_bytes; None: made, and removed again.
+        file: an existing backing file of size_bytes + label_bytes; None: a temporary file.
     """
 
     slot: int = 0
@@ -64,9 +64,9 @@ class Nvdimm:
     file: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.device not in type_names:
+        if self.device not in _DEVICES:
             raise ConfigError(
-                f"there is no NVDIMM device '{self.device}'", hint="one of " + ", ".join(type_names)
+                f"'{self.device}' is not an NVDIMM device", hint="one of " + ", ".join(_DEVICES)
             )
         if not 0 <= self.slot < MAX_SLOTS:
             raise ConfigError(f"slot {self.slot} is out of range", hint=f"0 to {MAX_SLOTS - 1}")
@@ -94,27 +94,27 @@ class Nvdimm:
 
     def _check_file(self, file: Path) -> None:
         try:
-            found = file.stat().st_size
+            file_size = file.stat().st_size
         except OSError as error:
             raise ConfigError(f"backing file {file}: {error.strerror}") from error
-        if found != self.file_bytes:
+        if file_size != self.file_bytes:
             raise ConfigError(
-                f"backing file {file} has {found} bytes; size {self.size_bytes} and label "
+                f"backing file {file} has {file_size} bytes; size {self.size_bytes} and label "
                 f"{self.label_bytes} make {self.file_bytes}",
                 hint=f"truncate -s {self.file_bytes} {shlex.quote(str(file))}, or another size=",
             )
 
     def at(self, slot: int, size_bytes: int | None = None) -> Nvdimm:
-        """The same kind of DIMM in this slot, and of this size."""
+        """Return the same kind of DIMM in this slot, with this size."""
         return replace(self, slot=slot, size_bytes=size_bytes or self.size_bytes)
 
     def holding(self, content: str) -> Nvdimm:
-        """The same DIMM with this content."""
+        """Return the same DIMM with this initial content."""
         return replace(self, holds=content)
 
     @property
     def drc(self) -> int:
-        """The DRC index that QEMU gives the device, and the guest's name for it."""
+        """DRC index that QEMU assigns to the device, and by which the guest identifies it."""
         return drc_index(self.slot)
 
     @property
@@ -124,16 +124,16 @@ class Nvdimm:
 
     @property
     def file_bytes(self) -> int:
-        """The size of the backing file: data and label area."""
+        """Size of the backing file: data and label area."""
         return self.size_bytes + self.label_bytes
 
     @property
     def guid(self) -> str:
-        """The uuid that the device has."""
+        """The device's uuid."""
         return self.uuid or str(uuids.uuid5(_UUIDS, str(self.slot)))
 
     def backend(self, file: Path) -> Properties:
-        """The object behind the device, as QMP's object-add takes it."""
+        """Return the memory backend's properties, as arguments of QMP's object-add."""
         properties: Properties = {
             "qom-type": "memory-backend-file",
             "id": f"mem{self.slot}",
@@ -141,7 +141,7 @@ class Nvdimm:
             "size": self.file_bytes,
             "share": self.share,
         }
-        # A QEMU without libpmem has no such property, not even for "off".
+        # A QEMU without libpmem rejects pmem=off, too.
         if self.pmem:
             properties["pmem"] = True
         if self.read_only:
@@ -149,7 +149,7 @@ class Nvdimm:
         return properties
 
     def frontend(self) -> Properties:
-        """The device, as QMP's device_add takes it."""
+        """Return the device's properties, as arguments of QMP's device_add."""
         properties: Properties = {
             "driver": self.device,
             "id": f"nv{self.slot}",
@@ -166,10 +166,10 @@ class Nvdimm:
 
 
 def require(qemu: Qemu, nvdimm: Nvdimm) -> None:
-    """Raise unless the QEMU has what the DIMM needs.
+    """Require the QEMU features that the DIMM needs.
 
     Raises:
-        CapabilityError: it has not; with the way to one that has.
+        CapabilityError: one of them is missing; the hint names a QEMU that has it.
     """
     hint = "qemu=debian:trixie fetches one that has it"
     if nvdimm.pmem and not qemu.has_pmem:
@@ -184,7 +184,7 @@ class Board:
 
     Attributes:
         smp: vCPUs.
-        memory_mib: memory without the DIMMs, MiB.
+        memory_mib: memory size without the DIMMs, MiB.
         cpu: the -cpu model.
         firmware: "vof" or "slof".
         accel: "tcg" or "kvm".
@@ -198,10 +198,10 @@ class Board:
 
 
 def board_of(settings: Settings, qemu: Qemu) -> Board:
-    """The board that the settings ask for.
+    """Return the board that the settings select.
 
     Raises:
-        CapabilityError: KVM was asked for and cannot be had.
+        CapabilityError: KVM was requested and is not available.
     """
     accel = binary.accel(settings.accel, qemu)
     auto = "host" if accel == "kvm" else "POWER9"
@@ -216,11 +216,11 @@ def board_of(settings: Settings, qemu: Qemu) -> Board:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The pseries machine that a test asks for; how it boots stands in Payload.
+    """The pseries machine that a test requests; for its kernel and disk see argv.Payload.
 
     Attributes:
-        nvdimms: those that are there at boot.
-        slots: how many memory slots, and so PMEM DRCs, there are.
+        nvdimms: the DIMMs at boot.
+        slots: number of memory slots, and so of PMEM DRCs.
         cmdline: words to add to the kernel's command line.
         smp, memory_mib, cpu: as in Board; None: from the settings.
     """
@@ -236,17 +236,20 @@ class Machine:
         taken: set[int] = set()
         for nvdimm in self.nvdimms:
             if nvdimm.slot in taken:
-                raise ConfigError(f"two DIMMs want slot {nvdimm.slot}", hint="give each its slot=")
+                raise ConfigError(
+                    f"two DIMMs have slot {nvdimm.slot}", hint="give each DIMM its own slot="
+                )
             if nvdimm.slot >= self.slots:
                 raise ConfigError(
-                    f"slot {nvdimm.slot} is not there", hint=f"the machine has {self.slots} slots"
+                    f"slot {nvdimm.slot} is out of range",
+                    hint=f"the machine has {self.slots} slots",
                 )
             taken.add(nvdimm.slot)
         if not 0 < self.slots <= MAX_SLOTS:
-            raise ConfigError(f"{self.slots} slots are not possible", hint=f"1 to {MAX_SLOTS}")
+            raise ConfigError(f"slots={self.slots} is out of range", hint=f"1 to {MAX_SLOTS}")
 
     def board(self, defaults: Board) -> Board:
-        """The board of this machine, with `defaults` for what it leaves open."""
+        """Return this machine's board, with `defaults` for its unset fields."""
         return replace(
             defaults,
             smp=self.smp or defaults.smp,
@@ -256,7 +259,7 @@ class Machine:
 
     @property
     def dimm_room_bytes(self) -> int:
-        """Address space for DIMMs: all that are there, and some that come later."""
+        """Address space for DIMMs, bytes: for those at boot and for some that are plugged later."""
         return max(_DIMM_ROOM, sum(dimm.size_bytes for dimm in self.nvdimms) + _HOTPLUG_ROOM)
 
 

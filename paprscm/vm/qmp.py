@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU's monitor: qemu.qmp behind a facade that waits."""
+"""Synchronous client of QEMU's monitor, on top of the library qemu.qmp."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class RefusedError(ContractError):
     """QEMU answered a command with an error.
 
     Attributes:
-        text: QEMU's own words.
+        text: QEMU's error message.
     """
 
     def __init__(self, command: str, text: str) -> None:
@@ -31,16 +31,16 @@ class RefusedError(ContractError):
 
 
 class Qmp:
-    """A synchronous client with an event loop in a thread of its own.
+    """Synchronous QMP client; its event loop runs in a thread.
 
     Args:
-        sock: our end of the monitor's socket; the client owns it from now on.
-        timeout_s: how long QEMU may take to answer.
-        on_gone: called when QEMU has hung up, which it does a moment before it ends; may raise a
-            better reason than ours.
+        sock: our end of the monitor's socket; the client takes ownership.
+        timeout_s: time limit for each answer, s.
+        on_disconnect: called after QEMU has closed the connection, shortly before it ends; may
+            raise a more specific error than GuestLostError.
 
     Raises:
-        GuestLostError: QEMU does not greet us in time.
+        GuestLostError: QEMU sends no greeting in time.
     """
 
     def __init__(
@@ -48,28 +48,28 @@ class Qmp:
         sock: socket.socket,
         *,
         timeout_s: float = 30.0,
-        on_gone: Callable[[], object] = lambda: None,
+        on_disconnect: Callable[[], object] = lambda: None,
     ) -> None:
-        # It logs every disconnect of a killed QEMU as a warning; we know.
+        # It logs a warning when a killed QEMU disconnects, which is expected here.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
         self._timeout_s = timeout_s
-        self._on_gone = on_gone
+        self._on_disconnect = on_disconnect
         self._client = QMPClient("paprscm")
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmp", daemon=True)
         self._thread.start()
         try:
-            self._wait(self._client.connect(sock), "its greeting")
+            self._wait(self._client.connect(sock), "the greeting")
         except GuestLostError:
             self.close()
             raise
 
     def execute(self, command: str, **arguments: Any) -> Any:
-        """Run one command; underscores in argument names stand for dashes.
+        """Run one command; underscores in argument names become dashes.
 
         Raises:
             RefusedError: QEMU answered with an error.
-            GuestLostError: QEMU is gone or does not answer.
+            GuestLostError: QEMU has ended or does not answer.
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
@@ -81,26 +81,26 @@ class Qmp:
         self,
         command: str,
         event: str,
-        holds: Callable[[dict[str, Any]], bool],
+        matches: Callable[[dict[str, Any]], bool],
         *,
         limit_s: float,
         **arguments: Any,
     ) -> dict[str, Any]:
-        """Run one command, and wait for the event that ends what it began.
+        """Run one command and wait for the event that reports its completion.
 
         Args:
             command: as for execute().
             event: the event's name.
-            holds: whether an event's data is what is waited for.
-            limit_s: how long it may take, at most what a command may.
-            arguments: of the command.
+            matches: returns True for the data of the expected event.
+            limit_s: time limit, s; the limit of execute() applies, too.
+            arguments: arguments of the command.
 
         Returns:
             The event's data.
 
         Raises:
             RefusedError: QEMU answered with an error.
-            GuestLostError: QEMU is gone or says nothing.
+            GuestLostError: QEMU has ended, or the event does not arrive.
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
 
@@ -109,7 +109,7 @@ class Qmp:
                 await self._client.execute(command, words)
                 async for message in events:
                     data: dict[str, Any] = dict(message["data"])  # type: ignore[call-overload]
-                    if holds(data):
+                    if matches(data):
                         return data
             raise EOFError
 
@@ -119,7 +119,7 @@ class Qmp:
             tasks = (arrives, leaves)
             await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             in_time = arrives.done() or leaves.done()
-            # What has ended is not changed by it.
+            # No effect on a task that is done.
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -135,11 +135,11 @@ class Qmp:
             raise RefusedError(command, str(error)) from error
 
     def hmp(self, line: str) -> str:
-        """Run one line of the human monitor and return what it prints."""
+        """Run one command of the human monitor and return its output."""
         return str(self.execute("human-monitor-command", command_line=line))
 
     def close(self) -> None:
-        """Hang up; QEMU may be gone already."""
+        """Disconnect; QEMU may have ended already."""
         try:
             asyncio.run_coroutine_threadsafe(self._client.disconnect(), self._loop).result(5)
         except (QMPError, OSError, EOFError, TimeoutError, concurrent.futures.CancelledError):
@@ -150,14 +150,14 @@ class Qmp:
             self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T], what: str) -> T:
-        # wait_for() returns when the cancelled work has cleaned up: disconnect() relies on that.
+        # wait_for() returns after the cancelled coroutine has cleaned up: disconnect() needs that.
         limited = asyncio.wait_for(work, self._timeout_s)
         try:
             return asyncio.run_coroutine_threadsafe(limited, self._loop).result()
         except ExecuteError:
             raise
         except TimeoutError as error:
-            raise GuestLostError(f"QEMU's monitor does not answer {what} in time") from error
+            raise GuestLostError(f"QEMU's monitor did not complete {what} in time") from error
         except (QMPError, OSError, EOFError, concurrent.futures.CancelledError) as error:
-            self._on_gone()
+            self._on_disconnect()
             raise GuestLostError(f"QEMU's monitor is gone (at {what})") from error

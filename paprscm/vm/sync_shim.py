@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""See how QEMU flushes the backing files of DIMMs, and meddle with it while it runs.
+"""Record QEMU's syncs of DIMM backing files, and inject delays, errors and hangs.
 
-A small library (host_tools/flush_shim.c) is preloaded into QEMU alone. It notes each fdatasync,
-fsync, msync and pmem_persist on a watched file in memory that it shares with us, and delays, fails
-or holds it as the rule says that we wrote there.
+A small library (host_tools/flush_shim.c) is preloaded into QEMU only. It records each fdatasync,
+fsync, msync and pmem_persist on a watched file in memory that it shares with this process, and
+delays, fails or holds the call according to the rule in that memory.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _FLAGS = "-std=gnu11 -O2 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden
 _MAGIC = int.from_bytes(b"paprshim", "big")
 _FILES = 64
 _RECORDS = 65536
-# From claiming a record to filling it in takes the library less than 1 µs, if it gets a CPU.
+# Time limit for the library to fill in a record that it has claimed, s; takes < 1 µs of CPU time.
 _FILL_LIMIT_S = 0.1
 _UINT32_MAX = (1 << 32) - 1
 
 
 class Operation(IntEnum):
-    """A call that makes a file's content durable; the numbers are those of flush_shim.c."""
+    """A call that makes a file's content durable; the values are those of flush_shim.c."""
 
     FDATASYNC = 0
     FSYNC = 1
@@ -46,7 +46,7 @@ class Operation(IntEnum):
 
 
 class Injected(IntFlag):
-    """Faults that the shim injected into a call; the numbers are those of flush_shim.c."""
+    """Faults that the shim injected into a call; the values are those of flush_shim.c."""
 
     DELAYED = 1
     FAILED = 2
@@ -55,13 +55,13 @@ class Injected(IntFlag):
 
 ALL = tuple(Operation)
 FALLIBLE = (Operation.FDATASYNC, Operation.FSYNC, Operation.MSYNC)
-"""Those that can fail: pmem_persist returns nothing."""
+"""Calls that can fail; pmem_persist returns nothing."""
 
 _U32, _U64 = ctypes.c_uint32, ctypes.c_uint64
 
 
 def _struct(*members: tuple[Any, str]) -> Any:
-    """A C struct; members of one type in a row are the words of one string."""
+    """Build a C struct; each string names consecutive members of one type."""
     fields = [(name, kind) for kind, names in members for name in names.split()]
     return type("Struct", (ctypes.Structure,), {"_fields_": fields})
 
@@ -95,23 +95,23 @@ _PAGE = _struct(
 
 
 def _layout() -> tuple[str, int]:
-    """Return C assertions of the layout that flush_shim.c must have, and their digest."""
-    claims = {f"{item.name} == {item.value}" for item in (*Operation, *Injected)}
+    """Return C static assertions for the layout of flush_shim.c, and their digest."""
+    assertions = {f"{item.name} == {item.value}" for item in (*Operation, *Injected)}
     structs = {"rule": _RULE, "counts": _COUNTS, "file": _FILE, "record": _RECORD, "page": _PAGE}
     for name, struct in structs.items():
-        claims.add(f"sizeof(struct {name}) == {ctypes.sizeof(struct)}")
+        assertions.add(f"sizeof(struct {name}) == {ctypes.sizeof(struct)}")
         for member, _kind in struct._fields_:
-            place = getattr(struct, member)
-            claims.add(f"offsetof(struct {name}, {member}) == {place.offset}")
-            claims.add(f"sizeof(((struct {name} *)0)->{member}) == {place.size}")
-    lines = [f'_Static_assert({claim}, "paprscm/vm/sync_shim.py");' for claim in sorted(claims)]
+            field = getattr(struct, member)
+            assertions.add(f"offsetof(struct {name}, {member}) == {field.offset}")
+            assertions.add(f"sizeof(((struct {name} *)0)->{member}) == {field.size}")
+    lines = [f'_Static_assert({item}, "paprscm/vm/sync_shim.py");' for item in sorted(assertions)]
     digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:8], "big")
     lines += [f"#define MAGIC {_MAGIC:#x}u", f"#define LAYOUT {digest:#x}u", ""]
     return "\n".join(lines), digest
 
 
 def build(cache: Cache) -> Path:
-    """Return the library, compiled by the host's C compiler unless the cache has it.
+    """Compile the library with the host's C compiler unless the cache has it; return its path.
 
     Raises:
         HostError: there is no C compiler, or it rejects the source.
@@ -133,14 +133,14 @@ class Record:
 
     Attributes:
         number: from 0, in the order in which the calls began.
-        path: the file, by the name under which it is watched.
+        path: the file, under the name passed to watch().
         operation: the call.
-        begin_ns: when it was made, comparable with time.monotonic_ns().
-        end_ns: when it returned; None: not yet.
-        result: 0 or the errno; None: not yet.
-        injected: what was done to it.
-        delay_s: for how long it was delayed, s.
-        thread: the kernel's id of the thread that made it.
+        begin_ns: time of the call, comparable with time.monotonic_ns().
+        end_ns: time of its return; None: in progress.
+        result: 0 or the errno; None: in progress.
+        injected: the faults that were injected.
+        delay_s: injected delay, s.
+        thread: kernel id (TID) of the calling thread.
     """
 
     number: int
@@ -161,7 +161,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Counts:
-    """Calls begun, ended and failed so far, and the most that were in progress concurrently."""
+    """Calls begun, ended and failed so far, and the maximum that were in progress concurrently."""
 
     begun: int
     ended: int
@@ -172,23 +172,24 @@ class Counts:
 class Shim:
     """Memory shared with the library in one QEMU; each QEMU needs its own.
 
-    As a context manager it clears all rules at the end. What was recorded stays readable.
+    As a context manager it clears all rules on exit; records stay readable.
 
     Args:
-        library: what `build` returned.
-        before: qemu_facts.sanitizers() of the QEMU.
-        seed: of the random delays, which it makes repeatable.
+        library: the path that build() returned.
+        before: capabilities.sanitizers() of the QEMU.
+        seed: seed of the random delays, which makes them repeatable.
     """
 
     def __init__(self, library: Path, *, before: Sequence[str] = (), seed: int = 0) -> None:
         self._library = library
-        # LD_PRELOAD cannot hold every path (ld.so(8): " :$"), nor a noexec mount a library.
+        # LD_PRELOAD cannot contain every path (ld.so(8): " :$"), and a library on a noexec mount
+        # cannot be loaded.
         self._copy = os.memfd_create("flush_shim.so")
         os.write(self._copy, library.read_bytes())
         self._preload = ":".join((*before, f"/proc/{os.getpid()}/fd/{self._copy}"))
         self._handle = os.memfd_create("paprscm-shim")
         os.ftruncate(self._handle, ctypes.sizeof(_PAGE))
-        # Its fields are aligned, so each is read and written at once.
+        # Its fields are aligned, so each access is atomic.
         self._page = _PAGE.from_buffer(mmap.mmap(self._handle, ctypes.sizeof(_PAGE)))
         self._page.magic, self._page.layout, self._page.seed = _MAGIC, _layout()[1], seed
         self._files: list[WatchedFile] = []
@@ -204,27 +205,27 @@ class Shim:
             os.close(self._handles.pop())
 
     def prefix(self) -> tuple[str, ...]:
-        """Words before QEMU's command line that preload the library into QEMU only."""
+        """Return command-line words before QEMU's own that preload the library into QEMU only."""
         env = shutil.which("env") or "/usr/bin/env"
         return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={self._handle}"
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
-        """The descriptors that QEMU must inherit under the same numbers."""
+        """Descriptors that QEMU must inherit under the same numbers."""
         return (self._handle,)
 
     @property
     def loaded(self) -> int | None:
-        """The pid of the process that has loaded the library; None: none yet."""
+        """Pid of the process that has loaded the library; None: not loaded yet."""
         pid: int = self._page.loaded
         return pid if pid > 0 else None
 
     def require_loaded(self, timeout_s: float = 5.0) -> int:
-        """Wait until QEMU has loaded the library, which it does before its main(); its pid.
+        """Wait until QEMU has loaded the library, which happens before main(); return its pid.
 
         Raises:
-            CapabilityError: it has not within `timeout_s`.
-            HostError: what it loaded is of another source.
+            CapabilityError: the library was not loaded within `timeout_s`.
+            HostError: the library was built from another source.
         """
         if not _until(lambda: self._page.loaded != 0, timeout_s):
             raise CapabilityError(
@@ -232,20 +233,20 @@ class Shim:
                 hint="start it with prefix() and pass_fds; a static program cannot load it",
             )
         if self.loaded is None:
-            raise HostError(f"{self._library} is not of the same source as paprscm/vm/sync_shim.py")
+            raise HostError(f"{self._library} does not match paprscm/vm/sync_shim.py")
         return self.loaded
 
     def watch(self, path: Path) -> WatchedFile:
-        """Record what is done to a file from now on, under whatever name.
+        """Start to record the calls on a file, under any of its names.
 
-        It must be there, and not mapped yet: msync and pmem_persist have but an address, and only
-        the mappings made from now on are known.
+        The file must exist and must not be mapped yet: msync and pmem_persist have only an address,
+        and only later mappings are known.
 
         Raises:
-            HostError: it cannot be opened, or 64 files are watched already.
+            HostError: the file cannot be opened, or 64 files are watched already.
         """
         try:
-            # Kept open, so that no other file can get its inode number.
+            # Kept open, so that no other file can reuse its inode number.
             handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError as error:
             raise HostError(f"{path} cannot be watched: {error.strerror}") from error
@@ -255,7 +256,7 @@ class Shim:
             if (entry.dev, entry.ino) == (info.st_dev, info.st_ino):
                 return known
         if number == _FILES:
-            raise HostError(f"{path} cannot be watched: {_FILES} files are already")
+            raise HostError(f"{path} cannot be watched: {_FILES} files are watched already")
         entry = self._page.file[number]
         entry.dev, entry.ino = info.st_dev, info.st_ino
         _barrier()
@@ -264,35 +265,35 @@ class Shim:
         return self._files[-1]
 
     def records(self, since: int = 0) -> list[Record]:
-        """The calls that began so far, in that order, from number `since` on.
+        """Return the calls begun so far, in order of their begin, from number `since` on.
 
         Raises:
-            HostError: some of these were overwritten (the last 65,536 are kept); see also `check`.
+            HostError: some of them were overwritten (the last 65,536 are kept); see also `check`.
         """
         self.check()
-        found = []
+        records = []
         for number in range(since, self._page.begun):
             if (record := self._read(number)) is None:
                 break
-            found.append(record)
+            records.append(record)
         _barrier()
         if since < (oldest := self._page.begun - _RECORDS):
             raise HostError(f"the flush shim's records {since} to {oldest - 1} are overwritten")
-        return found
+        return records
 
     def check(self) -> None:
-        """Raise HostError if msync and pmem_persist may have passed unseen."""
+        """Raise HostError if calls of msync or pmem_persist may have been missed."""
         if self._page.lost:
             raise HostError(f"{self._page.lost} mappings of watched files are unknown to the shim")
 
     def _read(self, number: int) -> Record | None:
         slot = self._page.records[number % _RECORDS]
-        # A QEMU that was killed while it filled one in leaves it unfinished.
+        # A QEMU that was killed while it filled in a record leaves it incomplete.
         _until(lambda: slot.state >> 1 > number, _FILL_LIMIT_S)
         state = slot.state
         if state >> 1 != number + 1:
             return None
-        # Only what is read after the state is as the state says.
+        # The other fields are valid only if they are read after the state.
         _barrier()
         ended = state & 1
         return Record(
@@ -311,9 +312,9 @@ class Shim:
 class WatchedFile:
     """One file that a Shim watches, and its rule.
 
-    A rule has three parts: delay, failure, hang. Each method sets one and leaves the others alone;
-    it holds for calls that begin from then on, of the given operations. A call that several parts
-    apply to hangs, then is delayed, then fails. A number out of range raises ValueError.
+    A rule has three parts: delay, failure, hang. Each method sets one part, for later calls of the
+    given operations. If several parts apply to a call, it hangs, then is delayed, then fails. A
+    number out of range raises ValueError.
     """
 
     def __init__(self, shim: Shim, entry: Any, path: Path) -> None:
@@ -328,17 +329,17 @@ class WatchedFile:
         return bool(self._entry.mapped)
 
     def counts(self, operation: Operation | None = None) -> Counts:
-        """The calls so far, of one operation or of all; raises as Shim.check does."""
+        """Return the calls so far, of one operation or of all; raises as Shim.check() does."""
         self._shim.check()
         counts = self._entry.counts[len(Operation) if operation is None else operation]
-        # In this order: never more ended than begun.
+        # In this order, so that `ended` cannot exceed `begun`.
         ended, failed, most = counts.ended, counts.failed, counts.most
         return Counts(counts.begun, ended, failed, most)
 
     def delay(
         self, low_s: float, high_s: float | None = None, *, operations: Collection[Operation] = ALL
     ) -> None:
-        """Delay each call by a random time between the two, at most 3600 s, or by `low_s`."""
+        """Delay each call by `low_s`, or by a random time from `low_s` to `high_s`, <= 3600 s."""
         high_s = low_s if high_s is None else high_s
         if not 0 <= low_s <= high_s <= 3600:
             raise ValueError(f"delay from {low_s} to {high_s} s")
@@ -354,19 +355,21 @@ class WatchedFile:
         following: int | None = None,
         operations: Collection[Operation] = FALLIBLE,
     ) -> None:
-        """Let calls fail, which then are not made: all, if none of the first three is given.
+        """Make calls fail without executing them: all calls unless nth, every or following is set.
 
         Args:
-            errno: what they fail with, 1 to 4095.
-            nth: only the n-th from now; the next call is the first.
-            every: the n-th, 2n-th, 3n-th … from now.
-            following: the next so many.
+            errno: their error, 1 to 4095.
+            nth: fail only the n-th call from now; the next call is the first.
+            every: fail the n-th, 2n-th, 3n-th … call from now.
+            following: fail the next n calls.
+            operations: the calls to fail.
 
         Raises:
-            ValueError: as above, or two of the three are given, or pmem_persist is to fail.
+            ValueError: a number is out of range, two of nth, every and following are set, or
+                `operations` includes pmem_persist, which cannot fail.
         """
-        given = [n for n in (nth, every, following) if n is not None]
-        if len(given) > 1 or not all(1 <= n <= _UINT32_MAX for n in given) or not 0 < errno < 4096:
+        limits = [n for n in (nth, every, following) if n is not None]
+        if len(limits) > 1 or not 0 < errno < 4096 or not all(0 < n <= _UINT32_MAX for n in limits):
             raise ValueError(f"fail({errno}, {nth=}, {every=}, {following=})")
         if Operation.PMEM_PERSIST in operations:
             raise ValueError("pmem_persist cannot fail")
@@ -375,23 +378,25 @@ class WatchedFile:
         self._set("fail", fail_mask=_mask(operations), fail_errno=errno, **calls)
 
     def hang(self, *, operations: Collection[Operation] = ALL) -> None:
-        """Hold each call until `release`."""
+        """Hold each call until release()."""
         self._set("hang", hang_mask=_mask(operations))
 
     def release(self) -> None:
-        """Let go of the calls that hang, within some 2 ms, and hold no more."""
+        """Release the calls that hang, within about 2 ms, and hold no later call."""
         self._set("hang", hang_mask=0)
 
     def clear(self) -> None:
-        """No rule any more; calls that hang are released, those that are delayed stay so."""
+        """Remove the rule; calls that hang are released, calls that are delayed stay delayed."""
         self._set("delay", "fail", "hang", delay_mask=0, fail_mask=0, hang_mask=0)
 
-    def wait_begun(self, n: int, timeout_s: float = 30, only: Operation | None = None) -> Counts:
-        """Wait until `n` calls have begun since `watch`; raises ContractError with the counts."""
-        return self._wait("begun", n, timeout_s, only)
+    def wait_begun(
+        self, n: int, timeout_s: float = 30, operation: Operation | None = None
+    ) -> Counts:
+        """Wait until `n` calls have begun since watch(); raises ContractError with the counts."""
+        return self._wait("begun", n, timeout_s, operation)
 
     def wait_ended(self, n: int, timeout_s: float, operation: Operation | None = None) -> Counts:
-        """Wait until `n` calls have ended since `watch`; raises ContractError with the counts."""
+        """Wait until `n` calls have ended since watch(); raises ContractError with the counts."""
         return self._wait("ended", n, timeout_s, operation)
 
     def _wait(self, verb: str, n: int, limit_s: float, operation: Operation | None) -> Counts:
@@ -405,13 +410,13 @@ class WatchedFile:
         return self.counts(operation)
 
     def _set(self, *parts: str, **values: int) -> None:
-        """Put a rule in force that differs in these values, and whose parts count anew."""
+        """Publish a rule with these values changed; the counters of `parts` restart."""
         with self._changing:
             generation = self._entry.generation + 1
             values |= {f"{part}_epoch": generation for part in parts}
             for name, value in values.items():
                 setattr(self._rule, name, value)
-            # Not the one that the library reads now; see rule_of() in flush_shim.c.
+            # Write the copy that the library does not read now; see rule_of() in flush_shim.c.
             _barrier()
             self._entry.rules[generation & 1] = self._rule
             _barrier()
@@ -421,7 +426,7 @@ class WatchedFile:
 
 
 def _until(done: Callable[[], bool], limit_s: float) -> bool:
-    """Wait until it is done; whether it was in time."""
+    """Poll until done() is true; return False after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not (ready := done()) and time.monotonic() < deadline:
         time.sleep(0.0005)
@@ -433,9 +438,6 @@ def _mask(operations: Collection[Operation]) -> int:
 
 
 def _barrier() -> None:
-    """Other CPUs see what was written before this no later than what is written after.
-
-    Python has no name for it; but a lock cannot be taken and given back without.
-    """
+    """Full memory barrier: acquiring and releasing a lock implies one."""
     with threading.Lock():
         pass

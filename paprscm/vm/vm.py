@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One running QEMU, whatever runs in it: its process, its monitor, the files behind its DIMMs."""
+"""One running QEMU: its process, its monitor, the backing files of its DIMMs."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from paprscm.vm.machine import Nvdimm
 from paprscm.vm.qmp import Qmp
 from paprscm.vm.sync_shim import Shim, WatchedFile
 
-# A QEMU that has hung up has ended after so long, or does something else.
+# Time limit for QEMU to end after it has closed the monitor, s.
 _END_LIMIT_S = 2.0
 
 
 class Vm(Lifetime):
     """One QEMU; use it as a context manager.
 
-    It adds its monitor to the command line, on a socket that QEMU inherits: there is no name in the
-    file system that could be left behind.
+    It adds the monitor to the command line, on a socket that QEMU inherits, so that nothing is left
+    behind in the file system.
 
     Args:
         argv: the command line without a monitor, with `files` behind its DIMMs.
-        files: backing files of its DIMMs; those of DIMMs that are plugged later are added.
-        folder: where qemu.log and qemu.sh go; they stay.
-        by_hand: a shell script that runs the same machine on a terminal, for qemu.sh.
-        pass_fds: what else it inherits, under the same numbers.
-        shim: goes into this QEMU, to watch and to disturb the syncs of the backing files.
+        files: backing files of its DIMMs; plug() adds files.
+        folder: folder for qemu.log and qemu.sh, which are kept.
+        by_hand: content of qemu.sh: a shell script that runs the same machine on a terminal.
+        pass_fds: other descriptors that QEMU inherits under the same numbers.
+        shim: preloaded into this QEMU, to record and disturb the syncs of the backing files.
 
     Raises:
-        HostError: it does not start as it should.
+        HostError: QEMU does not start.
 
     Attributes:
-        process: the QEMU.
+        process: the QEMU process.
         qmp: its monitor.
-        exec_s: when it was started, by time.monotonic().
+        exec_s: time of its start, by time.monotonic().
     """
 
     process: Process
@@ -70,16 +70,16 @@ class Vm(Lifetime):
         self._pass_fds = tuple(pass_fds)
 
     def plug(self, nvdimm: Nvdimm) -> None:
-        """Plug a DIMM into the running machine; what runs in it notices a moment later.
+        """Plug a DIMM into the running machine; the guest notices it asynchronously.
 
         Raises:
-            RefusedError: QEMU does not take it; then everything is as it was before.
+            RefusedError: QEMU refuses it; then nothing has changed.
         """
         file = self._files.make(nvdimm)
         with contextlib.ExitStack() as undo:
             if nvdimm.file is None:
                 undo.callback(file.unlink)
-            # Before QEMU maps it.
+            # watch() must precede QEMU's mmap.
             watched = self._shim.watch(file) if self._shim else None
             self._attach(nvdimm, file, watched)
             undo.pop_all()
@@ -88,10 +88,10 @@ class Vm(Lifetime):
             self._watched[nvdimm.slot] = watched
 
     def attach(self, nvdimm: Nvdimm) -> None:
-        """Plug one of the DIMMs that are there from the start, if the command line left it out.
+        """Plug a DIMM that has a backing file already but is not on the command line.
 
         Raises:
-            RefusedError: QEMU does not take it.
+            RefusedError: QEMU refuses it.
         """
         self._attach(nvdimm, self.file(nvdimm.slot), self._watched.get(nvdimm.slot))
 
@@ -106,18 +106,18 @@ class Vm(Lifetime):
 
     @property
     def scratch(self) -> Path:
-        """A folder that is removed with the backing files."""
+        """Folder that is removed with the backing files."""
         return self._files.folder
 
     def file(self, slot: int) -> Path:
-        """The backing file of the DIMM in `slot`."""
+        """Return the backing file of the DIMM in `slot`."""
         return self._files.paths[slot]
 
     def syncs(self, slot: int) -> WatchedFile:
-        """The syncs of the file behind the DIMM in `slot`; only with a shim."""
+        """Return the syncs of the backing file of the DIMM in `slot`; requires a shim."""
         return self._watched[slot]
 
-    def says(self) -> str:
+    def output(self) -> str:
         """Return QEMU's output so far, indented for a message."""
         return quoted((self.folder / "qemu.log").read_text(errors="replace"))
 
@@ -137,7 +137,7 @@ class Vm(Lifetime):
                 [
                     *(shim.prefix() if shim else ()),
                     *self._argv,
-                    # Not -mon, which QEMU 11.1 calls deprecated at each start.
+                    # Not -mon: QEMU 11.1 prints a deprecation warning at each start.
                     *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-qmp", "chardev:qmp"),
                 ],
                 stdout=output.fileno(),
@@ -148,13 +148,13 @@ class Vm(Lifetime):
             )
         stack.callback(self.process.kill)
         try:
-            # One that was ended from outside is a KilledError.
-            self.qmp = Qmp(ours, on_gone=lambda: self.process.wait(_END_LIMIT_S))
+            # wait() raises KilledError if QEMU was killed from outside.
+            self.qmp = Qmp(ours, on_disconnect=lambda: self.process.wait(_END_LIMIT_S))
         except GuestLostError as error:
             status = self.process.wait(_END_LIMIT_S)
             how = "does not answer" if status is None else describe_status(status)
             raise HostError(
-                f"QEMU did not start as it should ({how}); it said:\n{self.says()}",
+                f"QEMU did not start ({how}); its output:\n{self.output()}",
                 hint=f"its command line: {self.folder / 'qemu.sh'}",
             ) from error
         stack.callback(self.qmp.close)
@@ -167,10 +167,10 @@ class Vm(Lifetime):
 
 
 def _require_mapped(file: WatchedFile) -> None:
-    """Raise CapabilityError if the shim is in a process other than the one that maps the file."""
+    """Raise CapabilityError if the shim is not in the process that maps the file."""
     if not file.is_mapped():
         raise CapabilityError(
-            f"the flush shim does not see how QEMU uses {file.path}: it was loaded into another "
-            "process",
+            f"the flush shim does not see QEMU's mapping of {file.path}: "
+            "it was loaded into another process",
             hint="set qemu= to the binary itself, not to a program that starts it",
         )

@@ -112,7 +112,7 @@ def test_the_end_comes_when_both_streams_have_ended(agent: Agent) -> None:
 
 def test_a_command_that_does_not_end_is_named(agent: Agent) -> None:
     with pytest.raises(
-        TimedOutError, match=r"(?s)`echo so far.*0\.3 s; so far it said:\n    so far"
+        TimedOutError, match=r"(?s)`echo so far.*0\.3 s; its output so far:\n    so far"
     ):
         run(agent, "echo so far; sleep 2", timeout_s=0.3)
     # Its late end is of no command.

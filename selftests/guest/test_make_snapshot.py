@@ -81,4 +81,4 @@ def test_a_qemu_that_cannot_save_is_cached(tmp_path: Path, monkeypatch: pytest.M
     assert make_snapshot.ensure_snapshot(snapshot_recipe).snapshot is None
     outcome = make_snapshot.find_snapshot(snapshot_recipe)
     assert outcome is not None
-    assert "QEMU cannot save it" in outcome.why
+    assert "QEMU cannot save it" in outcome.reason

@@ -63,8 +63,8 @@ def test_answers_come_in_pieces_or_together(ends: tuple[Port, socket.socket]) ->
     port, guest = ends
     guest.send(b"awa")
     guest.send(b"ke 2\nregions 1\n")
-    assert port.awake(alive) == 2
-    assert port.regions(alive) == 1
+    assert port.wait_awake(alive) == 2
+    assert port.wait_regions(alive) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,15 +82,15 @@ def test_answers_come_in_pieces_or_together(ends: tuple[Port, socket.socket]) ->
 def test_a_malformed_answer_is_an_error(ends: tuple[Port, socket.socket], said: bytes) -> None:
     port, guest = ends
     guest.send(said)
-    with pytest.raises(NotRestoredError, match="the restored guest says"):
-        port.awake(alive)
+    with pytest.raises(NotRestoredError, match="the restored guest sent"):
+        port.wait_awake(alive)
 
 
 def test_a_closed_port_is_detected_immediately(ends: tuple[Port, socket.socket]) -> None:
     port, guest = ends
     guest.close()
     with pytest.raises(NotRestoredError, match="closed"):
-        port.awake(alive)
+        port.wait_awake(alive)
 
 
 def test_silence_has_a_limit(
@@ -98,8 +98,8 @@ def test_silence_has_a_limit(
 ) -> None:
     port, _guest = ends
     monkeypatch.setattr("paprscm.guest.snapshot._AWAKE_LIMIT_S", 0.1)
-    with pytest.raises(NotRestoredError, match=r"did not say 'awake' in 0\.1 s"):
-        port.awake(alive)
+    with pytest.raises(NotRestoredError, match=r"did not send 'awake' within 0\.1 s"):
+        port.wait_awake(alive)
 
 
 def test_a_lost_guest_stays_a_lost_guest(ends: tuple[Port, socket.socket]) -> None:
@@ -110,7 +110,7 @@ def test_a_lost_guest_stays_a_lost_guest(ends: tuple[Port, socket.socket]) -> No
         raise GuestLostError("Kernel panic")
 
     with pytest.raises(GuestLostError, match="Kernel panic"):
-        port.awake(lost)
+        port.wait_awake(lost)
 
 
 @pytest.mark.parametrize(

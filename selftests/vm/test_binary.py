@@ -161,7 +161,7 @@ def test_qemu_for_another_target(cache: Cache, tmp_path: Path) -> None:
 @needs_qemu
 def test_this_hosts_qemu_can_run_guests(cache: Cache) -> None:
     qemu = resolve(cache, "auto")
-    assert qemu.lacks_for_guests == ()
+    assert qemu.missing_for_guests == ()
     binary.require_guests(qemu)
 
 
@@ -174,7 +174,7 @@ def test_qemu_without_libslirp(cache: Cache, tmp_path: Path) -> None:
     if "not compiled into this" not in tried.stderr:
         pytest.skip("this QEMU has netmap")
     qemu = resolve(cache, altered_qemu(tmp_path, *edit))
-    assert qemu.lacks_for_guests == ("-netdev user (libslirp)",)
+    assert qemu.missing_for_guests == ("-netdev user (libslirp)",)
     with pytest.raises(CapabilityError, match=r"without -netdev user .*--enable-slirp"):
         binary.require_guests(qemu)
 
@@ -183,7 +183,7 @@ def test_qemu_without_libslirp(cache: Cache, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", GUEST_TYPES)
 def test_qemu_without_a_device_of_guests(cache: Cache, tmp_path: Path, name: str) -> None:
     qemu = resolve(cache, altered_qemu(tmp_path, f'"{name}"', f'"{name}-gone"'))
-    assert qemu.lacks_for_guests == (name,)
+    assert qemu.missing_for_guests == (name,)
     with pytest.raises(CapabilityError, match=f"cannot run the suite's guests: .* {name} "):
         binary.require_guests(qemu)
 
@@ -209,7 +209,7 @@ def test_new_qemu_without_spapr_nvdimm(cache: Cache, tmp_path: Path) -> None:
         (
             "echo 'error while loading shared libraries: libpmem.so.1: gone' >&2; exit 127",
             HostError,
-            "misses the library libpmem.so.1",
+            "the library libpmem.so.1 is missing",
         ),
     ],
 )
@@ -256,7 +256,7 @@ def test_host_without_qemu(cache: Cache, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("suite", ["", "Trixie", "../x", "a b"])
 def test_no_suite(cache: Cache, suite: str) -> None:
-    with pytest.raises(ConfigError, match="names no suite"):
+    with pytest.raises(ConfigError, match="is not the name of a suite"):
         resolve(cache, f"debian:{suite}")
 
 
@@ -317,7 +317,7 @@ def test_fetched_qemu_that_does_not_start_is_not_kept(
         return {}
 
     monkeypatch.setattr(Archive, "extract", extract)
-    with pytest.raises(Error, match=r"does not start|is not a QEMU|misses the library"):
+    with pytest.raises(Error, match=r"does not start|is not a QEMU|the library .* is missing"):
         resolve(cache, "debian:potato")
     assert not binary.is_fetched(cache, "debian:potato")
 

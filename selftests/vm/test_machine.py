@@ -190,7 +190,7 @@ def test_a_file_of_the_wrong_size_is_refused_with_the_right_one(tmp_path: Path) 
 
 
 def test_two_dimms_in_one_slot_are_refused() -> None:
-    with pytest.raises(ConfigError, match="two DIMMs want slot 1"):
+    with pytest.raises(ConfigError, match="two DIMMs have slot 1"):
         Machine(nvdimms=(Nvdimm(slot=1), Nvdimm(slot=1)))
 
 

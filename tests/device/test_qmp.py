@@ -304,7 +304,7 @@ class DeviceQmp(QemuTest):
         except GuestLostError:
             status = vm.process.wait(5)
             end = "is stuck" if status is None else describe_status(status)
-            found += f"; realized=on again: QEMU {end}:\n{vm.says()}"
+            found += f"; realized=on again: QEMU {end}:\n{vm.output()}"
         self.known_issue(issue, shows=True, found=found)
 
     def test_hotplug_refusals(self) -> None:

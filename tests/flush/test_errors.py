@@ -115,7 +115,7 @@ class FlushErrors(PaprScmTest):
         self.check("syncs, and those that failed", figures, (12, 4))
         self.check("hcalls of 12 flushes", count_hcalls(guest) - hcalls, at_least(2 * 12))
         self.check("flush errors logged for the other DIMM", self.logged(guest, OTHER), 0)
-        output = guest.vm.says()
+        output = guest.vm.output()
         for text in ("Input/output error", "No space left on device", "Disk quota exceeded"):
             self.check("QEMU's output", output, containing(text))
 

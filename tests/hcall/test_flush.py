@@ -241,7 +241,7 @@ class Syncs(FlushTest):
             judge.make(request(FLUSH, FIRST.drc, 0))
             judge.poll_to_the_end()
         self.check("syncs that failed", syncs.counts().failed, 9)
-        output = judge.bare.vm.says()
+        output = judge.bare.vm.output()
         for text in ("Input/output error", "No space left on device", "Disk quota exceeded"):
             message = f"papr_scm: Could not sync nvdimm to backend file: {text}"
             self.check("QEMU's output", output, containing(message))
