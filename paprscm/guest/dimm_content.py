@@ -8,7 +8,7 @@ size, label area and uuid: Linux keeps a checksum of the uuid in the labels
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,10 +64,12 @@ class GuestDimms:
 
     Args:
         contents: the cached contents; None: all DIMMs start empty.
+        file: returns the backing file of a slot.
     """
 
-    def __init__(self, contents: DimmContents | None) -> None:
+    def __init__(self, contents: DimmContents | None, file: Callable[[int], Path]) -> None:
         self._contents = contents
+        self._file = file
         self._ready: dict[int, Nvdimm] = {}
         self._missing: dict[int, Nvdimm] = {}
 
@@ -84,13 +86,13 @@ class GuestDimms:
         nvdimm = self._ready.pop(slot, None)
         return nvdimm is not None and nvdimm.holds == holds
 
-    def should_keep(self, slot: int, holds: str, file: Path) -> bool:
+    def should_keep(self, slot: int, holds: str) -> bool:
         """Return True if the DIMM in `slot` should hold this content but is still all zeros."""
         nvdimm = self._missing.get(slot)
-        return nvdimm is not None and nvdimm.holds == holds and is_blank(file)
+        return nvdimm is not None and nvdimm.holds == holds and is_blank(self._file(slot))
 
-    def keep(self, slot: int, file: Path) -> None:
+    def keep(self, slot: int) -> None:
         """Cache the content that was created in the guest, for later guests."""
         nvdimm = self._missing.pop(slot)
         assert self._contents is not None  # noqa: S101
-        self._contents.store(nvdimm, file)
+        self._contents.store(nvdimm, self._file(slot))

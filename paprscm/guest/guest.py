@@ -81,7 +81,7 @@ class Guest(Lifetime):
             self._memory = MemoryFile(path=memory_file, restored=False)
         self.machine = machine
         self.board = machine.board(equipment.board)
-        self.dimms = GuestDimms(equipment.contents)
+        self.dimms = GuestDimms(equipment.contents, self.file)
         self.folder = folder
         self.times = StartTimes()
         self._equipment = equipment

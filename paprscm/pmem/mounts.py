@@ -146,9 +146,9 @@ def dax_mount(
         values |= namespace_settings("fsdax", None, None, None)
         if block_size is None:
             reuse = guest.dimms.take(slot, fstype)
-            if not reuse and guest.dimms.should_keep(slot, fstype, guest.file(slot)):
+            if not reuse and guest.dimms.should_keep(slot, fstype):
                 run_steps(guest, what, [*make, "sync"], values, slot=slot, timeout_s=timeout_s)
-                guest.dimms.keep(slot, guest.file(slot))
+                guest.dimms.keep(slot)
                 reuse = True
     steps = ["find", "present"] if reuse else make
     dump = run_steps(guest, what, [*steps, "mount"], values, slot=slot, timeout_s=timeout_s)

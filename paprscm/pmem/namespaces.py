@@ -74,10 +74,10 @@ def create_fsdax(guest: Guest, region: Region) -> BlockDevice:
     if guest.dimms.take(slot, "fsdax"):
         dump = run_steps(guest, f"fsdax on {region.name}", ["find", "present"], slot=slot)
         return present_namespace(dump, same_region(region, parse_region(dump, slot))).disk
-    should_keep = guest.dimms.should_keep(slot, "fsdax", guest.file(slot))
+    should_keep = guest.dimms.should_keep(slot, "fsdax")
     namespace = create_namespace(guest, region, mode="fsdax")
     if should_keep:
-        guest.dimms.keep(slot, guest.file(slot))
+        guest.dimms.keep(slot)
     return namespace.disk
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import threading
 import time
@@ -16,6 +17,7 @@ from typing import cast
 import pytest
 
 from paprscm.errors import ContractError, Error, HostError
+from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.guest import Guest
 from paprscm.guest.ssh import CommandResult
 from paprscm.map_sync.verdict import Verdict, judge, parse_map_sync
@@ -32,6 +34,7 @@ class Recorded:
 
     def __init__(self, stdout: str, status: int = 0, stderr: str = "") -> None:
         self._answer = stdout, status, stderr
+        self.dimms = GuestDimms(None, lambda _slot: Path())
 
     def run(
         self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
@@ -283,6 +286,7 @@ class FakeSysfs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.bin = root / "bin"
+        self.dimms = GuestDimms(None, lambda _slot: Path())
         for folder in ("bus/nd/devices", "block", "devices", "bin"):
             (root / folder).mkdir(parents=True)
 
@@ -432,6 +436,7 @@ def test_waiting_ends(sysfs: FakeSysfs) -> None:
     assert 1 <= time.monotonic() - started < 5
 
 
+_UUID = "70d12804-2f79-4e62-ba86-156a743cb6f0"
 _MADE = {"dev": "namespace0.0", "mode": "fsdax", "map": "dev", "uuid": "u", "blockdev": "pmem9"}
 
 
@@ -443,8 +448,11 @@ def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path], *listed: dict
         version = '[ "$1" != -V ] || { echo mkfs.xfs version 1.0.0; exit; }; '
         sysfs.tool(name, f'{version}echo "{name} $*" >> {log}')
     entries = listed or (_MADE,)
-    for entry in entries:
-        sysfs.add_disk(entry["blockdev"], made_on(device) / entry["dev"])
+    for number, entry in enumerate(entries):
+        parent = made_on(device).with_name(f"pfn0.{number}")
+        sysfs.add_disk(entry["blockdev"], parent)
+        for key, value in {"namespace": entry["dev"], "mode": "pmem", "uuid": _UUID}.items():
+            (parent / key).write_text(f"{value}\n")
     # One key per line, as in ndctl's output.
     text = json.dumps(entries if len(entries) > 1 else entries[0], indent=1, separators=(",", ":"))
     (sysfs.root / "said").write_text(text)
@@ -483,10 +491,7 @@ def test_reuse_creates_nothing(sysfs: FakeSysfs) -> None:
     log = _with_tools(sysfs, lambda device: device / "pfn0.0")
     with pytest.raises(ContractError, match=r"step 'mount'(.|\n)*not in /proc/self/mounts"):
         mounts.dax_mount(cast(Guest, sysfs), 0, "ext4", str(sysfs.root), reuse=True)
-    assert log.read_text().splitlines() == [
-        "ndctl list -N -r region0",
-        f"mount -t ext4 -o dax=always /dev/pmem9 {sysfs.root}",
-    ]
+    assert log.read_text() == f"mount -t ext4 -o dax=always /dev/pmem9 {sysfs.root}\n"
 
 
 @pytest.mark.parametrize("count", [0, 2])
@@ -494,10 +499,11 @@ def test_reuse_requires_one_namespace(sysfs: FakeSysfs, count: int) -> None:
     second = {**_MADE, "dev": "namespace0.1", "blockdev": "pmem9.1"}
     log = _with_tools(sysfs, lambda device: device / "pfn0.0", _MADE, second)
     if not count:
-        (sysfs.root / "said").write_text("")
-    with pytest.raises(ContractError, match=f"region0 has {count} namespaces, not one"):
+        for parent in (sysfs.root / "devices/ndbus0/region0").glob("pfn*"):
+            shutil.rmtree(parent)
+    with pytest.raises(ContractError, match=f"region0 has {count} fsdax namespaces, not one"):
         mounts.dax_mount(cast(Guest, sysfs), 0, "xfs", "/mnt1", reuse=True)
-    assert "mount" not in log.read_text()
+    assert not log.exists()
 
 
 def test_no_file_system_on_another_regions_disk(sysfs: FakeSysfs) -> None:
