@@ -18,7 +18,7 @@ PRODUCTS = ("QEMU", "Linux", "Avocado")
 
 FOLDER = KNOWN_ISSUES
 
-RECORD = "known issue "
+RECORD_PREFIX = "known issue "
 """Prefix of the measurements that QemuTest.known_issue() makes; the issue's name follows."""
 
 _RELEASE = 1000
@@ -30,7 +30,7 @@ _DEVELOPMENT = re.compile(r"(-g[0-9a-f]{6,}|\+|-dirty)$")
 _DISTRIBUTION = re.compile(r"\+deb|[-.]\d")
 
 
-class Number(NamedTuple):
+class VersionNumber(NamedTuple):
     """Point in a product's history; numbers of one branch compare as it went on."""
 
     major: int
@@ -44,7 +44,7 @@ class Number(NamedTuple):
         return f"{self.major}.{self.minor}{patch}" + (f"-rc{self.rc}" * (self.rc < _RELEASE))
 
 
-class State(enum.Enum):
+class IssueState(enum.Enum):
     """A file's statement about one version."""
 
     BEFORE = "before 'Since'"
@@ -68,10 +68,10 @@ class KnownIssue:
     name: str
     title: str
     product: str
-    since: tuple[Number, ...]
-    fixed_in: tuple[Number, ...]
+    since: tuple[VersionNumber, ...]
+    fixed_in: tuple[VersionNumber, ...]
 
-    def state(self, version: str) -> State:
+    def state(self, version: str) -> IssueState:
         """State of the bug in a version of the product.
 
         Args:
@@ -82,13 +82,13 @@ class KnownIssue:
         """
         first, last = bounds(self.product, version)
         if reached(self.fixed_in, first):
-            return State.FIXED
+            return IssueState.FIXED
         if last is None or reached(self.fixed_in, last):
-            return State.UNCERTAIN
-        return State.PRESENT if reached(self.since, last) else State.BEFORE
+            return IssueState.UNCERTAIN
+        return IssueState.PRESENT if reached(self.since, last) else IssueState.BEFORE
 
 
-def reached(listed: Iterable[Number], version: Number) -> bool:
+def reached(listed: Iterable[VersionNumber], version: VersionNumber) -> bool:
     """Return True if a version has a change that is in the listed ones.
 
     A stable release (6.12.113) counts for its own branch, a mainline one (7.0) for each later
@@ -99,7 +99,7 @@ def reached(listed: Iterable[Number], version: Number) -> bool:
     )
 
 
-def bounds(product: str, version: str) -> tuple[Number, Number | None]:
+def bounds(product: str, version: str) -> tuple[VersionNumber, VersionNumber | None]:
     """Bounds of the changes in a version: those up to the first, and none beyond the second.
 
     Both are the same for a release ("7.2.13", "6.12.117-paprscm", "10.0.13 (Debian …)"). A
@@ -119,16 +119,16 @@ def bounds(product: str, version: str) -> tuple[Number, Number | None]:
         raise HostError(f"{version!r} is not a version of {product}")
     major, minor, patch = int(match[1]), int(match[2]), int(match[3] or 0)
     suffix = match[5]
-    mainline = Number(major, minor)
+    mainline = VersionNumber(major, minor)
     following = (
-        Number(major + 1, 0)
+        VersionNumber(major + 1, 0)
         if minor >= _LAST_MINOR.get(product, minor + 1)
-        else Number(major, minor + 1)
+        else VersionNumber(major, minor + 1)
     )
     if product == "QEMU" and patch >= 50:
         # VERSION in QEMU's tree: x.y.50 once x.y is released, x.y.9N is -rcN of the next release.
         return (following._replace(rc=patch - 90) if patch >= 90 else mainline), following
-    release = Number(major, minor, patch)
+    release = VersionNumber(major, minor, patch)
     if match[4]:
         last = following if "-next-" in suffix else release
         return release._replace(rc=int(match[4])), last
@@ -150,7 +150,7 @@ def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
         (name, verdict)
         for record in records
         for name, verdict in record.items()
-        if name.startswith(RECORD)
+        if name.startswith(RECORD_PREFIX)
     ]
     shown = {(name, verdict["version"]) for name, verdict in verdicts if verdict["shows"]}
     return sorted(
@@ -197,16 +197,18 @@ def _line(file: Path, text: str, name: str) -> str:
     return str(lines[0])
 
 
-def _numbers(file: Path, text: str) -> tuple[Number, ...]:
+def _numbers(file: Path, text: str) -> tuple[VersionNumber, ...]:
     """Read a list of versions, of which each counts for a branch of its own."""
-    numbers: list[Number] = []
+    numbers: list[VersionNumber] = []
     for word in text.split(", "):
         match = _LISTED.fullmatch(word)
         if match is None:
             raise ConfigError(
                 f"{file}: '{word}' is not a version such as 7.0 or 6.12.113", hint=_HINT
             )
-        number = Number(int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or _RELEASE))
+        number = VersionNumber(
+            int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or _RELEASE)
+        )
         for other in numbers:
             if (
                 reached([other], number)

@@ -18,13 +18,13 @@ from avocado.core.exceptions import TestCancel, TestWarn
 from paprscm import settings
 from paprscm.build.debian import Archive
 from paprscm.checks import Difference, describe, differ
-from paprscm.device.bare_metal import Bare, program
+from paprscm.device.bare_metal import BareMachine, compile_program
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
-from paprscm.known_issues import RECORD, State, read_issue
-from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge
+from paprscm.known_issues import RECORD_PREFIX, IssueState, read_issue
+from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge_map_sync
 from paprscm.vm import binary
 from paprscm.vm.argv import bare_argv
 from paprscm.vm.backing_files import BackingFiles
@@ -152,7 +152,7 @@ class QemuTest(Test):
             )
         )
 
-    def bare(self, machine: Machine, *, shim: Shim | None = None) -> Bare:
+    def bare(self, machine: Machine, *, shim: Shim | None = None) -> BareMachine:
         """A machine that makes hypervisor calls; it ends with the test.
 
         Args:
@@ -161,9 +161,9 @@ class QemuTest(Test):
         """
         self.require_qemu(*machine.nvdimms)
         return self.leave.enter_context(
-            Bare(
+            BareMachine(
                 self.qemu,
-                program(Cache(self.settings.cache_dir)),
+                compile_program(Cache(self.settings.cache_dir)),
                 machine,
                 folder=self.folder("qemu"),
                 scratch_dir=self.settings.scratch_dir,
@@ -261,18 +261,18 @@ class QemuTest(Test):
         state = known.state(number)
         file = f"known_issues/{issue}.md"
         update = None
-        if shows and state is State.BEFORE:
+        if shows and state is IssueState.BEFORE:
             update = f"known issue {issue} shows on {version}: update 'Since' of {file}"
-        elif not shows and state is State.PRESENT:
+        elif not shows and state is IssueState.PRESENT:
             update = (
                 f"known issue {issue} no longer shows on {version}: if it is fixed there, update "
                 f"'Fixed in' of {file}"
             )
-        self.measure(RECORD + issue, {"version": version, "shows": shows, "update": update})
+        self.measure(RECORD_PREFIX + issue, {"version": version, "shows": shows, "update": update})
         self.log.info("known issue %s %s: %s", issue, "shows" if shows else "does not show", found)
         if not shows:
             return
-        if state is State.FIXED:
+        if state is IssueState.FIXED:
             fixed_in = ", ".join(map(str, known.fixed_in))
             raise ContractError(
                 f"{found}: {known.title}",
@@ -352,7 +352,7 @@ class PaprScmTest(QemuTest):
             fstype: the file system that the file must be on, and not below a mount point where
                 nothing is mounted: there, every file is "not DAX".
         """
-        judgement = judge(report)
+        judgement = judge_map_sync(report)
         fs_name = report.file.fs_name if report.file else None
         if fstype is not None and fs_name != fstype:
             self.check(f"{what}: file system of {report.path}", fs_name, fstype)

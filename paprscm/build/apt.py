@@ -27,7 +27,7 @@ from paprscm.host.cache import Cache
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 """The archive's public keys, as package debian-archive-keyring installs them."""
 
-FOLDER = "downloads"
+DOWNLOADS = "downloads"
 """Folder below the cache's root: package indexes, and packages that are not unpacked yet."""
 
 _OTHER_HINT = "set another suite or mirror="
@@ -44,7 +44,7 @@ class UnavailableError(HostError):
 
 
 @dataclass(frozen=True)
-class File:
+class PackageFile:
     """One package file that apt would download.
 
     Attributes:
@@ -68,7 +68,7 @@ class File:
         return unquote(self.name.split("_")[1])
 
 
-class Source:
+class AptSource:
     """One suite and architecture of a mirror.
 
     Args:
@@ -95,7 +95,7 @@ class Source:
         self._arch = arch
         self._title = title
         self._proceed = proceed
-        self._index = cache.root / FOLDER / f"index-{self.key(())}"
+        self._index = cache.root / DOWNLOADS / f"index-{self.key(())}"
 
     def key(self, packages: Sequence[str]) -> str:
         """Name of the folder for these packages of this source."""
@@ -113,7 +113,7 @@ class Source:
             (self._index / "apt.conf").write_text(self._configuration())
             self._apt("update")
 
-    def plan(self, packages: Sequence[str], *, alone: bool = False) -> tuple[File, ...]:
+    def plan(self, packages: Sequence[str], *, alone: bool = False) -> tuple[PackageFile, ...]:
         """The files of the packages and of all their dependencies; alone: without those."""
         with self._locked():
             if alone:
@@ -122,13 +122,18 @@ class Source:
                 *("install", "-qq", "--print-uris", *self._status(packages, alone), *packages)
             )
         found = (re.fullmatch(r"'([^']+)' (\S+\.deb) (\d+) \S*", line) for line in lines)
-        files = tuple(File(m[1], m[2], int(m[3])) for m in found if m)
+        files = tuple(PackageFile(m[1], m[2], int(m[3])) for m in found if m)
         if not files:
             raise HostError(f"apt names no file for {', '.join(packages)} of {self._where}")
         return files
 
     def fetch(
-        self, packages: Sequence[str], files: Sequence[File], folder: Path, *, alone: bool = False
+        self,
+        packages: Sequence[str],
+        files: Sequence[PackageFile],
+        folder: Path,
+        *,
+        alone: bool = False,
     ) -> None:
         """Download the files of such a plan into `folder`; what is there already is kept."""
         total = sum(file.size_bytes for file in files)
@@ -148,7 +153,7 @@ class Source:
                     stop=re.compile(r"^\s+404\s"),
                 )
             except UnavailableError as error:
-                names = [file.name for file in absent(files)]
+                names = [file.name for file in absent_files(files)]
                 if not names:
                     raise
                 raise UnavailableError(_not_there(self._where, names), hint=_OTHER_HINT) from error
@@ -306,7 +311,7 @@ class Source:
         return error
 
 
-def _present_bytes(files: Sequence[File], folder: Path) -> int:
+def _present_bytes(files: Sequence[PackageFile], folder: Path) -> int:
     """The size of what has been downloaded so far, of complete and of partial files."""
     total = 0
     for file in files:
@@ -318,10 +323,10 @@ def _present_bytes(files: Sequence[File], folder: Path) -> int:
     return total
 
 
-def absent(files: Sequence[File]) -> list[File]:
+def absent_files(files: Sequence[PackageFile]) -> list[PackageFile]:
     """The files that the mirror says it does not have."""
 
-    def is_absent(file: File) -> bool:
+    def is_absent(file: PackageFile) -> bool:
         parts = urlsplit(file.uri)
         if parts.scheme == "file":
             return not Path(unquote(parts.path)).is_file()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from paprscm import log
-from paprscm.build.apt import FOLDER, File, Source, UnavailableError, absent
+from paprscm.build.apt import DOWNLOADS, AptSource, PackageFile, UnavailableError, absent_files
 from paprscm.errors import ConfigError, HostError
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
@@ -45,7 +45,7 @@ class Download:
 
     suite: str
     folder: Path
-    files: tuple[File, ...]
+    files: tuple[PackageFile, ...]
 
     def unpack(self, target: Path, *, title: str) -> dict[str, str]:
         """Unpack all packages into `target`; no maintainer script runs.
@@ -166,7 +166,7 @@ class Archive:
         """
         source = self._source(suite, arch, "packages", lambda: None)
         files = source.plan(packages)
-        return sum(file.size_bytes for file in files), [file.name for file in absent(files)]
+        return sum(file.size_bytes for file in files), [file.name for file in absent_files(files)]
 
     def prune(self, *, unused_for_s: float) -> None:
         """Remove indexes and cut-off downloads that were not used for so many seconds."""
@@ -178,9 +178,9 @@ class Archive:
 
     @property
     def _root(self) -> Path:
-        return self.cache.root / FOLDER
+        return self.cache.root / DOWNLOADS
 
-    def _source(self, suite: str, arch: str, title: str, proceed: Callable[[], None]) -> Source:
+    def _source(self, suite: str, arch: str, title: str, proceed: Callable[[], None]) -> AptSource:
         if self.offline:
             raise HostError(
                 f"offline=yes, and the cache {self.cache.root} does not have the {title} "
@@ -194,7 +194,7 @@ class Archive:
                 hint="install the packages apt and dpkg (Fedora has them, too), or "
                 "`paprscm cache import` what another machine exported",
             )
-        source = Source(self.cache, resolve_mirror(self.mirror), suite, arch, title, proceed)
+        source = AptSource(self.cache, resolve_mirror(self.mirror), suite, arch, title, proceed)
         source.update()
         return source
 

@@ -26,7 +26,7 @@ from paprscm.host.process import run
 # Module name and the option that makes it one, in the order in which they are loaded. Only what is
 # there and what it depends on is taken. The drivers of the disk come first, so that a kernel that
 # hangs in the devices under test has its root disk already.
-WANTED: Mapping[str, str] = {
+MODULES: Mapping[str, str] = {
     "virtio_pci": "VIRTIO_PCI",
     "virtio_console": "VIRTIO_CONSOLE",
     "virtio_blk": "VIRTIO_BLK",
@@ -128,7 +128,7 @@ def build_initramfs(
     found = find_modules(kernel, modules)
     missing = [
         name
-        for name, option in WANTED.items()
+        for name, option in MODULES.items()
         if name in _NEEDED and kernel.option(option) == "m" and name not in found
     ]
     if kernel.papr_scm == UNKNOWN and "papr_scm" not in found:
@@ -139,7 +139,7 @@ def build_initramfs(
             + ("a module" if len(missing) == 1 else "modules"),
             hint="run `make modules_install INSTALL_MOD_PATH=...` of the same build",
         )
-    order = load_order([*WANTED, *also], found, release=kernel.release)
+    order = load_order([*MODULES, *also], found, release=kernel.release)
     files: dict[str, tuple[int, bytes]] = {}
     sites = 0
     with tempfile.TemporaryDirectory(prefix="paprscm-modules-") as folder:

@@ -15,7 +15,15 @@ from pathlib import Path
 
 from paprscm.build import kernel_source, prerequisites, toolchain
 from paprscm.build.debian import Archive
-from paprscm.build.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
+from paprscm.build.kconfig import (
+    NO_SUCH_OPTION,
+    Fragment,
+    Requirement,
+    explain,
+    fragments,
+    merge,
+    unmet,
+)
 from paprscm.build.vmlinux import parse_config
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.host import process
@@ -42,7 +50,7 @@ _BUILD_BYTES = 1_200_000_000
 
 
 @dataclass(frozen=True)
-class Built:
+class BuiltKernel:
     """A kernel that was built.
 
     Attributes:
@@ -66,7 +74,7 @@ def build_default(
     *,
     extra: Sequence[Path] = (),
     proceed: Callable[[], None] = lambda: None,
-) -> Built:
+) -> BuiltKernel:
     """The default kernel, built now if it is not in the cache; asks the network for nothing else.
 
     Args:
@@ -83,7 +91,7 @@ def build_default(
     cache = archive.cache
     debug = settings.kernel == "debug"
     fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
-    source = kernel_source.find(cache, settings)
+    source = kernel_source.find_source(cache, settings)
     any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
     if any_source or shutil.which(toolchain.PREFIX + "gcc") is None:
         # As imported from another machine.
@@ -94,7 +102,7 @@ def build_default(
     compiler = _compiler()
     if source is None:
         require_make(cache.root)
-    source = source or kernel_source.fetch(archive, settings, proceed)
+    source = source or kernel_source.fetch_source(archive, settings, proceed)
     version = (source / "version").read_text().strip()
     fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
     log_file = cache.root / "logs" / "kernel-build.log"
@@ -103,13 +111,13 @@ def build_default(
         tree, objects = entry / "tree", entry / "objects"
         with step(f"building the {settings.kernel} kernel ({version})"):
             _fresh_log(log_file)
-            kernel_source.unpack(source / "linux.tar.xz", tree)
+            kernel_source.unpack_source(source / "linux.tar.xz", tree)
             make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
             (entry / "fragment").write_text(fragment.text(own_tree=False))
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
             _check(fragment.required(own_tree=False), produced, tree, vital=None)
-            prerequisites.require(produced, tree)
+            prerequisites.require_prerequisites(produced, tree)
             make.compile(produced, total=fragment.objects)
             _collect(make, entry, produced)
             (entry / "source-version").write_text(version + "\n")
@@ -128,7 +136,7 @@ def build_tree(
     config: Path | None = None,
     page_size: str = "64k",
     debug: bool = False,
-) -> Built:
+) -> BuiltKernel:
     """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
 
     The part of images/kernel.config that every kernel needs is merged over `config`; an option that
@@ -179,7 +187,7 @@ def build_tree(
             _check(required, produced, source, vital=_VITAL)
             if config is not None:
                 _report_switched_off(parse_config(given), produced, config)
-            prerequisites.require(produced, source)
+            prerequisites.require_prerequisites(produced, source)
             count = folder / "objects-count"
             known = count.read_text() if count.is_file() else ""
             total = int(known or fragment.objects) if config is None else int(known or 0)
@@ -229,7 +237,7 @@ class _Make:
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
             *(f"CROSS_COMPILE={toolchain.PREFIX}", *variables),
         ]
-        passed, missed = prerequisites.environment(os.environ)
+        passed, missed = prerequisites.kbuild_environment(os.environ)
         if missed:
             logger.warning(
                 "not passed on to the kernel build: %s of the environment", ", ".join(missed)
@@ -293,7 +301,9 @@ class _Make:
             raise blame(error.message, hint=error.hint) from error
 
 
-def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -> Built | None:
+def _find_without_source(
+    cache: Cache, settings: Settings, fragment: Fragment
+) -> BuiltKernel | None:
     """The newest kernel in the cache that was built from such a source, by any compiler."""
     series = settings.kernel_source.removeprefix("linux-source-") + "."
     entries = [
@@ -311,7 +321,7 @@ def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -
 
 def _compiler() -> str:
     """The cross compiler's name and version, as one line."""
-    compiler = toolchain.require(f"{toolchain.PREFIX}gcc")
+    compiler = toolchain.require_program(f"{toolchain.PREFIX}gcc")
     for tool in ("make", "gcc", "bison", "flex", "bc"):
         if shutil.which(tool) is None:
             raise HostError(f"{tool} is not installed", hint=_BUILD_TOOLS_HINT)
@@ -333,7 +343,7 @@ def _check(
     lost = [
         one
         for one in lost
-        if not one.optional or any(reasons[name] != UNKNOWN for name in one.options)
+        if not one.optional or any(reasons[name] != NO_SUCH_OPTION for name in one.options)
     ]
     text = "; ".join(
         " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
@@ -432,9 +442,9 @@ def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
         fresh.rename(modules)
 
 
-def _built(folder: Path, log_file: Path, source: str) -> Built:
+def _built(folder: Path, log_file: Path, source: str) -> BuiltKernel:
     modules = folder / "modules"
-    return Built(
+    return BuiltKernel(
         vmlinux=folder / "vmlinux",
         config=folder / "config",
         log=log_file,

@@ -19,7 +19,7 @@ _DIRECTIVE = re.compile(r"#@\s*(.*)")
 _BLOCK = re.compile(r"^(?:menu)?config (\w+)\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
 _DEPENDS = re.compile(r"^\s+depends on (.*)$", re.MULTILINE)
 
-UNKNOWN = "this kernel has no such option"
+NO_SUCH_OPTION = "this kernel has no such option"
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def explain(names: Iterable[str], produced: Mapping[str, str], tree: Path) -> di
 
 def _reason(entry: str | None, produced: Mapping[str, str], name: str) -> str:
     if entry is None:
-        return UNKNOWN
+        return NO_SUCH_OPTION
     needed = [
         symbol
         for line in _DEPENDS.findall(entry)

@@ -16,7 +16,7 @@ from paprscm.host.cache import Cache
 from paprscm.log import step
 from paprscm.settings import Settings
 
-KIND = "kernel-source"
+SOURCE_KIND = "kernel-source"
 """Kind of its cache entry."""
 
 _NEEDS_BYTES = 400_000_000
@@ -35,15 +35,15 @@ def _source_fields(settings: Settings, suite: str) -> dict[str, str]:
     return {"package": settings.kernel_source, "suite": suite}
 
 
-def find(cache: Cache, settings: Settings) -> Path | None:
+def find_source(cache: Cache, settings: Settings) -> Path | None:
     """The cache entry with the source package's archive and version, of the first suite."""
     for suite in suites(settings.kernel_suite):
-        if entry := cache.find(KIND, _source_fields(settings, suite)):
+        if entry := cache.find(SOURCE_KIND, _source_fields(settings, suite)):
             return entry.path
     return None
 
 
-def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> Path:
+def fetch_source(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> Path:
     """Download the source from the first suite that has it; the cache entry, as for find().
 
     Args:
@@ -84,7 +84,7 @@ def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> 
                 download.remove()
 
         fields = _source_fields(settings, suite)
-        return archive.cache.ensure(KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
+        return archive.cache.ensure(SOURCE_KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
 
     return first_available(suites(settings.kernel_suite), attempt, title=package)
 
@@ -102,7 +102,7 @@ def _package_version(root: Path, package: str) -> str:
     return found[1]
 
 
-def unpack(archive: Path, tree: Path) -> None:
+def unpack_source(archive: Path, tree: Path) -> None:
     """Unpack the source without what a powerpc kernel never reads: half of its files."""
     code = [f"arch/{name}" for name in _OTHER_ARCHITECTURES] + list(_CODE_NOT_BUILT)
     excluded = [f"*/{folder}/*.{suffix}" for folder in code for suffix in ("[chS]", "dts", "dtsi")]

@@ -23,7 +23,7 @@ _MISSED = re.compile(
 )
 
 
-def environment(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+def kbuild_environment(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Variables to pass to kbuild, and the names of those that it reads and does not get."""
     passed = {
         name: value
@@ -84,7 +84,7 @@ _KEY_FILES = ("SYSTEM_TRUSTED_KEYS", "SYSTEM_REVOCATION_KEYS", "MODULE_SIG_KEY")
 _GENERATED_KEY = "certs/signing_key.pem"
 
 
-def require(produced: Mapping[str, str], tree: Path) -> None:
+def require_prerequisites(produced: Mapping[str, str], tree: Path) -> None:
     """Insist on what a configuration needs to compile, before minutes of it are spent.
 
     Args:

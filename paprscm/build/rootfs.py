@@ -121,7 +121,7 @@ def obtain(
         Error: as Archive.download().
     """
     for suite in suites:
-        if there := find(archive.cache, suite=suite):
+        if there := find_rootfs(archive.cache, suite=suite):
             return there
 
     for tool, package in (("fakeroot", "fakeroot"), ("mke2fs", "e2fsprogs")):
@@ -137,7 +137,7 @@ def obtain(
     return first_available(suites, attempt, title="userland")
 
 
-def build(
+def build_rootfs(
     cache: Cache, download: Download, *, boot_test: Callable[[Userland], None] | None
 ) -> Userland:
     """The root file system made of the packages, which are deleted then.
@@ -166,7 +166,7 @@ def build(
     return _load(entry.path, suite)
 
 
-def find(cache: Cache, *, suite: str) -> Userland | None:
+def find_rootfs(cache: Cache, *, suite: str) -> Userland | None:
     """The root file system, if the cache has it; nothing is built."""
     entry = cache.find("userland", _recipe(suite)[2])
     return _load(entry.path, suite) if entry else None

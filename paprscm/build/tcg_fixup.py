@@ -100,7 +100,7 @@ class FixReport:
         )
 
 
-def missing(executes: Mapping[str, bool]) -> tuple[Instruction, ...]:
+def missing_instructions(executes: Mapping[str, bool]) -> tuple[Instruction, ...]:
     """The instructions that a QEMU with the probe results `executes` cannot execute."""
     return tuple(i for i in INSTRUCTIONS if executes.get(i.name) is False)
 
@@ -120,7 +120,7 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
     Raises:
         ConfigError: `source` cannot be read or is not a 64-bit ELF file.
     """
-    lacking = missing(executes)
+    lacking = missing_instructions(executes)
     content = read_object(source)
     if not lacking:
         target.write_bytes(content)

@@ -24,7 +24,7 @@ _PACKAGES = {
 }
 
 
-def require(program: str) -> str:
+def require_program(program: str) -> str:
     """Return the path of a compiler or a binary tool, "cc" or one with PREFIX.
 
     Raises:
@@ -62,7 +62,7 @@ def compile_c(
         HostError: the compiler is missing or fails.
     """
     headers = headers or {}
-    program = require(compiler)
+    program = require_program(compiler)
     content = b"".join(source.read_bytes() for source in sources)
     content += "".join(headers.values()).encode()
     fields = {

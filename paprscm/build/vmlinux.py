@@ -136,7 +136,7 @@ def inspect(path: Path) -> Kernel:
         )
 
 
-def check(kernel: Kernel, *, has_modules: bool) -> None:
+def require_usable(kernel: Kernel, *, has_modules: bool) -> None:
     """Insist that `kernel` can drive the devices under test.
 
     Args:

@@ -14,7 +14,7 @@ from rich.table import Table
 from paprscm import log, settings
 from paprscm.build.debian import Archive
 from paprscm.commands import bench_flushes, bench_hcalls, bench_starts, bench_suite, flush_plot
-from paprscm.commands.series import Series, keep
+from paprscm.commands.series import Series, append_series
 from paprscm.errors import ConfigError, HostError
 from paprscm.guest.environment import prepare
 from paprscm.paths import SUITE_VARIABLE
@@ -29,10 +29,10 @@ def start(arguments: argparse.Namespace, chosen: Settings) -> int:
         raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
     environment = prepare(chosen, make_snapshot=True)
     failed = arguments.series.parent / "bench-start-failed"
-    series, left = bench_starts.starts(
+    series, left = bench_starts.measure_starts(
         environment, arguments.n, warm_only=arguments.warm_only, failed=failed
     )
-    _show(arguments, series, bench_starts.table)
+    _show(arguments, series, bench_starts.start_table)
     if left.problems:
         raise HostError(str(left))
     if not arguments.json:
@@ -46,7 +46,7 @@ def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
     os.environ[SUITE_VARIABLE] = "1"
     modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
     given = {name: getattr(arguments, name) for name in settings.names()}
-    plan = bench_suite.plan(
+    plan = bench_suite.select_modes(
         prepare(chosen, make_snapshot=True),
         modes,
         tests=arguments.tests,
@@ -54,8 +54,8 @@ def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
         words=arguments.rest,
     )
     keep = arguments.series.parent / "bench-suite" if arguments.keep else None
-    series, doubts = bench_suite.measure(plan, arguments.n, keep=keep)
-    _show(arguments, series, bench_suite.table)
+    series, doubts = bench_suite.measure_suite(plan, arguments.n, keep=keep)
+    _show(arguments, series, bench_suite.suite_table)
     for doubt in doubts:
         print(f"paprscm: {doubt}", file=sys.stderr)
     if not doubts and not arguments.json:
@@ -69,7 +69,9 @@ def hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Measure hcalls and flushes per second without a guest."""
     _check_rounds(arguments)
     qemu = resolve(Archive.of(chosen), chosen.qemu)
-    _show(arguments, bench_hcalls.rates(qemu, chosen, arguments.n), bench_hcalls.table)
+    _show(
+        arguments, bench_hcalls.measure_hcalls(qemu, chosen, arguments.n), bench_hcalls.hcall_table
+    )
     return 0
 
 
@@ -80,11 +82,11 @@ def flush(arguments: argparse.Namespace, chosen: Settings) -> int:
         "--threads", arguments.threads, bench_flushes.MOST_THREADS
     )
     dimms = bench_flushes.parse_numbers("--dimms", arguments.dimms, bench_flushes.MOST_DIMMS)
-    flush_plot.check(arguments.plot)
+    flush_plot.check_plot_file(arguments.plot)
     environment = prepare(chosen, make_snapshot=True)
-    series = bench_flushes.rates(environment, threads, dimms, arguments.n)
-    _show(arguments, series, bench_flushes.table)
-    flush_plot.draw(series, arguments.plot)
+    series = bench_flushes.measure_flushes(environment, threads, dimms, arguments.n)
+    _show(arguments, series, bench_flushes.flush_table)
+    flush_plot.draw_plot(series, arguments.plot)
     log.logger.info("the plot is %s", arguments.plot)
     return 0
 
@@ -100,7 +102,7 @@ def _show(
     table: Callable[[Series], Table],
 ) -> None:
     """Keep a series and print it; it is kept whatever was found."""
-    keep(series, arguments.series)
+    append_series(series, arguments.series)
     if arguments.json:
         print(series.as_json())
     else:

@@ -22,12 +22,12 @@ from rich.table import Table
 from paprscm import log
 from paprscm.commands.series import Series
 from paprscm.errors import ConfigError, ContractError
-from paprscm.flush.load import FlushLoad, load
+from paprscm.flush.load import FlushLoadReport, run_flush_load
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
-from paprscm.pmem.regions import region
+from paprscm.pmem.regions import find_region
 from paprscm.vm import sync_shim
 from paprscm.vm.capabilities import sanitizers
 from paprscm.vm.machine import MIB, Machine, Nvdimm
@@ -97,7 +97,7 @@ def percentile(values: Sequence[float], percent: float) -> float:
     return sorted(values)[max(1, math.ceil(len(values) * percent / 100)) - 1]
 
 
-def rates(
+def measure_flushes(
     environment: Environment, threads: Sequence[int], dimms: Sequence[int], rounds: int
 ) -> Series:
     """Measure each cell once in each round; the host's own fdatasync right after it.
@@ -169,7 +169,7 @@ def cells_of(series: Series) -> list[RateCell]:
     ]
 
 
-def title(series: Series) -> str:
+def flush_title(series: Series) -> str:
     """Return a title of two lines: the measurement and its environment."""
     names, rounds = series.environment, len(next(iter(series.values.values())))
     what = "writes to deep_flush by threads in the guest"
@@ -179,9 +179,9 @@ def title(series: Series) -> str:
     )
 
 
-def table(series: Series) -> Table:
+def flush_table(series: Series) -> Table:
     """The series for a terminal of 80 columns."""
-    shown = Table(title=title(series), box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    shown = Table(title=flush_title(series), box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
     shown.title_justify = shown.caption_justify = "left"
     shown.caption = (
         f"bound: threads / {SLEEP_MS} ms, for the driver sleeps that long in each flush;\n"
@@ -212,12 +212,12 @@ class _Bench:
     def __init__(self, guest: Guest, dimms: int) -> None:
         self._guest = guest
         self._slots = range(dimms)
-        self._targets = [f"{region(guest, slot).device}/deep_flush" for slot in self._slots]
+        self._targets = [f"{find_region(guest, slot).device}/deep_flush" for slot in self._slots]
         self._hcalls, self._syncs = count_hcalls(guest), self._counts()
 
-    def flushes(self, threads: int, dimms: int) -> tuple[FlushLoad, float]:
+    def flushes(self, threads: int, dimms: int) -> tuple[FlushLoadReport, float]:
         """The flushes of one cell, and how many polls each took."""
-        done = load(
+        done = run_flush_load(
             self._guest,
             "deep_flush",
             self._targets[:dimms],

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from paprscm import log
 from paprscm.commands.series import Series
-from paprscm.device.bare_metal import Bare, program
+from paprscm.device.bare_metal import BareMachine, compile_program
 from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError
 from paprscm.host.cache import Cache
@@ -41,7 +41,7 @@ _ARGUMENTS = {
 }
 
 
-def rates(qemu: Qemu, settings: Settings, rounds: int) -> Series:
+def measure_hcalls(qemu: Qemu, settings: Settings, rounds: int) -> Series:
     """Calls a second by opcode, and completed flushes a second beside the host's own fdatasync.
 
     Everything is measured once in each round, so that what disturbs one disturbs all.
@@ -63,9 +63,9 @@ def rates(qemu: Qemu, settings: Settings, rounds: int) -> Series:
     began = time.time()
     with (
         tempfile.TemporaryDirectory(prefix="paprscm-bench-") as folder,
-        Bare(
+        BareMachine(
             qemu,
-            program(Cache(settings.cache_dir)),
+            compile_program(Cache(settings.cache_dir)),
             machine,
             folder=Path(folder),
             scratch_dir=settings.scratch_dir,
@@ -84,7 +84,7 @@ def rates(qemu: Qemu, settings: Settings, rounds: int) -> Series:
     return Series(dimensions, began, "1/s", found)
 
 
-def table(series: Series) -> Table:
+def hcall_table(series: Series) -> Table:
     """The series for a terminal."""
     count = len(next(iter(series.values.values())))
     shown = Table(title=f"a second, {count} rounds, QEMU {series.environment['qemu']}")
@@ -97,7 +97,7 @@ def table(series: Series) -> Table:
     return shown
 
 
-def _measures(bare: Bare, nvdimms: list[Nvdimm]) -> dict[str, Callable[[], float]]:
+def _measures(bare: BareMachine, nvdimms: list[Nvdimm]) -> dict[str, Callable[[], float]]:
     measures: dict[str, Callable[[], float]] = {
         call.name: lambda call=call: _rate(bare, call)  # type: ignore[misc]
         for call in _ARGUMENTS
@@ -111,14 +111,14 @@ def _measures(bare: Bare, nvdimms: list[Nvdimm]) -> dict[str, Callable[[], float
     return measures
 
 
-def _rate(bare: Bare, call: Hcall) -> float:
+def _rate(bare: BareMachine, call: Hcall) -> float:
     (answer,) = bare.batch([Call(call, _ARGUMENTS[call], times=_CALLS)], timeout_s=60)
     if answer.code not in (ReturnCode.H_SUCCESS, ReturnCode.H_FUNCTION):
         raise ContractError(f"{call.name} answered {answer}")
     return _CALLS / answer.duration_s
 
 
-def _flushes(bare: Bare, nvdimm: Nvdimm, count: int) -> float:
+def _flushes(bare: BareMachine, nvdimm: Nvdimm, count: int) -> float:
     """One flush after the other, each polled without a pause until its end."""
     flush = Call(Hcall.H_SCM_FLUSH, (nvdimm.drc, 0), 10_000_000, True)
     answers = bare.batch([flush] * count, timeout_s=300)

@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.table import Table
 
 from paprscm import log
-from paprscm.commands.leaks import LeakWatch, Left
+from paprscm.commands.leaks import LeakReport, LeakWatch
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment
@@ -42,14 +42,14 @@ _DIMMS = (Nvdimm(slot=0), Nvdimm(slot=1))
 _FIRST_COMMAND = "echo /sys/bus/nd/devices/region*"
 
 
-def starts(
+def measure_starts(
     environment: Environment,
     count: int,
     *,
     warm_only: bool = False,
     warm_up: int = 1,
     failed: Path = Path("results/bench-start-failed"),
-) -> tuple[Series, Left]:
+) -> tuple[Series, LeakReport]:
     """Start guests with the same two DIMMs, each to its first command's answer.
 
     In each round one is restored and one is booted, so that what disturbs one disturbs both.
@@ -111,7 +111,7 @@ def starts(
     return Series(dimensions, began, "s", seconds, {"left": dataclasses.asdict(left)}), left
 
 
-def table(series: Series) -> Table:
+def start_table(series: Series) -> Table:
     """The series of starts for a terminal."""
     count = len(next(iter(series.values.values())))
     kinds = list(dict.fromkeys(name.split()[0] for name in series.values))

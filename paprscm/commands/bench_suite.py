@@ -27,7 +27,7 @@ from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment
 from paprscm.host.keeper import PR_SET_PDEATHSIG
-from paprscm.host.resources import budget, resources
+from paprscm.host.resources import compute_budget, read_resources
 
 MODES = ("cold", "warm", "parallel")
 # Avocado gives a test 60 s to end its guests (avocado.cfg).
@@ -128,7 +128,7 @@ def parse_modes(text: str, *, start: str = "auto") -> tuple[str, ...]:
     return wanted
 
 
-def plan(
+def select_modes(
     environment: Environment,
     modes: tuple[str, ...],
     *,
@@ -154,11 +154,11 @@ def plan(
         tests=tuple(tests),
         given=given,
         words=tuple(words),
-        side_by_side=budget(resources(), environment.settings).tests,
+        side_by_side=compute_budget(read_resources(), environment.settings).tests,
     )
 
 
-def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Series, list[str]]:
+def measure_suite(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Series, list[str]]:
     """Run the suite in each mode, as often as there are rounds.
 
     Args:
@@ -197,11 +197,11 @@ def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Serie
                 doubts += [f"{title}: left behind: {what}" for what in left.problems]
                 if _snapshot_id(plan.environment) != lives:
                     doubts.append(f"{title}: the snapshot was lost, and guests booted from then on")
-    doubts += differences(jobs)
+    doubts += status_differences(jobs)
     return _series(plan, began, jobs, doubts), doubts
 
 
-def differences(jobs: Sequence[Job]) -> list[str]:
+def status_differences(jobs: Sequence[Job]) -> list[str]:
     """A sentence for each test that did not end with the same status in all jobs."""
     found = []
     for name in dict.fromkeys(name for job in jobs for name in job.tests):
@@ -219,7 +219,7 @@ def differences(jobs: Sequence[Job]) -> list[str]:
     return found
 
 
-def table(series: Series) -> Table:
+def suite_table(series: Series) -> Table:
     """The series for a terminal."""
     count = max(map(len, series.values.values()))
     shown = Table(title_justify="left")
@@ -245,7 +245,7 @@ def table(series: Series) -> Table:
     return shown
 
 
-def read(folder: Path, mode: str, duration_s: float) -> Job:
+def read_job(folder: Path, mode: str, duration_s: float) -> Job:
     """Read a job's results.
 
     Args:
@@ -312,7 +312,7 @@ def _series(plan: Plan, began: float, jobs: Sequence[Job], doubts: Sequence[str]
         **plan.environment.describe(),
         "tests": " ".join([*plan.words, *plan.tests]),
         "side_by_side": str(plan.side_by_side),
-        "cpus": resources().cpus_text,
+        "cpus": read_resources().cpus_text,
     }
     found = {
         "modes": {mode: plan.title(mode) for mode in plan.modes},
@@ -336,7 +336,7 @@ def _once(rounds: Iterable[Mapping[str, int]]) -> str:
 def _job(plan: Plan, mode: str, folder: Path, scratch: Path) -> Job:
     began = time.monotonic()
     _run(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
-    return read(folder, mode, time.monotonic() - began)
+    return read_job(folder, mode, time.monotonic() - began)
 
 
 def _run(argv: Sequence[str], log_file: Path) -> None:

@@ -187,9 +187,9 @@ def _settings_parser() -> argparse.ArgumentParser:
 
 
 def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
-    findings = doctor.doctor(chosen)
-    doctor.show(findings)
-    return 1 if doctor.broken(findings) else 0
+    findings = doctor.inspect_host(chosen)
+    doctor.print_findings(findings)
+    return 1 if doctor.is_broken(findings) else 0
 
 
 def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
@@ -249,9 +249,9 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
             sys.stderr.write(result.stderr)
             return result.status
         if arguments.serial:
-            shell.serial(guest)
+            shell.connect_serial(guest)
             return 0
-        return shell.ssh(guest)
+        return shell.connect_ssh(guest)
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:
@@ -270,7 +270,7 @@ def _script(environment: Environment, machine: Machine) -> str:
 
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen
-    Console().print(hcall_judge.table(hcall_judge.of_job(arguments.results)))
+    Console().print(hcall_judge.branch_table(hcall_judge.count_branches(arguments.results)))
     return 0
 
 
@@ -328,12 +328,12 @@ def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
     cache = Cache(chosen.cache_dir)
     started = time.time() - 1
     prepare(chosen, make_snapshot=True)
-    bare_metal.program(cache)
+    bare_metal.compile_program(cache)
     sync_shim.build(cache)
     entries = [
         entry
         for entry in cache.entries()
-        if entry.used >= started and entry.kind != kernel_source.KIND
+        if entry.used >= started and entry.kind != kernel_source.SOURCE_KIND
     ]
     size_bytes = transfer.export(entries, arguments.file)
     print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")

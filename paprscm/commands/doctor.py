@@ -24,7 +24,7 @@ from paprscm.build.toolchain import PREFIX
 from paprscm.errors import ConfigError, Error
 from paprscm.host import process
 from paprscm.host.cache import Cache
-from paprscm.host.resources import budget, resources
+from paprscm.host.resources import compute_budget, read_resources
 from paprscm.paths import IMAGES
 from paprscm.settings import Settings
 from paprscm.vm import binary
@@ -120,7 +120,7 @@ def system() -> Literal["debian", "fedora", "other"]:
     return "fedora" if names & {"fedora", "rhel"} else "other"
 
 
-def doctor(settings: Settings) -> list[Finding]:
+def inspect_host(settings: Settings) -> list[Finding]:
     """Look at all that the suite needs of this machine; nothing is built.
 
     Of what must be fetched, only the package index is.
@@ -137,7 +137,7 @@ def doctor(settings: Settings) -> list[Finding]:
     return findings
 
 
-def broken(findings: Sequence[Finding]) -> bool:
+def is_broken(findings: Sequence[Finding]) -> bool:
     """Return True if something that is needed is missing."""
     return any(finding.grade == "missing" for finding in findings)
 
@@ -149,7 +149,7 @@ def install_line(findings: Sequence[Finding]) -> str | None:
     return f"{tools[system()]} {packages}" if packages else None
 
 
-def show(findings: Sequence[Finding], console: Console | None = None) -> None:
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
     """Print the findings for a person.
 
     Args:
@@ -271,12 +271,12 @@ def _cross_compiler() -> list[Finding]:
 
 
 def _side_by_side(settings: Settings) -> list[Finding]:
-    found = resources()
+    found = read_resources()
     text = f"{found.cpus_text}, {found.memory_text}"
     machine = Finding("ok", "machine", text)
     if found.cpus < 2:
         machine = Finding("note", "machine", f"{text}; expect everything to take twice as long")
-    decided = budget(found, settings)
+    decided = compute_budget(found, settings)
     return [machine, Finding("ok" if decided.fits else "note", "side by side", decided.reason)]
 
 
@@ -325,7 +325,7 @@ def _userland(settings: Settings) -> list[Finding]:
     cache = Cache(settings.cache_dir)
     wanted = debian.suites(settings.userland_suite)
     for suite in wanted:
-        if rootfs.find(cache, suite=suite):
+        if rootfs.find_rootfs(cache, suite=suite):
             return [Finding("ok", "userland", f"Debian {suite}, in the cache")]
     findings = []
     for suite in wanted:

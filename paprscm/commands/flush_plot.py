@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paprscm.commands.bench_flushes import SLEEP_MS, RateCell, cells_of, title
+from paprscm.commands.bench_flushes import SLEEP_MS, RateCell, cells_of, flush_title
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError
 
@@ -29,7 +29,7 @@ _DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1.0, "markerfacecolor
 _DOTTED: dict[str, Any] = {"linestyle": ":", "linewidth": 1.8, "color": "#555555"}
 
 
-def check(file: Path) -> None:
+def check_plot_file(file: Path) -> None:
     """Raise unless a plot can be drawn into a file of that name.
 
     Raises:
@@ -46,7 +46,7 @@ def check(file: Path) -> None:
         )
 
 
-def draw(series: Series, file: Path) -> None:
+def draw_plot(series: Series, file: Path) -> None:
     """Draw it; of the machine, nothing but matplotlib's own fonts and settings has a part in it.
 
     Args:
@@ -65,7 +65,7 @@ def draw(series: Series, file: Path) -> None:
         # The same series is the same file.
         matplotlib.rcParams["svg.hashsalt"] = "paprscm"
         figure = Figure(figsize=(11, 6), layout="constrained")
-        figure.suptitle(title(series), fontsize=11)
+        figure.suptitle(flush_title(series), fontsize=11)
         left, right = figure.subplots(1, 2)
         _draw(left, rows, lambda cell: cell.flushes, lambda cell: cell.fdatasync)
         _line(left, rows[0], lambda cell: cell.bound, **_DOTTED)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm.host.cache import MANIFEST
-from paprscm.host.resources import resources
+from paprscm.host.resources import read_resources
 
 # Whatever we start inherits it, and what that starts, too.
 _MARK = "PAPRSCM_LEAKS"
@@ -24,7 +24,7 @@ _STEP_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
-class Held:
+class HeldResources:
     """Resources that a run holds at one moment.
 
     Attributes:
@@ -47,7 +47,7 @@ class Held:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Left:
+class LeakReport:
     """Difference between two moments.
 
     Attributes:
@@ -56,8 +56,8 @@ class Left:
         unchanged: how many files were read and found to be as they were.
     """
 
-    before: Held
-    after: Held
+    before: HeldResources
+    after: HeldResources
     problems: tuple[str, ...]
     unchanged: int
 
@@ -87,20 +87,20 @@ class LeakWatch:
         self._scratch = scratch
         self._mark = os.environ[_MARK] = uuid.uuid4().hex
 
-    def look(self) -> Held:
+    def look(self) -> HeldResources:
         """Take stock of the present resources."""
         pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return Held(
+        return HeldResources(
             processes=self.processes(),
             files=tuple(sorted(path.name for path in self._scratch.iterdir())),
             descriptors=len(os.listdir("/proc/self/fd")),  # noqa: PTH208
             threads=len(os.listdir("/proc/self/task")),  # noqa: PTH208
             own_mib=pages * os.sysconf("SC_PAGE_SIZE") / (1 << 20),
-            available_mib=resources().available_mib,
+            available_mib=read_resources().available_mib,
             load=os.getloadavg()[0],
         )
 
-    def compare(self, before: Held, *, snapshot: Path | None = None) -> Left:
+    def compare(self, before: HeldResources, *, snapshot: Path | None = None) -> LeakReport:
         """Return the leaks since `before`, after a grace period for what needs time to end.
 
         Args:
@@ -118,7 +118,7 @@ class LeakWatch:
         if snapshot is not None:
             unchanged, changed = check_digests(snapshot)
             problems += [f"the snapshot's {what}" for what in changed]
-        return Left(before=before, after=after, problems=tuple(problems), unchanged=unchanged)
+        return LeakReport(before=before, after=after, problems=tuple(problems), unchanged=unchanged)
 
     def processes(self) -> dict[int, str]:
         """The living processes with our mark, and our own children whatever they are."""
@@ -153,7 +153,7 @@ def check_digests(folder: Path) -> tuple[int, list[str]]:
     return len(wanted) - len(changed), changed
 
 
-def _more(before: Held, after: Held) -> list[str]:
+def _more(before: HeldResources, after: HeldResources) -> list[str]:
     problems = []
     if more := after.processes.keys() - before.processes.keys():
         named = (f"{pid} {after.processes[pid]}" for pid in sorted(more))

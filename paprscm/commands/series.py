@@ -38,7 +38,7 @@ class Series:
         return json.dumps({**dataclasses.asdict(self), "summary": self.summary()}, sort_keys=True)
 
 
-def keep(series: Series, file: Path) -> None:
+def append_series(series: Series, file: Path) -> None:
     """Append a series to a file of JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:

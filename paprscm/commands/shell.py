@@ -30,7 +30,7 @@ def require_terminal() -> None:
         raise ConfigError("a shell needs a terminal", hint="`paprscm shell -c COMMAND` needs none")
 
 
-def serial(guest: Guest) -> None:
+def connect_serial(guest: Guest) -> None:
     """Connect the keyboard with the serial console until Ctrl-] or the guest's end.
 
     The guest's console must have been mirrored to stdout from its boot on.
@@ -46,7 +46,7 @@ def serial(guest: Guest) -> None:
                     return
 
 
-def ssh(guest: Guest) -> int:
+def connect_ssh(guest: Guest) -> int:
     """Connect the terminal with a shell over ssh until it ends; its exit status."""
     size = shutil.get_terminal_size()
     channel = guest.shell(os.environ.get("TERM", "vt100"), size.columns, size.lines)

@@ -48,7 +48,7 @@ _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
 _START_LIMIT_S = 20.0
 
 
-def program(cache: Cache) -> Path:
+def compile_program(cache: Cache) -> Path:
     """Return the program that makes the hcalls, compiled unless the cache has it.
 
     Raises:
@@ -59,7 +59,7 @@ def program(cache: Cache) -> Path:
     return compile_c(cache, "hcalls", sources, compiler=f"{PREFIX}gcc", flags=_FLAGS)
 
 
-class Bare(Lifetime):
+class BareMachine(Lifetime):
     """A machine that makes hypervisor calls; use it as a context manager. Several may run at once.
 
     Args:

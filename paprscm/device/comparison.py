@@ -9,14 +9,14 @@ from typing import Any
 
 from paprscm.device.command_line import RawMachine
 from paprscm.device.device_tree import (
-    Tree,
+    DeviceTree,
     associativity,
     expected_node,
     judge_persistent_memory,
-    parse,
+    parse_tree,
 )
 from paprscm.device.launch import Attempt
-from paprscm.device.prediction import Placed, Prediction
+from paprscm.device.prediction import PlacedDimm, Prediction
 from paprscm.log import quoted
 from paprscm.papr import drc_index
 
@@ -28,7 +28,7 @@ _HARMLESS = re.compile(
 _ASKED = ("uuid", "label-size", "unarmed")
 
 
-def questions(machine: RawMachine) -> list[tuple[str, Mapping[str, Any]]]:
+def monitor_commands(machine: RawMachine) -> list[tuple[str, Mapping[str, Any]]]:
     """The QMP commands whose answers judge() wants."""
     asked: list[tuple[str, Mapping[str, Any]]] = [("query-memory-devices", {})]
     asked += [
@@ -39,7 +39,7 @@ def questions(machine: RawMachine) -> list[tuple[str, Mapping[str, Any]]]:
     return asked
 
 
-def judge(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | None:
+def judge_attempt(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | None:
     """Compare an attempt with its prediction: the difference in one paragraph, or None.
 
     Args:
@@ -59,7 +59,7 @@ def judge(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | 
     return "it came out wrong:\n" + quoted("\n".join(said)) if said else None
 
 
-def unusual(prediction: Prediction, found: Attempt) -> str | None:
+def unusual_messages(prediction: Prediction, found: Attempt) -> str | None:
     """Messages, not seen so far, about a machine that QEMU treats as predicted.
 
     No contract fixes the words, nor which of several reasons is given.
@@ -73,9 +73,9 @@ def unusual(prediction: Prediction, found: Attempt) -> str | None:
     return "accepted with a message:\n" + quoted("\n".join(strange)) if strange else None
 
 
-def _accepted(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> Iterator[str]:
+def _accepted(machine: RawMachine, placed: Sequence[PlacedDimm], found: Attempt) -> Iterator[str]:
     """Check the device tree and the monitor's answers of an accepted machine."""
-    tree = parse(found.tree or b"")
+    tree = parse_tree(found.tree or b"")
     nodes = {}
     for dimm, place in zip(machine.dimms, placed, strict=True):
         nodes[drc_index(place.slot)] = expected_node(
@@ -89,11 +89,11 @@ def _accepted(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> 
             associativity=associativity(dimm.node or 0),
         )
     yield from judge_persistent_memory(tree, slots=machine.slots or 0, nvdimms=nodes)
-    yield from nodes_differ(tree)
+    yield from numa_differences(tree)
     yield from _monitor(machine, placed, found)
 
 
-def nodes_differ(tree: Tree) -> Iterator[str]:
+def numa_differences(tree: DeviceTree) -> Iterator[str]:
     """Each DIMM is in the same place as the memory of its node, where that has some."""
     memories = {
         node.cells("ibm,associativity")[-1]: node
@@ -107,7 +107,7 @@ def nodes_differ(tree: Tree) -> Iterator[str]:
             yield f"{node.path} and {memory.path}, of one NUMA node, differ in ibm,associativity"
 
 
-def _monitor(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> Iterator[str]:
+def _monitor(machine: RawMachine, placed: Sequence[PlacedDimm], found: Attempt) -> Iterator[str]:
     """query-memory-devices and qom-get say what the command line did."""
     devices = {item["data"]["id"]: item for item in found.returned(0)}
     if len(devices) != len(machine.dimms):

@@ -20,7 +20,7 @@ _END = struct.pack(">I", 9)
 
 
 @dataclass(frozen=True)
-class Node:
+class TreeNode:
     """One node: its path and its properties, as bytes; a getter says what is wrong with one."""
 
     path: str
@@ -67,12 +67,12 @@ class Connector:
 
 
 @dataclass(frozen=True)
-class Tree:
+class DeviceTree:
     """A device tree: its nodes by their paths; "/" is the root."""
 
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, TreeNode]
 
-    def node(self, path: str) -> Node:
+    def node(self, path: str) -> TreeNode:
         """The node of that path.
 
         Raises:
@@ -83,18 +83,18 @@ class Tree:
         return self.nodes[path]
 
     @property
-    def parent(self) -> Node:
+    def parent(self) -> TreeNode:
         """/ibm,persistent-memory."""
         return self.node(f"/{PARENT_NODE}")
 
     @property
-    def nvdimms(self) -> dict[int, Node]:
+    def nvdimms(self) -> dict[int, TreeNode]:
         """The nodes of the DIMMs, by the DRC index in their unit addresses.
 
         Raises:
             ContractError: something below /ibm,persistent-memory is not a DIMM.
         """
-        found: dict[int, Node] = {}
+        found: dict[int, TreeNode] = {}
         start = f"{self.parent.path}/"
         for path, node in self.nodes.items():
             if not path.startswith(start):
@@ -127,7 +127,7 @@ class Tree:
         return tuple(Connector(*row) for row in rows)
 
 
-def parse(blob: bytes) -> Tree:
+def parse_tree(blob: bytes) -> DeviceTree:
     """Read a flattened device tree; what follows its structure and strings is padding.
 
     Raises:
@@ -148,7 +148,7 @@ def parse(blob: bytes) -> Tree:
     twice = [number for number, times in phandles.items() if times > 1]
     if twice:
         raise ContractError(f"several nodes have the phandle {twice[0]}")
-    return Tree(nodes)
+    return DeviceTree(nodes)
 
 
 def _check_header(blob: bytes) -> None:
@@ -169,8 +169,8 @@ def _check_header(blob: bytes) -> None:
         raise ContractError("the device tree's structure block does not end with FDT_END")
 
 
-def _walk(node: Any, path: str) -> Iterator[tuple[str, Node]]:
-    yield path, Node(path, {item.name: _raw(item) for item in node.props})
+def _walk(node: Any, path: str) -> Iterator[tuple[str, TreeNode]]:
+    yield path, TreeNode(path, {item.name: _raw(item) for item in node.props})
     for child in node.nodes:
         yield from _walk(child, f"{path.rstrip('/')}/{child.name}")
 
@@ -286,7 +286,7 @@ def expected_connectors(slots: int) -> tuple[Connector, ...]:
     return tuple(Connector(drc_index(n), 0xFFFFFFFF, f"PMEM {n}", "PMEM") for n in range(slots))
 
 
-def differences(
+def property_differences(
     expected: Mapping[str, bytes], found: Mapping[str, bytes], *, ignored: Sequence[str] = ()
 ) -> list[str]:
     """List the missing, wrong and unexpected properties of a node, each in a few words.
@@ -308,7 +308,7 @@ def differences(
 
 
 def judge_persistent_memory(
-    tree: Tree, *, slots: int, nvdimms: Mapping[int, Mapping[str, bytes]]
+    tree: DeviceTree, *, slots: int, nvdimms: Mapping[int, Mapping[str, bytes]]
 ) -> list[str]:
     """List the errors of a tree's persistent memory; empty if there are none.
 
@@ -316,7 +316,10 @@ def judge_persistent_memory(
         slots: how many memory slots the machine has.
         nvdimms: the properties that each DIMM's node must have, by DRC index.
     """
-    said = [f"{tree.parent.path}: {word}" for word in differences(PARENT, tree.parent.properties)]
+    said = [
+        f"{tree.parent.path}: {word}"
+        for word in property_differences(PARENT, tree.parent.properties)
+    ]
     found = tree.nvdimms
     for drc in sorted({*nvdimms, *found}):
         if drc not in found:
@@ -324,7 +327,7 @@ def judge_persistent_memory(
         elif drc not in nvdimms:
             said.append(f"{found[drc].path} is there, which was not asked for")
         else:
-            words = differences(nvdimms[drc], found[drc].properties)
+            words = property_differences(nvdimms[drc], found[drc].properties)
             said += [f"{found[drc].path}: {word}" for word in words]
     announced = sorted(
         (c for c in tree.connectors if c.kind == "PMEM" or c.index >> 28 == DRC_TYPE_PMEM),

@@ -12,8 +12,15 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from paprscm.device.bare_metal import Bare
-from paprscm.device.hcall_model import BRANCHES, Branch, Dimm, Expected, ScmModel, describe
+from paprscm.device.bare_metal import BareMachine
+from paprscm.device.hcall_model import (
+    BRANCHES,
+    Branch,
+    Expected,
+    ModelDimm,
+    ScmModel,
+    describe_answer,
+)
 from paprscm.device.mailbox import Answer, Call
 from paprscm.errors import ConfigError, ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
@@ -76,7 +83,7 @@ class ScmJudge:
             example of each. It does not fail: the test of that issue reports it once.
     """
 
-    def __init__(self, bare: Bare, nvdimms: Iterable[Nvdimm]) -> None:
+    def __init__(self, bare: BareMachine, nvdimms: Iterable[Nvdimm]) -> None:
         self.bare = bare
         self.calls = 0
         self.known_wrong: dict[str, str] = {}
@@ -105,7 +112,7 @@ class ScmJudge:
             self.calls += 1
             wanted = self.model.allowed(made.call, made.arguments)
             found = [e for e in wanted if (e.code, e.outputs) == (answer.code, answer.outputs)]
-            text = f"{made} {describe(answer.code, answer.outputs, wanted)}"
+            text = f"{made} {describe_answer(answer.code, answer.outputs, wanted)}"
             known = known_bug(wanted)
             if found:
                 self.model.observe(found[0], made.arguments)
@@ -165,7 +172,7 @@ _GOES_ON: Branch = next(
 )
 
 
-def coverage(covered: Counter[Branch]) -> dict[str, int]:
+def branch_counts(covered: Counter[Branch]) -> dict[str, int]:
     """Count how often each branch was taken, by name."""
     return {
         f"{call.name} {code.name} ({why})": covered[call, code, why]
@@ -173,7 +180,7 @@ def coverage(covered: Counter[Branch]) -> dict[str, int]:
     }
 
 
-def of_job(results: Path) -> Counter[Branch]:
+def count_branches(results: Path) -> Counter[Branch]:
     """Sum over the tests of a job how often each branch was taken.
 
     Args:
@@ -193,7 +200,7 @@ def of_job(results: Path) -> Counter[Branch]:
     return total
 
 
-def table(covered: Counter[Branch]) -> Table:
+def branch_table(covered: Counter[Branch]) -> Table:
     """The branches by call and return code, for a terminal."""
     taken = sum(1 for branch in BRANCHES if covered[branch])
     title = f"{taken} of {len(BRANCHES)} branches taken"
@@ -208,7 +215,7 @@ def table(covered: Counter[Branch]) -> Table:
     return shown
 
 
-def _dimms(bare: Bare, nvdimms: Iterable[Nvdimm]) -> list[Dimm]:
+def _dimms(bare: BareMachine, nvdimms: Iterable[Nvdimm]) -> list[ModelDimm]:
     """The model of each DIMM; where QEMU has put it is asked of the monitor."""
     devices = bare.qmp.execute("query-memory-devices")
     addresses = {device["data"]["slot"]: int(device["data"]["addr"]) for device in devices}
@@ -218,7 +225,7 @@ def _dimms(bare: Bare, nvdimms: Iterable[Nvdimm]) -> list[Dimm]:
             file.seek(nvdimm.size_bytes)
             label = bytearray(file.read(nvdimm.label_bytes))
         found.append(
-            Dimm(
+            ModelDimm(
                 slot=nvdimm.slot,
                 address=addresses[nvdimm.slot],
                 size_bytes=nvdimm.size_bytes,

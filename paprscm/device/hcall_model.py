@@ -132,7 +132,7 @@ class PendingFlush:
 
 
 @dataclass(kw_only=True)
-class Dimm:
+class ModelDimm:
     """State of one nvdimm in the model.
 
     Attributes:
@@ -179,7 +179,7 @@ class ScmModel:
         covered: how often each branch was observed.
     """
 
-    def __init__(self, dimms: Iterable[Dimm]) -> None:
+    def __init__(self, dimms: Iterable[ModelDimm]) -> None:
         self.dimms = {dimm.slot: dimm for dimm in dimms}
         self.covered: Counter[Branch] = Counter()
         self._by_drc = {drc_index(slot): dimm for slot, dimm in self.dimms.items()}
@@ -246,13 +246,13 @@ class ScmModel:
         for dimm in self.dimms.values():
             dimm.outstanding.clear()
 
-    def _dimm(self, word: int) -> Dimm | None:
+    def _dimm(self, word: int) -> ModelDimm | None:
         # QEMU looks at the lower half only. LoPAR has DRC indices of 32 bits.
         return self._by_drc.get(word & 0xFFFFFFFF)
 
     def _metadata(
         self, call: Hcall, words: list[int], length: int, wrong_length: ReturnCode
-    ) -> Expected | Dimm:
+    ) -> Expected | ModelDimm:
         """The DIMM, or what both directions refuse: DRC, length, range, in this order."""
         dimm, offset = self._dimm(words[0]), words[1]
         if dimm is None:
@@ -402,7 +402,7 @@ def _answer(
     return Expected(code, outputs, (call, code, why))  # type: ignore[arg-type]
 
 
-def describe(code: int, outputs: Sequence[int], wanted: Iterable[Expected]) -> str:
+def describe_answer(code: int, outputs: Sequence[int], wanted: Iterable[Expected]) -> str:
     """Describe an answer and the allowed ones, for a message.
 
     Args:

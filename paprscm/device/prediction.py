@@ -80,7 +80,7 @@ class RefusalReason(Enum):
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedDimm:
     """Address of a DIMM, and the size that the guest can use."""
 
     slot: int
@@ -99,7 +99,7 @@ class Prediction:
     """
 
     reasons: frozenset[RefusalReason]
-    placed: tuple[Placed, ...] = ()
+    placed: tuple[PlacedDimm, ...] = ()
 
 
 def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
@@ -112,7 +112,7 @@ def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
         reasons = frozenset(step(machine))
         if reasons:
             return Prediction(reasons)
-    placed: list[Placed] = []
+    placed: list[PlacedDimm] = []
     for number, dimm in enumerate(machine.dimms):
         reasons = frozenset(_properties(dimm, has_override)) or frozenset(_region(machine, dimm))
         if not reasons:
@@ -122,7 +122,7 @@ def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
             reasons |= {answer for answer in (slot, addr) if isinstance(answer, RefusalReason)}
             if isinstance(slot, int) and isinstance(addr, int) and not reasons:
                 backend = machine.backends[dimm.memdev or 0]
-                placed.append(Placed(slot, addr, _usable(backend, dimm)))
+                placed.append(PlacedDimm(slot, addr, _usable(backend, dimm)))
         if reasons:
             return Prediction(reasons, tuple(placed))
     return Prediction(frozenset(), tuple(placed))
@@ -221,7 +221,9 @@ def _plug(machine: RawMachine, number: int) -> Iterator[RefusalReason]:
         yield RefusalReason.MEMDEV_BUSY
 
 
-def _slot(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | RefusalReason:
+def _slot(
+    machine: RawMachine, dimm: RawDimm, before: tuple[PlacedDimm, ...]
+) -> int | RefusalReason:
     """The slot that was asked for, or the lowest that is free; -1 does not ask."""
     slots = machine.slots or 0
     taken = {other.slot for other in before}
@@ -235,7 +237,9 @@ def _slot(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int
     return min({*range(slots)} - taken, default=RefusalReason.NO_FREE_SLOT)
 
 
-def _addr(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | RefusalReason:
+def _addr(
+    machine: RawMachine, dimm: RawDimm, before: tuple[PlacedDimm, ...]
+) -> int | RefusalReason:
     """The address that was asked for, or the lowest at which it fits."""
     backend = machine.backends[dimm.memdev or 0]
     size, align = _usable(backend, dimm), backend.align_bytes()

@@ -430,7 +430,7 @@ GROUPS: Mapping[str, tuple[Refusal, ...]] = {
 }
 
 
-def find(name: str) -> Refusal:
+def find_row(name: str) -> Refusal:
     """The row of that name."""
     (found,) = (row for rows in GROUPS.values() for row in rows if row.name == name)
     return found

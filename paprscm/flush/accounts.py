@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from paprscm.errors import ContractError
-from paprscm.flush.trace import Flush, FlushTrace, Reading
+from paprscm.flush.trace import FlushTrace, TracedFlush, TraceReading
 from paprscm.guest.guest import Guest
 from paprscm.papr import drc_index
 from paprscm.vm.sync_shim import Operation
@@ -23,7 +23,7 @@ class Account:
         syncs: of each slot's backing file, by the operation that the host was asked for.
     """
 
-    flushes: Mapping[int, tuple[Flush, ...]]
+    flushes: Mapping[int, tuple[TracedFlush, ...]]
     syncs: Mapping[int, Mapping[Operation, int]]
 
     @property
@@ -36,7 +36,7 @@ class Account:
         """Number of hcalls that they took."""
         return sum(len(flush.calls) for made in self.flushes.values() for flush in made)
 
-    def all(self) -> tuple[Flush, ...]:
+    def all(self) -> tuple[TracedFlush, ...]:
         """The flushes of all slots, by slot."""
         return tuple(flush for made in self.flushes.values() for flush in made)
 
@@ -83,7 +83,7 @@ class FlushAccounts:
         self._before = self._syncs()
         self._base = _sum(self._before)
         self.trace = FlushTrace(guest)
-        self._flushes: list[Flush] = []
+        self._flushes: list[TracedFlush] = []
 
     def take(self, *, limit_s: float = 5.0) -> Account:
         """Return the totals since the last call.
@@ -105,7 +105,7 @@ class FlushAccounts:
                 raise ContractError(f"the counts differ: {self._words(reading, syncs)}")
             time.sleep(0.05)
         by_drc = {drc_index(slot): slot for slot in self._slots}
-        flushes: dict[int, list[Flush]] = {slot: [] for slot in self._slots}
+        flushes: dict[int, list[TracedFlush]] = {slot: [] for slot in self._slots}
         for flush in self._flushes:
             if flush.drc not in by_drc:
                 raise ContractError(f"a flush of drc {flush.drc:#x}, which no DIMM has")
@@ -124,7 +124,7 @@ class FlushAccounts:
         self._before = syncs
         return account
 
-    def _agree(self, reading: Reading, syncs: Mapping[int, Mapping[Operation, int]]) -> bool:
+    def _agree(self, reading: TraceReading, syncs: Mapping[int, Mapping[Operation, int]]) -> bool:
         first, calls = reading.traced
         under_way = any(
             self._guest.vm.syncs(slot).counts().begun != sum(syncs[slot].values())
@@ -146,7 +146,7 @@ class FlushAccounts:
             for slot in self._slots
         }
 
-    def _words(self, reading: Reading, syncs: Mapping[int, Mapping[Operation, int]]) -> str:
+    def _words(self, reading: TraceReading, syncs: Mapping[int, Mapping[Operation, int]]) -> str:
         first, calls = reading.traced
         return (
             f"papr_scm_pmem_flush was called {reading.entered} times; H_SCM_FLUSH began "

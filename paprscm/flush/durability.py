@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 from paprscm.errors import ContractError, HostError
-from paprscm.flush.load import Call
+from paprscm.flush.load import DurableCall
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ProbeError, ToolReport, read_report
 from paprscm.guest.tools import compile_tool
-from paprscm.pmem.namespaces import CharacterDevice, place_in_file
+from paprscm.pmem.namespaces import CharacterDevice, file_offset
 from paprscm.pmem.regions import Region
 from paprscm.vm.sync_shim import Record
 
@@ -36,7 +36,7 @@ _DRIFT_NS = 50_000
 
 
 @dataclass(frozen=True)
-class Offset:
+class ClockOffset:
     """Offset from the guest's CLOCK_MONOTONIC_RAW to the host's monotonic time.
 
     Attributes:
@@ -51,13 +51,13 @@ class Offset:
         """Uncertainty of the offset, ns."""
         return self.high_ns - self.low_ns
 
-    def narrowed(self, other: Offset) -> Offset:
+    def narrowed(self, other: ClockOffset) -> ClockOffset:
         """Combine two comparisons.
 
         Raises:
             HostError: they contradict each other: a clock was changed in between.
         """
-        both = Offset(max(self.low_ns, other.low_ns), min(self.high_ns, other.high_ns))
+        both = ClockOffset(max(self.low_ns, other.low_ns), min(self.high_ns, other.high_ns))
         if both.width_ns < 0:
             raise HostError(f"the guest's clock and the host's drift: {self}, later {other}")
         return both
@@ -71,7 +71,7 @@ class _ClockReport(ToolReport, frozen=True, kw_only=True):
     rounds: tuple[tuple[Natural, Natural, Natural], ...]
 
 
-def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Offset:
+def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> ClockOffset:
     """Compare the guest's clock with the host's, some hundred times in one round trip.
 
     Args:
@@ -83,23 +83,25 @@ def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Off
         ProbeError: the program in the guest gave no report that can be believed.
         HostError: it can hardly be the memory of that DIMM.
     """
-    begin = place_in_file(guest, region, device)
+    begin = file_offset(guest, region, device)
     command = [str(compile_tool(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
     with _Answers(guest.file(region.slot), begin):
         result = guest.run(shlex.join(command))
     rounds = read_report(_ClockReport, result.stdout, result.status, result.stderr).rounds
     if len(rounds) != _ROUNDS:
         raise ProbeError(f"flush reports {len(rounds)} rounds, not {_ROUNDS}")
-    offset = Offset(
+    offset = ClockOffset(
         max(host - end for _begin, host, end in rounds),
         min(host - begin for begin, host, _end in rounds),
     )
     if offset.width_ns < 0:
         raise HostError(f"the guest's clock and the host's cannot be compared: {offset}")
-    return Offset(offset.low_ns - _DRIFT_NS, offset.high_ns + _DRIFT_NS)
+    return ClockOffset(offset.low_ns - _DRIFT_NS, offset.high_ns + _DRIFT_NS)
 
 
-def expect_durable(calls: Iterable[Call], syncs: Iterable[Record], offset: Offset) -> None:
+def expect_durable(
+    calls: Iterable[DurableCall], syncs: Iterable[Record], offset: ClockOffset
+) -> None:
     """Assert that each call that succeeded was right to say so.
 
     As far as the offset is not known, it is taken as is best for the guest.
@@ -120,7 +122,7 @@ def expect_durable(calls: Iterable[Call], syncs: Iterable[Record], offset: Offse
     )
     begins = [begin for begin, _end in good]
     earliest = _earliest_ends(good)
-    wrong: list[tuple[int, Call]] = []
+    wrong: list[tuple[int, DurableCall]] = []
     for call in made:
         place = bisect.bisect_left(begins, call.begin_ns + offset.low_ns)
         late_ns = earliest[place] - (call.end_ns + offset.high_ns)

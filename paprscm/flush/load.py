@@ -20,7 +20,7 @@ from paprscm.guest.report import (
 )
 from paprscm.guest.tools import compile_tool
 
-Operation = Literal[
+DurableOperation = Literal[
     "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
 ]
 
@@ -28,7 +28,7 @@ Operation = Literal[
 _MORE_S = 60
 
 
-class Call(Fields, frozen=True, array_like=True):
+class DurableCall(Fields, frozen=True, array_like=True):
     """One call that promises durability.
 
     Attributes:
@@ -57,7 +57,7 @@ class Call(Fields, frozen=True, array_like=True):
         return (self.end_ns - self.begin_ns) / 1e9
 
 
-class FlushLoad(ToolReport, frozen=True, kw_only=True):
+class FlushLoadReport(ToolReport, frozen=True, kw_only=True):
     """Calls that threads in the guest made.
 
     Attributes:
@@ -73,7 +73,7 @@ class FlushLoad(ToolReport, frozen=True, kw_only=True):
     threads: Natural
     targets: Natural
     duration_ns: Natural
-    calls: tuple[Call, ...]
+    calls: tuple[DurableCall, ...]
 
     def __post_init__(self) -> None:
         check_report(self.targets > 0, "no target")
@@ -84,7 +84,7 @@ class FlushLoad(ToolReport, frozen=True, kw_only=True):
         """The duration, s."""
         return self.duration_ns / 1e9
 
-    def on(self, target: int) -> tuple[Call, ...]:
+    def on(self, target: int) -> tuple[DurableCall, ...]:
         """The calls on the target of that number."""
         return tuple(call for call in self.calls if call.thread % self.targets == target)
 
@@ -99,16 +99,16 @@ class FlushLoad(ToolReport, frozen=True, kw_only=True):
             )
 
 
-def load(
+def run_flush_load(
     guest: Guest,
-    operation: Operation,
+    operation: DurableOperation,
     targets: Sequence[str],
     *,
     threads: int = 1,
     count: int = 1,
     limit_s: int = 60,
     seed: int = 0,
-) -> FlushLoad:
+) -> FlushLoadReport:
     """Make such calls from several threads at a time, in one round trip.
 
     Args:
@@ -135,7 +135,7 @@ def load(
         *targets,
     ]
     result = guest.run(shlex.join(words), timeout_s=limit_s + _MORE_S)
-    report = read_report(FlushLoad, result.stdout, result.status, result.stderr)
+    report = read_report(FlushLoadReport, result.stdout, result.status, result.stderr)
     asked = (seed, threads, len(targets))
     told = (report.seed, report.threads, report.targets)
     if asked != told:

@@ -15,7 +15,7 @@ from paprscm.guest.report import Fields, Natural, ToolReport, believed, check_re
 from paprscm.guest.tools import compile_tool
 
 
-class Step(Fields, frozen=True, kw_only=True):
+class Syscall(Fields, frozen=True, kw_only=True):
     """One system call.
 
     Attributes:
@@ -68,12 +68,12 @@ class Step(Fields, frozen=True, kw_only=True):
 
 class _PersistReport(ToolReport, frozen=True, kw_only=True):
     tool: Literal["persist"]
-    steps: tuple[Step, ...]
+    steps: tuple[Syscall, ...]
 
 
 def persist(
     guest: Guest, path: str, *steps: str, timeout_s: float | None = None
-) -> tuple[Step, ...]:
+) -> tuple[Syscall, ...]:
     """Make system calls on one file of the guest, in one round trip; what each answered.
 
     Args:
@@ -139,7 +139,7 @@ class HeldFile:
             raise HostError(f"{shlex.join(self._steps)} neither blocks nor ends within 30 s")
         return not found.status
 
-    def result(self) -> tuple[Step, ...]:
+    def result(self) -> tuple[Syscall, ...]:
         """Let it go on unless it has, wait for its end, and return all its steps.
 
         Raises:
@@ -153,7 +153,7 @@ class HeldFile:
 
 def parse_persist(
     stdout: str, status: int, asked: tuple[str, ...], stderr: str = ""
-) -> tuple[Step, ...]:
+) -> tuple[Syscall, ...]:
     """Parse a report; nothing in it may be missing, unknown or contradictory.
 
     Args:

@@ -104,7 +104,7 @@ class FlushHcall:
 
 
 @dataclass(frozen=True)
-class Flush:
+class TracedFlush:
     """The calls of one flush: the first, and those that ask for its end."""
 
     calls: tuple[FlushHcall, ...]
@@ -127,7 +127,7 @@ class Flush:
 
 
 @dataclass(frozen=True)
-class Reading:
+class TraceReading:
     """Totals since tracing started; only `flushes` is reset by read().
 
     Attributes:
@@ -138,7 +138,7 @@ class Reading:
         hcalls: how often HCALL_STATS counted H_SCM_FLUSH.
     """
 
-    flushes: tuple[Flush, ...]
+    flushes: tuple[TracedFlush, ...]
     ended: int
     traced: tuple[int, int]
     entered: int
@@ -166,7 +166,7 @@ class FlushTrace:
         self._hcalls_before = 0
         self._hcalls_before = self.read().hcalls
 
-    def read(self) -> Reading:
+    def read(self) -> TraceReading:
         """Read the trace, in one round trip.
 
         Raises:
@@ -185,7 +185,7 @@ class FlushTrace:
         if hcalls is None or "flush" not in hits:
             raise HostError("the guest's kernel does not say how often it was probed")
         self._ended += len(ended)
-        return Reading(
+        return TraceReading(
             flushes=tuple(ended),
             ended=self._ended,
             traced=(self._first, self._calls),
@@ -193,7 +193,7 @@ class FlushTrace:
             hcalls=hcalls - self._hcalls_before,
         )
 
-    def _event(self, line: str) -> Flush | None:
+    def _event(self, line: str) -> TracedFlush | None:
         """The flush that ends with this event, if one does."""
         found = _LINE.fullmatch(line)
         if found is None:
@@ -228,7 +228,7 @@ class FlushTrace:
         self._flushes[pid].append(call)
         if call.code in _BUSY:
             return None
-        return Flush(tuple(self._flushes.pop(pid)))
+        return TracedFlush(tuple(self._flushes.pop(pid)))
 
 
 def count_hcalls(guest: Guest) -> int:
@@ -245,7 +245,7 @@ def count_hcalls(guest: Guest) -> int:
     return int(result.stdout)
 
 
-def expect_protocol(flushes: Iterable[Flush], *, code: int = ReturnCode.H_SUCCESS) -> None:
+def expect_protocol(flushes: Iterable[TracedFlush], *, code: int = ReturnCode.H_SUCCESS) -> None:
     """Assert that the driver and QEMU keep to PAPR's protocol of continue tokens.
 
     A flush begins with token 0, hands back the token that it was given until it has ended, and

@@ -172,7 +172,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     cpu = settings.cpu
     if cpu == "auto":
         cpu = "host" if accel == "kvm" else "POWER9"
-    with process.beside(
+    with process.run_in_background(
         lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
     ) as obtaining:
         # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
@@ -218,7 +218,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             guest.succeed(_BOOT_TEST)
 
     if isinstance(obtained, Download):
-        obtained = rootfs.build(cache, obtained, boot_test=boot_test)
+        obtained = rootfs.build_rootfs(cache, obtained, boot_test=boot_test)
     made = environment(obtained)
     if settings.start == "cold":
         return made
@@ -251,7 +251,7 @@ def _kernel(
     found = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
     if settings.modules is not None:
         found = initramfs.with_config(found, settings.modules)
-    vmlinux.check(found, has_modules=settings.modules is not None)
+    vmlinux.require_usable(found, has_modules=settings.modules is not None)
     return found, ""
 
 
@@ -266,7 +266,7 @@ def _executes(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
 
 def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
     """The kernel as this QEMU can execute it, and how many instructions had to be rewritten."""
-    lacking = tcg_fixup.missing(executes)
+    lacking = tcg_fixup.missing_instructions(executes)
     if not lacking:
         return found.path, 0
 
@@ -301,7 +301,9 @@ def _initramfs(
         "kernel": cache.identity(found.path),
         "release": found.release,
         "modules": hashlib.sha256(content.encode()).hexdigest(),
-        "rewritten": " ".join(instruction.name for instruction in tcg_fixup.missing(executes)),
+        "rewritten": " ".join(
+            instruction.name for instruction in tcg_fixup.missing_instructions(executes)
+        ),
         "busybox": str(land.versions.get("busybox-static")),
     }
 

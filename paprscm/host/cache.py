@@ -26,7 +26,7 @@ _HINT_ELSEWHERE = "set cache_dir to a folder that you can write to"
 
 
 @dataclass(frozen=True)
-class Entry:
+class CacheEntry:
     """One finished thing in the cache.
 
     Attributes:
@@ -72,7 +72,7 @@ class Cache:
         build: Callable[[Path], None],
         *,
         needs_bytes: int = 0,
-    ) -> Entry:
+    ) -> CacheEntry:
         """The entry of `kind` made of `fields`, built now if it is not there or is damaged.
 
         Args:
@@ -98,11 +98,11 @@ class Cache:
             raise HostError(f"the {kind} was built but cannot be read back from {place}")
         return entry
 
-    def find(self, kind: str, fields: Mapping[str, str]) -> Entry | None:
+    def find(self, kind: str, fields: Mapping[str, str]) -> CacheEntry | None:
         """The entry, if it is there and whole; nothing is built."""
         return self._usable(self._place(kind, fields), kind)
 
-    def get(self, kind: str, key: str) -> Entry:
+    def get(self, kind: str, key: str) -> CacheEntry:
         """The entry of that key.
 
         Raises:
@@ -145,13 +145,13 @@ class Cache:
         info = path.stat()
         return f"{path} {info.st_size} {info.st_mtime_ns}"
 
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[CacheEntry]:
         """All entries, the one used last first."""
         manifests = self.root.glob(f"*/*/{MANIFEST}")
         found = (self._read(m.parent, m.parent.parent.name) for m in manifests)
         return sorted((e for e in found if e), key=lambda e: e.used, reverse=True)
 
-    def prune(self, *, unused_for_s: float) -> list[Entry]:
+    def prune(self, *, unused_for_s: float) -> list[CacheEntry]:
         """Remove and return the entries that were not asked for in the last `unused_for_s` seconds.
 
         What is being built at this moment is left alone, and so is what an unfinished build left
@@ -251,7 +251,7 @@ class Cache:
         finally:
             _remove_tree(work)
 
-    def _usable(self, place: Path, kind: str) -> Entry | None:
+    def _usable(self, place: Path, kind: str) -> CacheEntry | None:
         entry = self._read(place, kind)
         if entry is None:
             if place.exists():
@@ -265,10 +265,10 @@ class Cache:
             os.utime(place)
         return entry
 
-    def _read(self, place: Path, kind: str) -> Entry | None:
+    def _read(self, place: Path, kind: str) -> CacheEntry | None:
         try:
             manifest = json.loads((place / MANIFEST).read_bytes())
-            return Entry(
+            return CacheEntry(
                 path=place,
                 kind=kind,
                 fields=manifest["fields"],

@@ -35,7 +35,7 @@ END = b"k"
 
 # The last report's "end": the program ended without the keeper's help; the parent asked for it; a
 # process of the run has ended.
-OWN, ASKED, RUN = "own", "asked", "run"
+PROGRAM_ENDED, REQUESTED, RUN_ENDED = "own", "asked", "run"
 
 # How often to look for processes of which no pidfd can be had.
 POLL_MS = 100
@@ -110,7 +110,7 @@ def kill_all(program: subprocess.Popen[bytes]) -> int:
     return status
 
 
-def tell(report: int, **words: int | str) -> None:
+def send_report(report: int, **words: int | str) -> None:
     """Write a line of JSON to the parent, which may be gone."""
     with contextlib.suppress(BrokenPipeError):
         os.write(report, json.dumps(words).encode() + b"\n")
@@ -129,7 +129,7 @@ def main() -> None:
 
     watch = Watch([(pid, start) for pid, start in spec["run"]])
     if watch.ended is not None:
-        tell(report, ended=watch.ended)
+        send_report(report, ended=watch.ended)
         return
     # A pipe that is readable when a child has ended.
     woken, wake = os.pipe()
@@ -155,11 +155,11 @@ def main() -> None:
             preexec_fn=in_program,  # One thread: nothing to deadlock with.
         )
     except OSError as error:
-        tell(report, error=str(error.strerror))
+        send_report(report, error=str(error.strerror))
         return
     for handle in spec["pass_fds"]:
         os.close(handle)
-    tell(report, pid=program.pid)
+    send_report(report, pid=program.pid)
 
     poll = select.poll()
     for handle in (woken, lifeline, *watch.pidfds):
@@ -171,18 +171,18 @@ def main() -> None:
         if woken in ready:
             os.read(woken, 4096)
         if has_ended(program.pid):
-            end = OWN
+            end = PROGRAM_ENDED
         elif lifeline in ready:
             # A parent that wants the end says so before it hangs up; one that was killed only hangs
             # up, and its pidfd may tell of it a moment later than the pipe does.
-            end = ASKED if os.read(lifeline, 1) == END else RUN
+            end = REQUESTED if os.read(lifeline, 1) == END else RUN_ENDED
         elif ready - {woken} or (watch.interval_ms is not None and watch.lost() is not None):
-            end = RUN
+            end = RUN_ENDED
     status = kill_all(program)
-    if end == RUN and spec["scratch"]:
+    if end == RUN_ENDED and spec["scratch"]:
         # Nobody else is left to do it.
         shutil.rmtree(spec["scratch"], ignore_errors=True)
-    tell(report, status=status, end=end)
+    send_report(report, status=status, end=end)
 
 
 if __name__ == "__main__":

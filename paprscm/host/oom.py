@@ -14,7 +14,7 @@ HINT = "free memory, or run fewer tests concurrently (--max-parallel-tasks)"
 
 
 @dataclass(frozen=True)
-class Kills:
+class OomKills:
     """A count of the processes that the OOM killer has killed.
 
     Attributes:
@@ -26,7 +26,7 @@ class Kills:
     count: int
 
 
-def kills(root: Path = Path("/")) -> Kills | None:
+def read_oom_kills(root: Path = Path("/")) -> OomKills | None:
     """The count of our memory cgroup; that of the whole machine if no cgroup has one.
 
     Args:
@@ -35,11 +35,11 @@ def kills(root: Path = Path("/")) -> Kills | None:
     for file in _counters(root):
         with contextlib.suppress(OSError):
             if match := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE):
-                return Kills(file, int(match[1]))
+                return OomKills(file, int(match[1]))
     return None
 
 
-def evidence(pid: int, before: Kills | None, root: Path = Path("/")) -> tuple[str, bool]:
+def evidence(pid: int, before: OomKills | None, root: Path = Path("/")) -> tuple[str, bool]:
     """The facts about a process that SIGKILL ended, and whether they point to the OOM killer.
 
     Args:
@@ -50,7 +50,7 @@ def evidence(pid: int, before: Kills | None, root: Path = Path("/")) -> tuple[st
     # In a container the process id is another one than in the kernel's message.
     killed = re.compile(rf"Killed process {pid} \(")
     messages = [text for text in _messages(root / "dev/kmsg") if killed.search(text)]
-    now = kills(root)
+    now = read_oom_kills(root)
     if before is None or now is None or before.source != now.source:
         count, rose = "the OOM killer's count cannot be read", False
     elif rose := now.count > before.count:

@@ -128,7 +128,7 @@ class Process:
         self._signalled = False
         self._killed: KilledError | None = None
         self._scratch = scratch
-        self._oom_kills = oom.kills()
+        self._oom_kills = oom.read_oom_kills()
         self._waiting = threading.Lock()
         run_members = _run_members()
         lifeline_r, self._lifeline = os.pipe()
@@ -223,10 +223,10 @@ class Process:
 
     def _judge_end(self, end: str, status: int) -> KilledError | None:
         """Return the external cause of the program's end; None if it ended by itself or by us."""
-        if end == keeper.ASKED or self._signalled:
+        if end == keeper.REQUESTED or self._signalled:
             return None
         program = f"{_name(self.argv)} (process {self.pid})"
-        if end == keeper.RUN:
+        if end == keeper.RUN_ENDED:
             return KilledError(f"{program} was ended because a process of its run has ended")
         if not end:
             facts, by_oom = oom.evidence(self._keeper.pid, self._oom_kills)
@@ -283,7 +283,7 @@ class StoppedError(Exception):
     """A task that ran beside others was stopped because one of them failed."""
 
 
-class Beside(Generic[T]):
+class BackgroundTask(Generic[T]):
     """A task that runs in a thread while its caller does something else."""
 
     def __init__(self, future: Future[T]) -> None:
@@ -300,7 +300,7 @@ class Beside(Generic[T]):
 
 
 @contextlib.contextmanager
-def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
+def run_in_background(task: Callable[[Callable[[], None]], T]) -> Iterator[BackgroundTask[T]]:
     """Run a task in a thread for as long as the body of the `with` runs, and until the task's end.
 
     Args:
@@ -319,7 +319,7 @@ def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
 
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield Beside(pool.submit(run_task))
+            yield BackgroundTask(pool.submit(run_task))
         except BaseException:
             stop.set()
             raise

@@ -61,7 +61,7 @@ class Budget:
     reason: str
 
 
-def budget(resources: Resources, settings: Settings) -> Budget:
+def compute_budget(resources: Resources, settings: Settings) -> Budget:
     """As many tests as the CPUs can run and as the memory can hold guests, but at least one.
 
     A guest counts as if it touched all of its memory: an idle one takes 222 MiB of the host, but a
@@ -91,7 +91,7 @@ def _by(file: str) -> str:
     return f" (by the cgroup's {file})" if file else ""
 
 
-def resources(root: Path = Path("/")) -> Resources:
+def read_resources(root: Path = Path("/")) -> Resources:
     """Measure the usable CPUs (affinity and quota) and memory (of the machine and of the cgroup).
 
     Args:

@@ -24,7 +24,7 @@ import zstandard
 
 from paprscm import log
 from paprscm.errors import ConfigError, HostError
-from paprscm.host.cache import MANIFEST, Cache, Entry
+from paprscm.host.cache import MANIFEST, Cache, CacheEntry
 
 _BLOCK = 1 << 16
 _PLACE = re.compile(rf"([a-z][a-z-]*)/([0-9a-f]{{16}})/{re.escape(MANIFEST)}")
@@ -32,7 +32,7 @@ _LEVEL = 3
 _NOT_OURS = "it is not a complete file of `paprscm cache export`"
 
 
-def export(entries: Sequence[Entry], file: Path) -> int:
+def export(entries: Sequence[CacheEntry], file: Path) -> int:
     """Write entries to a file, whole or not at all; its size in bytes.
 
     Args:
@@ -69,7 +69,7 @@ def export(entries: Sequence[Entry], file: Path) -> int:
     return file.stat().st_size
 
 
-def restore(cache: Cache, file: Path) -> tuple[list[Entry], int]:
+def restore(cache: Cache, file: Path) -> tuple[list[CacheEntry], int]:
     """Add a file's entries to the cache; those that are there already stay as they are.
 
     Args:
@@ -84,7 +84,7 @@ def restore(cache: Cache, file: Path) -> tuple[list[Entry], int]:
             were added.
         HostError: the cache cannot be written.
     """
-    added: list[Entry] = []
+    added: list[CacheEntry] = []
     present = 0
     try:
         with (

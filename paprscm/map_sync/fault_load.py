@@ -32,7 +32,7 @@ class _FaultsReport(ToolReport, frozen=True, kw_only=True):
         return int(self.error_count > 0)
 
 
-class LoadReport(_FaultsReport, frozen=True, kw_only=True):
+class FaultLoadReport(_FaultsReport, frozen=True, kw_only=True):
     """Operations of the threads, and the errors they found.
 
     Attributes:
@@ -66,7 +66,7 @@ class LoadReport(_FaultsReport, frozen=True, kw_only=True):
         )
 
 
-class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
+class FaultVerifyReport(_FaultsReport, frozen=True, kw_only=True):
     """Contents of the files after the load.
 
     Attributes:
@@ -83,7 +83,7 @@ class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
     arena_bytes: Natural
 
 
-def expect_load(report: LoadReport) -> None:
+def expect_load(report: FaultLoadReport) -> None:
     """Assert that nothing went wrong, and make sure that everything happened.
 
     Raises:
@@ -99,7 +99,7 @@ def expect_load(report: LoadReport) -> None:
         raise HostError(f"under load there never was: {', '.join(never)}")
 
 
-def expect_verified(report: VerifyReport, load: LoadReport) -> None:
+def expect_verified(report: FaultVerifyReport, load: FaultLoadReport) -> None:
     """Assert that all is there that must be, and make sure that it was looked at.
 
     Raises:

@@ -9,7 +9,7 @@ from enum import Enum
 from typing import Final, Literal
 
 from paprscm.guest.report import Natural, believed, check_errno, check_report, read_line
-from paprscm.map_sync.verdict import FileFacts, Mapping, MapReport, Result
+from paprscm.map_sync.verdict import FileFacts, MappingFacts, MapReport, MapResult
 
 _MASK: Final = (1 << 64) - 1
 
@@ -86,7 +86,7 @@ class CellReport:
     cell: Cell
     page_size: int
     file: FileFacts | None
-    mapping: Mapping
+    mapping: MappingFacts
     seed: int
     fsync: bool | None
     fsync_errno: int | None
@@ -127,7 +127,7 @@ def parse_cells(
             _report(read_line(_CellLine, line), cell, path)
             for line, cell in zip(lines, cells, strict=True)
         ]
-        failed = any(report.mapping.result is Result.ERROR for report in reports)
+        failed = any(report.mapping.result is MapResult.ERROR for report in reports)
         check_report(status == (4 if failed else 0), f"status {status}, a step failed: {failed}")
         check_report(len({report.page_size for report in reports}) < 2, "several page sizes")
     return tuple(reports)
@@ -161,7 +161,7 @@ def _report(line: _CellLine, cell: Cell, path: str) -> CellReport:
         *(cell.anonymous, cell.address_align is not None, cell.offset),
     )
     check_report(answer == asked, f"it answers {answer}, it was asked for {asked}")
-    if mapping.result is not Result.ERROR:
+    if mapping.result is not MapResult.ERROR:
         length = mapping.length
         check_report(cell.length in (None, length), f"of another length, {length}")
         check_report((line.file is None) == cell.anonymous, "a file and an anonymous mapping")

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Final
 
 from paprscm.map_sync.mmap_report import Access, Cell, CellReport
-from paprscm.map_sync.verdict import Mapping, Result
+from paprscm.map_sync.verdict import MappingFacts, MapResult
 
 
 class FileKind(Enum):
@@ -38,7 +38,7 @@ class FileKind(Enum):
 # What mmap() answers: mapped, mapped with sf in VmFlags, or an errno's number.
 OK: Final = 0
 SF: Final = -1
-Answer = int
+MmapAnswer = int
 
 _RULES: Final = {
     "no type": "mm/mmap.c:do_mmap, switch (flags & MAP_TYPE): the default is EINVAL",
@@ -68,7 +68,7 @@ class _Row:
     sync: bool
     unknown_bit: bool
     accesses: tuple[Access, ...]
-    answers: tuple[Answer, Answer, Answer, Answer]
+    answers: tuple[MmapAnswer, MmapAnswer, MmapAnswer, MmapAnswer]
     rule: str
 
 
@@ -146,7 +146,7 @@ ANONYMOUS: Final = (
 """Mappings of no file."""
 
 
-def expected(cell: Cell, kind: FileKind) -> tuple[Answer, str]:
+def expected_answer(cell: Cell, kind: FileKind) -> tuple[MmapAnswer, str]:
     """Return mmap()'s answer to a cell (OK, SF or an errno's number) and the rule behind it."""
     if cell.length == 0:
         return _INVAL, "length"
@@ -176,7 +176,7 @@ def at_offsets(cells: Iterable[Cell], step_bytes: int) -> tuple[Cell, ...]:
 # --- comparison -----------------------------------------------------------------------------------
 
 
-def differences(
+def table_differences(
     reports: Iterable[CellReport], kind: FileKind, *, align_bytes: int = 1
 ) -> list[str]:
     """A sentence for each cell that is not as the table has it.
@@ -188,7 +188,7 @@ def differences(
     """
     found = []
     for report in reports:
-        answer, rule = expected(report.cell, kind)
+        answer, rule = expected_answer(report.cell, kind)
         if answer in (OK, SF) and report.mapped_bytes % align_bytes:
             answer, rule = _INVAL, "alignment"
         problem = _difference(report, answer, kind)
@@ -202,7 +202,7 @@ def as_documented(reports: Iterable[CellReport], kind: FileKind) -> list[str]:
     return [
         str(report.cell)
         for report in reports
-        if _difference(report, expected(report.cell, kind)[0], kind)
+        if _difference(report, expected_answer(report.cell, kind)[0], kind)
         and _is_as_documented(report, kind)
     ]
 
@@ -210,17 +210,17 @@ def as_documented(reports: Iterable[CellReport], kind: FileKind) -> list[str]:
 def _is_as_documented(report: CellReport, kind: FileKind) -> bool:
     """MAP_SYNC is for MAP_SHARED_VALIDATE; MAP_SHARED and MAP_PRIVATE go on as without it."""
     ignores = report.cell.type in (_SHARED, _PRIVATE) and report.cell.sync
-    answer, _rule = expected(dataclasses.replace(report.cell, sync=False), kind)
+    answer, _rule = expected_answer(dataclasses.replace(report.cell, sync=False), kind)
     return ignores and _difference(report, answer, kind) is None
 
 
-def _difference(report: CellReport, answer: Answer, kind: FileKind) -> str | None:
+def _difference(report: CellReport, answer: MmapAnswer, kind: FileKind) -> str | None:
     cell, mapping = report.cell, report.mapping
     seen = _seen(mapping)
     if answer not in (OK, SF):
-        refused = mapping.result is Result.REFUSED and mapping.errno == answer
+        refused = mapping.result is MapResult.REFUSED and mapping.errno == answer
         return None if refused else f"expected {_NAMES[answer]}, found {seen}"
-    if mapping.result is not Result.MAPPED:
+    if mapping.result is not MapResult.MAPPED:
         return f"expected mapped{' with sf' if answer == SF else ''}, found {seen}"
     shared = cell.type != _PRIVATE
     wanted = _VM_FLAGS[shared, cell.access] | ({"sf"} if answer == SF else set())
@@ -253,9 +253,9 @@ def _store_difference(report: CellReport, kind: FileKind, shared: bool) -> str |
     return None
 
 
-def _seen(mapping: Mapping) -> str:
+def _seen(mapping: MappingFacts) -> str:
     if mapping.errno_name is not None:
-        if mapping.result is Result.REFUSED:
+        if mapping.result is MapResult.REFUSED:
             return mapping.errno_name
         return f"{mapping.result} at {mapping.stage} with {mapping.errno_name}"
     if mapping.fault_offset is not None:

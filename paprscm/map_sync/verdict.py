@@ -36,7 +36,7 @@ _TYPES: Final = {
 }
 
 
-class Result(StrEnum):
+class MapResult(StrEnum):
     """Result of one mapping, and map_sync's exit status for it."""
 
     MAPPED = "mapped"
@@ -47,11 +47,11 @@ class Result(StrEnum):
 
 
 _STATUS: Final = {
-    Result.MAPPED: 0,
-    Result.REFUSED: 1,
-    Result.SIGBUS: 3,
-    Result.SIGSEGV: 3,
-    Result.ERROR: 4,
+    MapResult.MAPPED: 0,
+    MapResult.REFUSED: 1,
+    MapResult.SIGBUS: 3,
+    MapResult.SIGSEGV: 3,
+    MapResult.ERROR: 4,
 }
 
 
@@ -114,7 +114,7 @@ class FileFacts(
         return FILE_SYSTEMS.get(self.fs_type, f"file system {self.fs_type:#x}")
 
 
-class Mapping(Fields, frozen=True, kw_only=True):
+class MappingFacts(Fields, frozen=True, kw_only=True):
     """One try to map the file, and to load or store once in each of its pages.
 
     Attributes:
@@ -139,7 +139,7 @@ class Mapping(Fields, frozen=True, kw_only=True):
     prot: Literal["rw", "r", "w", "none"]
     offset: Natural
     length: Natural
-    result: Result
+    result: MapResult
     stage: str
     errno: Natural | None
     errno_name: str | None
@@ -184,7 +184,7 @@ class MapReport(ToolReport, frozen=True, kw_only=True):
     page_size: Natural
     opened: Literal["rw", "r", "none"]
     file: FileFacts | None
-    mapping: Mapping
+    mapping: MappingFacts
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -193,7 +193,7 @@ class MapReport(ToolReport, frozen=True, kw_only=True):
 
 class _MapSyncLine(MapReport, frozen=True, kw_only=True):
     verb: Literal["map"]
-    control: Mapping | None
+    control: MappingFacts | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -201,7 +201,7 @@ class _MapSyncLine(MapReport, frozen=True, kw_only=True):
         check_report(self.opened != "none", "no file was mapped")
         for name in ("MAP_ANONYMOUS", "MAP_FIXED"):
             check_report(name not in mapping.flag_names, f"{name} was not asked for")
-        failed = mapping.result is Result.ERROR
+        failed = mapping.result is MapResult.ERROR
         check_report(self.file is not None or (failed and control is None), "mapped without a file")
         if control is not None:
             kind = control.type, control.sync, control.unknown_bit, len(control.flag_names)
@@ -263,7 +263,7 @@ class Judgement:
         return f"{self.verdict.value}: {self.reason}"
 
 
-def judge(report: MapSyncReport) -> Judgement:
+def judge_map_sync(report: MapSyncReport) -> Judgement:
     """Say what a report proves; no errno alone, and no mapping alone, proves anything.
 
     NOT_DAX: statx says so, whatever mmap() said: the same EOPNOTSUPP as for a refused MAP_SYNC
@@ -288,7 +288,7 @@ def judge(report: MapSyncReport) -> Judgement:
         return Judgement(Verdict.BROKEN, f"the question was another one: {mapping}")
     if control is not None and (problem := _flaw(control, report.page_size)):
         return Judgement(Verdict.BROKEN, f"the control mapping: {problem}")
-    if mapping.result is Result.REFUSED and mapping.errno == errno.EOPNOTSUPP:
+    if mapping.result is MapResult.REFUSED and mapping.errno == errno.EOPNOTSUPP:
         if control is None:
             return Judgement(Verdict.BROKEN, f"{mapping}, but no control mapping was tried")
         return Judgement(Verdict.REFUSED, f"{mapping} on a DAX file ({where}); {control}")
@@ -302,9 +302,9 @@ def on_dax_file(nvdimm: Nvdimm) -> Verdict:
     return Verdict.REFUSED if nvdimm.flushes_by_hcall else Verdict.ACCEPTED
 
 
-def _flaw(mapping: Mapping, page_size: int) -> str | None:
+def _flaw(mapping: MappingFacts, page_size: int) -> str | None:
     """Why this is no working mapping, stored to and read back; None if it is."""
-    if mapping.result is not Result.MAPPED:
+    if mapping.result is not MapResult.MAPPED:
         return str(mapping)
     if mapping.vm_flags is None:
         return f"{mapping}: there is no VmFlags to prove it"
@@ -323,7 +323,7 @@ def _flaw(mapping: Mapping, page_size: int) -> str | None:
     return None
 
 
-def _check_flags(mapping: Mapping) -> None:
+def _check_flags(mapping: MappingFacts) -> None:
     number, name = _TYPES[mapping.type]
     bits = [
         (number, name, bool(number)),
@@ -340,17 +340,17 @@ def _check_flags(mapping: Mapping) -> None:
     )
 
 
-def _check_outcome(mapping: Mapping) -> None:
+def _check_outcome(mapping: MappingFacts) -> None:
     result = mapping.result
-    signal = result in (Result.SIGBUS, Result.SIGSEGV)
+    signal = result in (MapResult.SIGBUS, MapResult.SIGSEGV)
     check_report(
-        (mapping.errno is not None) == (result in (Result.REFUSED, Result.ERROR)),
+        (mapping.errno is not None) == (result in (MapResult.REFUSED, MapResult.ERROR)),
         f"{result} with errno {mapping.errno}",
     )
     check_report((mapping.fault_offset is not None) == signal, f"{result} and fault_offset")
-    check_report((result is Result.MAPPED) == (mapping.stage == "done"), f"{result} and stage")
-    check_report((result is Result.REFUSED) == (mapping.stage == "mmap"), f"{result} and stage")
-    if result is Result.REFUSED:
+    check_report((result is MapResult.MAPPED) == (mapping.stage == "done"), f"{result} and stage")
+    check_report((result is MapResult.REFUSED) == (mapping.stage == "mmap"), f"{result} and stage")
+    if result is MapResult.REFUSED:
         nothing = (mapping.vm_flags, mapping.store_in_mapping, mapping.store_in_file)
         check_report(
             nothing == (None, None, None) and not mapping.pages_accessed, "refused, but accessed"

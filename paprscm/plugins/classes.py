@@ -28,7 +28,7 @@ _LIMIT_S = 120
 
 
 @dataclass(frozen=True)
-class Facts:
+class ClassFacts:
     """Facts about one test's class.
 
     Attributes:
@@ -42,7 +42,7 @@ class Facts:
     parameters: tuple[str, ...]
 
 
-def ask(job: Job) -> dict[str, Facts]:
+def read_facts(job: Job) -> dict[str, ClassFacts]:
     """The facts about each Python test of a job, by its URI; the plugin is loaded for every job.
 
     A test whose module cannot be imported has none; Avocado reports it when the test runs.
@@ -58,7 +58,7 @@ def ask(job: Job) -> dict[str, Facts]:
 
 
 @functools.lru_cache(maxsize=1)
-def _ask(names: tuple[str, ...]) -> dict[str, Facts]:
+def _ask(names: tuple[str, ...]) -> dict[str, ClassFacts]:
     """The facts by "path:Class"; several plugins ask about the same job."""
     if not names:
         return {}
@@ -76,7 +76,7 @@ def _ask(names: tuple[str, ...]) -> dict[str, Facts]:
         raise JobError(f"the classes of the job's tests cannot be read: {error}") from error
     answers = json.loads(done.stdout)
     return {
-        name: Facts(**{**facts, "parameters": tuple(facts["parameters"])})
+        name: ClassFacts(**{**facts, "parameters": tuple(facts["parameters"])})
         for name, facts in answers.items()
     }
 
@@ -94,7 +94,7 @@ def main() -> None:
             # Any exception, and sys.exit(): the module is not ours to judge.
             with contextlib.suppress(Exception, SystemExit):
                 one = getattr(_module(path), class_name)
-                answers[name] = Facts(
+                answers[name] = ClassFacts(
                     ours=issubclass(one, QemuTest),
                     needs_guest=issubclass(one, PaprScmTest),
                     parameters=tuple(sorted(_parameters(one.__mro__))),

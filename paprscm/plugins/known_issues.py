@@ -11,7 +11,7 @@ from avocado.core.output import LOG_UI
 from avocado.core.plugin_interfaces import JobPost
 
 from paprscm.known_issues import updates
-from paprscm.plugins.classes import ask
+from paprscm.plugins.classes import read_facts
 
 
 class KnownIssues(JobPost):
@@ -24,7 +24,7 @@ class KnownIssues(JobPost):
         """Read the whiteboards; a test that was killed has none."""
         if job.result is None or job.config.get("stdout_claimed_by"):
             return
-        if not any(facts.ours for facts in ask(job).values()):
+        if not any(facts.ours for facts in read_facts(job).values()):
             return
         boards = [_board(test.get("whiteboard") or "") for test in job.result.tests]
         for sentence in updates(boards):

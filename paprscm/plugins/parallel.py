@@ -19,8 +19,8 @@ from avocado.core.suite import TestSuite
 
 from paprscm import settings
 from paprscm.errors import Error
-from paprscm.host.resources import budget, resources
-from paprscm.plugins.classes import ask
+from paprscm.host.resources import compute_budget, read_resources
+from paprscm.plugins.classes import read_facts
 
 OPTION = "run.max_parallel_tasks"
 _AVOCADO: Any = avocado_settings
@@ -45,7 +45,7 @@ class Propose(Init):
         except Error:
             # A job with tests of this suite reports what is wrong; no default is at fault here.
             chosen = settings.Settings(cache_dir=Path())
-        _AVOCADO.update_option(OPTION, Proposed(budget(resources(), chosen).tests))
+        _AVOCADO.update_option(OPTION, Proposed(compute_budget(read_resources(), chosen).tests))
 
 
 class Decide(JobPre):
@@ -56,14 +56,14 @@ class Decide(JobPre):
 
     def pre(self, job: Job) -> None:
         """Take `-p memory_mib=…` into account; give back Avocado's number where no test is ours."""
-        ours = {uri for uri, facts in ask(job).items() if facts.ours}
+        ours = {uri for uri, facts in read_facts(job).items() if facts.ours}
         for suite in job.test_suites:
             if not isinstance(suite.config[OPTION], Proposed):
                 continue
             if ours.isdisjoint(str(test.uri) for test in suite.tests):
                 suite.config[OPTION] = _AVOCADO.as_full_dict()[OPTION]["default"]
                 continue
-            decided = budget(resources(), _settings(suite))
+            decided = compute_budget(read_resources(), _settings(suite))
             suite.config[OPTION] = decided.tests
             LOG_JOB.info("Tests side by side: %s", decided.reason)
 

@@ -20,7 +20,7 @@ from avocado.core.plugin_interfaces import JobPre
 from paprscm import settings
 from paprscm.errors import CAPABILITY_STATUS
 from paprscm.host.process import join_run
-from paprscm.plugins.classes import ask
+from paprscm.plugins.classes import read_facts
 
 # So many tests with guests save more time than it takes to make a snapshot.
 _WORTH_A_SNAPSHOT = 8
@@ -41,7 +41,7 @@ class Prepare(JobPre):
 
         In a process of its own, for the reason that paprscm/plugins/classes.py gives.
         """
-        facts = ask(job)
+        facts = read_facts(job)
         tests = [test for suite in job.test_suites for test in suite.tests]
         ours = [facts[test.uri] for test in tests if test.uri in facts and facts[test.uri].ours]
         if not ours:

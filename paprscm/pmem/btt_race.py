@@ -41,7 +41,7 @@ fi
 """
 
 
-class SameBlock(ToolReport, frozen=True, kw_only=True):
+class SameBlockReport(ToolReport, frozen=True, kw_only=True):
     """The report of guest_tools/same_block.c.
 
     Attributes:
@@ -70,7 +70,7 @@ class SameBlock(ToolReport, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Running:
+class RunningWriters:
     """The writers have not ended.
 
     Attributes:
@@ -80,7 +80,9 @@ class Running:
     states: tuple[str, ...]
 
 
-def start(guest: Guest, tool: PurePosixPath, disk: str, *, threads: int, seconds: int) -> None:
+def start_writers(
+    guest: Guest, tool: PurePosixPath, disk: str, *, threads: int, seconds: int
+) -> None:
     """Start the writers in the background; their progress is on the console.
 
     Args:
@@ -95,17 +97,17 @@ def start(guest: Guest, tool: PurePosixPath, disk: str, *, threads: int, seconds
     guest.succeed(_START.format(words=shlex.join([*words, disk])))
 
 
-def state(guest: Guest, *, timeout_s: float = 30.0) -> SameBlock | Running:
+def read_writers(guest: Guest, *, timeout_s: float = 30.0) -> SameBlockReport | RunningWriters:
     """The writers' report if they have ended, else the state of their threads.
 
     Raises:
         ProbeError: the tool ended without a report, or with one that cannot be believed.
     """
     result = guest.run(_STATE, timeout_s=timeout_s)
-    return parse_state(result.stdout, result.stderr)
+    return parse_writers(result.stdout, result.stderr)
 
 
-def parse_state(stdout: str, stderr: str = "") -> SameBlock | Running:
+def parse_writers(stdout: str, stderr: str = "") -> SameBlockReport | RunningWriters:
     """Parse the output of the shell that looks at the tool: its report, or /proc/PID/task/*/stat.
 
     Raises:
@@ -114,16 +116,18 @@ def parse_state(stdout: str, stderr: str = "") -> SameBlock | Running:
     first, _, rest = stdout.partition("\n")
     if first == "ended":
         status, _, report = rest.partition("\n")
-        return read_report(SameBlock, report, int(status) if status.isdecimal() else -1, stderr)
+        return read_report(
+            SameBlockReport, report, int(status) if status.isdecimal() else -1, stderr
+        )
     # comm may hold blanks and brackets; the state is behind the last bracket (proc(5)).
     found = re.findall(r"^([0-9]+) \(.*\) ([A-Za-z]) ", rest, re.MULTILINE)
     states = tuple(letter for tid, letter in found if tid != first)
     if not states:
         raise ProbeError(f"same_block has no writer threads: {stdout!r}, {stderr!r}")
-    return Running(states)
+    return RunningWriters(states)
 
 
-def expect_written(report: SameBlock) -> None:
+def expect_written(report: SameBlockReport) -> None:
     """Assert that all threads wrote, and that the block is one thread's.
 
     Raises:

@@ -62,7 +62,7 @@ class Round(Fields, frozen=True, array_like=True):
     duration_us: Natural
 
 
-class Report(ToolReport, frozen=True, kw_only=True):
+class FailNthReport(ToolReport, frozen=True, kw_only=True):
     """The rounds of one operation, until nothing was left to fail.
 
     Attributes:
@@ -131,7 +131,7 @@ def fail_each(
     undo: Sequence[tuple[str, str]] = (),
     most: int = 1000,
     timeout_s: float = 240.0,
-) -> Report:
+) -> FailNthReport:
     """Make a call again and again, and let another request in it fail each time.
 
     Args:
@@ -147,10 +147,10 @@ def fail_each(
     tool = str(compile_tool(guest, "fail_nth"))
     options = [f"--most={most}", *(f"--undo={path}={text}" for path, text in undo)]
     result = guest.run(shlex.join([tool, *options, *words]), timeout_s=timeout_s)
-    return read_report(Report, result.stdout, result.status, result.stderr)
+    return read_report(FailNthReport, result.stdout, result.status, result.stderr)
 
 
-def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) -> None:
+def expect_errors(report: FailNthReport, allowed: Iterable[int], *, optional: int = 0) -> None:
     """Assert that what failed in the kernel came out as an error, and that all works without.
 
     Args:
@@ -181,12 +181,12 @@ def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) 
         raise ContractError(f"{what}: succeeds though something failed: rounds {silent}")
 
 
-def forget_leaks(guest: Guest) -> None:
+def clear_leaks(guest: Guest) -> None:
     """Ignore the leaks up to now."""
     guest.succeed(f"echo clear > {DEBUGFS}/kmemleak")
 
 
-def leaks(guest: Guest) -> list[str]:
+def read_leaks(guest: Guest) -> list[str]:
     """Objects without a pointer to them, each with its call trace.
 
     kmemleak tells what is older than 5 s and did not change between two scans.

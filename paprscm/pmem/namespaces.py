@@ -20,7 +20,7 @@ NamespaceMode = Literal["fsdax", "devdax", "raw", "sector"]
 NamespaceMap = Literal["dev", "mem"]
 
 
-def place_in_file(guest: Guest, region: Region, device: CharacterDevice) -> int:
+def file_offset(guest: Guest, region: Region, device: CharacterDevice) -> int:
     """Where a devdax device begins in the DIMM's backing file, bytes.
 
     It begins behind the namespace's own data; where, say the physical addresses of both. The file

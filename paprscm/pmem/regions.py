@@ -13,7 +13,7 @@ from paprscm.pmem.dump import Dump, RegionError, run_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
+class NvdimmNode:
     """The device tree node of one nvdimm, as the guest's kernel got it.
 
     Attributes:
@@ -42,7 +42,7 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dimm:
+class Nmem:
     """The nmem device behind a region.
 
     Attributes:
@@ -81,8 +81,8 @@ class Region:
     slot: int
     drc: int
     device: str
-    node: Node
-    dimm: Dimm | None
+    node: NvdimmNode
+    dimm: Nmem | None
     deep_flush: str | None
     deep_flush_mode: int | None
     persistence_domain: str | None
@@ -104,7 +104,7 @@ def parse_region(dump: Dump, slot: int) -> Region:
     dimm = None
     if "mapping0" in dump.texts:
         dirty = "papr/dirty_shutdown"
-        dimm = Dimm(
+        dimm = Nmem(
             name=dump.text("mapping0").partition(",")[0],
             flags=dump.words("flags"),
             papr_flags=dump.words("papr/flags"),
@@ -137,7 +137,7 @@ def _mode(dump: Dump) -> int | None:
     return None if mode is None else int(mode, 8)
 
 
-def _node(dump: Dump) -> Node:
+def _node(dump: Dump) -> NvdimmNode:
     path = dump.text("node")
     raw = dump.properties()
 
@@ -167,7 +167,7 @@ def _node(dump: Dump) -> Node:
             raise refuse(name, "empty")
         return name in raw
 
-    return Node(
+    return NvdimmNode(
         path=path.partition("/devicetree/base")[2] or path,
         raw=raw,
         drc_index=number(Property.DRC_INDEX, 4),
@@ -183,7 +183,7 @@ def _node(dump: Dump) -> Node:
     )
 
 
-def region(guest: Guest, slot: int) -> Region:
+def find_region(guest: Guest, slot: int) -> Region:
     """The region of the nvdimm in `slot`, found by its DRC index, in one round trip.
 
     Raises:
@@ -205,7 +205,7 @@ def wait_for_region(guest: Guest, slot: int, timeout_s: float = 30.0) -> Region:
     )
 
 
-def page_size(guest: Guest) -> int:
+def read_page_size(guest: Guest) -> int:
     """The page size of the guest's kernel, bytes: the block size that DAX wants."""
     line = guest.succeed("grep -m 1 KernelPageSize /proc/self/smaps")
     found = re.fullmatch(r"KernelPageSize:\s+([0-9]+) kB", line)

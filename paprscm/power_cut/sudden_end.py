@@ -40,7 +40,7 @@ class Phase(IntEnum):
     SETTLE = 8
 
 
-class State(IntEnum):
+class ProgramState(IntEnum):
     """State of promise (promise.c, enum state)."""
 
     STARTING = 0
@@ -50,7 +50,7 @@ class State(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LedgerCounts:
     """Contents of the ledger.
 
     Attributes:
@@ -63,7 +63,7 @@ class Entry:
 
     done: int
     phase: Phase
-    state: State
+    state: ProgramState
     page_size: int
     errno: int
     stage: str
@@ -106,7 +106,7 @@ class Ledger:
         self._map.close()
         self._ranges.close()
 
-    def read(self, nonce: int) -> Entry | None:
+    def read(self, nonce: int) -> LedgerCounts | None:
         """Return the counts of the program with this `nonce`; None: nothing yet.
 
         Raises:
@@ -124,10 +124,10 @@ class Ledger:
         try:
             if (magic, there) != (_MAGIC, nonce):
                 raise ValueError("it was overwritten")
-            return Entry(
+            return LedgerCounts(
                 done=done,
                 phase=Phase(phase),
-                state=State(state),
+                state=ProgramState(state),
                 page_size=page_size,
                 errno=number,
                 stage=stage.rstrip(b"\0").decode("ascii"),
@@ -243,7 +243,7 @@ def expect_kept(tallies: Mapping[Side, Tally]) -> None:
         raise ContractError("\n".join(wrong))
 
 
-def without_force(tallies: Mapping[Side, Tally]) -> list[str]:
+def underpowered(tallies: Mapping[Side, Tally]) -> list[str]:
     """Why the cuts could not have shown a broken promise; empty if they could."""
     reasons = []
     for side, tally in tallies.items():
@@ -257,7 +257,7 @@ def without_force(tallies: Mapping[Side, Tally]) -> list[str]:
     return reasons
 
 
-def expect_force(tallies: Mapping[Side, Tally]) -> None:
+def require_statistical_power(tallies: Mapping[Side, Tally]) -> None:
     """Make sure that the cuts could have shown a broken promise.
 
     A control that has lost nothing shows that the cuts came when there was nothing to lose, and
@@ -268,5 +268,5 @@ def expect_force(tallies: Mapping[Side, Tally]) -> None:
     Raises:
         HostError: a control lost nothing, or nothing was promised.
     """
-    if reasons := without_force(tallies):
+    if reasons := underpowered(tallies):
         raise HostError("; ".join(reasons), hint="more of them: -p cuts=")

@@ -12,7 +12,7 @@ KINDS: Final = ("file", "size", "extent", "bytes", "strange")
 were stored; and the worst: there is what nobody stored."""
 
 
-class Finding(Fields, frozen=True, kw_only=True):
+class Damage(Fields, frozen=True, kw_only=True):
     """One thing that is wrong.
 
     Attributes:
@@ -59,7 +59,7 @@ class PromiseReport(ToolReport, frozen=True, kw_only=True):
     pages: Natural
     intact: Natural
     lost: dict[str, Natural]
-    findings: tuple[Finding, ...]
+    findings: tuple[Damage, ...]
 
     def __post_init__(self) -> None:
         check_report(self.lost.keys() == set(KINDS), f"lost has the kinds {sorted(self.lost)}")

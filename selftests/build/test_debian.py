@@ -174,13 +174,13 @@ def test_packages_and_what_they_need_are_unpacked(
     progress = [record.getMessage() for record in caplog.records]
     assert "test: download: 1 of 1 MB" in progress
     assert "test: unpack: 1 of 1 MB" in progress
-    left = [path.name for path in (mirror.cache.root / apt.FOLDER).iterdir()]
+    left = [path.name for path in (mirror.cache.root / apt.DOWNLOADS).iterdir()]
     assert len(left) == 1, "packages stay after they were unpacked"
     assert left[0].startswith("index-")
     mirror.prune(unused_for_s=3600)
-    assert (mirror.cache.root / apt.FOLDER / left[0]).is_dir()
+    assert (mirror.cache.root / apt.DOWNLOADS / left[0]).is_dir()
     mirror.prune(unused_for_s=0)
-    assert not (mirror.cache.root / apt.FOLDER / left[0]).exists()
+    assert not (mirror.cache.root / apt.DOWNLOADS / left[0]).exists()
 
 
 @needs_tools

@@ -161,15 +161,15 @@ def test_parts_of_the_host_are_looked_for() -> None:
 
 def test_keys_of_a_distribution(tmp_path: Path) -> None:
     for name in ("", "certs/signing_key.pem", "pkcs11:token=x"):
-        prerequisites.require(
+        prerequisites.require_prerequisites(
             {"MODULE_SIG_KEY": f'"{name}"', "SYSTEM_TRUSTED_KEYS": '""'}, tmp_path
         )
     produced = {"SYSTEM_TRUSTED_KEYS": '"debian/certs/uefi.pem"'}
     with pytest.raises(ConfigError, match=r"SYSTEM_TRUSTED_KEYS names debian/certs/uefi\.pem"):
-        prerequisites.require(produced, tmp_path)
+        prerequisites.require_prerequisites(produced, tmp_path)
     (tmp_path / "debian/certs").mkdir(parents=True)
     (tmp_path / "debian/certs/uefi.pem").touch()
-    prerequisites.require(produced, tmp_path)
+    prerequisites.require_prerequisites(produced, tmp_path)
 
 
 def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(
@@ -472,7 +472,7 @@ def test_unpacking_leaves_out_what_powerpc_does_not_read(
 ) -> None:
     kbuild.build_default(Archive(cache), settings())
     archive = next((cache.root / "kernel-source").glob("*/linux.tar.xz"))
-    kernel_source.unpack(archive, tmp_path / "unpacked")
+    kernel_source.unpack_source(archive, tmp_path / "unpacked")
     found = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
     assert {"Makefile", "arch/powerpc/Kconfig", "arch/x86/Kconfig", "drivers/gpu/drm/Makefile"} < (
         found

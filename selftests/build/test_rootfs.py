@@ -75,7 +75,7 @@ def ensure(cache: Cache, boot_test: Callable[[Userland], None] | None = None) ->
     obtained = rootfs.obtain(Archive(cache), ["trixie"])
     if isinstance(obtained, Userland):
         return obtained
-    return rootfs.build(cache, obtained, boot_test=boot_test)
+    return rootfs.build_rootfs(cache, obtained, boot_test=boot_test)
 
 
 def debugfs(disk: Path, request: str) -> str:
@@ -189,9 +189,9 @@ def test_nothing_of_the_host_and_nothing_unwanted_is_on_it(
 def test_made_once_and_anew_when_its_recipe_changes(
     cache: Cache, extracted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert rootfs.find(cache, suite="trixie") is None
+    assert rootfs.find_rootfs(cache, suite="trixie") is None
     first = ensure(cache)
-    assert ensure(cache) == first == rootfs.find(cache, suite="trixie")
+    assert ensure(cache) == first == rootfs.find_rootfs(cache, suite="trixie")
     assert len(extracted) == 1
     images = tmp_path / "images"
     shutil.copytree(IMAGES, images)
@@ -222,7 +222,7 @@ def test_the_next_suite_is_taken_where_one_is_not_complete(
     monkeypatch.setattr(Archive, "download", refuse)
     obtained = rootfs.obtain(Archive(cache), ["trixie", "forky"])
     assert isinstance(obtained, Download)
-    made = rootfs.build(cache, obtained, boot_test=None)
+    made = rootfs.build_rootfs(cache, obtained, boot_test=None)
     assert made.suite == "forky"
     # What is in the cache is taken before anything is fetched.
     monkeypatch.setattr(Archive, "download", download)
@@ -237,7 +237,7 @@ def test_userland_that_does_not_boot_is_not_kept(cache: Cache, extracted: list[A
 
     with pytest.raises(HostError, match="it does not boot"):
         ensure(cache, fails)
-    assert rootfs.find(cache, suite="trixie") is None
+    assert rootfs.find_rootfs(cache, suite="trixie") is None
     assert list((cache.root / "userland").iterdir()) == []
 
 

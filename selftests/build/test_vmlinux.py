@@ -97,22 +97,22 @@ def test_unknown_stays_unknown(make: Make) -> None:
     subprocess.run([TOOLS + "strip", path], check=True)
     found = vmlinux.inspect(path)
     assert (found.page_size, found.papr_scm, found.has_symbols) == (None, vmlinux.UNKNOWN, False)
-    vmlinux.check(found, has_modules=True)
+    vmlinux.require_usable(found, has_modules=True)
     with pytest.raises(ConfigError, match="neither papr_scm nor its configuration") as caught:
-        vmlinux.check(found, has_modules=False)
+        vmlinux.require_usable(found, has_modules=False)
     assert "set modules=" in str(caught.value.hint)
 
 
 def test_papr_scm_absent_or_a_module(make: Make) -> None:
     found = vmlinux.inspect(make())
-    vmlinux.check(found, has_modules=True)
+    vmlinux.require_usable(found, has_modules=True)
     with pytest.raises(ConfigError, match=r"is a module of .* and no modules were given"):
-        vmlinux.check(found, has_modules=False)
+        vmlinux.require_usable(found, has_modules=False)
     found = vmlinux.inspect(make(config="CONFIG_PPC_4K_PAGES=y\n", driver=True))
     assert found.page_size == 4096
     for has_modules in (True, False):
         with pytest.raises(ConfigError, match="has no papr_scm") as caught:
-            vmlinux.check(found, has_modules=has_modules)
+            vmlinux.require_usable(found, has_modules=has_modules)
         assert "paprscm kernel build" in str(caught.value.hint)
 
 
@@ -125,9 +125,9 @@ def test_a_debugger_that_waits_for_a_person_is_switched_off(make: Make) -> None:
 def test_a_forced_command_line(make: Make) -> None:
     config = 'CONFIG_PAPR_SCM=y\nCONFIG_CMDLINE="console=hvc0 quiet"\nCONFIG_CMDLINE_FORCE=y\n'
     with pytest.raises(ConfigError, match='CONFIG_CMDLINE_FORCE and boots with "console=hvc0 qu'):
-        vmlinux.check(vmlinux.inspect(make(config=config)), has_modules=False)
+        vmlinux.require_usable(vmlinux.inspect(make(config=config)), has_modules=False)
     config = config.replace("FORCE", "EXTEND")
-    vmlinux.check(vmlinux.inspect(make(config=config)), has_modules=False)
+    vmlinux.require_usable(vmlinux.inspect(make(config=config)), has_modules=False)
 
 
 def refuse(path: Path, message: str) -> None:

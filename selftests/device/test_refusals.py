@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.device.launch import Attempt
-from paprscm.device.refusal_rows import GROUPS, find
+from paprscm.device.refusal_rows import GROUPS, find_row
 from paprscm.device.refusals import (
     FILES,
     LIMITS,
@@ -44,7 +44,7 @@ def places(tmp_path: Path) -> dict[str, str]:
 def test_each_name_is_there_once() -> None:
     names = [row.name for row in ROWS]
     assert len(names) == len(set(names)) > 50
-    assert all(find(row.name) is row for row in ROWS)
+    assert all(find_row(row.name) is row for row in ROWS)
 
 
 @pytest.mark.parametrize("version", VERSIONS)

@@ -13,9 +13,9 @@ import pytest
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.flush import trace
 from paprscm.flush.accounts import FlushAccounts
-from paprscm.flush.durability import Offset, expect_durable
-from paprscm.flush.load import Call, FlushLoad
-from paprscm.flush.trace import Flush, FlushHcall, FlushTrace, expect_protocol
+from paprscm.flush.durability import ClockOffset, expect_durable
+from paprscm.flush.load import DurableCall, FlushLoadReport
+from paprscm.flush.trace import FlushHcall, FlushTrace, TracedFlush, expect_protocol
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.papr import ReturnCode
 from paprscm.vm.sync_shim import Counts, Injected, Operation, Record
@@ -41,9 +41,9 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_report() -> None:
-    made = read_report(FlushLoad, json.dumps(report()), 0)
+    made = read_report(FlushLoadReport, json.dumps(report()), 0)
     assert made.duration_s == 2
-    assert made.calls == (Call(0, "fsync", 5, 9, 0), Call(1, "deep_flush", 6, 7, 5))
+    assert made.calls == (DurableCall(0, "fsync", 5, 9, 0), DurableCall(1, "deep_flush", 6, 7, 5))
 
 
 @pytest.mark.parametrize(
@@ -68,12 +68,12 @@ def test_a_report() -> None:
 )
 def test_a_report_that_cannot_be_believed(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ProbeError, match=what):
-        read_report(FlushLoad, json.dumps(report(**changes)), 0)
+        read_report(FlushLoadReport, json.dumps(report(**changes)), 0)
 
 
 def test_a_report_with_another_status() -> None:
     with pytest.raises(ProbeError, match="status 4"):
-        read_report(FlushLoad, json.dumps(report()), 4)
+        read_report(FlushLoadReport, json.dumps(report()), 4)
 
 
 # --- order -----------------------------------------------------------------------------------
@@ -83,8 +83,8 @@ def sync(begin: int, end: int | None, result: int | None = 0) -> Record:
     return Record(0, Path("file"), Operation.FDATASYNC, begin, end, result, Injected(0), 0.0, 1)
 
 
-def call(begin: int, end: int, errno: int = 0) -> Call:
-    return Call(0, "fsync", begin, end, errno)
+def call(begin: int, end: int, errno: int = 0) -> DurableCall:
+    return DurableCall(0, "fsync", begin, end, errno)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def call(begin: int, end: int, errno: int = 0) -> Call:
     ],
 )
 def test_a_call_waits_for_a_sync(syncs: list[Record], holds: bool) -> None:
-    calls, offset = [call(100, 200)], Offset(1000, 1000)
+    calls, offset = [call(100, 200)], ClockOffset(1000, 1000)
     if holds:
         expect_durable(calls, syncs, offset)
     else:
@@ -112,19 +112,19 @@ def test_a_call_waits_for_a_sync(syncs: list[Record], holds: bool) -> None:
 
 
 def test_what_is_not_known_of_the_clock_is_in_favour() -> None:
-    expect_durable([call(100, 200)], [sync(1100, 1250)], Offset(1000, 1050))
+    expect_durable([call(100, 200)], [sync(1100, 1250)], ClockOffset(1000, 1050))
     with pytest.raises(ContractError, match=r"ended 0\.000 ms too late"):
-        expect_durable([call(100, 200)], [sync(1100, 1251)], Offset(1000, 1050))
+        expect_durable([call(100, 200)], [sync(1100, 1251)], ClockOffset(1000, 1050))
 
 
 def test_a_call_that_failed_promised_nothing() -> None:
-    expect_durable([call(100, 200, errno=5)], [], Offset(0, 0))
+    expect_durable([call(100, 200, errno=5)], [], ClockOffset(0, 0))
 
 
 def test_clocks_that_drift() -> None:
-    assert Offset(0, 10).narrowed(Offset(5, 20)) == Offset(5, 10)
+    assert ClockOffset(0, 10).narrowed(ClockOffset(5, 20)) == ClockOffset(5, 10)
     with pytest.raises(HostError, match="drift"):
-        Offset(0, 10).narrowed(Offset(11, 20))
+        ClockOffset(0, 10).narrowed(ClockOffset(11, 20))
 
 
 # --- protocol --------------------------------------------------------------------------------
@@ -134,8 +134,8 @@ def hcall(sent: int, token: int, code: int, begin: int = 0, drc: int = DRC) -> F
     return FlushHcall(7, drc, sent, token, code, begin, begin + 10)
 
 
-def flush(*calls: FlushHcall) -> Flush:
-    return Flush(calls)
+def flush(*calls: FlushHcall) -> TracedFlush:
+    return TracedFlush(calls)
 
 
 GOOD = flush(hcall(0, 5, BUSY), hcall(5, 5, BUSY, 20_000), hcall(5, 0, 0, 40_000))
@@ -160,12 +160,12 @@ def test_the_protocol_kept() -> None:
         ([flush(hcall(0, 5, BUSY), hcall(5, 0, -1))], "H_HARDWARE"),
     ],
 )
-def test_the_protocol_broken(made: list[Flush], what: str) -> None:
+def test_the_protocol_broken(made: list[TracedFlush], what: str) -> None:
     with pytest.raises(ContractError, match=what):
         expect_protocol(made)
 
 
-def waited(us: int, n: int) -> list[Flush]:
+def waited(us: int, n: int) -> list[TracedFlush]:
     return [flush(hcall(0, token, BUSY), hcall(token, 0, 0, 10 + us)) for token in range(1, n + 1)]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.errors import ConfigError, HostError
-from paprscm.host.cache import MANIFEST, Cache, Entry
+from paprscm.host.cache import MANIFEST, Cache, CacheEntry
 
 FIELDS = {"version": "1", "compiler": "gcc 12"}
 
@@ -166,7 +166,7 @@ def test_of_two_runs_one_builds_and_the_other_says_that_it_waits(cache: Cache) -
     assert second.stdout.split() == rest.split()
 
 
-def entry_named(cache: Cache, name: str, *, used_days_ago: float) -> Entry:
+def entry_named(cache: Cache, name: str, *, used_days_ago: float) -> CacheEntry:
     entry = cache.ensure("thing", {"name": name}, build_hello)
     when = time.time() - used_days_ago * 86400
     os.utime(entry.path, (when, when))

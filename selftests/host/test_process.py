@@ -369,7 +369,7 @@ def test_descriptors_are_passed_and_no_others() -> None:
 
 
 def test_task_beside_another() -> None:
-    with process.beside(lambda _: 7) as task:
+    with process.run_in_background(lambda _: 7) as task:
         assert task.result() == 7
         task.check()
 
@@ -378,7 +378,7 @@ def test_failure_of_a_task_ends_what_runs_beside_it() -> None:
     def fail(_: Callable[[], None]) -> None:
         raise HostError("no packages")
 
-    with pytest.raises(HostError, match="no packages"), process.beside(fail) as task:
+    with pytest.raises(HostError, match="no packages"), process.run_in_background(fail) as task:
         run(["sleep", "1000"], idle_s=0.05, on_idle=task.check)
 
 
@@ -392,7 +392,7 @@ def test_task_is_stopped_where_the_other_fails() -> None:
             ended.append(error)
             raise
 
-    with pytest.raises(HostError, match="no kernel"), process.beside(sleep):
+    with pytest.raises(HostError, match="no kernel"), process.run_in_background(sleep):
         raise HostError("no kernel")
     assert isinstance(ended[0], process.StoppedError)
 

@@ -17,7 +17,13 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.guest.ssh import CommandResult, TimedOutError
 from paprscm.map_sync import probe, verdict
-from paprscm.map_sync.verdict import STATX_ATTR_DAX, Verdict, judge, on_dax_file, parse_map_sync
+from paprscm.map_sync.verdict import (
+    STATX_ATTR_DAX,
+    Verdict,
+    judge_map_sync,
+    on_dax_file,
+    parse_map_sync,
+)
 from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Nvdimm
 
@@ -196,11 +202,11 @@ BROKEN_CASES: list[tuple[str, Raw, Raw | None, str]] = [
 
 @pytest.mark.parametrize(("name", "mapping", "control"), ACCEPTED_CASES)
 def test_accepted(name: str, mapping: Raw, control: Raw | None) -> None:
-    assert judge(_parse(_report(mapping, control))).verdict is Verdict.ACCEPTED, name
+    assert judge_map_sync(_parse(_report(mapping, control))).verdict is Verdict.ACCEPTED, name
 
 
 def test_refused() -> None:
-    judgement = judge(_parse(_report(REFUSED, CONTROL)))
+    judgement = judge_map_sync(_parse(_report(REFUSED, CONTROL)))
     assert judgement.verdict is Verdict.REFUSED
     assert "EOPNOTSUPP (95)" in judgement.reason
 
@@ -211,7 +217,7 @@ def test_refused() -> None:
     ids=[case[0] for case in BROKEN_CASES],
 )
 def test_broken(mapping: Raw, control: Raw | None, reason: str) -> None:
-    judgement = judge(_parse(_report(mapping, control)))
+    judgement = judge_map_sync(_parse(_report(mapping, control)))
     assert judgement.verdict is Verdict.BROKEN
     assert reason in judgement.reason
 
@@ -221,7 +227,7 @@ def test_broken(mapping: Raw, control: Raw | None, reason: str) -> None:
     [(GOOD, CONTROL), (REFUSED, CONTROL), (REFUSED, None), *[case[1:3] for case in BROKEN_CASES]],
 )
 def test_a_file_that_is_not_dax_proves_nothing_else(mapping: Raw, control: Raw | None) -> None:
-    judgement = judge(_parse(_report(mapping, control, dax=False)))
+    judgement = judge_map_sync(_parse(_report(mapping, control, dax=False)))
     assert judgement.verdict is Verdict.NOT_DAX
     assert "xfs" in judgement.reason
 
@@ -229,18 +235,18 @@ def test_a_file_that_is_not_dax_proves_nothing_else(mapping: Raw, control: Raw |
 @pytest.mark.parametrize("mapping", [GOOD, REFUSED])
 def test_dax_unknown_is_not_dax_proven(mapping: Raw) -> None:
     """A kernel without STATX_ATTR_DAX (before 5.8) gives no verdict, neither way."""
-    assert judge(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
+    assert judge_map_sync(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
     no_statx = {**_file(None), "statx": None, "statx_errno": 38, "statx_errno_name": "ENOSYS"}
     report = _parse(_report(mapping, CONTROL, file=no_statx))
-    assert judge(report).verdict is Verdict.BROKEN
+    assert judge_map_sync(report).verdict is Verdict.BROKEN
 
 
 def test_opened_read_only_is_another_question() -> None:
-    assert judge(_parse(_report(REFUSED, CONTROL, opened="r"))).verdict is Verdict.BROKEN
+    assert judge_map_sync(_parse(_report(REFUSED, CONTROL, opened="r"))).verdict is Verdict.BROKEN
 
 
 def test_unreached_file_is_broken() -> None:
-    judgement = judge(_parse(_report(NO_FILE, None, file=None)))
+    judgement = judge_map_sync(_parse(_report(NO_FILE, None, file=None)))
     assert judgement.verdict is Verdict.BROKEN
     assert "open with ENOSPC (28)" in judgement.reason
 
@@ -411,7 +417,7 @@ def test_map_sync_builds_once(shell: _HostShell, tmp_path: Path) -> None:
     assert len(shell.commands) == 3  # not there, gcc, run
     second = probe.map_sync(guest, path, pages=2, sync=False, map_type="shared", control=False)
     assert len(shell.commands) == 4
-    assert judge(first).verdict is Verdict.NOT_DAX
+    assert judge_map_sync(first).verdict is Verdict.NOT_DAX
     assert (second.path, second.mapping.type, second.mapping.pages_accessed) == (path, "shared", 2)
     assert len(list((tmp_path / "tools").iterdir())) == 1
 

@@ -18,7 +18,7 @@ import pytest
 from paprscm.errors import ContractError, Error, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.ssh import CommandResult
-from paprscm.map_sync.verdict import Verdict, judge, parse_map_sync
+from paprscm.map_sync.verdict import Verdict, judge_map_sync, parse_map_sync
 from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index, node_name
 from paprscm.paths import GUEST_TOOLS
 from paprscm.pmem import dump, mounts, namespaces, regions
@@ -65,7 +65,7 @@ def altered(name: str, pattern: str, replacement: str) -> Guest:
 def test_recorded_regions(
     name: str, slot: int, region: str, hcall_flush: bool, deep_flush: str, mode: int
 ) -> None:
-    found = regions.region(recorded(name), slot)
+    found = regions.find_region(recorded(name), slot)
     assert (found.name, found.slot, found.drc) == (region, slot, 0x90000000 + slot)
     assert (found.deep_flush, found.deep_flush_mode) == (deep_flush, mode)
     assert found.persistence_domain == "memory_controller"
@@ -90,7 +90,7 @@ def test_recorded_regions(
 
 
 def test_recorded_unarmed_region() -> None:
-    found = regions.region(recorded("unarmed"), 2)
+    found = regions.find_region(recorded("unarmed"), 2)
     assert found.read_only is True
     assert found.dimm is not None
     assert found.dimm.papr_flags == frozenset({"not_armed"})
@@ -98,7 +98,7 @@ def test_recorded_unarmed_region() -> None:
 
 def test_recorded_missing_region() -> None:
     with pytest.raises(dump.RegionError) as caught:
-        regions.region(recorded("no-region", 3), 7)
+        regions.find_region(recorded("no-region", 3), 7)
     message = str(caught.value)
     assert "slot 7 (drc 0x90000007)" in message
     for slot, region in enumerate(("region3", "region1", "region2", "region0")):
@@ -140,7 +140,7 @@ def test_recorded_second_mount_of_the_same_file_system() -> None:
 
 def test_recorded_namespaces() -> None:
     """One of each mode in one region, in the order of their numbers and not of ndctl's list."""
-    region = regions.region(recorded("namespaces"), 3)
+    region = regions.find_region(recorded("namespaces"), 3)
     found = namespaces.find_namespaces(recorded("namespaces"), region)
     seen = [(ns.name, ns.mode, ns.map, ns.path) for ns in found]
     assert seen == [
@@ -162,14 +162,14 @@ def test_recorded_namespaces() -> None:
 
 
 def test_recorded_region_without_namespaces() -> None:
-    region = regions.region(recorded("no-namespaces"), 3)
+    region = regions.find_region(recorded("no-namespaces"), 3)
     assert namespaces.find_namespaces(recorded("no-namespaces"), region) == ()
     assert [ns.mode for ns in namespaces.find_namespaces(recorded("devdax"), region)] == ["devdax"]
 
 
 def test_what_was_made_is_what_was_asked_for() -> None:
     """`ndctl create-namespace` names the character device elsewhere than `ndctl list`."""
-    region = regions.region(recorded("devdax"), 3)
+    region = regions.find_region(recorded("devdax"), 3)
     made = namespaces.create_namespace(recorded("devdax"), region, mode="devdax", map="mem")
     assert made.path == "/dev/dax0.0"
     with pytest.raises(ContractError, match="asked for was devdax, map dev"):
@@ -180,7 +180,7 @@ def test_what_was_made_is_what_was_asked_for() -> None:
 
 def test_a_region_is_not_taken_for_that_of_another_slot() -> None:
     with pytest.raises(dump.RegionError, match=r"is 0x90000000, not 0x90000001"):
-        regions.region(recorded("pmem-on"), 1)
+        regions.find_region(recorded("pmem-on"), 1)
 
 
 LIES: list[tuple[str, str, type[Error], str]] = [
@@ -205,7 +205,7 @@ def test_lies_about_a_region(
     pattern: str, replacement: str, kind: type[Error], message: str
 ) -> None:
     with pytest.raises(kind, match=re.escape(message)):
-        regions.region(altered("pmem-on", pattern, replacement), 0)
+        regions.find_region(altered("pmem-on", pattern, replacement), 0)
 
 
 DISK_LIES = [
@@ -266,7 +266,7 @@ def test_a_failed_step_is_named() -> None:
 def test_recorded_map_sync_reports(name: str, verdict: Verdict) -> None:
     text = (DATA / "map_sync" / f"{name}.json").read_text()
     status = 0 if verdict is Verdict.ACCEPTED else 1
-    assert judge(parse_map_sync(text, status)).verdict is verdict
+    assert judge_map_sync(parse_map_sync(text, status)).verdict is verdict
 
 
 class FakeSysfs:
@@ -344,7 +344,7 @@ def test_found_by_drc_not_by_index(sysfs: FakeSysfs, of_node: bool) -> None:
     for number, slot in enumerate((3, 1, 2, 0, 16)):
         sysfs.add(number, drc_index(slot), of_node=of_node)
     for number, slot in enumerate((3, 1, 2, 0, 16)):
-        found = regions.region(cast(Guest, sysfs), slot)
+        found = regions.find_region(cast(Guest, sysfs), slot)
         assert found.name == f"region{number}"
         assert found.node.drc_index == drc_index(slot)
         assert found.node.unit_guid == "a" * 300
@@ -354,12 +354,12 @@ def test_found_by_drc_not_by_index(sysfs: FakeSysfs, of_node: bool) -> None:
 def test_a_longer_index_is_another_one(sysfs: FakeSysfs) -> None:
     sysfs.add(0, 0x900000010)
     with pytest.raises(dump.RegionError, match=r"there are: \n  region0: node \S+@900000010,"):
-        regions.region(cast(Guest, sysfs), 1)
+        regions.find_region(cast(Guest, sysfs), 1)
 
 
 def test_no_region_at_all(sysfs: FakeSysfs) -> None:
     with pytest.raises(dump.RegionError, match="there are: none"):
-        regions.region(cast(Guest, sysfs), 0)
+        regions.find_region(cast(Guest, sysfs), 0)
 
 
 @pytest.mark.parametrize(
@@ -384,26 +384,26 @@ def test_a_property_of_another_form(
     sysfs: FakeSysfs, name: str, content: bytes | None, message: str
 ) -> None:
     file = sysfs.add(0, drc_index(0)) / "of_node" / name
-    assert regions.region(cast(Guest, sysfs), 0).name == "region0"
+    assert regions.find_region(cast(Guest, sysfs), 0).name == "region0"
     if content is None:
         file.unlink()
     else:
         file.write_bytes(content)
     with pytest.raises(ContractError, match=message):
-        regions.region(cast(Guest, sysfs), 0)
+        regions.find_region(cast(Guest, sysfs), 0)
 
 
 def test_two_regions_of_one_drc(sysfs: FakeSysfs) -> None:
     sysfs.add(0, drc_index(0))
     sysfs.add(1, drc_index(0))
     with pytest.raises(dump.RegionError, match="both region0 and region1 are of drc 90000000"):
-        regions.region(cast(Guest, sysfs), 0)
+        regions.find_region(cast(Guest, sysfs), 0)
 
 
 def test_region_without_driver(sysfs: FakeSysfs) -> None:
     sysfs.add(0, drc_index(0), driver=False)
     with pytest.raises(dump.RegionError, match="region0 has no driver"):
-        regions.region(cast(Guest, sysfs), 0)
+        regions.find_region(cast(Guest, sysfs), 0)
 
 
 def test_waits_for_a_region(sysfs: FakeSysfs) -> None:
@@ -447,7 +447,7 @@ def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path], *told: dict[s
 def test_namespace_is_proven_to_be_the_regions(sysfs: FakeSysfs) -> None:
     log = _with_tools(sysfs, lambda device: device / "pfn0.0")
     guest = cast(Guest, sysfs)
-    made = namespaces.create_fsdax(guest, regions.region(guest, 0))
+    made = namespaces.create_fsdax(guest, regions.find_region(guest, 0))
     assert (made.name, made.path, made.region) == ("pmem9", "/dev/pmem9", "region0")
     assert made.size_bytes == MIB
     assert log.read_text() == "ndctl create-namespace -f -r region0 -m fsdax\n"
@@ -457,7 +457,7 @@ def test_options_of_a_namespace(sysfs: FakeSysfs) -> None:
     log = _with_tools(sysfs, lambda device: device / "pfn0.0", {**_MADE, "map": "mem"})
     guest = cast(Guest, sysfs)
     options = {"map": "mem", "size_bytes": 64 * MIB, "align_bytes": 65536}
-    namespaces.create_namespace(guest, regions.region(guest, 0), mode="fsdax", **options)  # type: ignore[arg-type]
+    namespaces.create_namespace(guest, regions.find_region(guest, 0), mode="fsdax", **options)  # type: ignore[arg-type]
     assert log.read_text() == (
         "ndctl create-namespace -f -r region0 -m fsdax -M mem -s 67108864 -a 65536\n"
     )
@@ -468,7 +468,7 @@ def test_a_device_that_sysfs_does_not_have(sysfs: FakeSysfs) -> None:
     (sysfs.root / "block/pmem9").unlink()
     guest = cast(Guest, sysfs)
     with pytest.raises(ContractError, match="sysfs has no pmem9"):
-        namespaces.create_fsdax(guest, regions.region(guest, 0))
+        namespaces.create_fsdax(guest, regions.find_region(guest, 0))
 
 
 def test_nothing_is_made_where_a_file_system_is_to_be_found(sysfs: FakeSysfs) -> None:
@@ -618,9 +618,9 @@ def test_page_size(text: str, size: int | None) -> None:
 
     if size is None:
         with pytest.raises(ContractError, match="smaps says 'x'"):
-            regions.page_size(cast(Guest, Answers()))
+            regions.read_page_size(cast(Guest, Answers()))
     else:
-        assert regions.page_size(cast(Guest, Answers())) == size
+        assert regions.read_page_size(cast(Guest, Answers())) == size
 
 
 @pytest.mark.parametrize(
@@ -701,4 +701,4 @@ def test_a_file_system_is_not_taken_for_a_missing_region(sysfs: FakeSysfs) -> No
 def test_slots_that_no_machine_has() -> None:
     for slot in (-1, 32):
         with pytest.raises(ValueError, match=f"slot {slot} "):
-            regions.region(recorded("pmem-on"), slot)
+            regions.find_region(recorded("pmem-on"), slot)

@@ -18,11 +18,11 @@ from paprscm.pmem.fs_health import complaints, expect_no_complaints
 from paprscm.power_cut.sudden_end import (
     Ledger,
     Phase,
+    ProgramState,
     Side,
-    State,
     Tally,
-    expect_force,
     expect_kept,
+    require_statistical_power,
 )
 from paprscm.power_cut.sudden_end_report import PromiseReport
 from paprscm.vm.backing_files import BackingFiles
@@ -183,7 +183,7 @@ def test_a_ledger_is_found(file: Path) -> None:
         found = ledger.read(NONCE)
         assert ledger.read(1) is None
     assert found is not None
-    assert (found.done, found.phase, found.state) == (7, Phase.STORE, State.RUNNING)
+    assert (found.done, found.phase, found.state) == (7, Phase.STORE, ProgramState.RUNNING)
     assert (found.page_size, found.errno, found.stage) == (65536, 0, "")
 
 
@@ -197,7 +197,7 @@ def test_a_ledger_is_read_while_it_is_written(file: Path) -> None:
                 writer.flush()
                 found = ledger.read(nonce)
                 assert found is not None
-                assert (found.done, found.state) == (done, State.FAILED)
+                assert (found.done, found.state) == (done, ProgramState.FAILED)
                 assert (found.errno, found.stage) == (28, "mmap")
 
 
@@ -246,7 +246,7 @@ def tally(side: Side, *reports: dict[str, Any]) -> Tally:
 def test_kept_with_force() -> None:
     tallies = {SYNC: tally(SYNC, report(), report()), CONTROL: tally(CONTROL, report(), lossy())}
     expect_kept(tallies)
-    expect_force(tallies)
+    require_statistical_power(tallies)
     figures = tallies[CONTROL].figures()
     assert (figures["cuts"], figures["lossy"], figures["pages_lost"]) == (2, 1, 1)
     assert (figures["lost"], figures["phases"]) == ({"extent": 1}, {"fault": 2})
@@ -271,14 +271,14 @@ def test_a_control_without_loss_has_no_force() -> None:
     tallies = {SYNC: tally(SYNC, report()), CONTROL: tally(CONTROL, report())}
     expect_kept(tallies)
     with pytest.raises(HostError, match="xfs without MAP_SYNC: nothing was lost in 1 cuts"):
-        expect_force(tallies)
+        require_statistical_power(tallies)
 
 
 def test_nothing_promised_has_no_force() -> None:
     nothing = report(files=0, pages=0, intact=0)
     tallies = {SYNC: tally(SYNC, nothing), CONTROL: tally(CONTROL, lossy())}
     with pytest.raises(HostError, match="xfs with MAP_SYNC: nothing was promised in 1 cuts"):
-        expect_force(tallies)
+        require_statistical_power(tallies)
 
 
 # Of 6.1, 6.12 and of one that is not there yet.

@@ -12,9 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from paprscm.device.device_tree import associativity, expected_node, judge_persistent_memory, parse
+from paprscm.device.device_tree import (
+    associativity,
+    expected_node,
+    judge_persistent_memory,
+    parse_tree,
+)
 from paprscm.device.launch import attempt
-from paprscm.device.refusal_rows import find
+from paprscm.device.refusal_rows import find_row
 from paprscm.device.refusals import Message, board
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
@@ -138,7 +143,7 @@ def reset(vm: Vm, slot: int) -> bytes:
     """
     vm.qmp.execute("system_reset")
     limit = time.monotonic() + 10
-    while drc_index(slot) not in parse(tree := dump_tree(vm)).nvdimms:
+    while drc_index(slot) not in parse_tree(tree := dump_tree(vm)).nvdimms:
         if time.monotonic() > limit:
             raise ContractError(f"10 s after a reset the device tree has no DIMM in slot {slot}")
         time.sleep(0.01)
@@ -247,7 +252,7 @@ class DeviceQmp(QemuTest):
             for nvdimm in (*there, later) if with_later else there:
                 self.check_dimm(vm, nvdimm, hotplugged=nvdimm is later)
             expected = {drc: node for drc, node in nodes.items() if with_later or drc != later.drc}
-            for line in judge_persistent_memory(parse(tree), slots=4, nvdimms=expected):
+            for line in judge_persistent_memory(parse_tree(tree), slots=4, nvdimms=expected):
                 self.check("device tree", line, "as on the command line")
             self.checkpoint()
 
@@ -324,7 +329,7 @@ class DeviceQmp(QemuTest):
 
         def plug_refused(name: str, properties: Mapping[str, Any]) -> None:
             places = {"memdev": str(properties.get("memdev"))}
-            usual = find(name).expected(self.qemu.version, places)
+            usual = find_row(name).expected(self.qemu.version, places)
             self.check_refusal(name, vm, "device_add", usual, **properties)
 
         for name, change in BAD_BACKENDS.items():
@@ -376,7 +381,9 @@ class DeviceQmp(QemuTest):
         commands = (("object-add", GOOD.backend(file)), ("device_add", GOOD.frontend()))
         found = attempt(self.qemu, board(), machine="nvdimm=off", commands=commands)
         found.returned(0)
-        wanted = find("spapr-nvdimm on a machine with nvdimm=off").expected(self.qemu.version, {})
+        wanted = find_row("spapr-nvdimm on a machine with nvdimm=off").expected(
+            self.qemu.version, {}
+        )
         self.check_answer("device_add", found.answers[1], wanted)
 
     def test_unplug(self) -> None:
@@ -408,7 +415,7 @@ class DeviceQmp(QemuTest):
         self.measure("duration_s", found.duration_s)
         for number in range(len(commands) - 2):
             found.returned(number)
-        wanted = find("no free slot").expected(self.qemu.version, {})
+        wanted = find_row("no free slot").expected(self.qemu.version, {})
         self.check_answer("33rd device_add", found.answers[-2], wanted)
         entries = [entry["data"] for entry in found.returned(len(commands) - 1)]
         dimms = sorted((entry["slot"], entry["id"], entry["addr"]) for entry in entries)

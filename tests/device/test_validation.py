@@ -10,7 +10,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paprscm.device.device_tree import parse
+from paprscm.device.device_tree import parse_tree
 from paprscm.device.launch import Attempt, attempt
 from paprscm.device.refusal_rows import GROUPS
 from paprscm.device.refusals import LIMITS, backend, board, device, dimm, filled, make_files, on
@@ -191,7 +191,7 @@ class Validation(QemuTest):
             reported = None
             self.expect_end("a label area of 4 GiB", found, accepted=False)
         else:
-            reported = parse(found.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
+            reported = parse_tree(found.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
         self.conclude(
             "qemu-nvdimm-label-size-truncated",
             shows=reported is not None,
@@ -245,6 +245,6 @@ class Validation(QemuTest):
         if not asked.accepted:
             raise ContractError(f"with the monitor's dumpdtb: {asked}")
         written = option.status == 0 and file.exists()
-        if written and drc_index(0) not in parse(file.read_bytes()).nvdimms:
+        if written and drc_index(0) not in parse_tree(file.read_bytes()).nvdimms:
             raise ContractError(f"the tree that dumpdtb= wrote has no DIMM: {option}")
         self.conclude("qemu-pseries-dumpdtb-option", shows=not written, found=str(option))

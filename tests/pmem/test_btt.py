@@ -21,12 +21,12 @@ from paprscm.pmem.btt_race import (
     DONE,
     PROGRESS,
     WRITE_PATH,
-    Running,
+    RunningWriters,
     btt_sleep,
     expect_written,
     first_write,
-    start,
-    state,
+    read_writers,
+    start_writers,
 )
 from paprscm.pmem.namespaces import BlockDevice, create_namespace
 from paprscm.pmem.regions import wait_for_region
@@ -83,7 +83,9 @@ class Btt(PaprScmTest):
         disk = self.disk(guest)
         limit = "/proc/sys/kernel/watchdog_thresh"
         guest.succeed(f"[ ! -e {limit} ] || echo {WATCHDOG_S} > {limit}")
-        start(guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds)
+        start_writers(
+            guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds
+        )
 
     def ended(self, guest: Guest, after_s: float) -> int:
         """The number of writes of threads that must have ended, from their report.
@@ -92,8 +94,8 @@ class Btt(PaprScmTest):
             guest: where.
             after_s: time since their start, s.
         """
-        found = state(guest)
-        if isinstance(found, Running):
+        found = read_writers(guest)
+        if isinstance(found, RunningWriters):
             guest.check()
             raise ContractError(
                 f"{len(found.states)} of {THREADS} writer threads still running after "

@@ -16,7 +16,7 @@ from paprscm.checks import above, below
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Result, Verdict, judge, on_dax_file
+from paprscm.map_sync.verdict import MapResult, Verdict, judge_map_sync, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import (
     BlockDevice,
@@ -28,7 +28,7 @@ from paprscm.pmem.namespaces import (
     find_namespaces,
     partition,
 )
-from paprscm.pmem.regions import Region, page_size, wait_for_region
+from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import GIB, MIB, Machine, Nvdimm
@@ -61,7 +61,7 @@ class Partitions(NamespaceTest):
         """Make four partitions that differ in their begin and end."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
-        page = page_size(guest)
+        page = read_page_size(guest)
         kinds = (
             ("begins and ends at a page", 0, 0, True),
             ("begins a sector later", 512, 0, False),
@@ -116,7 +116,7 @@ class Modes(NamespaceTest):
         """Make a namespace of each mode, and judge it."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         region = wait_for_region(guest, nvdimm.slot)
-        page = page_size(guest)
+        page = read_page_size(guest)
         kinds: list[tuple[NamespaceMode, NamespaceMap | None]] = [
             ("fsdax", "dev"),
             ("fsdax", "mem"),
@@ -169,7 +169,7 @@ class Modes(NamespaceTest):
         report = map_sync(guest, disk.path, truncate=False, length=page)
         self.measure(f"{disk.path}, {what}", report.line)
         kind = report.file.type if report.file else "absent"
-        found = (kind, judge(report).verdict, report.mapping.errno_name)
+        found = (kind, judge_map_sync(report).verdict, report.mapping.errno_name)
         self.check(f"{disk.path}, {what}", found, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
 
     def devdax(self, guest: Guest, namespace: Namespace, nvdimm: Nvdimm) -> None:
@@ -183,9 +183,9 @@ class Modes(NamespaceTest):
         flags = report.mapping.vm_flags or frozenset()
         kind = report.file.type if report.file else "absent"
         self.check("the type of the devdax device", kind, "character")
-        granted = (report.mapping.result, "sf" in flags) == (Result.MAPPED, True)
+        granted = (report.mapping.result, "sf" in flags) == (MapResult.MAPPED, True)
         refused = (report.mapping.result, report.mapping.errno_name)
-        if not granted and (nvdimm.pmem or refused != (Result.REFUSED, "EOPNOTSUPP")):
+        if not granted and (nvdimm.pmem or refused != (MapResult.REFUSED, "EOPNOTSUPP")):
             self.check("MAP_SYNC on devdax", str(report.mapping), "granted, or EOPNOTSUPP")
 
     def test_pmem_on(self) -> None:
@@ -212,7 +212,7 @@ class Several(NamespaceTest):
         """Mount an XFS and an ext4 at the same time, and judge both."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         region = wait_for_region(guest, nvdimm.slot)
-        page = page_size(guest)
+        page = read_page_size(guest)
         kinds: tuple[tuple[FsType, int | None], ...] = (("xfs", 512 * MIB), ("ext4", None))
         disks: list[BlockDevice] = []
         for fstype, size in kinds:
@@ -351,7 +351,7 @@ class DmLinear(NamespaceTest):
         dimms = (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
-        page = page_size(guest)
+        page = read_page_size(guest)
         # All exist at the same time: a device of one does not become a device of another
         # (known_issues/linux-dax-device-inherits-flags.md).
         cases = (
@@ -375,7 +375,7 @@ class DmLinear(NamespaceTest):
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         path = linear(guest, "grows", [disks[0]], at_mib=0)
-        make_filesystem(guest, path, "ext4", page_size(guest))
+        make_filesystem(guest, path, "ext4", read_page_size(guest))
         mount(guest, path, "ext4", "/mnt")
         self.probe(guest, "before", "/mnt/before", "ext4", Verdict.ACCEPTED)
         self.checkpoint()
@@ -386,7 +386,7 @@ class DmLinear(NamespaceTest):
         )
         report = map_sync(guest, "/mnt/after")
         self.measure("after", report.line)
-        found = judge(report)
+        found = judge_map_sync(report)
         self.known_issue(
             "linux-dm-stays-synchronous",
             shows=found.verdict is Verdict.ACCEPTED,
@@ -431,7 +431,7 @@ class Inherited(NamespaceTest):
         """
         guest = self.boot(Machine(nvdimms=(PMEM_OFF,)))
         region = wait_for_region(guest, 0)
-        page = page_size(guest)
+        page = read_page_size(guest)
         verdicts: list[Verdict] = []
         namespace = create_namespace(guest, region, mode="devdax", size_bytes=64 * MIB)
         for _try in range(6):
@@ -440,7 +440,7 @@ class Inherited(NamespaceTest):
             make_filesystem(guest, namespace.disk, "ext4", page)
             mount(guest, namespace.disk, "ext4", "/mnt")
             report = map_sync(guest, "/mnt/file")
-            verdicts.append(judge(report).verdict)
+            verdicts.append(judge_map_sync(report).verdict)
             guest.succeed("umount /mnt")
             if verdicts[-1] is not Verdict.REFUSED:
                 break
@@ -453,7 +453,7 @@ class Inherited(NamespaceTest):
             found=f"fsdax after devdax on pmem=off, try {len(verdicts)}: {verdicts[-1].value}",
         )
         if verdicts[-1] not in (Verdict.ACCEPTED, Verdict.REFUSED):
-            raise ContractError(str(judge(report)))
+            raise ContractError(str(judge_map_sync(report)))
 
 
 def turn(guest: Guest, namespace: str, mode: NamespaceMode) -> None:

@@ -29,7 +29,7 @@ from paprscm.pmem.namespaces import (
     create_namespace,
     find_namespaces,
 )
-from paprscm.pmem.regions import page_size, wait_for_region
+from paprscm.pmem.regions import read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Machine, Nvdimm
@@ -62,7 +62,7 @@ def digest(file: Path, begin: int = 0) -> str:
 
 
 def fate(report: MapSyncReport) -> str:
-    """The result of a mapping for which judge() has no verdict."""
+    """The result of a mapping for which judge_map_sync() has no verdict."""
     mapping = report.mapping
     flags = mapping.vm_flags or frozenset()
     return f"{mapping.result} {mapping.errno_name or ('sf' if 'sf' in flags else 'no sf')}"
@@ -101,7 +101,7 @@ class ReadOnly(PaprScmTest):
         for nvdimm, fstype in zip(self.dimms, self.fstypes, strict=True):
             region = wait_for_region(guest, nvdimm.slot)
             made.append(create_namespace(guest, region, mode="fsdax", map="mem"))
-            make_filesystem(guest, made[-1].disk, fstype, page_size(guest))
+            make_filesystem(guest, made[-1].disk, fstype, read_page_size(guest))
             mount(guest, made[-1].disk, fstype, f"/mnt/{fstype}")
         sums = [
             guest.succeed(
@@ -216,7 +216,7 @@ class ReadOnly(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(armed,)))
         region = wait_for_region(guest, 0)
         disk = create_fsdax(guest, region)
-        make_filesystem(guest, disk, "ext4", page_size(guest))
+        make_filesystem(guest, disk, "ext4", read_page_size(guest))
         places = f"{region.device}/resource", f"/sys/block/{disk.name}/device/resource"
         start, data = (int(line, 16) for line in guest.succeed("cat " + " ".join(places)).split())
         guest.kill()
@@ -230,7 +230,7 @@ class ReadOnly(PaprScmTest):
         self.check("region read_only", region.read_only, True)
         (found,) = find_namespaces(guest, region)
         self.check("map", (found.map, found.disk.read_only), ("dev", True))
-        page = page_size(guest)
+        page = read_page_size(guest)
         guest.kill()
         self.check("the data", digest(file, data - start), before[1])
         self.checkpoint()
