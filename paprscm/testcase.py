@@ -8,7 +8,8 @@ import functools
 import json
 import random
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ from paprscm.host.cache import Cache
 from paprscm.known_issues import RECORD_PREFIX, IssueState, read_issue
 from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge_map_sync
 from paprscm.vm import binary
-from paprscm.vm.argv import bare_argv
-from paprscm.vm.backing_files import BackingFiles
+from paprscm.vm.argv import bare_argv, script
+from paprscm.vm.backing_files import BackingFiles, ScratchFiles
 from paprscm.vm.binary import Qemu
 from paprscm.vm.capabilities import sanitizers
-from paprscm.vm.machine import Machine, Nvdimm, require
+from paprscm.vm.machine import Board, Machine, Nvdimm, board_of, require
 from paprscm.vm.sync_shim import Shim, build
 from paprscm.vm.vm import Vm
 
@@ -131,32 +132,32 @@ class QemuTest(Test):
         self._started += 1
         return Path(self.outputdir) / (name if self._started == 1 else f"{name}{self._started}")
 
+    @property
+    def board(self) -> Board:
+        """The board of the settings, for machines without Linux: always TCG and VOF."""
+        board = board_of(replace(self.settings, accel="tcg"), self.qemu)
+        return replace(board, firmware="vof", cpu=Board().cpu if board.cpu == "host" else board.cpu)
+
     def vm(self, machine: Machine | None = None) -> Vm:
         """A machine with its DIMMs that is stopped before its first instruction.
 
         Args:
-            machine: what is wanted; slots, DIMMs and memory.
+            machine: its slots, DIMMs and memory; None: no DIMM, and 256 MiB.
         """
-        wanted = machine or Machine(memory_mib=256)
-        self.require_qemu(*wanted.nvdimms)
-
-        def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
-            return bare_argv(self.qemu.argv_prefix, wanted, files, qmp_fd)
-
-        return self.leave.enter_context(
-            Vm(
-                command,
-                wanted.nvdimms,
-                folder=self.folder("qemu"),
-                scratch_dir=self.settings.scratch_dir,
-            )
-        )
+        machine = machine or Machine(memory_mib=256)
+        self.require_qemu(*machine.nvdimms)
+        files = self.leave.enter_context(ScratchFiles(self.settings.scratch_dir, machine.nvdimms))
+        board = machine.board(self.board)
+        argv = bare_argv(self.qemu.argv_prefix, machine, board, files.paths)
+        by_hand = script([*argv, "-monitor", "stdio"], machine.nvdimms, files.paths)
+        vm = Vm(argv, files, folder=self.folder("qemu"), by_hand=by_hand)
+        return self.leave.enter_context(vm)
 
     def bare(self, machine: Machine, *, shim: Shim | None = None) -> BareMachine:
         """A machine that makes hypervisor calls; it ends with the test.
 
         Args:
-            machine: what is wanted; with 256 MiB of memory or more.
+            machine: its DIMMs, processors and memory (256 MiB or more).
             shim: goes into its QEMU, to watch and to disturb the syncs of backing files.
         """
         self.require_qemu(*machine.nvdimms)
@@ -167,6 +168,7 @@ class QemuTest(Test):
                 machine,
                 folder=self.folder("qemu"),
                 scratch_dir=self.settings.scratch_dir,
+                board=self.board,
                 shim=shim,
             )
         )
@@ -371,15 +373,17 @@ class PaprScmTest(QemuTest):
         It may have been booted or restored from a snapshot, with the DIMMs plugged before it ran.
 
         Args:
-            machine: what is wanted; memory, CPU, firmware and accelerator come from the settings.
+            machine: its DIMMs and words for the kernel; None: no DIMM.
             cold: boot it, with the DIMMs present when its kernel starts.
             allowed: kernel messages that the test expects (regular expressions).
             shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """
-        wanted = machine or Machine()
-        self.require_qemu(*wanted.nvdimms)
+        machine = machine or Machine()
+        self.require_qemu(*machine.nvdimms)
         folder = self.folder("guest")
-        start = self.environment.guest(wanted, folder=folder, cold=cold, allowed=allowed, shim=shim)
+        start = self.environment.guest(
+            machine, folder=folder, cold=cold, allowed=allowed, shim=shim
+        )
         guest = self.leave.enter_context(start)
         self.measure(f"{folder.name}.start_s", guest.times.reached())
         return guest

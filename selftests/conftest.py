@@ -50,8 +50,7 @@ def boot(environment: Environment, tmp_path: Path) -> Iterator[Callable[..., Gue
                 environment.settings, scratch_dir=scratch, **(limits or {})
             )
             equipment = dataclasses.replace(environment.equipment, settings=chosen)
-            wanted = environment.furnish(machine or Machine())
-            guest = Guest(equipment, wanted, folder=tmp_path / "guest", **options)  # type: ignore[arg-type]
+            guest = Guest(equipment, machine or Machine(), folder=tmp_path / "guest", **options)  # type: ignore[arg-type]
             return stack.enter_context(guest)
 
         yield boot_one

@@ -80,7 +80,7 @@ def measure_hcalls(qemu: Qemu, settings: Settings, rounds: int) -> Series:
                 if number >= 0:
                     found.setdefault(name, []).append(rate)
             bar.update(number + 1)
-    dimensions = {"qemu": qemu.version_text, "qemu_path": str(qemu.path), "accel": machine.accel}
+    dimensions = {"qemu": qemu.version_text, "qemu_path": str(qemu.path), "accel": bare.board.accel}
     return Series(dimensions, began, "1/s", found)
 
 

@@ -149,7 +149,7 @@ def _start_once(
         environment.equipment,
         settings=dataclasses.replace(environment.settings, scratch_dir=scratch),
     )
-    machine = environment.furnish(Machine(nvdimms=_DIMMS))
+    machine = Machine(nvdimms=_DIMMS)
     snapshot = environment.snapshot if kind == "warm" else None
     began = time.monotonic()
     with Guest(equipment, machine, folder=folder, snapshot=snapshot) as guest:

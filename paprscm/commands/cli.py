@@ -235,7 +235,7 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
     for nvdimm in machine.nvdimms:
         require(environment.qemu, nvdimm)
     if arguments.dry_run:
-        print(_script(environment, environment.furnish(machine)), end="")
+        print(_script(environment, machine), end="")
         return 0
     mirror = sys.stdout if arguments.serial else None
     with (
@@ -264,8 +264,9 @@ def _script(environment: Environment, machine: Machine) -> str:
     equipment = environment.equipment
     folder = environment.settings.scratch_dir / "paprscm-by-hand"
     files = {n.slot: n.file or folder / f"nvdimm{n.slot}" for n in machine.nvdimms}
-    argv = qemu_argv(equipment.qemu, machine, equipment.payload, files, None)
-    return script(argv, {files[n.slot]: n.file_bytes for n in machine.nvdimms})
+    board = machine.board(equipment.board)
+    argv = qemu_argv(equipment.qemu, machine, board, equipment.payload, files, None)
+    return script(argv, machine.nvdimms, files)
 
 
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:

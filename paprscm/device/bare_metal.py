@@ -11,24 +11,31 @@ import itertools
 import struct
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from paprscm.build.toolchain import PREFIX, compile_c
-from paprscm.device.mailbox import MAILBOX_SIZE, MAILBOXES, GuestMemory, Mailbox
-from paprscm.device.mailbox import TIMEBASE_HZ as TIMEBASE_HZ
-from paprscm.device.mailbox import Answer as Answer
-from paprscm.device.mailbox import Call as Call
+from paprscm.device.mailbox import (
+    MAILBOX_SIZE,
+    MAILBOXES,
+    Answer,
+    Call,
+    GuestMemory,
+    Mailbox,
+)
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.host.cache import Cache
+from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import Process, describe_status
 from paprscm.paths import GUEST_TOOLS
-from paprscm.vm.argv import bare_argv
+from paprscm.vm.argv import bare_argv, script
+from paprscm.vm.backing_files import ScratchFiles
 from paprscm.vm.binary import Qemu
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.vm.machine import MIB, Board, Machine, Nvdimm
 from paprscm.vm.qmp import Qmp
 from paprscm.vm.sync_shim import Shim
-from paprscm.vm.vm import Lifetime, Vm
+from paprscm.vm.vm import Vm
 
 FREE: Final = range(160 * MIB, 256 * MIB)
 """Unused guest memory, for a test's own data."""
@@ -65,9 +72,10 @@ class BareMachine(Lifetime):
     Args:
         qemu: the QEMU under test.
         program: what program() gave.
-        machine: with firmware "vof" and at least 256 MiB.
+        machine: its DIMMs; with at least 256 MiB.
         folder: where qemu.log and qemu.sh go; they stay.
         scratch_dir: where backing files are made; they go with the machine.
+        board: processors and memory where the machine leaves them open; its firmware is VOF.
         shim: goes into this QEMU; see Vm.
 
     Raises:
@@ -90,17 +98,17 @@ class BareMachine(Lifetime):
         *,
         folder: Path,
         scratch_dir: Path,
+        board: Board | None = None,
         shim: Shim | None = None,
     ) -> None:
-        if machine.firmware != "vof":
-            raise ConfigError("a bare machine has no firmware but VOF", hint="firmware=vof")
-        if machine.memory_mib < FREE.stop // MIB:
+        self.board = board = replace(machine.board(board or Board()), firmware="vof")
+        if board.memory_mib < FREE.stop // MIB:
             raise ConfigError(
-                f"{machine.memory_mib} MiB are not enough for a bare machine",
+                f"{board.memory_mib} MiB are not enough for a bare machine",
                 hint=f"at least {FREE.stop // MIB}",
             )
-        if MAILBOXES + machine.smp * MAILBOX_SIZE > FREE.start:
-            raise ConfigError(f"{machine.smp} vCPUs are too many for a bare machine")
+        if MAILBOXES + board.smp * MAILBOX_SIZE > FREE.start:
+            raise ConfigError(f"{board.smp} vCPUs are too many for a bare machine")
         super().__init__()
         self.machine = machine
         self.ready_s = self.first_answer_s = 0.0
@@ -219,8 +227,8 @@ class BareMachine(Lifetime):
             ValueError: the machine does not have so many.
             ContractError: QEMU does not start one (RTAS start-cpu).
         """
-        if not 1 <= count <= self.machine.smp:
-            raise ValueError(f"{count} vCPUs of {self.machine.smp}")
+        if not 1 <= count <= self.board.smp:
+            raise ValueError(f"{count} vCPUs of {self.board.smp}")
         first = self._boxes[0]
         for cpu in range(1, count):
             if cpu in self._running:
@@ -252,26 +260,20 @@ class BareMachine(Lifetime):
             box.end()
 
     def _start(self) -> None:
-        self._memory = GuestMemory(self.machine.memory_mib * MIB)
+        self._memory = GuestMemory(self.board.memory_mib * MIB)
         self._resources.callback(self._memory.close)
-        self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.machine.smp)]
+        self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.board.smp)]
 
-        def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
-            return bare_argv(
-                self._qemu.argv_prefix,
-                self.machine,
-                files,
-                qmp_fd,
-                program=self._program,
-                # Who runs it by hand has no file of ours.
-                memory_fd=None if qmp_fd is None else self._memory.fd,
-            )
-
+        files = ScratchFiles(self._scratch_dir, self.machine.nvdimms)
+        self._resources.enter_context(files)
+        parts = (self._qemu.argv_prefix, self.machine, self.board, files.paths)
+        # The memory that we share is of no use to a person who runs the script.
+        by_hand = [*bare_argv(*parts, program=self._program), "-monitor", "stdio"]
         self.vm = Vm(
-            command,
-            self.machine.nvdimms,
+            bare_argv(*parts, program=self._program, memory_fd=self._memory.fd),
+            files,
             folder=self._folder,
-            scratch_dir=self._scratch_dir,
+            by_hand=script(by_hand, self.machine.nvdimms, files.paths),
             pass_fds=(self._memory.fd,),
             shim=self._shim,
         )

@@ -30,7 +30,7 @@ from paprscm.settings import OWN_KERNELS, Settings, expanded
 from paprscm.vm import binary, instructions
 from paprscm.vm.argv import Payload
 from paprscm.vm.binary import Qemu
-from paprscm.vm.machine import Machine
+from paprscm.vm.machine import Machine, board_of
 from paprscm.vm.sync_shim import Shim
 
 # Everything that the suite's tests call in the guest must start there.
@@ -52,8 +52,6 @@ class Environment:
         settings: what the user chose.
         qemu: the QEMU under test.
         kernel: the kernel under test, as it was given or built.
-        accel: "tcg" or "kvm".
-        cpu: the -cpu model.
         kernel_source: package and version of the source that the kernel was built from here; "" for
             a user's kernel.
         userland: the Debian suite of the root file system, and its C library's version.
@@ -65,25 +63,11 @@ class Environment:
     settings: Settings
     qemu: Qemu
     kernel: Kernel
-    accel: str
-    cpu: str
     kernel_source: str
     userland: str
     fixed_sites: int
     equipment: Equipment
     snapshot: Snapshot | None = None
-
-    def furnish(self, machine: Machine) -> Machine:
-        """The machine with CPU, memory, firmware and accelerator from the settings."""
-        chosen = self.settings
-        return dataclasses.replace(
-            machine,
-            smp=chosen.smp,
-            memory_mib=chosen.memory_mib,
-            cpu=self.cpu,
-            firmware=chosen.firmware,
-            accel=self.accel,
-        )
 
     @contextlib.contextmanager
     def guest(
@@ -99,19 +83,19 @@ class Environment:
         """A running guest: restored from the snapshot where that can be, else booted.
 
         Args:
-            machine: what is wanted; CPU, memory, firmware and accelerator come from the settings.
+            machine: the machine that the guest runs on.
             folder: where its logs go.
             cold: boot it: its DIMMs are there when the kernel starts.
             allowed: kernel messages that are expected (regular expressions).
             mirror: where to write what its console prints.
             shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
         """
-        wanted, patterns = self.furnish(machine), list(allowed)
+        patterns = list(allowed)
 
         def start(begin: Snapshot | None) -> Guest:
             return Guest(
                 self.equipment,
-                wanted,
+                machine,
                 folder=folder,
                 allowed=patterns,
                 mirror=mirror,
@@ -120,7 +104,7 @@ class Environment:
             )
 
         begin = self.snapshot
-        if cold or begin is None or not begin.fits(wanted):
+        if cold or begin is None or not begin.fits(machine, machine.board(self.equipment.board)):
             begin = None
         with contextlib.ExitStack() as stack:
             try:
@@ -134,6 +118,7 @@ class Environment:
 
     def describe(self) -> dict[str, str]:
         """The dimensions of a result, by name."""
+        board = self.equipment.board
         return {
             "qemu": self.qemu.version_text,
             "qemu_path": str(self.qemu.path),
@@ -142,11 +127,7 @@ class Environment:
             "kernel_source": self.kernel_source or "none",
             "userland": self.userland,
             "page_size": str(self.kernel.page_size),
-            "accel": self.accel,
-            "cpu": self.cpu,
-            "smp": str(self.settings.smp),
-            "memory_mib": str(self.settings.memory_mib),
-            "firmware": self.settings.firmware,
+            **{name: str(value) for name, value in dataclasses.asdict(board).items()},
             "fixed_sites": str(self.fixed_sites),
             "snapshot": self.snapshot.folder.name if self.snapshot else "none",
         }
@@ -166,19 +147,16 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     cache = archive.cache
     qemu = binary.resolve(archive, settings.qemu)
     binary.require_guests(qemu)
-    accel = binary.accel(settings.accel, qemu)
-    if settings.firmware == "vof" and not qemu.has_vof:
+    board = board_of(settings, qemu)
+    if board.firmware == "vof" and not qemu.has_vof:
         raise ConfigError(f"{qemu.path} has no x-vof machine option", hint="set firmware=slof")
-    cpu = settings.cpu
-    if cpu == "auto":
-        cpu = "host" if accel == "kvm" else "POWER9"
     with process.run_in_background(
         lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
     ) as obtaining:
         # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
         under_test, source = _kernel(archive, settings, obtaining.check)
         obtained = obtaining.result()
-    executes = {} if accel == "kvm" else _executes(cache, qemu, cpu)
+    executes = {} if board.accel == "kvm" else _executes(cache, qemu, board.cpu)
     vmlinux, sites = _fixed(cache, under_test, executes)
 
     def equipment(land: Userland, initrd: Path | None) -> Equipment:
@@ -193,6 +171,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             ),
             client_key=land.client_key,
             host_key=land.host_key_public,
+            board=board,
         )
 
     def environment(land: Userland) -> Environment:
@@ -201,8 +180,6 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             settings=settings,
             qemu=qemu,
             kernel=under_test,
-            accel=accel,
-            cpu=cpu,
             kernel_source=source,
             userland=f"Debian {land.suite}, libc6 {land.versions.get('libc6')}",
             fixed_sites=sites,
@@ -213,7 +190,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         made_of = environment(land)
         with (
             tempfile.TemporaryDirectory(prefix="paprscm-boot-test-") as folder,
-            Guest(made_of.equipment, made_of.furnish(Machine()), folder=Path(folder)) as guest,
+            Guest(made_of.equipment, Machine(), folder=Path(folder)) as guest,
         ):
             guest.succeed(_BOOT_TEST)
 
@@ -222,9 +199,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     made = environment(obtained)
     if settings.start == "cold":
         return made
-    recipe = Recipe(
-        cache=cache, qemu=qemu, equipment=made.equipment, machine=made.furnish(Machine())
-    )
+    recipe = Recipe(cache=cache, qemu=qemu, equipment=made.equipment)
     try:
         outcome = ensure_snapshot(recipe) if make_snapshot else find_snapshot(recipe)
     except (TimedOutError, ProbeError) as error:

@@ -10,7 +10,7 @@ import shlex
 import socket
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,15 @@ from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_re
 from paprscm.guest.kmsg import Trouble
 from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
 from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, reporting
+from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
 from paprscm.log import quoted
 from paprscm.settings import Settings
-from paprscm.vm.argv import MemoryFile, Payload, Wiring, qemu_argv
-from paprscm.vm.machine import Machine, Nvdimm, in_words
+from paprscm.vm.argv import MemoryFile, Payload, Wiring, qemu_argv, script
+from paprscm.vm.backing_files import ScratchFiles
+from paprscm.vm.machine import Board, Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Shim
-from paprscm.vm.vm import Lifetime, Vm
+from paprscm.vm.vm import Vm
 
 # What a kernel without the drivers of our machine ends with.
 _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: no root disk")
@@ -48,6 +50,7 @@ class Equipment:
         payload: kernel, modules and root disk.
         client_key: our ssh key (a file).
         host_key: the guest's public key.
+        board: processors, memory and firmware, where a machine leaves them open.
     """
 
     settings: Settings
@@ -55,6 +58,7 @@ class Equipment:
     payload: Payload
     client_key: Path
     host_key: str
+    board: Board = Board()
 
 
 class Guest(Lifetime):
@@ -97,6 +101,7 @@ class Guest(Lifetime):
         if memory_file is not None:
             self._memory = MemoryFile(path=memory_file, restored=False)
         self.machine = machine
+        self.board = machine.board(equipment.board)
         self.folder = folder
         self.times = StartTimes()
         self._equipment = equipment
@@ -330,7 +335,8 @@ class Guest(Lifetime):
 
     def _start_qemu(self) -> None:
         """Start QEMU, with its console on a socket that it inherits."""
-        stack = self._resources
+        stack, equipment, machine = self._resources, self._equipment, self.machine
+        files = stack.enter_context(ScratchFiles(self._settings.scratch_dir, machine.nvdimms))
         with contextlib.ExitStack() as theirs:
 
             def pair() -> tuple[socket.socket, int]:
@@ -346,26 +352,16 @@ class Guest(Lifetime):
             sock, port_fd = pair()
             self._port = Port(sock)
             stack.callback(self._port.close)
-
-            def command(files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
-                equipment = self._equipment
-                prefix, payload = equipment.qemu, equipment.payload
-                if qmp_fd is None:
-                    return qemu_argv(prefix, self.machine, payload, files, None)
-                wiring = Wiring(
-                    console_fd=console_fd,
-                    qmp_fd=qmp_fd,
-                    port_fd=port_fd,
-                    console_log=self.folder / "console.log",
-                )
-                return qemu_argv(prefix, self.machine, payload, files, wiring, self._memory)
-
+            wiring = Wiring(
+                console_fd=console_fd, port_fd=port_fd, console_log=self.folder / "console.log"
+            )
+            parts = (equipment.qemu, machine, self.board, equipment.payload, files.paths)
             self.vm = stack.enter_context(
                 Vm(
-                    command,
-                    self.machine.nvdimms,
+                    qemu_argv(*parts, wiring, self._memory),
+                    files,
                     folder=self.folder,
-                    scratch_dir=self._settings.scratch_dir,
+                    by_hand=script(qemu_argv(*parts, None), machine.nvdimms, files.paths),
                     pass_fds=(console_fd, port_fd),
                     shim=self._shim,
                 )

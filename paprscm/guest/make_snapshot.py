@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import re
@@ -84,14 +83,12 @@ class Recipe:
     Attributes:
         cache: where it is kept.
         qemu: the QEMU under test.
-        equipment: what the guest is made of.
-        machine: what it looks like; without DIMMs.
+        equipment: what the guest is made of; it has no DIMMs.
     """
 
     cache: Cache
     qemu: Qemu
     equipment: Equipment
-    machine: Machine
 
     def fields(self) -> dict[str, str]:
         """Everything that the snapshot depends on: QEMU must be started just so to load it."""
@@ -103,13 +100,14 @@ class Recipe:
             initrd=Path("i") if payload.initrd else None,
             words=payload.words,
         )
-        argv = qemu_argv(("qemu",), self.machine, names, {}, None)
+        board = self.equipment.board
+        argv = qemu_argv(("qemu",), Machine(), board, names, {}, None)
         files = [f for f in (payload.kernel, payload.disk, payload.initrd) if f]
         return {
             "qemu": self.qemu.key,
             "version": self.qemu.version_text,
-            "machine": f"{self.machine.cpu} {self.machine.accel} {self.machine.firmware}, "
-            f"{self.machine.smp} CPUs, {self.machine.memory_mib} MiB",
+            "machine": f"{board.cpu} {board.accel} {board.firmware}, "
+            f"{board.smp} CPUs, {board.memory_mib} MiB",
             "command": _digest("\0".join(argv)),
             "files": _digest("\n".join(map(self.cache.identity, files))),
             "tools": tools.tools_digest("warm", *tools.TOOLS),
@@ -164,13 +162,13 @@ def _outcome(entry: CacheEntry, recipe: Recipe) -> Outcome:
 
 def _snapshot(folder: Path, recipe: Recipe) -> Snapshot:
     has_rom = recipe.qemu.has("memory-backend-file", "rom")
-    return Snapshot(folder=folder, machine=recipe.machine, has_rom=has_rom)
+    return Snapshot(folder=folder, board=recipe.equipment.board, has_rom=has_rom)
 
 
 def _build(folder: Path, recipe: Recipe) -> None:
     """Try each way to save, the plain one first, until restored guests pass the proof."""
     failed = []
-    ways = list(_PROOFS) if recipe.machine.smp > 1 else list(_PROOFS)[:1]
+    ways = list(_PROOFS) if recipe.equipment.board.smp > 1 else list(_PROOFS)[:1]
     for how in ways:
         try:
             _save(folder, recipe, offline=how != "as it is")
@@ -196,10 +194,10 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
     with (
         log.step(f"saving it {'with secondary CPUs offline' if offline else 'as it is'}"),
         tempfile.TemporaryDirectory(prefix="paprscm-save-") as logs,
-        Guest(recipe.equipment, recipe.machine, folder=Path(logs), memory_file=memory) as guest,
+        Guest(recipe.equipment, Machine(), folder=Path(logs), memory_file=memory) as guest,
     ):
         # Side by side: the compiler takes most of the time.
-        with ThreadPoolExecutor(recipe.machine.smp) as pool:
+        with ThreadPoolExecutor(recipe.equipment.board.smp) as pool:
             compiled = pool.map(
                 lambda tool: tools.compile_tool(guest, tool), (*tools.TOOLS, "warm")
             )
@@ -234,7 +232,7 @@ def _prove(snapshot: Snapshot, recipe: Recipe, times: int) -> None:
         Error: a guest does not.
     """
     dimms = tuple(Nvdimm(slot=slot) for slot in _SLOTS)
-    machine = dataclasses.replace(snapshot.machine, nvdimms=dimms)
+    machine = Machine(nvdimms=dimms)
     question = _ASK.replace("@DRCS@", " ".join(f"{dimm.drc:x}" for dimm in dimms))
     seen: set[str] = set()
     for _ in range(times):
@@ -242,7 +240,7 @@ def _prove(snapshot: Snapshot, recipe: Recipe, times: int) -> None:
             tempfile.TemporaryDirectory(prefix="paprscm-proof-") as logs,
             Guest(recipe.equipment, machine, folder=Path(logs), snapshot=snapshot) as guest,
         ):
-            _check(guest.succeed(question), recipe.machine.smp, seen)
+            _check(guest.succeed(question), recipe.equipment.board.smp, seen)
 
 
 def _check(answer: str, smp: int, seen: set[str]) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 import select
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from paprscm.errors import GuestLostError, HostError
 from paprscm.vm.argv import MemoryFile
-from paprscm.vm.machine import Machine
+from paprscm.vm.machine import Board, Machine
 from paprscm.vm.qmp import Qmp
 
 SEED_BYTES = 64
@@ -40,12 +39,12 @@ class Snapshot:
 
     Attributes:
         folder: its files: the guest's memory, the state of the rest of the machine, its console.
-        machine: what was saved; it has no DIMM.
+        board: of the machine that was saved; it has no DIMM.
         has_rom: as MemoryFile says.
     """
 
     folder: Path
-    machine: Machine
+    board: Board
     has_rom: bool
 
     @property
@@ -63,11 +62,12 @@ class Snapshot:
         """Console output of the guest until it was saved."""
         return self.folder / "console.log"
 
-    def fits(self, machine: Machine) -> bool:
+    def fits(self, machine: Machine, board: Board) -> bool:
         """Return True if a machine equals the saved one except for its DIMMs, which are plugged."""
-        return (
-            dataclasses.replace(machine, nvdimms=()) == self.machine
-            and machine.maxmem_mib == self.machine.maxmem_mib
+        saved = Machine()
+        return board == self.board and (
+            (machine.slots, machine.cmdline, machine.dimm_room_bytes)
+            == (saved.slots, saved.cmdline, saved.dimm_room_bytes)
         )
 
 

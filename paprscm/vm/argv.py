@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm.vm.machine import MIB, Machine, Properties
+from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, Properties
 
 # Default mitigations that TCG does not model; without this QEMU prints four warnings at each start.
 TCG_CAPS = "cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken,cap-ccf-assist=off"
@@ -59,13 +59,11 @@ class Wiring:
 
     Attributes:
         console_fd: the guest's serial console.
-        qmp_fd: QEMU's monitor.
         port_fd: the virtio-serial port through which a restored guest is woken.
         console_log: what the guest prints is added there by QEMU itself.
     """
 
     console_fd: int
-    qmp_fd: int
     port_fd: int
     console_log: Path
 
@@ -104,24 +102,26 @@ class MemoryFile:
 def qemu_argv(
     qemu: Sequence[str],
     machine: Machine,
+    board: Board,
     payload: Payload,
     files: Mapping[int, Path],
     wiring: Wiring | None,
     memory: MemoryFile | None = None,
 ) -> list[str]:
-    """The command line of one guest; nothing is asked of the machine that we run on.
+    """The command line of one guest, without a monitor; no question is put to this host.
 
     Args:
         qemu: how the binary is started.
-        machine: what is wanted.
+        machine: its DIMMs and kernel words.
+        board: its processors and memory.
         payload: what it boots.
         files: the backing file of each slot.
         wiring: None: console and monitor on the terminal, for a person who runs it by hand.
         memory: None: QEMU's own. A guest that is restored gets its DIMMs later, by hotplug.
     """
     argv = [
-        *_board(qemu, machine, "memory-backend=ram" if memory else ""),
-        *(("-object", _words(memory.backend(machine.memory_mib))) if memory else ()),
+        *_base(qemu, machine, board, "memory-backend=ram" if memory else ""),
+        *(("-object", _words(memory.backend(board.memory_mib))) if memory else ()),
         "-no-reboot",
         *("-kernel", str(payload.kernel)),
         *(("-initrd", str(payload.initrd)) if payload.initrd else ()),
@@ -141,7 +141,6 @@ def qemu_argv(
         argv += [
             *("-chardev", console),
             *("-serial", "chardev:console"),
-            *_monitor(wiring.qmp_fd),
             *("-chardev", f"socket,id=port,fd={wiring.port_fd}"),
         ]
     argv += ["-device", f"virtserialport,chardev=port,name={PORT_NAME}"]
@@ -153,8 +152,8 @@ def qemu_argv(
 def bare_argv(
     qemu: Sequence[str],
     machine: Machine,
+    board: Board,
     files: Mapping[int, Path],
-    qmp_fd: int | None,
     *,
     program: Path | None = None,
     memory_fd: int | None = None,
@@ -163,47 +162,42 @@ def bare_argv(
 
     Args:
         qemu: how the binary is started.
-        machine: what is wanted; its firmware boots nothing but `program`.
+        machine: its DIMMs.
+        board: its processors and memory; the firmware boots nothing but `program`.
         files: the backing file of each slot.
-        qmp_fd: QEMU's monitor; None: on the terminal, for a person who runs it by hand.
         program: a freestanding program to run; without one the machine is stopped (-S).
         memory_fd: the guest's memory is this file, shared with us; None: QEMU's own.
     """
     argv = [
-        *_board(qemu, machine, "memory-backend=ram" if memory_fd is not None else ""),
+        *_base(qemu, machine, board, "memory-backend=ram" if memory_fd is not None else ""),
         *(("-kernel", str(program)) if program else ("-S",)),
-        *(_monitor(qmp_fd) if qmp_fd is not None else ("-monitor", "stdio")),
     ]
     if memory_fd is not None:
         # Opened by QEMU itself, so that a plain file and a memfd will both do.
         memory = MemoryFile(path=Path(f"/proc/self/fd/{memory_fd}"), restored=False)
-        argv += ["-object", _words(memory.backend(machine.memory_mib))]
+        argv += ["-object", _words(memory.backend(board.memory_mib))]
     return argv + _dimms(machine, files)
 
 
-def _board(qemu: Sequence[str], machine: Machine, option: str = "") -> list[str]:
+def _base(qemu: Sequence[str], machine: Machine, board: Board, option: str = "") -> list[str]:
     """The machine proper: type, processors, memory."""
     words = [
         "pseries",
-        *(["x-vof=on"] if machine.firmware == "vof" else []),
-        *([TCG_CAPS] if machine.accel == "tcg" else []),
+        *(["x-vof=on"] if board.firmware == "vof" else []),
+        *([TCG_CAPS] if board.accel == "tcg" else []),
         *([option] if option else []),
     ]
+    maxmem_mib = board.memory_mib + machine.dimm_room_bytes // MIB
     return [
         *qemu,
         *("-machine", ",".join(words)),
-        *("-accel", machine.accel),
-        *("-cpu", machine.cpu),
-        *("-smp", str(machine.smp)),
-        *("-m", f"{machine.memory_mib}M,slots={machine.slots},maxmem={machine.maxmem_mib}M"),
+        *("-accel", board.accel),
+        *("-cpu", board.cpu),
+        *("-smp", str(board.smp)),
+        *("-m", f"{board.memory_mib}M,slots={machine.slots},maxmem={maxmem_mib}M"),
         "-nodefaults",
         *("-display", "none"),
     ]
-
-
-def _monitor(qmp_fd: int) -> list[str]:
-    # Not -mon, which QEMU 11.1 calls deprecated at each start.
-    return ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-qmp", "chardev:qmp"]
 
 
 def _dimms(machine: Machine, files: Mapping[int, Path]) -> list[str]:
@@ -214,20 +208,22 @@ def _dimms(machine: Machine, files: Mapping[int, Path]) -> list[str]:
     return argv
 
 
-def script(argv: Sequence[str], files: Mapping[Path, int]) -> str:
-    """A shell script that runs the same command line by hand.
+def script(argv: Sequence[str], nvdimms: Iterable[Nvdimm], files: Mapping[int, Path]) -> str:
+    """A shell script that runs a command line by hand.
 
     Args:
-        argv: from qemu_argv() without a wiring.
-        files: backing files to make first if they are gone, with their sizes in bytes.
+        argv: a command line without our channels.
+        nvdimms: its DIMMs.
+        files: the backing file of each slot; one that is gone is made first.
     """
-    lines = ["#!/bin/sh", "# The guest's console is on the terminal; C-a x ends QEMU."]
-    lines += [
-        f"[ -e {shlex.quote(str(file))} ] || "
-        f"{{ mkdir -p {shlex.quote(str(file.parent))} && "
-        f"truncate -s {size} {shlex.quote(str(file))}; }}"
-        for file, size in files.items()
-    ]
+    lines = ["#!/bin/sh", "# Console or monitor are on the terminal; C-a x ends a guest's QEMU."]
+    for nvdimm in nvdimms:
+        file = files[nvdimm.slot]
+        lines.append(
+            f"[ -e {shlex.quote(str(file))} ] || "
+            f"{{ mkdir -p {shlex.quote(str(file.parent))} && "
+            f"truncate -s {nvdimm.file_bytes} {shlex.quote(str(file))}; }}"
+        )
     words: list[str] = []
     for word in argv:
         # One option and its value on a line.

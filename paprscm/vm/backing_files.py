@@ -3,57 +3,90 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from paprscm.errors import HostError
+from paprscm.host.lifetime import Lifetime
 from paprscm.vm.machine import Nvdimm
 
 
-class BackingFiles:
+class ScratchFiles(Lifetime):
+    """Backing files of one machine's DIMMs, in a scratch folder that is removed with them.
+
+    Args:
+        scratch_dir: where the folder is made.
+        nvdimms: the DIMMs; one with a `file` of its own keeps that.
+
+    Raises:
+        HostError: on entry, there is no place for them.
+
+    Attributes:
+        folder: the scratch folder.
+        paths: the backing file of each slot.
+    """
+
+    folder: Path
+
+    def __init__(self, scratch_dir: Path, nvdimms: Iterable[Nvdimm] = ()) -> None:
+        super().__init__()
+        self.paths: dict[int, Path] = {}
+        self._scratch_dir = scratch_dir
+        self._nvdimms = tuple(nvdimms)
+
+    def _start(self) -> None:
+        try:
+            self.folder = Path(tempfile.mkdtemp(prefix="paprscm-", dir=self._scratch_dir))
+            self._resources.callback(shutil.rmtree, self.folder, ignore_errors=True)
+            self.paths.update((nvdimm.slot, self.make(nvdimm)) for nvdimm in self._nvdimms)
+        except OSError as error:
+            raise _no_place(self._scratch_dir, error) from error
+
+    def make(self, nvdimm: Nvdimm) -> Path:
+        """The DIMM's own file, or a new sparse one; the caller adds it to `paths`."""
+        if nvdimm.file is not None:
+            return nvdimm.file
+        handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self.folder)
+        try:
+            os.truncate(handle, nvdimm.file_bytes)
+        finally:
+            os.close(handle)
+        return Path(name)
+
+
+class BackingFiles(Lifetime):
     """Backing files of DIMMs that several guests use, one after the other.
 
     They have no name in a folder, so nothing is left when this process ends, however it ends.
 
     Args:
-        folder: for the sparse files.
+        scratch_dir: where the sparse files are made.
         nvdimms: the DIMMs; their own `file` is ignored.
+
+    Raises:
+        HostError: on entry, there is no place for them.
     """
 
-    def __init__(self, folder: Path, nvdimms: Iterable[Nvdimm]) -> None:
-        self._stack = contextlib.ExitStack()
+    def __init__(self, scratch_dir: Path, nvdimms: Iterable[Nvdimm]) -> None:
+        super().__init__()
+        self._scratch_dir = scratch_dir
         self._nvdimms = {nvdimm.slot: nvdimm for nvdimm in nvdimms}
         self._handles: dict[int, int] = {}
+
+    def _start(self) -> None:
         try:
-            for slot in self._nvdimms:
-                handle, name = tempfile.mkstemp(prefix="paprscm-", dir=folder)
-                self._stack.callback(os.close, handle)
+            for slot, nvdimm in self._nvdimms.items():
+                handle, name = tempfile.mkstemp(prefix="paprscm-", dir=self._scratch_dir)
+                self._resources.callback(os.close, handle)
                 Path(name).unlink()
-                os.truncate(handle, self._nvdimms[slot].file_bytes)
+                os.truncate(handle, nvdimm.file_bytes)
                 self._handles[slot] = handle
         except OSError as error:
-            self._stack.close()
-            raise HostError(
-                f"no backing files in {folder}: {error.strerror}", hint="set scratch_dir"
-            ) from error
-
-    def __enter__(self) -> Self:
-        """Nothing more."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._stack.close()
+            raise _no_place(self._scratch_dir, error) from error
 
     def path(self, slot: int) -> Path:
         """The file's path for QEMU, valid until these files are closed."""
@@ -65,3 +98,9 @@ class BackingFiles:
             dataclasses.replace(nvdimm, file=self.path(slot))
             for slot, nvdimm in self._nvdimms.items()
         )
+
+
+def _no_place(folder: Path, error: OSError) -> HostError:
+    return HostError(
+        f"cannot make backing files in {folder}: {error.strerror}", hint="set scratch_dir"
+    )

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from paprscm.errors import CapabilityError, ConfigError
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
+from paprscm.settings import Settings
+from paprscm.vm import binary
 from paprscm.vm.binary import Qemu
 
 MIB = 1 << 20
@@ -170,28 +172,58 @@ def require(qemu: Qemu, nvdimm: Nvdimm) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Machine:
-    """A pseries machine; how it boots and is wired to us stands in Payload and Wiring.
+class Board:
+    """Processors, memory and firmware of a machine.
 
     Attributes:
-        nvdimms: those that are there at boot.
         smp: vCPUs.
-        memory_mib: its memory, without the DIMMs, MiB.
+        memory_mib: memory without the DIMMs, MiB.
         cpu: the -cpu model.
         firmware: "vof" or "slof".
         accel: "tcg" or "kvm".
-        slots: how many memory slots, and so PMEM DRCs, there are.
-        cmdline: words to add to the kernel's command line.
     """
 
-    nvdimms: tuple[Nvdimm, ...] = ()
     smp: int = 2
     memory_mib: int = 1024
     cpu: str = "POWER9"
     firmware: str = "vof"
     accel: str = "tcg"
+
+
+def board_of(settings: Settings, qemu: Qemu) -> Board:
+    """The board that the settings ask for.
+
+    Raises:
+        CapabilityError: KVM was asked for and cannot be had.
+    """
+    accel = binary.accel(settings.accel, qemu)
+    auto = "host" if accel == "kvm" else "POWER9"
+    return Board(
+        smp=settings.smp,
+        memory_mib=settings.memory_mib,
+        cpu=auto if settings.cpu == "auto" else settings.cpu,
+        firmware=settings.firmware,
+        accel=accel,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The pseries machine that a test asks for; how it boots stands in Payload.
+
+    Attributes:
+        nvdimms: those that are there at boot.
+        slots: how many memory slots, and so PMEM DRCs, there are.
+        cmdline: words to add to the kernel's command line.
+        smp, memory_mib, cpu: as in Board; None: from the settings.
+    """
+
+    nvdimms: tuple[Nvdimm, ...] = ()
     slots: int = 8
     cmdline: tuple[str, ...] = ()
+    smp: int | None = None
+    memory_mib: int | None = None
+    cpu: str | None = None
 
     def __post_init__(self) -> None:
         taken: set[int] = set()
@@ -206,11 +238,19 @@ class Machine:
         if not 0 < self.slots <= MAX_SLOTS:
             raise ConfigError(f"{self.slots} slots are not possible", hint=f"1 to {MAX_SLOTS}")
 
+    def board(self, defaults: Board) -> Board:
+        """The board of this machine, with `defaults` for what it leaves open."""
+        return replace(
+            defaults,
+            smp=self.smp or defaults.smp,
+            memory_mib=self.memory_mib or defaults.memory_mib,
+            cpu=self.cpu or defaults.cpu,
+        )
+
     @property
-    def maxmem_mib(self) -> int:
-        """-m maxmem: the memory, every DIMM, and room for some that come later; MiB."""
-        dimms = sum(nvdimm.size_bytes for nvdimm in self.nvdimms)
-        return self.memory_mib + max(_DIMM_ROOM, dimms + _HOTPLUG_ROOM) // MIB
+    def dimm_room_bytes(self) -> int:
+        """Address space for DIMMs: all that are there, and some that come later."""
+        return max(_DIMM_ROOM, sum(dimm.size_bytes for dimm in self.nvdimms) + _HOTPLUG_ROOM)
 
 
 def in_words(nvdimm: Nvdimm) -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import json
 import os
@@ -18,7 +17,9 @@ import pytest
 from paprscm.commands.cli import main
 from paprscm.commands.series import Series
 from paprscm.guest.environment import Environment
-from paprscm.vm.machine import MIB, Machine, Nvdimm
+from paprscm.settings import Settings
+from paprscm.vm.binary import Qemu
+from paprscm.vm.machine import Board, Machine, board_of
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -113,14 +114,12 @@ def test_a_series_has_figures_summary_and_dimensions() -> None:
     assert (told["values"]["ssh"], told["environment"]) == ([3.0, 1.0, 2.0], {"qemu": "7.2"})
 
 
-@pytest.mark.guest
-def test_settings_furnish_the_machine(environment: Environment) -> None:
-    chosen = dataclasses.replace(environment.settings, smp=1, memory_mib=768)
-    machine = dataclasses.replace(environment, settings=chosen).furnish(
-        Machine(nvdimms=(Nvdimm(size_bytes=256 * MIB),))
-    )
-    assert (machine.smp, machine.memory_mib, machine.cpu) == (1, 768, environment.cpu)
-    assert machine.nvdimms[0].size_bytes == 256 * MIB
+def test_settings_make_the_board(qemu: Qemu) -> None:
+    """The machine's own fields come first."""
+    board = board_of(Settings(smp=1, memory_mib=768, accel="tcg"), qemu)
+    assert board == Board(smp=1, memory_mib=768, cpu="POWER9", firmware="vof", accel="tcg")
+    own = Machine(smp=4, cpu="POWER10").board(board)
+    assert own == Board(smp=4, memory_mib=768, cpu="POWER10", firmware="vof", accel="tcg")
 
 
 # A verb with a temporary folder that waits for ever.

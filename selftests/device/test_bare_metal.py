@@ -318,7 +318,6 @@ def test_nothing_is_left(start: Start, qemu: Qemu, hcalls: Path, tmp_path: Path)
 
 def test_a_machine_on_which_the_program_cannot_run(qemu: Qemu, tmp_path: Path) -> None:
     for machine, why in (
-        (Machine(memory_mib=256, firmware="slof"), "no firmware but VOF"),
         (Machine(memory_mib=128), "128 MiB are not enough"),
         (Machine(memory_mib=256, smp=33), "33 vCPUs are too many"),
     ):

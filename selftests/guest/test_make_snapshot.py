@@ -18,7 +18,6 @@ from paprscm.guest.ssh import TimedOutError
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
 from paprscm.vm.argv import Payload
-from paprscm.vm.machine import Machine
 
 
 def recipe(root: Path) -> Recipe:
@@ -38,7 +37,7 @@ def recipe(root: Path) -> Recipe:
         host_key="",
     )
     binary: Any = SimpleNamespace(key="0", version_text="11.1", has=lambda *_: True)
-    return Recipe(cache=cache, qemu=binary, equipment=equipment, machine=Machine())
+    return Recipe(cache=cache, qemu=binary, equipment=equipment)
 
 
 def test_same_content_in_another_folder(tmp_path: Path) -> None:

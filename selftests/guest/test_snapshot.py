@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,11 +24,12 @@ from paprscm.guest.snapshot import (
     save_state,
 )
 from paprscm.vm.argv import MemoryFile, Payload, Wiring, qemu_argv
+from paprscm.vm.backing_files import ScratchFiles
 from paprscm.vm.binary import Qemu
-from paprscm.vm.machine import MIB, Machine, Nvdimm
-from paprscm.vm.vm import Command, Vm
+from paprscm.vm.machine import MIB, Board, Machine, Nvdimm
+from paprscm.vm.vm import Vm
 
-PLAIN = Machine(memory_mib=256)
+BOARD = Board(memory_mib=256)
 
 
 def alive() -> None:
@@ -122,7 +123,6 @@ def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) ->
         ({"slots": 9}, False),
         ({"smp": 1}, False),
         ({"memory_mib": 512}, False),
-        ({"firmware": "slof"}, False),
         # More DIMMs than fit into the address space that the saved guest has for them.
         ({"nvdimms": (Nvdimm(size_bytes=8192 * MIB),)}, False),
     ],
@@ -130,18 +130,24 @@ def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) ->
 def test_a_snapshot_is_for_machines_that_differ_in_dimms_only(
     change: dict[str, object], fits: bool
 ) -> None:
-    snapshot = Snapshot(folder=Path("/s"), machine=PLAIN, has_rom=False)
-    assert snapshot.fits(dataclasses.replace(PLAIN, **change)) == fits  # type: ignore[arg-type]
+    snapshot = Snapshot(folder=Path("/s"), board=BOARD, has_rom=False)
+    machine = Machine(**change)  # type: ignore[arg-type]
+    assert snapshot.fits(machine, machine.board(BOARD)) == fits
+
+
+def test_a_snapshot_is_for_one_firmware() -> None:
+    snapshot = Snapshot(folder=Path("/s"), board=BOARD, has_rom=False)
+    assert not snapshot.fits(Machine(), dataclasses.replace(BOARD, firmware="slof"))
 
 
 @pytest.mark.parametrize("has_rom", [False, True])
 def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"))
-    wiring = Wiring(console_fd=5, qmp_fd=6, port_fd=7, console_log=Path("/o"))
-    machine = dataclasses.replace(PLAIN, nvdimms=(Nvdimm(),))
+    wiring = Wiring(console_fd=5, port_fd=7, console_log=Path("/o"))
+    machine = Machine(nvdimms=(Nvdimm(),))
     memory = MemoryFile(path=Path("/m"), restored=True, has_rom=has_rom)
     files = {0: Path("/f")}
-    words = qemu_argv(("qemu",), machine, payload, files, wiring, memory)
+    words = qemu_argv(("qemu",), machine, BOARD, payload, files, wiring, memory)
     assert words[-3:] == ["-incoming", "defer", "-S"]
     assert not [word for word in words if "spapr-nvdimm" in word]
     own = "readonly=on,rom=off" if has_rom else ""
@@ -150,43 +156,46 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     assert told.split(",share=")[1].strip(",") == ("off," + own).strip(",")
     # Booted or restored, for QEMU it is one machine.
     saved = qemu_argv(
-        ("qemu",), machine, payload, files, wiring, MemoryFile(path=Path("/m"), restored=False)
+        ("qemu",),
+        machine,
+        BOARD,
+        payload,
+        files,
+        wiring,
+        MemoryFile(path=Path("/m"), restored=False),
     )
     differ = set(saved) ^ set(words)
     assert not [word for word in differ if word.startswith(("pseries", "virt"))]
 
 
-def stopped(qemu: Qemu, memory: MemoryFile) -> Command:
+def stopped(qemu: Qemu, memory: MemoryFile) -> list[str]:
     """The command line of a machine that runs nothing."""
-
-    def command(_files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
-        qmp = ["-chardev", f"socket,id=qmp,fd={qmp_fd}", "-qmp", "chardev:qmp"]
-        object_words = ",".join(
-            f"{name}={('on' if value else 'off') if isinstance(value, bool) else value}"
-            for name, value in memory.backend(256).items()
-        )
-        return [
-            *qemu.argv_prefix,
-            *("-machine", "pseries,x-vof=on,memory-backend=ram", "-m", "256M"),
-            *("-nodefaults", "-display", "none", "-S"),
-            *("-object", object_words.removeprefix("qom-type=")),
-            *(("-incoming", "defer") if memory.restored else ()),
-            *(qmp if qmp_fd is not None else ()),
-        ]
-
-    return command
+    object_words = ",".join(
+        f"{name}={('on' if value else 'off') if isinstance(value, bool) else value}"
+        for name, value in memory.backend(256).items()
+    )
+    return [
+        *qemu.argv_prefix,
+        *("-machine", "pseries,x-vof=on,memory-backend=ram", "-m", "256M"),
+        *("-nodefaults", "-display", "none", "-S"),
+        *("-object", object_words.removeprefix("qom-type=")),
+        *(("-incoming", "defer") if memory.restored else ()),
+    ]
 
 
 @contextlib.contextmanager
 def machine(qemu: Qemu, folder: Path, memory: MemoryFile) -> Iterator[Vm]:
     """It, running."""
-    with Vm(stopped(qemu, memory), (), folder=folder / "log", scratch_dir=folder) as vm:
+    with (
+        ScratchFiles(folder) as files,
+        Vm(stopped(qemu, memory), files, folder=folder / "log", by_hand="") as vm,
+    ):
         yield vm
 
 
 def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) -> None:
     has_rom = qemu.has("memory-backend-file", "rom")
-    snapshot = Snapshot(folder=tmp_path, machine=PLAIN, has_rom=has_rom)
+    snapshot = Snapshot(folder=tmp_path, board=BOARD, has_rom=has_rom)
     memory = snapshot.memory.path
     with machine(qemu, tmp_path, MemoryFile(path=memory, restored=False)) as vm:
         save_state(vm.qmp, snapshot.state)

@@ -69,9 +69,7 @@ def restore(
 
     def start(machine: Machine = DIMMS, begin: Snapshot = snapshot) -> Guest:
         folder = tmp_path / f"guest{len(list(tmp_path.iterdir()))}"
-        return Guest(
-            environment.equipment, environment.furnish(machine), folder=folder, snapshot=begin
-        )
+        return Guest(environment.equipment, machine, folder=folder, snapshot=begin)
 
     return start
 

@@ -13,16 +13,17 @@ import pytest
 from paprscm.errors import CapabilityError, ConfigError
 from paprscm.vm.argv import Payload, Wiring, bare_argv, qemu_argv, script
 from paprscm.vm.binary import Qemu
-from paprscm.vm.machine import MIB, Machine, Nvdimm, require
+from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, require
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
-WIRING = Wiring(console_fd=5, qmp_fd=6, port_fd=7, console_log=Path("/o/console.log"))
+BOARD = Board()
+WIRING = Wiring(console_fd=5, port_fd=7, console_log=Path("/o/console.log"))
 
 
-def argv(machine: Machine, wiring: Wiring | None = WIRING, **files: str) -> list[str]:
+def argv(machine: Machine, board: Board = BOARD, **files: str) -> list[str]:
     """The command line, with /s/N behind the DIMM in slot N."""
     named = {n.slot: Path(files.get(f"slot{n.slot}", f"/s/{n.slot}")) for n in machine.nvdimms}
-    return qemu_argv(("qemu",), machine, PAYLOAD, named, wiring)
+    return qemu_argv(("qemu",), machine, board, PAYLOAD, named, WIRING)
 
 
 def after(words: list[str], option: str) -> list[str]:
@@ -51,8 +52,6 @@ ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1'
 -device virtio-serial-pci
 -chardev socket,id=console,fd=5,logfile=/o/console.log,logappend=on
 -serial chardev:console
--chardev socket,id=qmp,fd=6
--qmp chardev:qmp
 -chardev socket,id=port,fd=7
 -device virtserialport,chardev=port,name=paprscm
 -object memory-backend-file,id=mem0,mem-path=/s/0,size=537001984,share=on,pmem=on
@@ -75,16 +74,15 @@ def test_golden_command_line() -> None:
 
 
 def test_a_bare_machine_has_its_dimms_and_nothing_else() -> None:
-    machine = Machine(nvdimms=(Nvdimm(),), smp=1, memory_mib=256)
-    words = bare_argv(("qemu",), machine, {0: Path("/s/0")}, 6)
+    words = bare_argv(("qemu",), Machine(nvdimms=(Nvdimm(),)), Board(), {0: Path("/s/0")})
     assert "-S" in words
-    assert after(words, "-qmp") == ["chardev:qmp"]
     assert not {"-netdev", "-blockdev", "-append"} & set(words)
     assert [word.partition(",")[0] for word in after(words, "-device")] == ["spapr-nvdimm"]
 
 
 def test_the_memory_of_a_bare_machine_can_be_ours() -> None:
-    words = bare_argv(("qemu",), Machine(memory_mib=256), {}, 6, program=Path("/p"), memory_fd=9)
+    board = Board(memory_mib=256)
+    words = bare_argv(("qemu",), Machine(), board, {}, program=Path("/p"), memory_fd=9)
     assert "-S" not in words
     assert after(words, "-machine")[0].endswith(",memory-backend=ram")
     assert after(words, "-object") == [
@@ -116,20 +114,20 @@ def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
 
 
 def test_slof_and_kvm_take_no_tcg_words() -> None:
-    words = argv(Machine(firmware="slof", accel="kvm", cpu="host"))
+    words = argv(Machine(), Board(firmware="slof", accel="kvm", cpu="host"))
     assert after(words, "-machine") == ["pseries"]
     assert after(words, "-accel") == ["kvm"]
 
 
 def test_words_of_the_kernel_come_before_those_of_the_machine() -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"), words=("xmon=off",))
-    words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), payload, {}, WIRING)
+    words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), Board(), payload, {}, WIRING)
     assert after(words, "-append")[0].endswith(" panic=-1 xmon=off xmon=on")
 
 
 def test_with_modules_the_network_is_left_to_init() -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"), initrd=Path("/i"))
-    words = qemu_argv(("qemu",), Machine(), payload, {}, WIRING)
+    words = qemu_argv(("qemu",), Machine(), Board(), payload, {}, WIRING)
     assert after(words, "-initrd") == ["/i"]
     assert "ip=" not in after(words, "-append")[0]
 
@@ -196,7 +194,7 @@ def test_two_dimms_in_one_slot_are_refused() -> None:
 
 def test_script_runs_as_shell_and_makes_missing_files(tmp_path: Path) -> None:
     backing = tmp_path / "a dir" / "backing"
-    text = script(["echo", "-append", "two words"], {backing: 4096})
+    text = script(["echo", "-append", "two words"], [Nvdimm()], {0: backing})
     done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True)
     assert done.stdout == "-append two words\n"
-    assert backing.stat().st_size == 4096
+    assert backing.stat().st_size == Nvdimm().file_bytes

@@ -3,36 +3,38 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from paprscm.errors import ContractError, GuestLostError, KilledError
+from paprscm.vm.backing_files import ScratchFiles
 from paprscm.vm.vm import Vm
 
 # Greets, agrees, closes its monitor, and ends half a second later, as told.
 QEMU = """
 import json, os, socket, sys, time
-monitor = socket.socket(fileno=int(sys.argv[1]))
+[end, _option, chardev, *_rest] = sys.argv[1:]
+monitor = socket.socket(fileno=int(chardev.rpartition("=")[2]))
 version = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
 for answer in ({"QMP": {"version": version, "capabilities": []}}, {"return": {}}):
     monitor.sendall(json.dumps(answer).encode() + b"\\r\\n")
     monitor.recv(4096)
 monitor.close()
 time.sleep(0.5)
-exec(sys.argv[2])
+exec(end)
 """
 
 
-def with_end(folder: Path, end: str) -> Vm:
+@contextlib.contextmanager
+def with_end(folder: Path, end: str) -> Iterator[Vm]:
     """A machine whose QEMU ends that way."""
-
-    def command(_files: Mapping[int, Path], qmp_fd: int | None) -> list[str]:
-        return [sys.executable, "-c", QEMU, str(qmp_fd), end]
-
-    return Vm(command, (), folder=folder, scratch_dir=folder)
+    argv = [sys.executable, "-c", QEMU, end]
+    with ScratchFiles(folder) as files, Vm(argv, files, folder=folder, by_hand="") as vm:
+        yield vm
 
 
 @pytest.mark.parametrize(

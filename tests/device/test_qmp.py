@@ -357,7 +357,7 @@ class DeviceQmp(QemuTest):
         machine = Machine(memory_mib=256, slots=4, nvdimms=(PMEM_OFF.at(0),))
         vm = self.vm(machine)
         before = state(vm)
-        total = (machine.maxmem_mib - machine.memory_mib) * MIB
+        total = machine.dimm_room_bytes
         room = total - machine.nvdimms[0].size_bytes
         wanted = (
             f"not enough space, currently {machine.nvdimms[0].size_bytes:#x} in use of total space "
