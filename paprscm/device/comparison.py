@@ -65,7 +65,7 @@ def unusual_messages(prediction: Prediction, found: Attempt) -> str | None:
     No contract fixes the words, nor which of several reasons is given.
     """
     if prediction.reasons:
-        if any(reason.said_in(found.text) for reason in prediction.reasons):
+        if any(reason.is_in(found.text) for reason in prediction.reasons):
             return None
         wanted = " or ".join(sorted(reason.name for reason in prediction.reasons))
         return f"a refusal ({wanted}) in other words:\n{quoted(found.text)}"

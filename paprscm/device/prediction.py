@@ -10,73 +10,12 @@ import re
 import uuid as uuids
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 
 from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
+from paprscm.device.refusals import RefusalReason
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE
 
 NO_UUID = str(uuids.UUID(int=0))
-
-
-class RefusalReason(Enum):
-    """Reason for which QEMU refuses a machine; the value is a pattern of its message.
-
-    The comments name the function that says it, in the sources of QEMU 7.2 and 10.0.
-    """
-
-    # hw/core/machine.c: machine_set_mem
-    MAXMEM_BELOW_MEMORY = r"maximum memory size \S+ must be at least the initial memory size"
-    SLOTS_WITHOUT_MAXMEM = r"slots specified but no max-size"
-    SLOTS_WITHOUT_ROOM = r"memory slots were specified but maximum memory size"
-    # backends/hostmem.c: host_memory_backend_set_size
-    EMPTY_BACKEND = r"property 'size' of memory-backend-\w+ doesn't take value '0'"
-    # physmem.c: qemu_ram_alloc_from_fd
-    FILE_TOO_SMALL = r"backing store size \S+ (does not match|is too small for) 'size' option"
-    # hw/core/numa.c: numa_complete_configuration
-    NODES_ARE_NOT_MEMORY = r"total memory for NUMA nodes \S+ should equal RAM size"
-    # hw/ppc/spapr.c: spapr_rma_size, which prints 128 as "80ld"
-    MEMORY_TOO_SMALL = r"firmware requires >= \S+ guest RMA"
-    # hw/ppc/spapr.c: spapr_validate_node_memory
-    MEMORY_UNALIGNED = r"^Memory size \S+ is not aligned to 256 MiB"
-    MAXMEM_UNALIGNED = r"Maximum memory size \S+ is not aligned to 256 MiB"
-    NODE_UNALIGNED = r"Node \d+ memory size \S+ is not aligned to 256 MiB"
-    # hw/ppc/spapr.c: spapr_machine_init
-    TOO_MANY_SLOTS = r"number of memory slots \d+ exceeds max supported 32"
-    # hw/mem/nvdimm.c: nvdimm_set_label_size, nvdimm_set_uuid
-    LABEL_TOO_SMALL = r"label-size' \(0x[0-9a-f]+\) is required at least 0x20000"
-    UUID_MALFORMED = r"uuid' has invalid value"
-    # hw/ppc/spapr_nvdimm.c: only spapr-nvdimm has it, and only with libpmem
-    OVERRIDE_UNKNOWN = r"Property '[\w-]+\.pmem-override' not found"
-    # hw/mem/nvdimm.c: nvdimm_prepare_memory_region
-    NO_MEMDEV = r"'memdev' property must be set"
-    LABEL_TOO_BIG = r"the size of memdev \w+ \S+ is too small to contain nvdimm label"
-    ARMED_READONLY = r"'unarmed' property must be 'on' since memdev \w+ is read-only"
-    # hw/ppc/spapr_nvdimm.c: spapr_nvdimm_validate
-    NVDIMM_OFF = r"nvdimm device found but 'nvdimm=off' was set"
-    NO_LABEL = r"PAPR requires NVDIMM devices to have label-size set"
-    NOT_IN_BLOCKS = (
-        r"PAPR requires NVDIMM memory size \(excluding label\) to be a multiple of 256MB"
-    )
-    NO_UUID = r"NVDIMM device requires the uuid to be set"
-    NO_FILE = r"spapr-nvdimm device requires the memdev \w+ to be of memory-backend-file type"
-    # hw/mem/pc-dimm.c: pc_dimm_pre_plug, pc_dimm_get_free_slot
-    SLOT_OUT_OF_RANGE = r"invalid slot number -?\d+, valid range is"
-    SLOT_BUSY = r"slot \d+ is busy"
-    NO_SLOTS = r"no slots where allocated, please specify the 'slots' option"
-    NO_FREE_SLOT = r"no free slots available"
-    # hw/mem/memory-device.c: memory_device_check_addable, memory_device_get_free_addr
-    NO_SPACE = r"not enough space, currently \S+ in use of total space for memory devices"
-    ADDR_UNALIGNED = r"address must be aligned to \S+ bytes"
-    ADDR_OUTSIDE = r"can't add memory device \S+ usable range for memory devices"
-    ADDR_CONFLICT = r"address range conflicts with memory device id='\w+'"
-    FRAGMENTED = r"could not find position in guest address space for memory device"
-    # hw/mem/pc-dimm.c: pc_dimm_realize
-    NODE_OUT_OF_RANGE = r"'DIMM property node has value \d+' which exceeds the number of numa nodes"
-    MEMDEV_BUSY = r"can't use already busy memdev: \w+"
-
-    def said_in(self, text: str) -> bool:
-        """Return True if QEMU's messages give this reason."""
-        return re.search(self.value, text, re.MULTILINE) is not None
 
 
 @dataclass(frozen=True)

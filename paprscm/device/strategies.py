@@ -11,7 +11,8 @@ from hypothesis import assume
 from hypothesis import strategies as st
 
 from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
-from paprscm.device.prediction import NO_UUID, RefusalReason, predict
+from paprscm.device.prediction import NO_UUID, predict
+from paprscm.device.refusals import RefusalReason
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE
 from paprscm.vm.machine import GIB, MIB
 

@@ -27,7 +27,8 @@ from paprscm.device.comparison import (
 )
 from paprscm.device.device_tree import distance, parse_tree
 from paprscm.device.launch import Attempt, attempt
-from paprscm.device.prediction import RefusalReason, predict
+from paprscm.device.prediction import predict
+from paprscm.device.refusals import RefusalReason
 from paprscm.device.strategies import FLAWS, any_machines, flawed_machines, valid_machines
 from paprscm.errors import ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
@@ -111,7 +112,7 @@ class TreeTest(QemuTest):
                 return None
             prediction = predict(machine, has_override=self.qemu.has_pmem_override)
             found = self.attempt(machine)
-            named = [reason.name for reason in RefusalReason if reason.said_in(found.text)]
+            named = [reason.name for reason in RefusalReason if reason.is_in(found.text)]
             self.outcomes["accepted" if found.accepted else " and ".join(named)] += 1
             try:
                 self.verdicts[machine] = judge_attempt(machine, prediction, found)
