@@ -202,7 +202,7 @@ class _Test:
     log = logging.getLogger("paprscm")
 
     def __init__(self, **versions: str) -> None:
-        self.shown: list[str] = []
+        self.warnings: list[str] = []
         self.measured: dict[str, Any] = {}
         self._versions = versions
 
@@ -224,7 +224,7 @@ def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
     # The QEMU's version is not asked.
     test = _Test(QEMU="99.0.0", Linux="6.12.107-paprscm")
     assert test.says(shows=True) is None
-    assert test.shown == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
+    assert test.warnings == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
     (verdict,) = test.measured.values()
     assert verdict["version"] == "Linux 6.12.107-paprscm"
 
@@ -238,7 +238,7 @@ def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> 
         f"a regression on Linux {release}: known_issues/linux-pmem-loses-preflush-error.md lists "
         "it as fixed in 6.12.112, 7.2.6, 7.3"
     )
-    assert test.shown == []
+    assert test.warnings == []
     assert next(iter(test.measured.values()))["shows"]
 
 
@@ -251,7 +251,7 @@ def test_a_known_issue_is_gone() -> None:
     for release in ("6.12.117", "7.3.0-rc2", "5.14.0-503.el9.ppc64le", "5.2.0"):
         test = _Test(Linux=release)
         assert test.says(shows=False) is None
-        assert test.shown == []
+        assert test.warnings == []
 
 
 def test_a_known_issue_shows_before_its_since() -> None:
@@ -259,7 +259,7 @@ def test_a_known_issue_shows_before_its_since() -> None:
     update = test.says(shows=True)
     assert update is not None
     assert "shows on Linux 5.2.21: update 'Since'" in update
-    assert len(test.shown) == 1
+    assert len(test.warnings) == 1
 
 
 def test_updates_of_a_job() -> None:

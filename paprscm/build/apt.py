@@ -188,7 +188,7 @@ class AptSource:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with self._cache.lock(f"download-{self._index.name}", what="reads a package index"):
+        with self._cache.lock(f"download-{self._index.name}", purpose="reads a package index"):
             yield
 
     def _source_line(self) -> str:

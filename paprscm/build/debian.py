@@ -146,7 +146,7 @@ class Archive:
                 off, no space.
         """
         source = self._source(suite, arch, title, proceed)
-        with self.cache.lock(f"download-{source.key(packages)}", what=f"downloads the {title}"):
+        with self.cache.lock(f"download-{source.key(packages)}", purpose=f"downloads the {title}"):
             folder = self._root / source.key(packages)
             files = source.plan(packages, alone=alone)
             (folder / "partial").mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,9 @@ class Archive:
         """Remove indexes and cut-off downloads that were not used for so many seconds."""
         for folder in self._root.glob("*"):
             if time.time() - folder.stat().st_mtime >= unused_for_s:
-                with self.cache.lock(f"download-{folder.name}", what="prunes", wait=False) as taken:
+                with self.cache.lock(
+                    f"download-{folder.name}", purpose="prunes", wait=False
+                ) as taken:
                     if taken:
                         shutil.rmtree(folder)
 

@@ -167,7 +167,7 @@ def build_tree(
     kind = ("" if page_size == "64k" else f" {page_size}") + (" debug" if debug else "")
     name = hashlib.sha256(f"{source}{kind}".encode()).hexdigest()[:16]
     folder = cache.root / "kbuild" / name
-    with cache.lock(f"kbuild-{name}", what=f"builds the kernel in {source}"):
+    with cache.lock(f"kbuild-{name}", purpose=f"builds the kernel in {source}"):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "source").write_text(f"{source}\n")
         objects, log_file = folder / "objects", folder / "build.log"
@@ -207,7 +207,7 @@ def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
         used = (log_file if log_file.exists() else folder).stat().st_mtime
         if time.time() - used < unused_for_s:
             continue
-        with cache.lock(f"kbuild-{folder.name}", what="prunes", wait=False) as taken:
+        with cache.lock(f"kbuild-{folder.name}", purpose="prunes", wait=False) as taken:
             if taken:
                 shutil.rmtree(folder)
                 gone.append(folder)

@@ -213,7 +213,7 @@ def test_results_are_read_as_avocado_leaves_them(tmp_path: Path) -> None:
 
 
 def test_a_job_without_tests_shows_what_avocado_said(tmp_path: Path) -> None:
-    (tmp_path / "avocado.log").write_text("there can be no guests; no test was started\n")
+    (tmp_path / "avocado.log").write_text("guests cannot be prepared; no test was started\n")
     with pytest.raises(HostError, match="no test was started"):
         bench_suite.read_job(tmp_path, "cold", 1.0)
 

@@ -184,6 +184,6 @@ def test_prune_takes_only_what_was_not_used(cache: Cache) -> None:
 
 def test_prune_leaves_alone_what_is_being_built(cache: Cache) -> None:
     entry = entry_named(cache, "busy", used_days_ago=40)
-    with cache.lock(f"thing-{entry.key}", what="builds the thing"):
+    with cache.lock(f"thing-{entry.key}", purpose="builds the thing"):
         assert cache.prune(unused_for_s=0) == []
     assert entry.path.exists()

@@ -196,7 +196,7 @@ def test_nothing_starts_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) 
         Process(["true"])
     said = f"cannot start true: process {os.getpid()} of this run has ended"
     assert caught.value.message == said
-    assert caught.value.hint == "if it was of another run, unset PAPRSCM_RUN"
+    assert caught.value.hint == "if it belonged to another run, unset PAPRSCM_RUN"
 
 
 @pytest.mark.parametrize("value", ["1", "make", "1:2:3", "1:2 x"])

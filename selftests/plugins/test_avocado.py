@@ -334,7 +334,7 @@ def test_a_parameter_with_a_slip_of_the_pen_is_refused(
 def test_a_parameter_that_no_test_asks_for_is_mentioned(tmp_path: Path) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
     said = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
-    assert "-p kumquat=: it is not a setting, and no test of this job asks for it" in said
+    assert "-p kumquat=: it is not a setting, and no test of this job reads it" in said
     assert "PASS 1" in said
 
 
