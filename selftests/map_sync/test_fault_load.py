@@ -84,13 +84,13 @@ def test_errors_break_the_contract() -> None:
 def test_each_operation_must_have_happened(kind: str) -> None:
     counts = {**load()["operations"], kind: 0}
     changes = {"sigbus_arena": 0} if kind == "arena_store" else {}
-    with pytest.raises(HostError, match=rf"there never was: {kind}\b"):
+    with pytest.raises(HostError, match=rf"the load never included: {kind}\b"):
         expect_load(loaded(load(operations=counts, **changes)))
 
 
 @pytest.mark.parametrize("key", ["sigbus_expected", "sigbus_arena"])
 def test_each_sigbus_must_have_happened(key: str) -> None:
-    with pytest.raises(HostError, match="there never was: SIGBUS"):
+    with pytest.raises(HostError, match="the load never included: SIGBUS"):
         expect_load(loaded(load(**{key: 0})))
 
 

@@ -378,7 +378,7 @@ def test_another_length_is_another_question(binary: Path, tmp_path: Path) -> Non
     path = str(tmp_path / "file")
     assert parse_cells(done.stdout, 0, "", path=path, cells=[cell])
     other = dataclasses.replace(PLAIN, length=2 * PAGE)
-    with pytest.raises(ProbeError, match="of another length"):
+    with pytest.raises(ProbeError, match="wrong length"):
         parse_cells(done.stdout, 0, "", path=path, cells=[other])
 
 

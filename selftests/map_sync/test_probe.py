@@ -171,7 +171,7 @@ BROKEN_CASES: list[tuple[str, Raw, Raw | None, str]] = [
     ("SIGBUS", _sigbus(), CONTROL, "sigbus"),
     ("granted, but the control is not", GOOD, _refused("EPERM", 1, sync=False), "control"),
     ("granted, control has sf", GOOD, {**CONTROL, "vm_flags": ["sf"]}, "control"),
-    ("another question: no MAP_SYNC", CONTROL, CONTROL, "another"),
+    ("another question: no MAP_SYNC", CONTROL, CONTROL, "did not ask"),
     (
         "another question: an unknown bit was refused",
         _refused(
@@ -183,19 +183,19 @@ BROKEN_CASES: list[tuple[str, Raw, Raw | None, str]] = [
             flag_names=["MAP_SHARED_VALIDATE", "UNKNOWN_BIT"],
         ),
         CONTROL,
-        "another",
+        "did not ask",
     ),
     (
         "another question: MAP_SHARED",
         {**GOOD, "type": "shared", "flags": 0x80001, "flag_names": ["MAP_SHARED", "MAP_SYNC"]},
         CONTROL,
-        "another",
+        "did not ask",
     ),
     (
         "another question: read only",
         {**GOOD, "prot": "r", "store_in_mapping": None, "store_in_file": None},
         None,
-        "another",
+        "did not ask",
     ),
 ]
 
@@ -478,7 +478,7 @@ def test_an_answer_to_another_question(shell: _HostShell, tmp_path: Path) -> Non
         ) -> CommandResult:
             return CommandResult(command, 1, other.line, "", other.line.encode(), 0.0)
 
-    with pytest.raises(ProbeError, match="it was asked for"):
+    with pytest.raises(ProbeError, match="requested was"):
         probe.map_sync(cast(Guest, Stale()), str(tmp_path / "file"))
-    with pytest.raises(ProbeError, match="it was asked for"):
+    with pytest.raises(ProbeError, match="requested was"):
         probe.map_sync(cast(Guest, Stale()), str(tmp_path / "other"), control=False)
