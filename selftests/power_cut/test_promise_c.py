@@ -128,7 +128,7 @@ def test_a_lost_file_is_named(binary: Path, folder: Path) -> None:
     assert report.lossy
     assert not report.strange
     assert report.intact < report.pages
-    assert f"file {file.name} is gone" in str(report)
+    assert f"file {file.name} is missing" in str(report)
 
 
 def test_a_short_file_is_named(binary: Path, folder: Path) -> None:

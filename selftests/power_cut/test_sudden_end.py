@@ -66,13 +66,13 @@ def test_a_good_report() -> None:
     parsed = parse(report())
     assert parsed.kept
     assert not parsed.lossy
-    assert str(parsed) == "all 20 pages of 3 files are there"
+    assert str(parsed) == "all 20 pages of 3 files are intact"
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("file", "file f000002 is gone"),
+        ("file", "file f000002 is missing"),
         ("size", "file f000002 has 0 bytes of 171"),
         ("extent", "file f000002, offset 0x10000: no extent"),
         ("bytes", "file f000002, offset 0x10000: 0x0 for 0xab"),
@@ -277,7 +277,7 @@ def test_a_control_without_loss_has_no_force() -> None:
 def test_nothing_promised_has_no_force() -> None:
     nothing = report(files=0, pages=0, intact=0)
     tallies = {SYNC: tally(SYNC, nothing), CONTROL: tally(CONTROL, lossy())}
-    with pytest.raises(HostError, match="xfs with MAP_SYNC: nothing was promised in 1 cuts"):
+    with pytest.raises(HostError, match="xfs with MAP_SYNC: no step was completed in 1 cuts"):
         require_statistical_power(tallies)
 
 
@@ -330,5 +330,5 @@ def test_complaints(text: str) -> None:
     level = 5 if "error count" in text or "initial error" in text else 4
     assert complaints(f"{WELL}<{level}>[    7.000000] {text}\n") == [text]
     assert complaints(f"{WELL}[    7.000000] {text}\n") == [text]
-    with pytest.raises(ContractError, match="a file system complains"):
+    with pytest.raises(ContractError, match="a file system reports errors"):
         expect_no_complaints(text)
