@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +31,6 @@ from paprscm.log import Bar, logger, progress, step
 from paprscm.settings import Settings, expanded
 
 _REFRESH_S = 0.5
-_BUILD_TOOLS_HINT = "apt install make gcc libc6-dev bison flex bc"
 
 # One line of make's output for each of these is one object of the progress bar.
 _OBJECT = re.compile(r"^  (?:CC|AS)\s")
@@ -45,6 +42,8 @@ _WRONG = re.compile(
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
 # Switched off in a given .config: a guest needs the command line that QEMU passes.
 _OFF = {"CMDLINE_FORCE": "n"}
+# Kind of the cache's workspaces with the objects of own trees.
+TREE = "kernel-tree"
 # What an unpacked source, its objects and the vmlinux take.
 _BUILD_BYTES = 1_200_000_000
 
@@ -105,7 +104,8 @@ def build_default(
     source = source or kernel_source.fetch_source(archive, settings, proceed)
     version = (source / "version").read_text().strip()
     fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
-    log_file = cache.root / "logs" / "kernel-build.log"
+    # Not in the entry, which goes when the build fails.
+    log_file = cache.root / "logs" / f"kernel-{cache.key(fields)}.log"
 
     def build(entry: Path) -> None:
         tree, objects = entry / "tree", entry / "objects"
@@ -143,7 +143,7 @@ def build_tree(
     is a module there stays one. Without `config` it is the default kernel's configuration.
 
     Args:
-        cache: its root holds the O= folders, in kbuild/.
+        cache: keeps the O= folder, as a workspace.
         source: top of a Linux source tree without an in-tree build in it.
         config: the user's .config.
         page_size, debug: of a kernel without `config`, as for `fragments`; each kind has an O=
@@ -164,12 +164,9 @@ def build_tree(
             hint=f"{config} says what it wants",
         )
     fragment = Fragment.read(fragments(page_size, debug=debug))
-    kind = ("" if page_size == "64k" else f" {page_size}") + (" debug" if debug else "")
-    name = hashlib.sha256(f"{source}{kind}".encode()).hexdigest()[:16]
-    folder = cache.root / "kbuild" / name
-    with cache.lock(f"kbuild-{name}", purpose=f"builds the kernel in {source}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "source").write_text(f"{source}\n")
+    kind = f"{page_size}, debug" if debug else page_size
+    fields = {"source": str(source), "configuration": kind}
+    with cache.workspace(TREE, fields, purpose=f"builds the kernel in {source}") as folder:
         objects, log_file = folder / "objects", folder / "build.log"
         with step(f"building the kernel of {source}"), _marked(objects):
             _fresh_log(log_file)
@@ -197,21 +194,6 @@ def build_tree(
                 count.write_text(str(compiled))
             _collect(make, folder, produced)
     return _built(folder, log_file, str(source))
-
-
-def prune_trees(cache: Cache, *, unused_for_s: float) -> list[Path]:
-    """Remove and return the O= folders of own trees that were not built in for so many seconds."""
-    gone = []
-    for folder in (cache.root / "kbuild").glob("*"):
-        log_file = folder / "build.log"
-        used = (log_file if log_file.exists() else folder).stat().st_mtime
-        if time.time() - used < unused_for_s:
-            continue
-        with cache.lock(f"kbuild-{folder.name}", purpose="prunes", wait=False) as taken:
-            if taken:
-                shutil.rmtree(folder)
-                gone.append(folder)
-    return gone
 
 
 class _Make:
@@ -322,9 +304,8 @@ def _find_without_source(
 def _compiler() -> str:
     """The cross compiler's name and version, as one line."""
     compiler = toolchain.require_program(f"{toolchain.PREFIX}gcc")
-    for tool in ("make", "gcc", "bison", "flex", "bc"):
-        if shutil.which(tool) is None:
-            raise HostError(f"{tool} is not installed", hint=_BUILD_TOOLS_HINT)
+    for tool in toolchain.KERNEL_TOOLS:
+        toolchain.require_program(tool)
     return process.run([compiler, "--version"]).lines[0]
 
 

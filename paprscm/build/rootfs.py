@@ -105,7 +105,7 @@ class Userland:
     versions: Mapping[str, str] = field(hash=False, repr=False)
 
 
-def obtain(
+def obtain_userland(
     archive: Archive, suites: Sequence[str], *, proceed: Callable[[], None] = lambda: None
 ) -> Userland | Download:
     """The first suite's userland that is in the cache; else the packages of the first that has all.

@@ -16,16 +16,20 @@ from paprscm.host.process import run
 PREFIX = "powerpc64le-linux-gnu-"
 """Prefix of the cross tools; CROSS_COMPILE of a kernel build."""
 
+KERNEL_TOOLS = ("make", "gcc", "bison", "flex", "bc")
+"""Tools of this host that a kernel build needs besides."""
+
 _PACKAGES = {
     "cc": "gcc libc-dev",
     f"{PREFIX}gcc": "gcc-powerpc64le-linux-gnu",
     f"{PREFIX}as": "binutils-powerpc64le-linux-gnu",
     f"{PREFIX}ld": "binutils-powerpc64le-linux-gnu",
+    **dict.fromkeys(KERNEL_TOOLS, "make gcc libc6-dev bison flex bc"),
 }
 
 
 def require_program(program: str) -> str:
-    """Return the path of a compiler or a binary tool, "cc" or one with PREFIX.
+    """Return the path of a tool: "cc", one with PREFIX, or one of KERNEL_TOOLS.
 
     Raises:
         HostError: it is not installed; the hint names its package.

@@ -20,7 +20,7 @@ from rich.table import Table
 from paprscm import log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
-from paprscm.build.kbuild import build_default, build_tree, prune_trees
+from paprscm.build.kbuild import build_default, build_tree
 from paprscm.commands import bench, bench_flushes, bench_suite, doctor, manual, shell
 from paprscm.commands.dimm_syntax import parse_nvdimm
 from paprscm.device import bare_metal, hcall_judge
@@ -318,10 +318,9 @@ def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
     cache, unused_for_s = Cache(chosen.cache_dir), arguments.days * DAY_S
     free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
     entries = cache.prune(unused_for_s=unused_for_s)
-    trees = prune_trees(cache, unused_for_s=unused_for_s)
     Archive.of(chosen).prune(unused_for_s=unused_for_s)
     freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
-    print(f"{len(entries)} entries and {len(trees)} kernel build folders removed, {freed:.0f} MB")
+    print(f"{len(entries)} entries removed, {freed:.0f} MB")
     return 0
 
 
@@ -334,7 +333,8 @@ def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
     entries = [
         entry
         for entry in cache.entries()
-        if entry.used >= started and entry.kind != kernel_source.SOURCE_KIND
+        if entry.used >= started
+        and not (entry.is_workspace or entry.kind == kernel_source.SOURCE_KIND)
     ]
     size_bytes = transfer.export(entries, arguments.file)
     print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")

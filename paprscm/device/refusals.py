@@ -147,7 +147,7 @@ def names_one(text: str, reasons: Iterable[RefusalReason]) -> bool:
     return any(reason.is_in(text) for reason in reasons)
 
 
-def in_words(reasons: Iterable[RefusalReason]) -> str:
+def reason_patterns(reasons: Iterable[RefusalReason]) -> str:
     """The patterns of the reasons, for a report."""
     return " or ".join(f"/{reason.value}/" for reason in reasons)
 

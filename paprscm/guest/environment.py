@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from paprscm import log
-from paprscm.build import initramfs, kbuild, rootfs, tcg_fixup, vmlinux
+from paprscm.build import rootfs
 from paprscm.build.debian import Archive, Download, suites
 from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
 from paprscm.errors import ConfigError
+from paprscm.guest import kernel_image
+from paprscm.guest.dimm_content import DimmContents
 from paprscm.guest.guest import Equipment, Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
@@ -26,8 +26,8 @@ from paprscm.guest.snapshot import NotRestoredError, Snapshot
 from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
 from paprscm.host.cache import Cache
-from paprscm.settings import OWN_KERNELS, Settings, expanded
-from paprscm.vm import binary, instructions
+from paprscm.settings import Settings
+from paprscm.vm import binary
 from paprscm.vm.argv import Payload
 from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, board_of
@@ -151,13 +151,13 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     if board.firmware == "vof" and not qemu.has_vof:
         raise ConfigError(f"{qemu.path} has no x-vof machine option", hint="set firmware=slof")
     with process.run_in_background(
-        lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
+        lambda proceed: rootfs.obtain_userland(archive, suites(settings.userland_suite), proceed=proceed)
     ) as obtaining:
         # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
-        under_test, source = _kernel(archive, settings, obtaining.check)
+        under_test, source = kernel_image.obtain(archive, settings, obtaining.check)
         obtained = obtaining.result()
-    executes = {} if board.accel == "kvm" else _executes(cache, qemu, board.cpu)
-    vmlinux, sites = _fixed(cache, under_test, executes)
+    executes = {} if board.accel == "kvm" else kernel_image.instructions_of(cache, qemu, board.cpu)
+    vmlinux, sites = kernel_image.fix(cache, under_test, executes)
 
     def equipment(land: Userland, initrd: Path | None) -> Equipment:
         return Equipment(
@@ -172,10 +172,19 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             client_key=land.client_key,
             host_key=land.host_key_public,
             board=board,
+            contents=DimmContents(
+                cache=cache,
+                made_by={
+                    "kernel": cache.identity(under_test.path),
+                    "userland": cache.identity(land.disk),
+                    "qemu": qemu.key,
+                    "cpu": f"{board.cpu} {board.accel}",
+                },
+            ),
         )
 
     def environment(land: Userland) -> Environment:
-        initrd = _initramfs(cache, settings, under_test, land, executes)
+        initrd = kernel_image.initrd(cache, settings, under_test, land, executes)
         return Environment(
             settings=settings,
             qemu=qemu,
@@ -209,87 +218,3 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     if outcome is not None and outcome.snapshot is None:
         log.logger.info("guests are booted, restoring them does not work: %s", outcome.why)
     return dataclasses.replace(made, snapshot=outcome.snapshot if outcome else None)
-
-
-def _kernel(
-    archive: Archive, settings: Settings, proceed: Callable[[], None]
-) -> tuple[Kernel, str]:
-    """The kernel under test, and the source that it was built from here; "" for a user's own."""
-    if settings.kernel in OWN_KERNELS:
-        if settings.modules is not None:
-            raise ConfigError(
-                f"modules= without kernel=: the {settings.kernel} kernel needs none",
-                hint="give the vmlinux that they belong to",
-            )
-        built = kbuild.build_default(archive, settings, proceed=proceed)
-        return vmlinux.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
-    found = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
-    if settings.modules is not None:
-        found = initramfs.with_config(found, settings.modules)
-    vmlinux.require_usable(found, has_modules=settings.modules is not None)
-    return found, ""
-
-
-def _executes(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
-    """Probe once which instructions the TCG of this binary executes."""
-    name = f"instructions-{cpu}-{instructions.probe_digest()}"
-    answer = binary.remember(
-        cache, qemu, name, lambda: instructions.probe(qemu.argv_prefix, cpu=cpu)
-    )
-    return {str(name): bool(able) for name, able in answer.items()}
-
-
-def _fixed(cache: Cache, found: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
-    """The kernel as this QEMU can execute it, and how many instructions had to be rewritten."""
-    lacking = tcg_fixup.missing_instructions(executes)
-    if not lacking:
-        return found.path, 0
-
-    def build(folder: Path) -> None:
-        report = tcg_fixup.fix_file(found.path, folder / "vmlinux", executes)
-        log.logger.info("instruction fix-up for TCG: %s", report)
-        (folder / "sites.json").write_text(json.dumps(report.sites))
-
-    fields = {
-        "kernel": cache.identity(found.path),
-        "release": found.release,
-        "rewritten": " ".join(instruction.name for instruction in lacking),
-    }
-    entry = cache.ensure("fixed-kernel", fields, build, needs_bytes=2 * found.size_bytes)
-    return entry.path / "vmlinux", int(json.loads((entry.path / "sites.json").read_text()))
-
-
-def _initramfs(
-    cache: Cache,
-    settings: Settings,
-    found: Kernel,
-    land: Userland,
-    executes: Mapping[str, bool],
-) -> Path | None:
-    """The initramfs with the kernel's modules, if it has any."""
-    folder_of_modules = settings.modules
-    if folder_of_modules is None:
-        return None
-    files = initramfs.find_modules(found, folder_of_modules)
-    content = "\n".join(cache.identity(path) for _name, path in sorted(files.items()))
-    fields = {
-        "kernel": cache.identity(found.path),
-        "release": found.release,
-        "modules": hashlib.sha256(content.encode()).hexdigest(),
-        "rewritten": " ".join(
-            instruction.name for instruction in tcg_fixup.missing_instructions(executes)
-        ),
-        "busybox": str(land.versions.get("busybox-static")),
-    }
-
-    def build(folder: Path) -> None:
-        made = initramfs.build_initramfs(
-            found,
-            folder_of_modules,
-            land.busybox,
-            folder / "initramfs",
-            executes=executes,
-        )
-        log.logger.info("initramfs: %d modules, %d sites rewritten", len(made.modules), made.sites)
-
-    return cache.ensure("initramfs", fields, build).path / "initramfs"

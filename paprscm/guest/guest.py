@@ -22,6 +22,7 @@ import paramiko
 from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_ready
+from paprscm.guest.dimm_content import DimmContents, GuestDimms
 from paprscm.guest.kmsg import Trouble
 from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
 from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, reporting
@@ -51,6 +52,7 @@ class Equipment:
         client_key: our ssh key (a file).
         host_key: the guest's public key.
         board: processors, memory and firmware, where a machine leaves them open.
+        contents: contents for DIMMs that should not start empty; None: they start empty.
     """
 
     settings: Settings
@@ -59,6 +61,7 @@ class Equipment:
     client_key: Path
     host_key: str
     board: Board = Board()
+    contents: DimmContents | None = None
 
 
 class Guest(Lifetime):
@@ -102,6 +105,7 @@ class Guest(Lifetime):
             self._memory = MemoryFile(path=memory_file, restored=False)
         self.machine = machine
         self.board = machine.board(equipment.board)
+        self.dimms = GuestDimms(equipment.contents)
         self.folder = folder
         self.times = StartTimes()
         self._equipment = equipment
@@ -336,7 +340,9 @@ class Guest(Lifetime):
     def _start_qemu(self) -> None:
         """Start QEMU, with its console on a socket that it inherits."""
         stack, equipment, machine = self._resources, self._equipment, self.machine
-        files = stack.enter_context(ScratchFiles(self._settings.scratch_dir, machine.nvdimms))
+        files = stack.enter_context(
+            ScratchFiles(self._settings.scratch_dir, machine.nvdimms, image=self.dimms.image)
+        )
         with contextlib.ExitStack() as theirs:
 
             def pair() -> tuple[socket.socket, int]:

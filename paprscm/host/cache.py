@@ -36,6 +36,7 @@ class CacheEntry:
         size_bytes: disk usage of its files.
         created: time of its creation, seconds since the epoch.
         used: time of its last use, seconds since the epoch.
+        is_workspace: its files change (`Cache.workspace`).
     """
 
     path: Path
@@ -44,6 +45,7 @@ class CacheEntry:
     size_bytes: int
     created: float
     used: float
+    is_workspace: bool
 
     @property
     def key(self) -> str:
@@ -114,6 +116,25 @@ class Cache:
         return entry
 
     @contextmanager
+    def workspace(self, kind: str, fields: Mapping[str, str], *, purpose: str) -> Iterator[Path]:
+        """Lock and yield a folder whose files change, such as the objects of an incremental build.
+
+        It is not checked for damage; `entries` and `prune` include it.
+
+        Args:
+            kind: kind of the entry; a folder name.
+            fields: identification of the folder.
+            purpose: action of the holder, for messages of waiting processes.
+        """
+        place = self._place(kind, fields)
+        with self.lock(f"{kind}-{place.name}", purpose=purpose):
+            with self._write_errors():
+                _make_private(place)
+                _write_manifest(place, fields, None)
+                os.utime(place)
+            yield place
+
+    @contextmanager
     def adopt(self, kind: str, key: str) -> Iterator[Path | None]:
         """Yield an empty folder for an imported entry, which brings its own manifest.
 
@@ -139,7 +160,7 @@ class Cache:
         root = self.root.resolve()
         if path.is_relative_to(root):
             kind, key, *rest = path.relative_to(root).parts
-            with contextlib.suppress(OSError, ValueError, KeyError):
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 files = json.loads((root / kind / key / MANIFEST).read_bytes())["files"]
                 return f"{kind} {files['/'.join(rest)]['sha256']}"
         info = path.stat()
@@ -268,13 +289,19 @@ class Cache:
     def _read(self, place: Path, kind: str) -> CacheEntry | None:
         try:
             manifest = json.loads((place / MANIFEST).read_bytes())
+            files = manifest["files"]
+            if files is None:
+                blocks = sum(path.lstat().st_blocks for path in place.rglob("*"))
+            else:
+                blocks = sum(item.get("blocks", 0) for item in files.values())
             return CacheEntry(
                 path=place,
                 kind=kind,
                 fields=manifest["fields"],
-                size_bytes=sum(item.get("blocks", 0) * 512 for item in manifest["files"].values()),
+                size_bytes=512 * blocks,
                 created=manifest["created"],
                 used=place.stat().st_mtime,
+                is_workspace=files is None,
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -338,11 +365,16 @@ def _seal(folder: Path, fields: Mapping[str, str]) -> None:
                 "mtime_ns": info.st_mtime_ns,
                 "sha256": _digest(path),
             }
-    manifest = {"fields": dict(fields), "created": time.time(), "files": files}
-    target = folder / MANIFEST
-    target.write_text(json.dumps(manifest, indent=1))
+    _write_manifest(folder, fields, files)
     # The manifest must not survive a power cut that its files do not survive.
     os.sync()
+
+
+def _write_manifest(
+    folder: Path, fields: Mapping[str, str], files: Mapping[str, object] | None
+) -> None:
+    manifest = {"fields": dict(fields), "created": time.time(), "files": files}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
 
 def _damage(place: Path) -> str | None:

@@ -15,7 +15,7 @@ from paprscm.pmem.namespaces import (
     Namespace,
     created_namespace,
     namespace_settings,
-    parse_namespaces,
+    present_namespace,
 )
 from paprscm.pmem.regions import Region, parse_region
 
@@ -114,7 +114,10 @@ def dax_mount(
     reuse: bool = False,
     timeout_s: float = 10.0,
 ) -> DaxMount:
-    """Create a namespace and a DAX file system on an nvdimm, and mount it, in one round trip.
+    """Mount a new DAX file system on an nvdimm, or one that it already holds, in one round trip.
+
+    A file system that the DIMM should hold (`Nvdimm.holds`) is created for the first guest, and
+    kept for the next ones.
 
     Args:
         guest: the guest.
@@ -133,19 +136,25 @@ def dax_mount(
             exactly one namespace to reuse.
     """
     values = {"fstype": fstype, "mountpoint": mountpoint, "options": options}
+    title = f"{fstype} on slot {slot}"
+    make = ["find", "namespace", "filesystem"]
     if reuse:
         if block_size is not None:
             raise ValueError("an existing file system has its block size already")
-        steps = ["find", "namespaces", "single", "mount"]
     else:
         values["block_size"] = str(block_size or "")
         values |= namespace_settings("fsdax", None, None, None)
-        steps = ["find", "namespace", "filesystem", "mount"]
-    title = f"{fstype} on slot {slot}"
-    dump = run_steps(guest, title, steps, values, slot=slot, timeout_s=timeout_s)
+        if block_size is None:
+            reuse = guest.dimms.take(slot, fstype)
+            if not reuse and guest.dimms.should_keep(slot, fstype, guest.file(slot)):
+                run_steps(guest, title, [*make, "sync"], values, slot=slot, timeout_s=timeout_s)
+                guest.dimms.keep(slot, guest.file(slot))
+                reuse = True
+    steps = ["find", "present"] if reuse else make
+    dump = run_steps(guest, title, [*steps, "mount"], values, slot=slot, timeout_s=timeout_s)
     region = parse_region(dump, slot)
     if reuse:
-        (namespace,) = parse_namespaces(dump, region)
+        namespace = present_namespace(dump, region)
     else:
         namespace = created_namespace(dump, region, "fsdax", None)
     return DaxMount(

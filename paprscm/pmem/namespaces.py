@@ -64,10 +64,20 @@ def create_namespace(
 def create_fsdax(guest: Guest, region: Region) -> BlockDevice:
     """Create an fsdax namespace of the whole region; return its block device.
 
+    A namespace that the DIMM should hold (`Nvdimm.holds`) is created for the first guest only.
+
     Raises:
         ContractError: ndctl failed, or the namespace belongs to another region.
     """
-    return create_namespace(guest, region, mode="fsdax").disk
+    slot = region.slot
+    if guest.dimms.take(slot, "fsdax"):
+        dump = run_steps(guest, f"fsdax on {region.name}", ["find", "present"], slot=slot)
+        return present_namespace(dump, same_region(region, parse_region(dump, slot))).disk
+    should_keep = guest.dimms.should_keep(slot, "fsdax", guest.file(slot))
+    namespace = create_namespace(guest, region, mode="fsdax")
+    if should_keep:
+        guest.dimms.keep(slot, guest.file(slot))
+    return namespace.disk
 
 
 def find_namespaces(guest: Guest, region: Region) -> tuple[Namespace, ...]:
@@ -139,6 +149,10 @@ def created_namespace(
 
 PERSONALITIES: Final = {"fsdax": "pfn", "devdax": "dax", "sector": "btt", "raw": "namespace"}
 """Parent of the device in sysfs, for each mode of a namespace (drivers/nvdimm)."""
+
+
+# drivers/nvdimm/pfn_devs.c, mode_show; ndctl's word.
+_MAPS: Final = {"pmem": "dev", "ram": "mem"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +247,21 @@ def parse_namespaces(dump: Dump, region: Region) -> tuple[Namespace, ...]:
             f"ndctl's output for {region.name} is not as expected ({error!r}): {blob!r}"
         ) from error
     return tuple(sorted(namespaces, key=lambda ns: [int(n) for n in re.findall("[0-9]+", ns.name)]))
+
+
+def present_namespace(dump: Dump, region: Region) -> Namespace:
+    """The fsdax namespace found by the script's step "present"."""
+    pfn_mode = dump.text("pfn_mode")
+    if pfn_mode not in _MAPS:
+        raise ContractError(f"{region.name}: the mode of its page structures is {pfn_mode!r}")
+    reported = {
+        "dev": dump.text("pfn_namespace"),
+        "mode": "fsdax",
+        "map": _MAPS[pfn_mode],
+        "uuid": dump.text("pfn_uuid"),
+        "blockdev": dump.text("pfn_disk"),
+    }
+    return _namespace(dump, region, reported)
 
 
 def _namespace(dump: Dump, region: Region, fields: dict[str, Any]) -> Namespace:

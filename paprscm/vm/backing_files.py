@@ -4,15 +4,49 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from paprscm.errors import HostError
 from paprscm.host.lifetime import Lifetime
 from paprscm.vm.machine import Nvdimm
+
+# The granularity in which zeros are left out.
+_CHUNK = 1 << 16
+
+
+def _written(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each chunk of a sparse file that is not all zeros."""
+    with file.open("rb", buffering=0) as source:
+        end = 0
+        while True:
+            try:
+                start = os.lseek(source.fileno(), end, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    return
+                raise
+            end = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+            for offset in range(start, end, _CHUNK):
+                chunk = os.pread(source.fileno(), min(_CHUNK, end - offset), offset)
+                if chunk.strip(b"\0"):
+                    yield offset, chunk
+
+
+def is_blank(file: Path) -> bool:
+    """Return True if a file holds zeros only."""
+    return next(_written(file), None) is None
+
+
+def copy_content(source: Path, target: Path) -> None:
+    """Copy what is not zero into a file of zeros, which stays sparse."""
+    with target.open("r+b", buffering=0) as file:
+        for offset, chunk in _written(source):
+            os.pwrite(file.fileno(), chunk, offset)
 
 
 class ScratchFiles(Lifetime):
@@ -21,6 +55,7 @@ class ScratchFiles(Lifetime):
     Args:
         scratch_dir: where the folder is made.
         nvdimms: the DIMMs; one with a `file` of its own keeps that.
+        image: the content for the new file of a DIMM; None: zeros.
 
     Raises:
         HostError: on entry, there is no place for them.
@@ -32,8 +67,15 @@ class ScratchFiles(Lifetime):
 
     folder: Path
 
-    def __init__(self, scratch_dir: Path, nvdimms: Iterable[Nvdimm] = ()) -> None:
+    def __init__(
+        self,
+        scratch_dir: Path,
+        nvdimms: Iterable[Nvdimm] = (),
+        *,
+        image: Callable[[Nvdimm], Path | None] = lambda _nvdimm: None,
+    ) -> None:
         super().__init__()
+        self._image = image
         self.paths: dict[int, Path] = {}
         self._scratch_dir = scratch_dir
         self._nvdimms = tuple(nvdimms)
@@ -47,7 +89,7 @@ class ScratchFiles(Lifetime):
             raise _no_place(self._scratch_dir, error) from error
 
     def make(self, nvdimm: Nvdimm) -> Path:
-        """The DIMM's own file, or a new sparse one; the caller adds it to `paths`."""
+        """The DIMM's own file, or a new one; the caller adds it to `paths`."""
         if nvdimm.file is not None:
             return nvdimm.file
         handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self.folder)
@@ -55,6 +97,8 @@ class ScratchFiles(Lifetime):
             os.truncate(handle, nvdimm.file_bytes)
         finally:
             os.close(handle)
+        if image := self._image(nvdimm):
+            copy_content(image, Path(name))
         return Path(name)
 
 

@@ -45,6 +45,8 @@ class Nvdimm:
         share: the backend's share=on; without it nothing that is written reaches the file.
         unarmed: the device says that it cannot persist.
         read_only: the backend's readonly=on; QEMU takes it only with `unarmed`.
+        holds: the content of its new backing file at the guest's start: "" (zeros), "fsdax", "xfs"
+            or "ext4"; see paprscm/guest/dimm_content.py.
         file: an existing backing file of size_bytes + label_bytes; None: made, and removed again.
     """
 
@@ -58,6 +60,7 @@ class Nvdimm:
     share: bool = True
     unarmed: bool = False
     read_only: bool = False
+    holds: str = ""
     file: Path | None = None
 
     def __post_init__(self) -> None:
@@ -104,6 +107,10 @@ class Nvdimm:
     def at(self, slot: int, size_bytes: int | None = None) -> Nvdimm:
         """The same kind of DIMM in this slot, and of this size."""
         return replace(self, slot=slot, size_bytes=size_bytes or self.size_bytes)
+
+    def holding(self, content: str) -> Nvdimm:
+        """The same DIMM with this content."""
+        return replace(self, holds=content)
 
     @property
     def drc(self) -> int:

@@ -147,7 +147,7 @@ def test_what_the_host_lacks_for_a_configuration_is_named_before_it_is_compiled(
         "apt install libelf-dev dwarves (Fedora: dnf install elfutils-libelf-devel dwarves), "
         "or switch the options off"
     )
-    calls = next((cache.root / "kbuild").glob("*/objects/calls")).read_text().split()
+    calls = next((cache.root / kbuild.TREE).glob("*/objects/calls")).read_text().split()
     assert calls == ["olddefconfig"]
 
 

@@ -72,7 +72,7 @@ def own_umask() -> Iterator[None]:
 
 
 def ensure(cache: Cache, boot_test: Callable[[Userland], None] | None = None) -> Userland:
-    obtained = rootfs.obtain(Archive(cache), ["trixie"])
+    obtained = rootfs.obtain_userland(Archive(cache), ["trixie"])
     if isinstance(obtained, Userland):
         return obtained
     return rootfs.build_rootfs(cache, obtained, boot_test=boot_test)
@@ -220,13 +220,13 @@ def test_the_next_suite_is_taken_where_one_is_not_complete(
         return download(archive, packages, suite=suite, **rest)
 
     monkeypatch.setattr(Archive, "download", refuse)
-    obtained = rootfs.obtain(Archive(cache), ["trixie", "forky"])
+    obtained = rootfs.obtain_userland(Archive(cache), ["trixie", "forky"])
     assert isinstance(obtained, Download)
     made = rootfs.build_rootfs(cache, obtained, boot_test=None)
     assert made.suite == "forky"
     # What is in the cache is taken before anything is fetched.
     monkeypatch.setattr(Archive, "download", download)
-    assert rootfs.obtain(Archive(cache), ["trixie", "forky"]) == made
+    assert rootfs.obtain_userland(Archive(cache), ["trixie", "forky"]) == made
     assert [suite for _, suite in extracted] == ["forky"]
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.build import kbuild
 from paprscm.commands.cli import main
 from paprscm.commands.series import Series
 from paprscm.guest.environment import Environment
+from paprscm.host.cache import Cache
 from paprscm.settings import Settings
 from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Board, Machine, board_of
@@ -68,18 +71,18 @@ def test_a_missing_qemu_names_the_package(
 
 
 def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from paprscm.host.cache import Cache
-
-    Cache(tmp_path).ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type]
+    cache = Cache(tmp_path)
+    cache.ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type]
+    with cache.workspace(kbuild.TREE, {"source": "/linux"}, purpose="builds") as objects:
+        (objects / "file").write_bytes(bytes(2_000_000))
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
-    assert "thing" in capsys.readouterr().out
-    objects = tmp_path / "kbuild" / "0123456789abcdef"
-    objects.mkdir(parents=True)
-    (objects / "build.log").write_text("x")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "thing" in line]
+    assert [line for line in lines if re.match(r"kernel-tree +\w+ +2 .*/linux", line.strip())]
     assert main(["cache", "prune", "--days", "1", "--cache-dir", str(tmp_path)]) == 0
-    assert "0 entries and 0 kernel build folders removed" in capsys.readouterr().out
+    assert "0 entries removed" in capsys.readouterr().out
     assert main(["cache", "prune", "--days", "0", "--cache-dir", str(tmp_path)]) == 0
-    assert "1 entries and 1 kernel build folders removed" in capsys.readouterr().out
+    assert "2 entries removed" in capsys.readouterr().out
     assert not objects.exists()
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
     assert "thing" not in capsys.readouterr().out
@@ -91,7 +94,7 @@ def test_what_the_system_refuses_is_no_traceback(
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
 
-    monkeypatch.setattr("paprscm.commands.cli.prune_trees", full)
+    monkeypatch.setattr(Cache, "prune", full)
     said = refused(capsys, "cache", "prune", "--cache-dir", str(tmp_path))
     assert said.startswith("paprscm: /some/file: No space left on device\n")
 

@@ -14,7 +14,7 @@ from paprscm.device.refusals import (
     LIMITS,
     RefusalReason,
     filled,
-    in_words,
+    reason_patterns,
     make_files,
     names_one,
 )
@@ -59,6 +59,6 @@ def test_a_message_names_its_reason_and_no_other(text: str, reason: str) -> None
 
 
 def test_reasons_in_a_report() -> None:
-    assert in_words([RefusalReason.NO_UUID, RefusalReason.SLOT_BUSY]) == (
+    assert reason_patterns([RefusalReason.NO_UUID, RefusalReason.SLOT_BUSY]) == (
         r"/NVDIMM device requires the uuid to be set/ or /slot \d+ is busy/"
     )

@@ -88,6 +88,7 @@ def test_the_tutorial_with_a_kernel_build(copy: Path, environment: Environment) 
     try:
         assert follow(TUTORIAL.read_text(), copy, cache_dir) == 7
     finally:
-        for source in cache_dir.glob("kbuild/*/source"):
-            if source.read_text() == f"{tree.resolve()}\n":
-                shutil.rmtree(source.parent)
+        cache = Cache(cache_dir)
+        for entry in cache.entries():
+            if entry.fields.get("source") == str(tree.resolve()):
+                cache.remove(entry.path)

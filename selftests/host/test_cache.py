@@ -187,3 +187,16 @@ def test_prune_leaves_alone_what_is_being_built(cache: Cache) -> None:
     with cache.lock(f"thing-{entry.key}", purpose="builds the thing"):
         assert cache.prune(unused_for_s=0) == []
     assert entry.path.exists()
+
+
+def test_a_workspace_keeps_its_files_and_is_not_pruned_while_it_is_held(cache: Cache) -> None:
+    fields = {"source": "/linux"}
+    with cache.workspace("tree", fields, purpose="builds") as folder:
+        (folder / "object").write_text("x")
+        assert cache.prune(unused_for_s=0) == []
+    with cache.workspace("tree", fields, purpose="builds") as again:
+        assert (again, (folder / "object").read_text()) == (folder, "x")
+    [entry] = cache.entries()
+    assert (entry.is_workspace, entry.fields) == (True, fields)
+    assert [entry.path for entry in cache.prune(unused_for_s=0)] == [folder]
+    assert not folder.exists()

@@ -62,7 +62,9 @@ class DeviceTree(PaprScmTest):
 
     def test_at_boot(self) -> None:
         """Each kind of DIMM that is present at boot has its device-tree node and sysfs files."""
-        guest = self.boot(Machine(nvdimms=KINDS), cold=True)
+        guest = self.boot(
+            Machine(nvdimms=tuple(kind.holding("fsdax") for kind in KINDS)), cold=True
+        )
         for nvdimm in KINDS:
             region = wait_for_region(guest, nvdimm.slot)
             self.judge(region, create_fsdax(guest, region), nvdimm)
@@ -72,6 +74,6 @@ class DeviceTree(PaprScmTest):
         self.require_qemu(*KINDS)
         guest = self.boot()
         for nvdimm in KINDS:
-            guest.plug(nvdimm)
+            guest.plug(nvdimm.holding("fsdax"))
             region = wait_for_region(guest, nvdimm.slot)
             self.judge(region, create_fsdax(guest, region), nvdimm)

@@ -20,7 +20,7 @@ from paprscm.device.device_tree import (
 )
 from paprscm.device.launch import attempt
 from paprscm.device.refusal_rows import find_row
-from paprscm.device.refusals import RefusalReason, board, in_words, names_one
+from paprscm.device.refusals import RefusalReason, board, reason_patterns, names_one
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, drc_index
@@ -154,7 +154,7 @@ class DeviceQmp(QemuTest):
             self.check_reason(f"{command} {arguments}", error.text, reasons)
             self.check_state(f"{what}, after the refusal", vm, before)
         else:
-            self.check(f"{what}: QEMU's answer", "accepted", f"a refusal: {in_words(reasons)}")
+            self.check(f"{what}: QEMU's answer", "accepted", f"a refusal: {reason_patterns(reasons)}")
 
     def check_answer(
         self, what: str, answer: Mapping[str, Any], reasons: Sequence[RefusalReason]
@@ -167,7 +167,7 @@ class DeviceQmp(QemuTest):
     def check_reason(self, what: str, text: str, reasons: Sequence[RefusalReason]) -> None:
         """Remark that a refusal names none of the expected reasons."""
         if not names_one(text, reasons):
-            self.remark(f"refusal of {what}: {text!r}, expected {in_words(reasons)}")
+            self.remark(f"refusal of {what}: {text!r}, expected {reason_patterns(reasons)}")
 
     def check_state(self, what: str, vm: Vm, before: Mapping[str, Any]) -> None:
         """Check that the monitor reports the same of memory, slots and devices as before."""

@@ -21,7 +21,7 @@ from paprscm.device.refusals import (
     device,
     dimm,
     filled,
-    in_words,
+    reason_patterns,
     make_files,
     names_one,
     on,
@@ -59,9 +59,9 @@ class Validation(QemuTest):
         for row in rows:
             outcome = self.attempt(row.words, machine=row.machine)
             if not outcome.refused:
-                self.check(row.name, str(outcome), f"a refusal: {in_words(row.reasons)}")
+                self.check(row.name, str(outcome), f"a refusal: {reason_patterns(row.reasons)}")
             elif not names_one(outcome.text, row.reasons):
-                others.append(f"{row.name}: {outcome}\n  expected {in_words(row.reasons)}")
+                others.append(f"{row.name}: {outcome}\n  expected {reason_patterns(row.reasons)}")
         self.measure("rows", len(rows))
         if others:
             self.remark(f"{len(others)} of {len(rows)} refusals:\n" + "\n".join(others))

@@ -164,7 +164,7 @@ class FlushErrors(PaprScmTest):
         )
 
     def mounted(self, guest: Guest, fstype: FsType) -> DaxMount:
-        """Make a file system that writes its log almost only on request."""
+        """Mount a file system that writes its log almost only on request."""
         options = {"xfs": "dax=always", "ext4": "dax=always,errors=remount-ro,commit=300"}
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
@@ -192,7 +192,7 @@ class FlushErrors(PaprScmTest):
 
     def overwritten(self, fstype: FsType) -> None:
         """Let the flush of overwritten data fail in each way, with each errno."""
-        guest, file = self.machine(LARGE), "/mnt/pm/file"
+        guest, file = self.machine(LARGE.holding(fstype)), "/mnt/pm/file"
         found = self.mounted(guest, fstype)
         self.synced(guest, LARGE, file, f"write=0:{4 * PAGE}:9", "fsync")
         ways: tuple[Callable[[int, int], list[str]], ...] = (
@@ -220,7 +220,7 @@ class FlushErrors(PaprScmTest):
 
     def test_log_xfs(self) -> None:
         """XFS shuts down when its log cannot be flushed; synced data survive."""
-        guest, file = self.machine(LARGE), "/mnt/pm/file"
+        guest, file = self.machine(LARGE.holding("xfs")), "/mnt/pm/file"
         found = self.mounted(guest, "xfs")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
         steps = f"write={PAGE}:{PAGE}:2", "fsync", "fsync", "fdatasync"
@@ -235,7 +235,7 @@ class FlushErrors(PaprScmTest):
 
     def test_journal_ext4(self) -> None:
         """ext4 aborts its journal and becomes read-only; synced data survive."""
-        guest, file = self.machine(LARGE), "/mnt/pm/file"
+        guest, file = self.machine(LARGE.holding("ext4")), "/mnt/pm/file"
         found = self.mounted(guest, "ext4")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
         made = self.failing(guest, LARGE, errno.EDQUOT, file, f"write={PAGE}:{PAGE}:2", "fsync")

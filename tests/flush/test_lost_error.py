@@ -37,7 +37,7 @@ class LostError(PaprScmTest):
 
     def judge(self, fstype: FsType) -> None:
         """Let only the first flush fail; fsync must fail with EIO."""
-        nvdimm = PMEM_OFF.at(SLOT, FOR_XFS)
+        nvdimm = PMEM_OFF.at(SLOT, FOR_XFS).holding(fstype)
         guest = self.boot(Machine(nvdimms=(nvdimm,)), allowed=MESSAGES, shim=self.shim())
         # Neither file system writes its log unasked meanwhile.
         options = "dax=always" + (",commit=600" if fstype == "ext4" else "")

@@ -14,7 +14,7 @@ from paprscm.flush.durability import ClockOffset, compare_clocks, expect_durable
 from paprscm.flush.load import run_flush_load
 from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import dax_mount
-from paprscm.pmem.namespaces import CharacterDevice, create_namespace
+from paprscm.pmem.namespaces import CharacterDevice, create_fsdax, create_namespace
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PLAIN, PMEM_OFF, SMALL
@@ -22,6 +22,7 @@ from paprscm.vm.machine import Machine
 
 DISK, XFS, EXT4, CLOCK = 0, 1, 2, 3
 SIZES = {DISK: SMALL, XFS: FOR_XFS, EXT4: SMALL}
+CONTENTS = {DISK: "fsdax", XFS: "xfs", EXT4: "ext4"}
 THREADS = 12
 CALLS = 30
 """Of each thread."""
@@ -50,7 +51,7 @@ class FlushOrder(PaprScmTest):
     def test_never_too_few(self) -> None:
         """On a disk, XFS and ext4, data are synced before the call that promises it returns."""
         random = self.random()
-        dimms = [PMEM_OFF.at(slot, size) for slot, size in SIZES.items()]
+        dimms = [PMEM_OFF.at(slot, SIZES[slot]).holding(CONTENTS[slot]) for slot in SIZES]
         # It is never flushed, so nothing here depends on flushes.
         dimms.append(PLAIN.at(CLOCK, SMALL))
         shim = self.shim()
@@ -60,7 +61,7 @@ class FlushOrder(PaprScmTest):
         if not isinstance(device, CharacterDevice):
             raise ContractError(f"ndctl made no character device: {device}")
         self.device = device
-        disk = create_namespace(guest, wait_for_region(guest, DISK), mode="fsdax").disk.path
+        disk = create_fsdax(guest, wait_for_region(guest, DISK)).path
         targets = [disk, "/mnt/xfs", "/mnt/ext4"]
         dax_mount(guest, XFS, "xfs", targets[XFS])
         dax_mount(guest, EXT4, "ext4", targets[EXT4])

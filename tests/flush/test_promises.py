@@ -109,7 +109,7 @@ class FlushPromises(PaprScmTest):
     """
 
     def mounted(self, guest: Guest, slot: int, fstype: FsType) -> DaxMount:
-        """Make a file system that writes its log, and starts a transaction, only on request."""
+        """Mount a file system that writes its log, and starts a transaction, only on request."""
         options = "dax=always,noatime"
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
@@ -165,7 +165,8 @@ class FlushPromises(PaprScmTest):
         Returns:
             The calls that were made after a log had been aborted or shut down.
         """
-        nvdimms = [PMEM_OFF.at(slot, FOR_XFS) for slot in range(len(SCENARIOS))]
+        nvdimm = PMEM_OFF.holding(fstype)
+        nvdimms = [nvdimm.at(slot, FOR_XFS) for slot in range(len(SCENARIOS))]
         guest = self.boot(Machine(nvdimms=tuple(nvdimms)), allowed=[FLUSH_ERROR], shim=self.shim())
         made: list[Promise] = []
         for slot, scenario in enumerate(SCENARIOS):
@@ -212,7 +213,7 @@ class FlushPromises(PaprScmTest):
         inode waits to get it alone, and so the second, which must not overtake it, waits as well.
         """
         guest = self.boot(
-            Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS),)),
+            Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS).holding(fstype),)),
             allowed=[FLUSH_ERROR],
             shim=self.shim(),
         )

@@ -147,7 +147,7 @@ class FlushSlow(PaprScmTest):
         Behind is an fsync on ext4, which waits for the journal's thread.
         """
         self.require_kernel("CONFIG_DETECT_HUNG_TASK")
-        guest = self.machine(LARGE, allowed=(HUNG_TASK,))
+        guest = self.machine(LARGE.holding("ext4"), allowed=(HUNG_TASK,))
         found = dax_mount(guest, LARGE.slot, "ext4", "/mnt/pm")
         persist(guest, "/mnt/pm/file", f"write=0:{PAGE}:1", "fsync")
         guest.succeed(
@@ -187,7 +187,7 @@ class FlushSlow(PaprScmTest):
         So far it cannot be killed earlier: there is no way out of the loop in papr_scm_pmem_flush
         but an answer of the hypervisor.
         """
-        guest = self.machine(LARGE)
+        guest = self.machine(LARGE.holding("xfs"))
         found, file = dax_mount(guest, LARGE.slot, "xfs", "/mnt/pm"), "/mnt/pm/file"
         persist(guest, file, f"write=0:{PAGE}:1", "fsync")
         syncs = guest.vm.syncs(LARGE.slot)

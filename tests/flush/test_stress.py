@@ -31,11 +31,11 @@ from paprscm.vm.machine import Machine
 DISK, XFS, EXT4, BUSY, OTHER = 0, 1, 2, 3, 4
 FLUSHED = (DISK, XFS, EXT4)
 DIMMS = (
-    PMEM_OFF.at(DISK, SMALL),
-    PMEM_OFF.at(XFS, FOR_XFS),
-    PMEM_OFF.at(EXT4, SMALL),
+    PMEM_OFF.at(DISK, SMALL).holding("fsdax"),
+    PMEM_OFF.at(XFS, FOR_XFS).holding("xfs"),
+    PMEM_OFF.at(EXT4, SMALL).holding("ext4"),
     PMEM_OFF.at(BUSY, SMALL),
-    PLAIN.at(OTHER, SMALL),
+    PLAIN.at(OTHER, SMALL).holding("fsdax"),
 )
 
 SLOW_S = 0.02

@@ -145,10 +145,12 @@ class FlushTable(PaprScmTest):
     :avocado: tags=flush
     """
 
-    def machine(self, size_bytes: int, allowed: Sequence[str] = ()) -> tuple[Guest, Region]:
+    def machine(
+        self, size_bytes: int, *, holds: str = "", allowed: Sequence[str] = ()
+    ) -> tuple[Guest, Region]:
         """Boot a guest with one DIMM, and count its flushes."""
         guest = self.boot(
-            Machine(nvdimms=(PMEM_OFF.at(SLOT, size_bytes),)),
+            Machine(nvdimms=(PMEM_OFF.at(SLOT, size_bytes).holding(holds),)),
             shim=self.shim(),
             allowed=allowed,
         )
@@ -195,17 +197,17 @@ class FlushTable(PaprScmTest):
 
     def test_disk(self) -> None:
         """A disk is flushed by fsync, fdatasync and O_DSYNC, and not by a write alone."""
-        guest, region = self.machine(SMALL)
+        guest, region = self.machine(SMALL, holds="fsdax")
         self.judge(guest, region, DISK, create_fsdax(guest, region).path)
 
     def test_xfs(self) -> None:
         """XFS flushes once for data, and twice for a log write."""
-        guest, region = self.machine(FOR_XFS)
+        guest, region = self.machine(FOR_XFS, holds="fsdax")
         self.judge(guest, region, XFS, create_fsdax(guest, region).path)
 
     def test_ext4(self) -> None:
         """ext4 flushes once for data, and twice for a journal write."""
-        guest, region = self.machine(SMALL)
+        guest, region = self.machine(SMALL, holds="fsdax")
         self.judge(guest, region, EXT4, create_fsdax(guest, region).path)
 
     def test_namespaces(self) -> None:

@@ -88,7 +88,7 @@ class DaxModes(PaprScmTest):
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType) -> None:
         """Take all steps, and compare the verdict after each."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding(fstype),)))
         first, *rows = ROWS
         disk = dax_mount(guest, nvdimm.slot, fstype, "/mnt", options=first.mount or "").device.path
         for row in (first, *rows):
@@ -193,7 +193,9 @@ class Remount(PaprScmTest):
         "can't change dax mount option while remounting"), and XFS ignores what it cannot change
         (fs/xfs/xfs_super.c, xfs_fs_reconfigure).
         """
-        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(0), PMEM_ON.at(1))))
+        guest = self.boot(
+            Machine(nvdimms=(PMEM_ON.at(0).holding("xfs"), PMEM_ON.at(1).holding("ext4")))
+        )
         self.judge(guest, 0, "xfs")
         self.judge(guest, 1, "ext4")
 
@@ -237,7 +239,7 @@ class BlockSize(PaprScmTest):
         succeeds. fs/ext4/super.c, ext4_check_feature_compatibility: EINVAL; without the option it
         mounts. The inode's flag changes nothing (xfs_inode_supports_dax, ext4_should_enable_dax).
         """
-        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.holding("fsdax"),)))
         small = 1024 if read_page_size(guest) == 4096 else 4096
         disk = create_fsdax(guest, wait_for_region(guest, 0))
         make_filesystem(guest, disk, "xfs", small)
@@ -295,7 +297,7 @@ class Reflink(PaprScmTest):
 
     def judge(self, nvdimm: Nvdimm) -> None:
         """Probe files on the whole disk, then on a partition of it."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding("xfs"),)))
         disk = dax_mount(guest, nvdimm.slot, "xfs", "/mnt").device
         self.on_the_disk(guest, nvdimm)
         guest.succeed("umount /mnt")

@@ -39,7 +39,7 @@ class Faults(PaprScmTest):
     """
 
     def judge(self, guest: Guest, slot: int, fstype: FsType, *, sync: bool) -> None:
-        """Load a new file system, unmount it, mount it again, and verify every byte."""
+        """Load a file system, unmount it, mount it again, and verify every byte."""
         seed = self.random().getrandbits(62)
         mounted = dax_mount(guest, slot, fstype, f"/mnt/{slot}").mount
         tool, words = self.tool, f"--seed={seed} --expected=/tmp/expected{slot}"
@@ -70,14 +70,14 @@ class Faults(PaprScmTest):
 
     def test_map_sync_xfs(self) -> None:
         """On XFS with MAP_SYNC, eight threads lose no byte and store nothing behind EOF."""
-        self.judge(self.machine(PMEM_ON), 0, "xfs", sync=True)
+        self.judge(self.machine(PMEM_ON.holding("xfs")), 0, "xfs", sync=True)
 
     def test_map_sync_ext4(self) -> None:
         """On ext4 with MAP_SYNC, eight threads lose no byte and store nothing behind EOF."""
-        self.judge(self.machine(PMEM_ON), 0, "ext4", sync=True)
+        self.judge(self.machine(PMEM_ON.holding("ext4")), 0, "ext4", sync=True)
 
     def test_flushed_by_hcall(self) -> None:
         """On XFS and ext4 over pmem=off, eight threads with mappings and fsync lose no byte."""
-        guest = self.machine(PMEM_OFF.at(0), PMEM_OFF.at(1))
+        guest = self.machine(PMEM_OFF.at(0).holding("xfs"), PMEM_OFF.at(1).holding("ext4"))
         self.judge(guest, 0, "xfs", sync=False)
         self.judge(guest, 1, "ext4", sync=False)

@@ -23,8 +23,8 @@ class OneDimm(PaprScmTest):
     """
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType, verdict: Verdict) -> None:
-        """Start with one DIMM, put a DAX file system on it, and compare the probe's verdict."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        """Start with one DIMM with a DAX file system, and compare the probe's verdict."""
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding(fstype),)))
         dax_mount(guest, nvdimm.slot, fstype, "/mnt")
         report = map_sync(guest, "/mnt/file")
         self.measure("probe", report.line)
@@ -76,7 +76,8 @@ class TwoDimms(PaprScmTest):
 
     def judge(self, fstype: FsType, *, on_slot: int, off_slot: int) -> None:
         """/mnt1 is on the DIMM with pmem=on, /mnt2 on the one with pmem=off, in any slot order."""
-        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(on_slot), PMEM_OFF.at(off_slot))))
+        dimms = (PMEM_ON.at(on_slot), PMEM_OFF.at(off_slot))
+        guest = self.boot(Machine(nvdimms=tuple(dimm.holding(fstype) for dimm in dimms)))
         for mountpoint, slot, verdict in (
             ("/mnt1", on_slot, Verdict.ACCEPTED),
             ("/mnt2", off_slot, Verdict.REFUSED),
@@ -127,33 +128,34 @@ class EachKind(PaprScmTest):
             self.measure(f"probe slot {nvdimm.slot}", report.line)
             self.check_map_sync(in_words(nvdimm), report, verdict, fstype=fstype)
 
-    def plugged(self) -> Guest:
+    def plugged(self, fstype: FsType) -> Guest:
         """Boot a guest and plug each DIMM while it runs."""
         self.require_qemu(*(nvdimm for nvdimm, _verdict in CASES))
         guest = self.boot()
         for nvdimm, _verdict in CASES:
-            guest.plug(nvdimm)
+            guest.plug(nvdimm.holding(fstype))
         return guest
 
-    def booted(self) -> Guest:
+    def booted(self, fstype: FsType) -> Guest:
         """Boot a guest whose kernel finds the DIMMs when it starts."""
-        return self.boot(Machine(nvdimms=tuple(nvdimm for nvdimm, _verdict in CASES)), cold=True)
+        nvdimms = tuple(nvdimm.holding(fstype) for nvdimm, _verdict in CASES)
+        return self.boot(Machine(nvdimms=nvdimms), cold=True)
 
     def test_at_boot_xfs(self) -> None:
         """On XFS, each kind of DIMM that is present at boot gets the verdict of its kind."""
-        self.judge(self.booted(), "xfs")
+        self.judge(self.booted("xfs"), "xfs")
 
     def test_at_boot_ext4(self) -> None:
         """On ext4, each kind of DIMM that is present at boot gets the verdict of its kind."""
-        self.judge(self.booted(), "ext4")
+        self.judge(self.booted("ext4"), "ext4")
 
     def test_hotplug_xfs(self) -> None:
         """On XFS, each kind of DIMM plugged by device_add gets the same verdict as at boot."""
-        self.judge(self.plugged(), "xfs")
+        self.judge(self.plugged("xfs"), "xfs")
 
     def test_hotplug_ext4(self) -> None:
         """On ext4, each kind of DIMM plugged by device_add gets the same verdict as at boot."""
-        self.judge(self.plugged(), "ext4")
+        self.judge(self.plugged("ext4"), "ext4")
 
 
 class NotDax(PaprScmTest):

@@ -70,7 +70,7 @@ class Cells(PaprScmTest):
 
     def mounted(self, nvdimm: Nvdimm, fstype: FsType, *, options: str = "dax=always") -> Guest:
         """Boot a guest, and mount a file system with page-sized blocks on /mnt."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding(fstype),)))
         made = dax_mount(guest, nvdimm.slot, fstype, "/mnt", options=options)
         asked = made.region.node.hcall_flush_required
         if asked is not nvdimm.flushes_by_hcall or made.block_size != made.page_size:
@@ -161,7 +161,7 @@ class Cells(PaprScmTest):
 
         On pmem=on, in an fsdax namespace, where a file system on it would grant MAP_SYNC.
         """
-        guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.holding("fsdax"),)))
         region = wait_for_region(guest, 0)
         disk = create_fsdax(guest, region)
         if disk.dax != "1" or region.node.hcall_flush_required:

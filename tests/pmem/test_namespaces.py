@@ -59,7 +59,7 @@ class Partitions(NamespaceTest):
 
     def judge(self, nvdimm: Nvdimm) -> None:
         """Make four partitions that differ in their begin and end."""
-        guest = self.boot(Machine(nvdimms=(nvdimm,)))
+        guest = self.boot(Machine(nvdimms=(nvdimm.holding("fsdax"),)))
         disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
         page = read_page_size(guest)
         kinds = (
@@ -348,7 +348,9 @@ class DmLinear(NamespaceTest):
         it has in any case (device_not_dax_capable), and a file wholly on the synchronous part is
         refused like any other.
         """
-        dimms = (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
+        dimms = tuple(
+            dimm.holding("fsdax") for dimm in (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
+        )
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         page = read_page_size(guest)
@@ -371,7 +373,7 @@ class DmLinear(NamespaceTest):
 
     def test_grown(self) -> None:
         """A synchronous dm-linear that is extended onto pmem=off no longer grants MAP_SYNC."""
-        dimms = (PMEM_ON.at(0), PMEM_OFF.at(1))
+        dimms = (PMEM_ON.at(0).holding("fsdax"), PMEM_OFF.at(1).holding("fsdax"))
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         path = linear(guest, "grows", [disks[0]], at_mib=0)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The kernel under test as a guest boots it: kernel or built, made executable, with its modules."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from paprscm import log
+from paprscm.build import initramfs, kbuild, tcg_fixup, vmlinux
+from paprscm.build.debian import Archive
+from paprscm.build.rootfs import Userland
+from paprscm.build.vmlinux import Kernel
+from paprscm.errors import ConfigError
+from paprscm.host.cache import Cache
+from paprscm.settings import OWN_KERNELS, Settings, expanded
+from paprscm.vm import binary, instructions
+from paprscm.vm.binary import Qemu
+
+
+def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> tuple[Kernel, str]:
+    """The kernel under test, and the source that it was built from here; "" for a user's own."""
+    if settings.kernel in OWN_KERNELS:
+        if settings.modules is not None:
+            raise ConfigError(
+                f"modules= without kernel=: the {settings.kernel} kernel needs none",
+                hint="give the vmlinux that they belong to",
+            )
+        built = kbuild.build_default(archive, settings, proceed=proceed)
+        return vmlinux.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
+    kernel = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
+    if settings.modules is not None:
+        kernel = initramfs.with_config(kernel, settings.modules)
+    vmlinux.require_usable(kernel, has_modules=settings.modules is not None)
+    return kernel, ""
+
+
+def instructions_of(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
+    """Probe once which instructions the TCG of this binary executes."""
+    name = f"instructions-{cpu}-{instructions.probe_digest()}"
+    answer = binary.remember(
+        cache, qemu, name, lambda: instructions.probe(qemu.argv_prefix, cpu=cpu)
+    )
+    return {str(name): bool(able) for name, able in answer.items()}
+
+
+def fix(cache: Cache, kernel: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
+    """The kernel as this QEMU can execute it, and how many instructions had to be rewritten."""
+    lacking = tcg_fixup.missing_instructions(executes)
+    if not lacking:
+        return kernel.path, 0
+
+    def build(folder: Path) -> None:
+        report = tcg_fixup.fix_file(kernel.path, folder / "vmlinux", executes)
+        log.logger.info("instruction fix-up for TCG: %s", report)
+        (folder / "sites.json").write_text(json.dumps(report.sites))
+
+    fields = {
+        "kernel": cache.identity(kernel.path),
+        "release": kernel.release,
+        "rewritten": " ".join(instruction.name for instruction in lacking),
+    }
+    entry = cache.ensure("fixed-kernel", fields, build, needs_bytes=2 * kernel.size_bytes)
+    return entry.path / "vmlinux", int(json.loads((entry.path / "sites.json").read_text()))
+
+
+def initrd(
+    cache: Cache,
+    settings: Settings,
+    kernel: Kernel,
+    land: Userland,
+    executes: Mapping[str, bool],
+) -> Path | None:
+    """The initramfs with the kernel's modules, if it has any."""
+    folder_of_modules = settings.modules
+    if folder_of_modules is None:
+        return None
+    files = initramfs.find_modules(kernel, folder_of_modules)
+    content = "\n".join(cache.identity(path) for _name, path in sorted(files.items()))
+    fields = {
+        "kernel": cache.identity(kernel.path),
+        "release": kernel.release,
+        "modules": hashlib.sha256(content.encode()).hexdigest(),
+        "rewritten": " ".join(
+            instruction.name for instruction in tcg_fixup.missing_instructions(executes)
+        ),
+        "busybox": str(land.versions.get("busybox-static")),
+    }
+
+    def build(folder: Path) -> None:
+        made = initramfs.build_initramfs(
+            kernel,
+            folder_of_modules,
+            land.busybox,
+            folder / "initramfs",
+            executes=executes,
+        )
+        log.logger.info("initramfs: %d modules, %d sites rewritten", len(made.modules), made.sites)
+
+    return cache.ensure("initramfs", fields, build).path / "initramfs"
