@@ -271,7 +271,7 @@ def _script(environment: Environment, machine: Machine) -> str:
 
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen
-    Console().print(hcall_judge.branch_table(hcall_judge.count_branches(arguments.results)))
+    Console().print(hcall_judge.branch_table(hcall_judge.read_branches(arguments.results)))
     return 0
 
 

@@ -151,7 +151,9 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     if board.firmware == "vof" and not qemu.has_vof:
         raise ConfigError(f"{qemu.path} has no x-vof machine option", hint="set firmware=slof")
     with process.run_in_background(
-        lambda proceed: rootfs.obtain_userland(archive, suites(settings.userland_suite), proceed=proceed)
+        lambda proceed: rootfs.obtain_userland(
+            archive, suites(settings.userland_suite), proceed=proceed
+        )
     ) as obtaining:
         # While the packages are downloaded the kernel is compiled; no package, no kernel needed.
         under_test, source = kernel_image.obtain(archive, settings, obtaining.check)

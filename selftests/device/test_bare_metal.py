@@ -81,8 +81,8 @@ def test_registers_go_in_and_come_out(bare: BareMachine) -> None:
     patterns = tuple(0x0123456789ABCDEF * factor & (1 << 64) - 1 for factor in range(1, 10))
     answer = bare.call(UNKNOWN, *patterns)
     assert (answer.code, answer.outputs) == (ReturnCode.H_FUNCTION, patterns)
-    assert (answer.made, answer.busy) == (1, 0)
-    assert 0 < answer.began < answer.ended
+    assert (answer.count, answer.busy) == (1, 0)
+    assert 0 < answer.begin_ticks < answer.end_ticks
     # What is not given is 0, and a negative argument is a big one.
     assert bare.call(UNKNOWN, -2).outputs == ((1 << 64) - 2, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -105,18 +105,20 @@ def test_long_batches_are_answered_in_order(bare: BareMachine) -> None:
     count = 2 * MAX_CALLS + 7
     answers = bare.batch([Call(UNKNOWN, (number,)) for number in range(count)])
     assert [answer.outputs[0] for answer in answers] == list(range(count))
-    assert all(a.began <= a.ended <= b.began for a, b in itertools.pairwise(answers))
+    assert all(
+        a.begin_ticks <= a.end_ticks <= b.begin_ticks for a, b in itertools.pairwise(answers)
+    )
     assert bare.batch([]) == []
 
 
 def test_a_call_is_repeated(bare: BareMachine) -> None:
     once, often = bare.batch([Call(UNKNOWN), Call(UNKNOWN, (5,), times=2000)])
-    assert (once.made, often.made, often.busy, often.outputs[0]) == (1, 2000, 0, 5)
+    assert (once.count, often.count, often.busy, often.outputs[0]) == (1, 2000, 0, 5)
     assert often.duration_s > once.duration_s
     # Each begins a flush of its own.
     flush = Call(Hcall.H_SCM_FLUSH, (drc_index(0), 0), times=3)
     (answer,) = bare.batch([flush])
-    assert (answer.code, answer.made, answer.busy) == (9901, 3, 3)
+    assert (answer.code, answer.count, answer.busy) == (9901, 3, 3)
 
 
 def test_a_poll_goes_on_with_the_token_until_the_end(bare: BareMachine) -> None:
@@ -129,24 +131,24 @@ def test_a_poll_goes_on_with_the_token_until_the_end(bare: BareMachine) -> None:
             Call(UNKNOWN, times=1000, poll=True),
         ]
     )
-    assert (first.code, first.made, first.busy) == (9901, 1, 1)
-    assert (whole.code, whole.busy) == (ReturnCode.H_SUCCESS, whole.made - 1)
-    assert 2 <= whole.made < 1000
-    assert whole.ended - whole.began >= whole.busy * pause_us * TIMEBASE_HZ / 1e6
-    assert (other.code, other.made) == (ReturnCode.H_FUNCTION, 1)
+    assert (first.code, first.count, first.busy) == (9901, 1, 1)
+    assert (whole.code, whole.busy) == (ReturnCode.H_SUCCESS, whole.count - 1)
+    assert 2 <= whole.count < 1000
+    assert whole.end_ticks - whole.begin_ticks >= whole.busy * pause_us * TIMEBASE_HZ / 1e6
+    assert (other.code, other.count) == (ReturnCode.H_FUNCTION, 1)
 
 
 def test_vcpus_work_at_the_same_time(bare: BareMachine) -> None:
     work = {cpu: [Call(UNKNOWN, (cpu,), times=300_000)] for cpu in range(4)}
     answers = {cpu: found[0] for cpu, found in bare.together(work).items()}
     assert {cpu: answer.outputs[0] for cpu, answer in answers.items()} == {n: n for n in range(4)}
-    assert max(a.began for a in answers.values()) < min(a.ended for a in answers.values())
+    assert max(a.begin_ticks for a in answers.values()) < min(a.end_ticks for a in answers.values())
 
 
 def test_a_long_batch_does_not_wait_for_another_vcpu(bare: BareMachine) -> None:
     slow = [Call(UNKNOWN, times=1_000_000)]
     answers = bare.together({0: slow, 1: [Call(UNKNOWN)] * (MAX_CALLS + 1)})
-    assert answers[1][-1].ended < answers[0][0].ended
+    assert answers[1][-1].end_ticks < answers[0][0].end_ticks
 
 
 def test_the_gate_holds_until_it_is_opened(bare: BareMachine) -> None:
@@ -357,6 +359,8 @@ def test_the_program_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_how_calls_and_answers_read() -> None:
     unbind = Call(Hcall.H_SCM_UNBIND_MEM, (drc_index(0), -1 << 28, 2, 0))
     assert str(unbind) == "H_SCM_UNBIND_MEM(0x90000000, 0xfffffffff0000000, 0x2, 0x0)"
-    answer = Answer(-4, (0, 0x10, *[0] * 7), made=3, busy=0, began=0, ended=TIMEBASE_HZ // 2)
+    answer = Answer(
+        -4, (0, 0x10, *[0] * 7), count=3, busy=0, begin_ticks=0, end_ticks=TIMEBASE_HZ // 2
+    )
     assert str(answer) == "H_PARAMETER, 0x0, 0x10 (call 3)"
     assert answer.duration_s == 0.5

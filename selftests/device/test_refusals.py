@@ -14,9 +14,9 @@ from paprscm.device.refusals import (
     LIMITS,
     RefusalReason,
     filled,
-    reason_patterns,
     make_files,
     names_one,
+    reason_patterns,
 )
 
 ROWS = [row for rows in GROUPS.values() for row in rows]

@@ -20,7 +20,7 @@ from paprscm.device.device_tree import (
 )
 from paprscm.device.launch import attempt
 from paprscm.device.refusal_rows import find_row
-from paprscm.device.refusals import RefusalReason, board, reason_patterns, names_one
+from paprscm.device.refusals import RefusalReason, board, names_one, reason_patterns
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, drc_index
@@ -154,7 +154,9 @@ class DeviceQmp(QemuTest):
             self.check_reason(f"{command} {arguments}", error.text, reasons)
             self.check_state(f"{what}, after the refusal", vm, before)
         else:
-            self.check(f"{what}: QEMU's answer", "accepted", f"a refusal: {reason_patterns(reasons)}")
+            self.check(
+                f"{what}: QEMU's answer", "accepted", f"a refusal: {reason_patterns(reasons)}"
+            )
 
     def check_answer(
         self, what: str, answer: Mapping[str, Any], reasons: Sequence[RefusalReason]

@@ -21,10 +21,10 @@ from paprscm.device.refusals import (
     device,
     dimm,
     filled,
-    reason_patterns,
     make_files,
     names_one,
     on,
+    reason_patterns,
 )
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.papr import Property, drc_index
