@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build guest kernels: the default one from Debian's source, and one from an own source tree."""
+"""Build guest kernels from Debian's source, or from an own source tree."""
 
 from __future__ import annotations
 
@@ -38,25 +38,25 @@ _WRONG = re.compile(
     r": (?:fatal )?error: |undefined reference|internal compiler error|Kconfig\S*:\d+: "
     r"|\*\*\* (?!Waiting)"
 )
-# Without these of a fragment there is nothing to test.
+# Without these options no test is possible.
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
-# Switched off in a given .config: a guest needs the command line that QEMU passes.
+# Switched off in the user's .config: a guest needs the command line that QEMU passes.
 _OFF = {"CMDLINE_FORCE": "n"}
 # Kind of the cache's workspaces with the objects of own trees.
 TREE = "kernel-tree"
-# What an unpacked source, its objects and the vmlinux take.
+# Disk space of the unpacked source, the objects and the vmlinux.
 _BUILD_BYTES = 1_200_000_000
 
 
 @dataclass(frozen=True)
 class BuiltKernel:
-    """A kernel that was built.
+    """A built kernel.
 
     Attributes:
         vmlinux: without debug information, with its symbol table.
-        config: the .config that it was built with.
-        log: what make said.
-        modules: a folder as modules_install leaves it; None where nothing is a module.
+        config: its .config.
+        log: output of make.
+        modules: INSTALL_MOD_PATH of modules_install; None if there are no modules.
         source: version of Debian's source package, or the source folder.
     """
 
@@ -74,18 +74,18 @@ def build_default(
     extra: Sequence[Path] = (),
     proceed: Callable[[], None] = lambda: None,
 ) -> BuiltKernel:
-    """The default kernel, built now if it is not in the cache; asks the network for nothing else.
+    """The default or debug kernel; built if it is not in the cache.
 
     Args:
-        archive: where the source comes from; its cache keeps source and kernel, as two entries.
-        settings: kernel_source and kernel_suite name the source, page_size its page size, kernel
-            selects the debug kernel.
-        extra: further fragments; a later one overrides.
-        proceed: called several times a second while something runs; ends it by raising.
+        archive: the mirror of the source; its cache keeps source and kernel, as two entries.
+        settings: kernel_source and kernel_suite select the source, page_size the page size, kernel
+            the debug kernel.
+        extra: additional fragments; a later one overrides.
+        proceed: called several times a second; may raise to end the build.
 
     Raises:
-        HostError: a tool is missing, or the source does not build.
-        ConfigError: an option of the fragments did not survive; the message names it and why.
+        HostError: a tool is missing, or the source does not compile.
+        ConfigError: options of the fragments are not set; with the reasons.
     """
     cache = archive.cache
     debug = settings.kernel == "debug"
@@ -93,11 +93,11 @@ def build_default(
     source = kernel_source.find_source(cache, settings)
     any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
     if any_source or shutil.which(toolchain.PREFIX + "gcc") is None:
-        # As imported from another machine.
-        there = _find_without_source(cache, settings, fragment)
-        if there is not None:
-            return there
-    # Before the download: a tool that is missing is reported at once.
+        # A kernel imported from another machine.
+        cached = _find_without_source(cache, settings, fragment)
+        if cached is not None:
+            return cached
+    # Before the download, to report a missing tool at once.
     compiler = _compiler()
     if source is None:
         require_make(cache.root)
@@ -197,7 +197,7 @@ def build_tree(
 
 
 class _Make:
-    """One O= folder and the make that fills it."""
+    """make in one O= folder."""
 
     def __init__(
         self,
@@ -232,23 +232,23 @@ class _Make:
         }
 
     def run(self, *targets: str, bar: Bar | None = None, total: int = 0) -> int:
-        """Make the targets; how many objects were compiled.
+        """Make the targets; return the number of compiled objects.
 
         Raises:
-            HostError: it failed; the first errors are in the message, the log's path in the hint.
+            HostError: make failed; with the first errors, and the log's path as hint.
         """
-        done = 0
-        wrong: list[str] = []
+        compiled = 0
+        errors: list[str] = []
 
         def line(text: str) -> None:
-            nonlocal done
+            nonlocal compiled
             if _OBJECT.match(text):
-                done += 1
+                compiled += 1
                 if bar is not None:
-                    # The total is a record of an earlier build, or of another version.
-                    bar.update(done, max(total, done) if total else None)
+                    # The total is from an earlier build, or of another version.
+                    bar.update(compiled, max(total, compiled) if total else None)
             elif _WRONG.search(text):
-                wrong.append(text.strip())
+                errors.append(text.strip())
 
         try:
             process.run(
@@ -260,21 +260,21 @@ class _Make:
                 on_idle=self._proceed,
             )
         except HostError as error:
-            if not wrong:
+            if not errors:
                 raise
-            # With several jobs the last line is rarely the cause; the compiler's errors are.
-            cause = [text for text in wrong if "***" not in text] or wrong
+            # With several jobs the last line is rarely the cause, unlike the compiler's errors.
+            cause = [text for text in errors if "***" not in text] or errors
             lines = "".join(f"\n    {text}" for text in cause[:8])
             raise HostError(
                 f"`make {' '.join(targets)}` in {self.source} failed:{lines}",
                 hint=f"the whole log: {self._log_file}",
             ) from error
-        return done
+        return compiled
 
     def compile(
         self, produced: dict[str, str], *, total: int, blame: type[Error] = HostError
     ) -> int:
-        """Make vmlinux, and modules where there are any; how many objects were compiled."""
+        """Make vmlinux, and modules if any; return the number of compiled objects."""
         targets = ["vmlinux", "modules"] if "m" in produced.values() else ["vmlinux"]
         try:
             with progress("kernel objects", total or None, "objects") as bar:
@@ -286,7 +286,7 @@ class _Make:
 def _find_without_source(
     cache: Cache, settings: Settings, fragment: Fragment
 ) -> BuiltKernel | None:
-    """The newest kernel in the cache that was built from such a source, by any compiler."""
+    """The newest kernel in the cache of this source series, built by any compiler."""
     series = settings.kernel_source.removeprefix("linux-source-") + "."
     entries = [
         entry
@@ -316,34 +316,34 @@ def _check(
     *,
     vital: Sequence[str] | None,
 ) -> None:
-    """Name the requirements that are not met; fatal for the vital ones, all of them if None."""
-    lost = unmet(required, produced)
-    if not lost:
+    """Report unmet requirements; raise for vital options, for all of them if `vital` is None."""
+    missing = unmet(required, produced)
+    if not missing:
         return
-    reasons = explain([name for one in lost for name in one.options], produced, tree)
-    lost = [
+    reasons = explain([name for one in missing for name in one.options], produced, tree)
+    missing = [
         one
-        for one in lost
+        for one in missing
         if not one.optional or any(reasons[name] != NO_SUCH_OPTION for name in one.options)
     ]
     text = "; ".join(
-        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
+        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in missing
     )
-    if any(vital is None or name in vital for one in lost for name in one.options):
-        raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
-    if lost:
+    if any(vital is None or name in vital for one in missing for name in one.options):
+        raise ConfigError(f"the kernel's configuration lacks required options: {text}")
+    if missing:
         logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
 
 
-def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:
-    """Name what a given .config had and its kernel has not, where that is not the user's doing."""
-    for name, why in (
+def _report_switched_off(requested: dict[str, str], produced: dict[str, str], config: Path) -> None:
+    """Warn about options of the user's .config that the build has switched off."""
+    for name, reason in (
         ("CMDLINE_FORCE", "guests need the command line that QEMU passes"),
         # "depends on PAHOLE_VERSION >= 116", Linux lib/Kconfig.debug.
         ("DEBUG_INFO_BTF", "pahole is missing or too old (apt install dwarves)"),
     ):
-        if given.get(name) == "y" and name not in produced:
-            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, why)
+        if requested.get(name) == "y" and name not in produced:
+            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, reason)
 
 
 def _check_tree(source: Path) -> None:
@@ -354,10 +354,10 @@ def _check_tree(source: Path) -> None:
         )
     # Linux, Makefile: outputmakefile.
     dirt = (".config", "include/config", "arch/powerpc/include/generated")
-    found = [name for name in dirt if (source / name).exists()]
-    if found:
+    leftovers = [name for name in dirt if (source / name).exists()]
+    if leftovers:
         raise ConfigError(
-            f"{source} was built or configured in place ({', '.join(found)} is there); "
+            f"{source} was built or configured in place ({', '.join(leftovers)} is there); "
             "kbuild refuses a separate output folder then",
             hint=f"cp {source}/.config FILE; make -C {source} ARCH=powerpc mrproper; then give "
             "FILE as the configuration",
@@ -377,11 +377,11 @@ def _read_config(path: Path) -> str:
 
 @contextmanager
 def _marked(objects: Path) -> Iterator[None]:
-    """Forget what a build that was killed had half written.
+    """Delete incomplete objects of a build that was killed.
 
-    make deletes its half-written targets when it is interrupted or fails, but not when it is
-    killed; such an object would be newer than its source, and be taken. kbuild (scripts/
-    Kbuild.include, if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
+    make deletes incomplete targets when it fails or is interrupted, but not when it is killed; such
+    an object is newer than its source, so that make would use it. kbuild (scripts/Kbuild.include,
+    if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
     """
     objects.mkdir(parents=True, exist_ok=True)
     marker = objects / ".building"
@@ -404,7 +404,7 @@ def _marked(objects: Path) -> Iterator[None]:
 
 
 def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
-    """Put vmlinux, config and modules beside the O= folder, each by rename."""
+    """Publish vmlinux, config and modules beside the O= folder, each by rename."""
     built = folder / ".vmlinux.new"
     process.run(
         [toolchain.PREFIX + "strip", "--strip-debug", "-o", built, make.objects / "vmlinux"]
@@ -416,7 +416,7 @@ def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     if "m" in produced.values():
         make.run("modules_install", f"INSTALL_MOD_PATH={fresh}", "INSTALL_MOD_STRIP=1")
-        # Links back into the build's folders, which may move or go.
+        # Links into the build folders, which may be moved or removed.
         for link in fresh.glob("lib/modules/*/*"):
             if link.is_symlink():
                 link.unlink()

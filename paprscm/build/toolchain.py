@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Cross compiler and binutils for ppc64le, and C programs that the cache keeps compiled."""
+"""Cross compiler and binutils for ppc64le, and compiled C programs in the cache."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def compile_c(
     """Compile and link a program or a library, unless the cache has it.
 
     Args:
-        cache: where it is kept.
+        cache: the cache for the result.
         kind: kind of the cache entry.
         sources: C and assembler files, in link order.
         compiler: "cc", or PREFIX + "gcc".
@@ -60,7 +60,7 @@ def compile_c(
         headers: content of generated headers, by name.
 
     Returns:
-        The path of what was linked.
+        The path of the program or library.
 
     Raises:
         HostError: the compiler is missing or fails.

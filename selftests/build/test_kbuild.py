@@ -140,7 +140,7 @@ def test_what_the_host_lacks_for_a_configuration_is_named_before_it_is_compiled(
     with pytest.raises(HostError) as caught:
         kbuild.build_tree(cache, tree, config=own)
     assert caught.value.message == (
-        "the kernel's configuration needs what this machine lacks: "
+        "this machine lacks tools or headers for the kernel's configuration: "
         "gelf.h (for CONFIG_OBJTOOL, CONFIG_DEBUG_INFO_BTF), pahole (for CONFIG_DEBUG_INFO_BTF)"
     )
     assert caught.value.hint == (
@@ -452,7 +452,7 @@ def test_default_kernel_insists_on_every_option(
     cache: Cache, fetched: list[str], tree: Path
 ) -> None:
     (tree / "DROP").write_text("CONFIG_HCALL_STATS=")
-    with pytest.raises(ConfigError, match=r"lost options that are needed: CONFIG_HCALL_STATS"):
+    with pytest.raises(ConfigError, match=r"lacks required options: CONFIG_HCALL_STATS"):
         kbuild.build_default(Archive(cache), settings())
     assert fetched
     assert cache.entries()[0].kind == "kernel-source"
@@ -585,7 +585,7 @@ def test_lost_alternatives_are_named_together(tree: Path) -> None:
         kbuild._check(either, produced, tree, vital=None)
     with pytest.raises(
         ConfigError,
-        match=r"needed: CONFIG_PAPR_SCM \(depends on PPC_PSERIES, MEMORY_HOTPLUG, not set\) or "
+        match=r"options: CONFIG_PAPR_SCM \(depends on PPC_PSERIES, MEMORY_HOTPLUG, not set\) or "
         r"CONFIG_OTHER \(this kernel has no such option\)$",
     ):
         kbuild._check(either, {}, tree, vital=None)
@@ -650,6 +650,6 @@ def test_explain(tmp_path: Path) -> None:
     )
     reasons = kconfig.explain(["A", "E", "F", "G"], {"D": "y"}, tmp_path)
     assert reasons["A"] == "depends on B, not set"
-    assert reasons["E"] == "it cannot be set directly, others select it"
+    assert reasons["E"] == "it cannot be set directly, other options select it"
     assert reasons["F"] == "it came out as n"
     assert reasons["G"] == "this kernel has no such option"

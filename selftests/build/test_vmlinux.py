@@ -189,7 +189,7 @@ def test_wrapper_of_32_bit(tmp_path: Path) -> None:
 
 
 def test_no_kernel_at_all(make: Make) -> None:
-    refuse(make(banner="Hello"), "is a ppc64le ELF file, but no kernel")
+    refuse(make(banner="Hello"), "is a ppc64le ELF file, but not a kernel")
     refuse(make(link=False), "is an object file or a module")
 
 

@@ -290,7 +290,8 @@ def test_an_exception_in_the_machine_is_our_fault(start: Start) -> None:
     # QEMU itself wipes the program out, so that it knows of code that has changed.
     page = bare._boxes[0].entry & ~0xFFF
     said = (
-        rf"vCPU 0 got exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, .* hypervisor call 0x2c"
+        rf"vCPU 0 took exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, "
+        r".* hypervisor call 0x2c"
     )
     with pytest.raises(HostError, match=said):
         bare.call(H_PAGE_INIT, H_ZERO_PAGE, page)
