@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The verbs of `paprscm bench`: measure, keep the series and print its medians."""
+"""The verbs of `paprscm bench`: measure, record the series and print its medians."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def start(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Time starts of guests."""
     _check_rounds(arguments)
     if arguments.warm_only and chosen.start == "cold":
-        raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
+        raise ConfigError("--warm-only with start=cold", hint="omit one of them")
     environment = prepare(chosen, make_snapshot=True)
     failed = arguments.series.parent / "bench-start-failed"
-    series, left = bench_starts.measure_starts(
+    series, leaks = bench_starts.measure_starts(
         environment, arguments.n, warm_only=arguments.warm_only, failed=failed
     )
     _show(arguments, series, bench_starts.start_table)
-    if left.problems:
-        raise HostError(str(left))
+    if leaks.problems:
+        raise HostError(str(leaks))
     if not arguments.json:
-        print(left)
+        print(leaks)
     return 0
 
 
@@ -45,12 +45,12 @@ def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
     _check_rounds(arguments)
     os.environ[SUITE_VARIABLE] = "1"
     modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
-    given = {name: getattr(arguments, name) for name in settings.names()}
+    values = {name: getattr(arguments, name) for name in settings.names()}
     plan = bench_suite.select_modes(
         prepare(chosen, make_snapshot=True),
         modes,
         tests=arguments.tests,
-        given={name: value for name, value in given.items() if value is not None},
+        chosen={name: value for name, value in values.items() if value is not None},
         words=arguments.rest,
     )
     keep = arguments.series.parent / "bench-suite" if arguments.keep else None
@@ -59,9 +59,9 @@ def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
     for doubt in doubts:
         print(f"paprscm: {doubt}", file=sys.stderr)
     if not doubts and not arguments.json:
-        print("every test ended alike in all jobs; nothing left behind")
+        print("every test has the same status in all jobs; nothing left behind")
     if keep:
-        log.logger.info("what the jobs left is in %s", keep)
+        log.logger.info("results of the jobs: %s", keep)
     return 1 if doubts else 0
 
 
@@ -87,7 +87,7 @@ def flush(arguments: argparse.Namespace, chosen: Settings) -> int:
     series = bench_flushes.measure_flushes(environment, threads, dimms, arguments.n)
     _show(arguments, series, bench_flushes.flush_table)
     flush_plot.draw_plot(series, arguments.plot)
-    log.logger.info("the plot is %s", arguments.plot)
+    log.logger.info("plot: %s", arguments.plot)
     return 0
 
 
@@ -101,7 +101,7 @@ def _show(
     series: Series,
     table: Callable[[Series], Table],
 ) -> None:
-    """Keep a series and print it; it is kept whatever was found."""
+    """Record a series and print it."""
     append_series(series, arguments.series)
     if arguments.json:
         print(series.as_json())

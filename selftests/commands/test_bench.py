@@ -113,8 +113,8 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
         return dataclasses.replace(done, duration_s=next(durations_s), restored=int(mode != "cold"))
 
     monkeypatch.setattr(bench_suite, "_job", fake)
-    plan = bench_suite.select_modes(made_of(), bench_suite.MODES, tests=["tests/"], given={})
-    series, doubts = bench_suite.measure_suite(dataclasses.replace(plan, side_by_side=3), 2)
+    plan = bench_suite.select_modes(made_of(), bench_suite.MODES, tests=["tests/"], chosen={})
+    series, doubts = bench_suite.measure_suite(dataclasses.replace(plan, concurrent=3), 2)
     assert doubts == []
     # Each round begins with another mode.
     assert series.values["cold job"] == [30.0, 40.0]
@@ -137,7 +137,7 @@ def test_what_a_job_leaves_behind_is_a_doubt(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(bench_suite, "_job", fake)
     monkeypatch.setattr("paprscm.commands.leaks._SETTLE_S", 0.0)
-    plan = bench_suite.select_modes(made_of(), ("cold",), tests=["tests/"], given={})
+    plan = bench_suite.select_modes(made_of(), ("cold",), tests=["tests/"], chosen={})
     _series, (doubt,) = bench_suite.measure_suite(plan, 1)
     assert "1 file in the scratch folder (paprscm-lost)" in doubt
 
@@ -152,7 +152,7 @@ def test_a_snapshot_that_a_job_loses_is_a_doubt(
     (tmp_path / "snapshot").mkdir()
     monkeypatch.setattr(SNAPSHOT, "folder", tmp_path / "snapshot")
     monkeypatch.setattr(bench_suite, "_job", fake)
-    plan = bench_suite.select_modes(made_of(), ("warm",), tests=["tests/"], given={})
+    plan = bench_suite.select_modes(made_of(), ("warm",), tests=["tests/"], chosen={})
     _series, (doubt,) = bench_suite.measure_suite(plan, 1)
     assert doubt.endswith("the snapshot was lost, and guests booted from then on")
 
@@ -162,10 +162,10 @@ def test_a_job_is_a_run_with_the_same_settings() -> None:
         made_of(),
         bench_suite.MODES,
         tests=["tests/test_x.py"],
-        given={"smp": "1", "start": "auto"},
+        chosen={"smp": "1", "start": "auto"},
         words=["-t", "device"],
     )
-    plan = dataclasses.replace(plan, side_by_side=4)
+    plan = dataclasses.replace(plan, concurrent=4)
     for mode, start, at_once in (("cold", "cold", 1), ("warm", "auto", 1), ("parallel", "auto", 4)):
         argv = plan.argv(mode, results=Path("/r"), scratch=Path("/s"))
         assert argv[1:] == [
@@ -178,12 +178,12 @@ def test_a_job_is_a_run_with_the_same_settings() -> None:
 def test_without_a_snapshot_only_cold_jobs_are_run(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="avocado.paprscm"):
         plan = bench_suite.select_modes(
-            made_of(snapshot=False), bench_suite.MODES, tests=[], given={}
+            made_of(snapshot=False), bench_suite.MODES, tests=[], chosen={}
         )
     assert plan.modes == ("cold",)
     assert "there is no snapshot" in caplog.text
     with pytest.raises(CapabilityError, match="there is no snapshot"):
-        bench_suite.select_modes(made_of(snapshot=False), ("warm",), tests=[], given={})
+        bench_suite.select_modes(made_of(snapshot=False), ("warm",), tests=[], chosen={})
 
 
 def test_modes_by_name() -> None:

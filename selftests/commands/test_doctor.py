@@ -69,7 +69,7 @@ def test_package_list_names_package_proof_and_reason() -> None:
     ],
 )
 def test_proofs(proof: str, expected: bool) -> None:
-    assert doctor.HostPackage("p", proof, "").is_there is expected
+    assert doctor.HostPackage("p", proof, "").is_installed is expected
 
 
 def test_every_line_of_the_list_has_a_reason() -> None:
