@@ -98,8 +98,9 @@ def test_a_status_that_differs_is_told_with_its_reason() -> None:
     ]
     assert bench_suite.status_differences(jobs[:1]) == []
     assert bench_suite.status_differences(jobs) == [
-        "b did not end alike: cold PASS PASS, warm FAIL PASS (FAIL in warm: expected 1, found 2)",
-        "c did not end alike: cold WARN WARN, warm WARN (not run)"
+        "b has different statuses: cold PASS PASS, warm FAIL PASS"
+        " (FAIL in warm: expected 1, found 2)",
+        "c has different statuses: cold WARN WARN, warm WARN (not run)"
         " (WARN in cold: expected 1, found 2)",
     ]
 
@@ -125,8 +126,8 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
     assert told["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
     assert told["environment"]["side_by_side"] == "3"
     rows = [line for line in printed(bench_suite.suite_table(series)).splitlines() if "│" in line]
-    assert [word in rows[0] for word in ("cold, one at a time", "35.0", "30.0-40.0")] == [True] * 3
-    assert "warm, 3 side by side" in rows[2]
+    assert [word in rows[0] for word in ("cold, sequential", "35.0", "30.0-40.0")] == [True] * 3
+    assert "warm, 3 concurrent" in rows[2]
     assert "2 PASS, 1 CANCEL" in rows[2]
 
 
@@ -154,7 +155,7 @@ def test_a_snapshot_that_a_job_loses_is_a_doubt(
     monkeypatch.setattr(bench_suite, "_job", fake)
     plan = bench_suite.select_modes(made_of(), ("warm",), tests=["tests/"], chosen={})
     _series, (doubt,) = bench_suite.measure_suite(plan, 1)
-    assert doubt.endswith("the snapshot was lost, and guests booted from then on")
+    assert doubt.endswith("the snapshot was lost, so later guests were booted")
 
 
 def test_a_job_is_a_run_with_the_same_settings() -> None:
@@ -293,7 +294,7 @@ def test_a_changed_file_of_the_snapshot_is_seen_though_its_time_is_not(tmp_path:
     memory.write_bytes(b"guesT")
     os.utime(memory, ns=(when, when))
     (entry.path / "state").unlink()
-    assert check_digests(entry.path) == (0, ["memory was changed", "state is gone"])
+    assert check_digests(entry.path) == (0, ["memory was changed", "state is missing"])
 
 
 # --- with guests

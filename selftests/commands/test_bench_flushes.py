@@ -203,7 +203,7 @@ def test_without_matplotlib_it_says_so_before_it_measures(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
     said = capsys.readouterr().err
-    assert "there is no matplotlib" in said
+    assert "matplotlib, which draws the plot, is not installed" in said
     assert "tools/setup installs it" in said
 
 
@@ -273,7 +273,7 @@ def test_counts_that_differ_are_no_figure(
 ) -> None:
     guest = FakeGuest(monkeypatch, synced=synced, hcalls=hcalls)
     bench = bench_flushes._Bench(cast(Guest, guest), 1)
-    message = rf"2 threads 1 DIMMs: .*\[2\] flushes .* synced \[{synced}\] times; .* {hcalls} hyp"
+    message = rf"2 threads 1 DIMMs: .*\[2\] flushes and \[{synced}\] syncs; .* {hcalls} hyp"
     with pytest.raises(ContractError, match=message):
         bench.flushes(2, 1)
 

@@ -170,8 +170,8 @@ def test_how_many_tests_side_by_side(chosen: Settings, monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor, "read_resources", lambda: Resources(4, 8192))
     findings = by_subject(doctor.inspect_host(chosen))
     assert findings["machine"] == Finding("ok", "machine", "4 CPUs, 8.0 GiB of memory available")
-    assert findings["side by side"].grade == "ok"
-    assert findings["side by side"].text.startswith("4: 1 for each of 4 CPUs")
+    assert findings["concurrency"].grade == "ok"
+    assert findings["concurrency"].text.startswith("4: 1 for each of 4 CPUs")
 
 
 def test_a_guest_that_may_not_fit_is_told(
@@ -181,10 +181,10 @@ def test_a_guest_that_may_not_fit_is_told(
         doctor, "read_resources", lambda: Resources(1, 1500, memory_from="memory.max")
     )
     findings = by_subject(doctor.inspect_host(chosen))
-    assert findings["side by side"].grade == findings["machine"].grade == "note"
-    assert findings["side by side"].text.startswith("1, which may not fit: 1.5 GiB")
+    assert findings["concurrency"].grade == findings["machine"].grade == "note"
+    assert findings["concurrency"].text.startswith("1, which may not fit: 1.5 GiB")
     assert "(by the cgroup's memory.max)" in findings["machine"].text
-    assert not doctor.is_broken([findings["side by side"]])
+    assert not doctor.is_broken([findings["concurrency"]])
 
 
 def test_unusable_folders_are_told(chosen: Settings, tmp_path: Path) -> None:
