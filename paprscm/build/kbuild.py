@@ -137,31 +137,30 @@ def build_tree(
     page_size: str = "64k",
     debug: bool = False,
 ) -> BuiltKernel:
-    """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
+    """Build the kernel of an own source tree incrementally, in an O= folder of the cache.
 
-    The part of images/kernel.config that every kernel needs is merged over `config`; an option that
-    is a module there stays one. Without `config` it is the default kernel's configuration.
+    The options of images/kernel.config for every kernel are merged over `config`; an option that
+    is a module there stays one. Without `config`, the default kernel's configuration is used.
 
     Args:
         cache: keeps the O= folder, as a workspace.
-        source: top of a Linux source tree without an in-tree build in it.
+        source: top of a Linux source tree without an in-tree build.
         config: the user's .config.
-        page_size, debug: of a kernel without `config`, as for `fragments`; each kind has an O=
-            folder of its own.
+        page_size, debug: kind of the kernel without `config`, as for `fragments`; each kind has
+            its own O= folder.
 
     Raises:
-        ConfigError: this is not a kernel tree, it is not clean, it has no papr_scm, or it does not
-            compile (with the compiler's first errors); or page size or debug and configuration were
-            given.
+        ConfigError: the tree is not a clean kernel tree, has no papr_scm, or does not compile (with
+            the compiler's first errors); or `page_size` or `debug` was given with `config`.
         HostError: a tool is missing.
     """
     source = expanded(source).resolve()
     _check_tree(source)
     if config is not None and (debug or page_size != "64k"):
-        what = "kernel=debug" if debug else f"page_size={page_size}"
+        option = "kernel=debug" if debug else f"page_size={page_size}"
         raise ConfigError(
-            f"{what} is for the suite's own configuration",
-            hint=f"{config} says what it wants",
+            f"{option} applies to the suite's own configuration only",
+            hint=f"set it in {config}",
         )
     fragment = Fragment.read(fragments(page_size, debug=debug))
     kind = f"{page_size}, debug" if debug else page_size
@@ -175,19 +174,19 @@ def build_tree(
                 (folder / "fragment").write_text(fragment.text(own_tree=False))
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
             else:
-                given = _read_config(config)
-                text = merge(given, {**fragment.values(own_tree=True), **_OFF})
+                user_config = _read_config(config)
+                text = merge(user_config, {**fragment.values(own_tree=True), **_OFF})
                 (objects / ".config").write_text(text)
                 make.run("olddefconfig")
             produced = parse_config((objects / ".config").read_text())
             required = fragment.required(own_tree=config is not None)
             _check(required, produced, source, vital=_VITAL)
             if config is not None:
-                _report_switched_off(parse_config(given), produced, config)
+                _report_switched_off(parse_config(user_config), produced, config)
             prerequisites.require_prerequisites(produced, source)
             count = folder / "objects-count"
-            known = count.read_text() if count.is_file() else ""
-            total = int(known or fragment.objects) if config is None else int(known or 0)
+            recorded = count.read_text() if count.is_file() else ""
+            total = int(recorded or fragment.objects) if config is None else int(recorded or 0)
             first = not (objects / "vmlinux").exists()
             compiled = make.compile(produced, total=total if first else 0, blame=ConfigError)
             if first:
@@ -296,8 +295,8 @@ def _find_without_source(
         and entry.fields.get("source", "").startswith(series)
     ]
     for entry in sorted(entries, key=lambda entry: entry.created, reverse=True):
-        if there := cache.find(entry.kind, entry.fields):
-            return _built(there.path, there.path / "build.log", entry.fields["source"])
+        if cached := cache.find(entry.kind, entry.fields):
+            return _built(cached.path, cached.path / "build.log", entry.fields["source"])
     return None
 
 

@@ -17,7 +17,7 @@ PREFIX = "powerpc64le-linux-gnu-"
 """Prefix of the cross tools; CROSS_COMPILE of a kernel build."""
 
 KERNEL_TOOLS = ("make", "gcc", "bison", "flex", "bc")
-"""Tools of this host that a kernel build needs besides."""
+"""Other host tools of a kernel build."""
 
 _PACKAGES = {
     "cc": "gcc libc-dev",

@@ -406,7 +406,7 @@ def test_small_pages_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) ->
     assert parse_config(large.config.read_text())["PPC_64K_PAGES"] == "y"
     own = tmp_path / "config"
     own.write_text("CONFIG_PAPR_SCM=m\n")
-    with pytest.raises(ConfigError, match="page_size=4k is for the suite's own configuration"):
+    with pytest.raises(ConfigError, match="page_size=4k applies to the suite's own configuration"):
         kbuild.build_tree(cache, tree, config=own, page_size="4k")
 
 
@@ -438,7 +438,7 @@ def test_debug_kernel_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -
     assert told == [(size == "4k", debug) for size, debug in kinds]
     own = tmp_path / "config"
     own.write_text("CONFIG_PAPR_SCM=m\n")
-    with pytest.raises(ConfigError, match="kernel=debug is for the suite's own configuration"):
+    with pytest.raises(ConfigError, match="kernel=debug applies to the suite's own configuration"):
         kbuild.build_tree(cache, tree, config=own, debug=True)
 
 
