@@ -1,32 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * fail_nth - one call again and again, and in each round another of its allocations fails.
+ * fail_nth - repeat one call; in round n, the call's n-th allocation fails.
  *
  * fail_nth [--most=N] [--undo=PATH=TEXT]... write PATH TEXT
  * fail_nth [--most=N] read PATH
  * fail_nth [--most=N] health|label /dev/nmemN
  * fail_nth [--most=N] pwrite|fsync DISK
- *   Round n has the kernel fail the n-th request of this thread that the fault attributes in
- *   debugfs let through (Documentation/fault-injection, /proc/thread-self/fail-nth), and makes the
- *   call once. The rounds end with the first in which nothing was left to fail. A call that
- *   succeeds is undone, by writing each TEXT to its PATH; the last one is not.
- *     write   to a file of sysfs, such as a driver's bind
- *     read    likewise
- *     health  asks for the health of a DIMM: ND_CMD_CALL with PAPR_PDSM_HEALTH
- *     label   writes the first bytes of a DIMM's label area, as they are: ND_CMD_SET_CONFIG_DATA
- *     pwrite  writes 4 KiB at offset 0 with O_DIRECT
- *     fsync   a disk
+ *   Round n makes the call once, and the kernel fails the thread's n-th request that passes the
+ *   fault attributes in debugfs (Documentation/fault-injection, /proc/thread-self/fail-nth). The
+ *   rounds end with the first one without a failure. A call that succeeds, except the last one, is
+ *   undone by writing each TEXT to its PATH.
+ *     write   to a sysfs file, such as a driver's bind
+ *     read    from a sysfs file
+ *     health  get the health of a DIMM: ND_CMD_CALL with PAPR_PDSM_HEALTH
+ *     label   rewrite the first bytes of a DIMM's label area unchanged: ND_CMD_SET_CONFIG_DATA
+ *     pwrite  write 4 KiB at offset 0 with O_DIRECT
+ *     fsync   of a disk
  *
- * Of each round it reports the number, whether something failed in the kernel, the call's errno or
- * 0, and how long it took, us. Exit status 1: the rounds did not end, or the last call failed. See
- * report.h for the others.
+ * For each round the report has its number, whether a request failed in the kernel, the call's
+ * errno or 0, and its duration, us. Exit status 1: the rounds did not end, or the last call failed.
+ * See report.h for the others.
  */
 #include "report.h"
 
 #include <linux/ndctl.h>
 #include <sys/ioctl.h>
 
-/* include/uapi/linux/papr_pdsm.h, which no header package of a host that is no POWER has. */
+/* include/uapi/linux/papr_pdsm.h, which only POWER hosts have in their header packages. */
 #define FAMILY_PAPR 5
 #define PDSM_HEALTH 1
 #define PDSM_HEADER_BYTES 8
@@ -91,7 +91,7 @@ static bool call_health(void)
 	return !ioctl(fd, ND_IOCTL_CALL, &command);
 }
 
-/* What is there, once; it is written back as often as there are rounds. */
+/* Read the label's bytes once; each round writes them back. */
 static void read_label(void)
 {
 	memset(&command, 0, sizeof(command));
@@ -147,7 +147,7 @@ static void set_nth(unsigned int n)
 		fail("fail-nth");
 }
 
-/* Whether there was an n-th request: then nothing is left to count down. */
+/* True if the n-th request existed: then the counter is 0. */
 static bool has_failed(void)
 {
 	char number[16];

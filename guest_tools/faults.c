@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * faults - page faults of a file system under load, from several threads at a time.
+ * faults - page faults of a file system under load from several threads.
  *
  * faults load [OPTION]... --seed=N --sync=on|off --expected=DIR DIR
- *   Each thread has files of its own, of which it knows every byte: it maps them, stores, extends,
- *   truncates, punches holes, renames, replaces, removes. All threads share a file in which each
- *   owns every n-th page, and another one, the arena, in which nothing is anybody's: there
- *   they truncate under each other's feet. A store behind the end of a file must raise SIGBUS, in
- *   the arena it may; anywhere else it is an error, as is any byte that is not what it should be.
- *   At the end what all files must hold is written to another folder.
+ *   Each thread has its own files, and knows every byte of them: it maps them, stores, extends,
+ *   truncates, punches holes, renames, replaces, removes. All threads share one file, the stripes,
+ *   in which each thread owns every n-th page. They also share another file, the arena, which no
+ *   thread owns: there they truncate pages that other threads access. A store beyond the end of a
+ *   file must raise SIGBUS; in the arena it may. Elsewhere SIGBUS is an error, and so is any wrong
+ *   byte. At the end the expected content of all files is written to another folder.
  *
  * faults verify --seed=N --expected=DIR DIR
- *   Reads all files, and compares: their names, sizes, bytes and checksums.
+ *   Reads all files, and compares their names, sizes, bytes and checksums.
  *
- * Exit status 1: there were errors; the report has them. See report.h for the others.
+ * Exit status 1: there were errors; they are in the report. See report.h for the others.
  */
 #include "report.h"
 
@@ -26,10 +26,10 @@
 #include <sys/mman.h>
 
 #define MOST_THREADS 64
-/* Of each thread, at a time. */
+/* Per thread, concurrently. */
 #define FILES 4
 #define FILE_PAGES 12
-/* Large enough for pages of 2 MiB, which DAX maps as a whole. */
+/* Large enough for pages of 2 MiB, which DAX can map as a unit. */
 #define STRIPES_BYTES (8U << 20)
 #define ARENA_PAGES 24
 #define MOST_ERRORS 12
@@ -60,9 +60,9 @@ enum operation {
 
 static const struct {
 	const char *name;
-	unsigned int weight; /* how often, out of the sum of all */
+	unsigned int weight; /* frequency, relative to the sum of all weights */
 } kinds[OPERATIONS] = {
-	[CREATE] = { "create", 0 }, /* whenever a thread has a file too few */
+	[CREATE] = { "create", 0 }, /* whenever a thread has fewer than FILES files */
 	[STORE] = { "store", 30 },
 	[LOAD] = { "load", 8 },
 	[READ] = { "read", 4 },
@@ -89,7 +89,7 @@ struct command {
 	unsigned int threads;
 };
 
-/* A file of one thread's own, and what it must hold. */
+/* A file of one thread, and its expected content. */
 struct file {
 	bool there;
 	char name[64]; /* with its folder */
@@ -103,7 +103,7 @@ struct worker {
 	unsigned int number;
 	uint64_t random, serial;
 	struct file files[FILES];
-	char *stripes, *stripes_shadow, *arena; /* mappings of its own */
+	char *stripes, *stripes_shadow, *arena; /* this thread's own mappings */
 	uint64_t counts[OPERATIONS], sigbus_expected, sigbus_arena;
 };
 
@@ -118,19 +118,19 @@ const char tool_name[] = "faults";
 const char usage_text[] =
 	"usage: faults load [OPTION]... --seed=N --sync=on|off --expected=DIR DIR\n"
 	"       faults verify --seed=N --expected=DIR DIR\n"
-	"  --seed=N         of all that is done\n"
+	"  --seed=N         seed of the random numbers\n"
 	"  --sync=on|off    map with MAP_SYNC or without\n"
-	"  --expected=DIR   where it is kept what there must be; on another file system\n"
-	"  --threads=N      how many (default 8)\n"
-	"  --operations=N   of each thread (default 500)\n"
-	"  --limit=SECONDS  stop after so long (default 20)\n"
-	"  --any-file       take files that are not DAX, too\n";
+	"  --expected=DIR   folder for the expected content, on another file system\n"
+	"  --threads=N      number of threads (default 8)\n"
+	"  --operations=N   operations per thread (default 500)\n"
+	"  --limit=SECONDS  stop after this time (default 20)\n"
+	"  --any-file       accept files that are not DAX, too\n";
 
 static uint64_t page_size;
 static struct command command;
 static int top; /* the folder */
 static int stripes_fd, arena_fd;
-/* How long the stripes are at least, pages; it only grows. */
+/* Lower bound of the stripes' length, pages; it only grows. */
 static atomic_uint_fast64_t stripes_pages;
 static pthread_mutex_t findings_lock = PTHREAD_MUTEX_INITIALIZER;
 static char findings[MOST_ERRORS][FINDING_BYTES];
@@ -166,13 +166,13 @@ static uint64_t draw(struct worker *worker, uint64_t limit)
 	return draw_below(&worker->random, limit);
 }
 
-/* The only thing but zero that may be at this place of the arena. */
+/* The only value except zero that is valid at this place of the arena. */
 static uint64_t arena_word(uint64_t seed, uint64_t place)
 {
 	return mix(mix(seed + 0xa5e4aULL) + place) | 1;
 }
 
-/* CRC-32 as of zlib, bit by bit from a table. */
+/* CRC-32 as in zlib, with a table. */
 static uint32_t crc32_of(const char *data, size_t size)
 {
 	static uint32_t table[256];
@@ -200,7 +200,7 @@ static __thread volatile bool guarded;
 static void on_sigbus(int number)
 {
 	if (!guarded) {
-		/* A fault of this program, which may die of it. */
+		/* A fault of this program itself: let it die. */
 		signal(number, SIG_DFL);
 		return;
 	}
@@ -208,7 +208,7 @@ static void on_sigbus(int number)
 	siglongjmp(escape, 1);
 }
 
-/* Whether it went without SIGBUS. */
+/* True if no SIGBUS was raised. */
 static bool store_words(char *to, const char *from, uint64_t size)
 {
 	volatile uint64_t *target = (volatile uint64_t *)to;
@@ -236,7 +236,7 @@ static bool load_words(char *to, const char *from, uint64_t size)
 	return true;
 }
 
-/* Compare what was found with what must be there. */
+/* Compare bytes with the expected ones. */
 static void compare(unsigned int thread, const char *what, const char *name, uint64_t offset,
 		    const char *expected, const char *found, uint64_t size)
 {
@@ -281,7 +281,7 @@ static void create(struct worker *worker, struct file *file)
 	}
 	if (!is_allowed(file->fd))
 		complain(worker->number, "create %s: not DAX", file->name);
-	/* As long as it may become: what is behind the end must not be had. */
+	/* The longest mapping of the file: accesses beyond its end must raise SIGBUS. */
 	file->map = map_file(file->fd, FILE_PAGES * page_size);
 	if (!file->map) {
 		failed(worker, "mmap", file->name);
@@ -302,7 +302,7 @@ static void let_go(struct worker *worker, struct file *file)
 	file->there = false;
 }
 
-/* A range of whole words in one page; the whole page, half of the time. */
+/* A range of whole words in one page; in half of the cases the whole page. */
 static void draw_range(struct worker *worker, uint64_t pages, uint64_t *offset, uint64_t *size)
 {
 	uint64_t page = draw(worker, pages), begin = 0, end = page_size / WORD;
@@ -330,15 +330,15 @@ static void fill(struct worker *worker, char *data, uint64_t size)
 		((uint64_t *)data)[i] = mix(base + i);
 }
 
-/* Store to a file that may have been unlinked; what is behind its end must raise SIGBUS. */
+/* Store to a file, which may be unlinked; a store beyond its end must raise SIGBUS. */
 static void store(struct worker *worker, struct file *file, char *buffer)
 {
 	uint64_t offset, size, end = (file->size + page_size - 1) / page_size * page_size;
 
-	/* One store in four may be anywhere. */
+	/* One store in four can be anywhere in the mapping. */
 	draw_range(worker, end && draw(worker, 4) ? end / page_size : FILE_PAGES, &offset, &size);
 	if (offset < end && offset + size > file->size) {
-		/* Never between the end and the end of its page: what is there is nobody's. */
+		/* Never store between the end of the file and the end of its last page. */
 		offset = offset < file->size ? offset : end - page_size;
 		size = file->size - offset;
 	}
@@ -346,7 +346,7 @@ static void store(struct worker *worker, struct file *file, char *buffer)
 	if (store_words(file->map + offset, buffer, size)) {
 		if (offset >= end)
 			complain(worker->number,
-				 "store %s: no SIGBUS at %#" PRIx64 ", behind the end at %#" PRIx64,
+				 "store %s: no SIGBUS at %#" PRIx64 ", beyond the end at %#" PRIx64,
 				 file->name, offset, file->size);
 		else
 			memcpy(file->shadow + offset, buffer, size);
@@ -402,7 +402,7 @@ static void resize(struct worker *worker, struct file *file, bool longer)
 	uint64_t size = longer ? draw_size(worker, file->size, FILE_PAGES * page_size) :
 				 draw_size(worker, 0, file->size);
 
-	/* Either may be no change at all; that does not count. */
+	/* A resize that changes nothing is not counted. */
 	if (size > FILE_PAGES * page_size || size == file->size)
 		return;
 	if (ftruncate(file->fd, (off_t)size)) {
@@ -451,7 +451,7 @@ static void rename_to(struct worker *worker, struct file *file, const char *name
 	worker->counts[kind]++;
 }
 
-/* Rename over another file of the thread's, whose mapping must work on nevertheless. */
+/* Rename over another file of the thread; the mapping of the replaced file must still work. */
 static void replace(struct worker *worker, struct file *file, char *buffer)
 {
 	struct file *other = &worker->files[draw(worker, FILES)];
@@ -484,7 +484,7 @@ static void sync_file(struct worker *worker, struct file *file)
 
 /* --- the stripes ----------------------------------------------------------------------------- */
 
-/* The place of a page of the thread's own that is there; false: there is none yet. */
+/* Draw a range in one of the thread's own pages; false if it has none yet. */
 static bool draw_stripe(struct worker *worker, uint64_t *offset, uint64_t *size)
 {
 	uint64_t mine = atomic_load(&stripes_pages) / command.threads;
@@ -520,7 +520,7 @@ static void stripe_access(struct worker *worker, enum operation kind, char *buff
 	worker->counts[kind]++;
 }
 
-/* By fallocate(), which never makes a file shorter: another thread may have been faster. */
+/* Extend by fallocate(), which never shortens the file if another thread has extended it more. */
 static void stripe_extend(struct worker *worker)
 {
 	uint64_t pages = atomic_load(&stripes_pages), most = STRIPES_BYTES / page_size;
@@ -574,7 +574,7 @@ static void check_arena(unsigned int thread, uint64_t offset, const char *data, 
 		if (found && found != arena_word(command.seed, offset / WORD + i)) {
 			complain(thread,
 				 "arena: the word at %#" PRIx64 " is %#" PRIx64
-				 ", which nobody stored there",
+				 ", which no thread stored there",
 				 offset + i * WORD, found);
 			return;
 		}
@@ -705,7 +705,7 @@ static int shared_file(const char *name)
 	return fd;
 }
 
-/* Names have one folder in them; what is expected lies flat. */
+/* File names contain a folder; the files with the expected content are in a single folder. */
 static void flat_name(char *flat, size_t size, const char *name)
 {
 	snprintf(flat, size, "%s", name);
@@ -722,12 +722,12 @@ static void expect_file(int expected, FILE *index, const char *name, const char 
 	flat_name(flat, sizeof(flat), name);
 	fd = openat(expected, flat, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
 	if (fd < 0)
-		fail("write what is expected");
+		fail("write the expected content");
 	for (uint64_t done = 0; done < size;) {
 		ssize_t count = write(fd, data + done, size - done);
 
 		if (count <= 0)
-			fail("write what is expected");
+			fail("write the expected content");
 		done += (uint64_t)count;
 	}
 	close(fd);
@@ -753,7 +753,7 @@ static int open_folder(const char *path)
 	return fd;
 }
 
-/* Without MAP_SYNC nothing is promised before fsync(). */
+/* Without MAP_SYNC, data are durable only after fsync(). */
 static void finish(struct worker *workers, const char *stripes_shadow)
 {
 	int expected = open_folder(command.expected);
@@ -843,7 +843,7 @@ static int load_all(void)
 
 /* --- verify ---------------------------------------------------------------------------------- */
 
-/* All that a file holds; NULL if there is none. */
+/* Content of a file; NULL if the file does not exist. */
 static char *read_file(int dir, const char *name, uint64_t *size)
 {
 	int fd = openat(dir, name, O_RDONLY | O_CLOEXEC);
@@ -879,9 +879,9 @@ static void verify_file(int expected, const char *name, uint64_t size, uint32_t 
 	flat_name(flat, sizeof(flat), name);
 	wanted = read_file(expected, flat, &wanted_size);
 	if (!wanted || wanted_size != size || crc32_of(wanted, size) != crc)
-		fail("what is expected is damaged");
+		fail("the expected content is damaged");
 	if (!found) {
-		complain(0, "verify %s: it is gone", name);
+		complain(0, "verify %s: it is missing", name);
 	} else if (there != size) {
 		complain(0, "verify %s: it has %" PRIu64 " bytes, not %" PRIu64, name, there, size);
 	} else {
@@ -925,13 +925,13 @@ static int verify_all(void)
 	if (fields != EOF || ferror(index))
 		fail("index");
 	fclose(index);
-	/* The stripes are not in a folder. */
+	/* The stripes are outside of the two folders. */
 	there = count_names("a") + count_names("b");
 	if (there + 1 != files)
 		complain(0, "verify: there are %" PRIu64 " files, not %" PRIu64, there, files - 1);
 	arena = read_file(top, "arena", &size);
 	if (!arena)
-		complain(0, "verify arena: it is gone");
+		complain(0, "verify arena: it is missing");
 	else
 		check_arena(0, 0, arena, size);
 	free(arena);

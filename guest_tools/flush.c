@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * flush - calls that promise durability, from several threads at a time, each with its times.
+ * flush - time calls that promise durability, from several threads concurrently.
  *
  * flush load [OPTION]... --op=OPERATION TARGET...
- *   Thread i works on the target i modulo their number, each on its own file or its own part of a
- *   block device. A step stores, notes the time, makes the call, and notes when it returned: what
- *   was stored before the first time must be durable at the second. With O_DSYNC storing and the
- *   call are one, and the first time is that of its beginning.
+ *   Thread i works on target i modulo the number of targets, each on its own file or its own part
+ *   of a block device. A step stores, takes the time, makes the call, and takes the time again:
+ *   data stored before the first time must be durable at the second. With O_DSYNC one call both
+ *   stores and syncs, and the first time is taken before that call.
  *
  * flush clock --rounds=N DEVICE
- *   Exchanges times with the host through the first words of a DAX device, which both have mapped:
- *   {ping, pong, host_ns}. The guest writes a round's number to ping; the host answers with its
- *   time, and then with the number in pong.
+ *   Exchanges times with the host through the first words of a DAX device that both have mapped:
+ *   {ping, pong, host_ns}. The guest writes the number of a round to ping; the host writes its time
+ *   to host_ns, and then the number to pong.
  *
- * Times are those of CLOCK_MONOTONIC_RAW, ns. Calls that failed are in the report; the exit status
- * is 0 then, too. See report.h for the others.
+ * Times are from CLOCK_MONOTONIC_RAW, ns. Failed calls are in the report, and the exit status is 0.
+ * See report.h for the other exit statuses.
  */
 #include "report.h"
 
@@ -27,7 +27,7 @@ static const char *const names[OPERATIONS] = {
 	"deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs",
 };
 
-/* What "mixed" means for the two kinds of target. */
+/* Operations of "mixed" for the two kinds of target. */
 static const enum operation of_files[] = { FSYNC, FDATASYNC, MSYNC, DSYNC, SYNCFS };
 static const enum operation of_disks[] = { FSYNC, FDATASYNC, DSYNC, DIRECT_DSYNC };
 
@@ -48,7 +48,7 @@ struct worker {
 	unsigned int number;
 	uint64_t random;
 	bool disk;
-	/* dsync and direct are the same file, opened with O_DSYNC, and with O_DIRECT as well. */
+	/* dsync and direct are the same file, opened with O_DSYNC, and with O_DSYNC | O_DIRECT. */
 	int plain, dsync, direct;
 	off_t begin;
 	char *map, *buffer;
@@ -65,13 +65,13 @@ const char tool_name[] = "flush";
 const char usage_text[] =
 	"usage: flush load [OPTION]... --op=OPERATION TARGET...\n"
 	"       flush clock --rounds=N DEVICE\n"
-	"  --op=OPERATION   deep_flush (the target is that attribute of a region), fsync, fdatasync,\n"
-	"                   msync, dsync, direct_dsync, syncfs, or mixed; else the target is the\n"
-	"                   folder of a file system, or a block device\n"
-	"  --threads=N      how many (default 1)\n"
-	"  --count=N        calls of each thread (default 1)\n"
-	"  --limit=SECONDS  begin none after so long (default 60)\n"
-	"  --seed=N         of all that is drawn (default 0)\n";
+	"  --op=OPERATION   deep_flush (the target is this attribute of a region), or fsync,\n"
+	"                   fdatasync, msync, dsync, direct_dsync, syncfs or mixed (the target is a\n"
+	"                   folder of a file system, or a block device)\n"
+	"  --threads=N      number of threads (default 1)\n"
+	"  --count=N        calls per thread (default 1)\n"
+	"  --limit=SECONDS  begin no call after this time (default 60)\n"
+	"  --seed=N         seed of the random numbers (default 0)\n";
 
 static struct {
 	int operation; /* OPERATIONS: mixed; -1: not given */
@@ -89,7 +89,7 @@ static uint64_t draw(struct worker *worker, uint64_t limit)
 
 /* --- load ------------------------------------------------------------------------------------ */
 
-/* 0 or the errno of a write that should write all. */
+/* 0 or the errno of a write; a short write is EIO. */
 static int put(int fd, const char *data, size_t size, off_t offset)
 {
 	ssize_t count = pwrite(fd, data, size, offset);
@@ -102,7 +102,7 @@ static int or_errno(int result)
 	return result ? errno : 0;
 }
 
-/* From time to time the file loses its blocks, so that storing allocates again. */
+/* Now and then truncate the file, so that the next store allocates blocks again. */
 static int renew(struct worker *worker)
 {
 	if (worker->disk || draw(worker, 16))
@@ -219,9 +219,9 @@ static void open_target(struct worker *worker, const char *target)
 		fail(target);
 	worker->disk = S_ISBLK(info.st_mode);
 	if (!worker->disk && command.operation == DIRECT_DSYNC)
-		usage("direct_dsync wants a block device", target);
+		usage("direct_dsync requires a block device", target);
 	if (worker->disk && (command.operation == MSYNC || command.operation == SYNCFS))
-		usage("this operation wants a folder", target);
+		usage("this operation requires a folder", target);
 	if (!worker->disk) {
 		open_file(worker, target);
 		return;
@@ -289,7 +289,7 @@ static int load(char **targets, unsigned int n_targets)
 
 static int exchange(const char *device)
 {
-	/* Devdax maps whole pages of its own alignment, which is 2 MiB at most here. */
+	/* Devdax maps multiples of its alignment, which is at most 2 MiB here. */
 	size_t size = 2U << 20;
 	int fd = open_at(AT_FDCWD, device, O_RDWR);
 	volatile uint64_t *words = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -297,7 +297,7 @@ static int exchange(const char *device)
 
 	if (words == MAP_FAILED)
 		fail("mmap");
-	/* The host waits for a new number, so the first must not be there from another time. */
+	/* The host waits for a new number, so remove the number of an earlier run. */
 	words[0] = words[1] = 0;
 	report_begin();
 	report_string("verb", "clock");
@@ -371,10 +371,10 @@ int main(int argc, char **argv)
 	page_size = (uint64_t)sysconf(_SC_PAGESIZE);
 	if (clock) {
 		if (argc != 1 || !command.rounds || command.operation != -1)
-			usage("clock wants --rounds and one device", NULL);
+			usage("clock requires --rounds and one device", NULL);
 		return exchange(argv[0]);
 	}
 	if (argc < 1 || argc > MOST_TARGETS || command.operation == -1 || command.rounds)
-		usage("load wants --op and 1 to 16 targets", NULL);
+		usage("load requires --op and 1 to 16 targets", NULL);
 	return load(argv, (unsigned int)argc);
 }

@@ -2,20 +2,20 @@
 /*
  * Entry, exception vectors and the hypervisor call itself; the rest is in hcalls.c.
  *
- * A freestanding big-endian program for `-machine pseries,x-vof=on -kernel`: VOF enters it in real
- * mode at its first byte, wherever it was loaded, so it is position-independent. VOF itself is not
- * needed any more, and its image at 0 becomes our vectors; a reset loads both anew.
+ * A freestanding big-endian program for `-machine pseries,x-vof=on -kernel`. VOF enters it in real
+ * mode at its first byte, at any load address, so it is position-independent. VOF itself is not
+ * used afterwards, and its image at 0 is overwritten by our vectors; a reset loads both again.
  *
- * r13 always holds this vCPU's mailbox, which begins with the record of an exception.
+ * r13 always points to this vCPU's mailbox, which begins with the record of an exception.
  */
 	.set	MAILBOXES, 0x8000000	/* as in hcalls.c */
 	.set	MAILBOX_SHIFT, 20
-	.set	FRAME, 32		/* what a caller owes: ELFv2 ABI, 2.2.2 */
+	.set	FRAME, 32		/* minimum stack frame of a caller: ELFv2 ABI, 2.2.2 */
 	.set	MSR_ME, 0x1000
 	.set	VECTORS, 0x100
 	.set	DECREMENTER, 0x900
 	.set	VECTORS_END, 0x1000
-	.set	VECTOR_STEP, 0x20	/* no two vectors are closer to each other */
+	.set	VECTOR_STEP, 0x20	/* smallest distance of two vectors */
 	.set	REPORT, 0x2000		/* between the vectors and VOF's stack at 0x8000 */
 	.set	H_CEDE, 0xe0
 
@@ -32,7 +32,7 @@
 _start:
 	li	%r3, 0
 secondary:				/* r3: the vCPU's number, an argument of start-cpu */
-	/* VOF runs with 32-bit addresses, start-cpu with 64-bit ones: choose. */
+	/* VOF runs with 32-bit addresses, start-cpu with 64-bit ones: select 64-bit mode. */
 	li	%r4, 1
 	sldi	%r4, %r4, 63
 	ori	%r4, %r4, MSR_ME
@@ -43,7 +43,7 @@ _base:	mflr	%r30
 	lis	%r13, MAILBOXES >> 16
 	sldi	%r4, %r3, MAILBOX_SHIFT
 	add	%r13, %r13, %r4
-	/* The stack comes down from the mailbox's end. */
+	/* The stack grows down from the end of the mailbox. */
 	addis	%r1, %r13, (1 << MAILBOX_SHIFT) >> 16
 	addi	%r1, %r1, -FRAME
 	cmpdi	%r3, 0
@@ -73,7 +73,7 @@ _base:	mflr	%r30
 	bl	serve
 3:	b	3b			/* it does not return */
 
-/* Copy r6 words from r4 to r5, and let instruction fetch see them. */
+/* Copy r6 words from r4 to r5, and make them visible to instruction fetch. */
 copy:
 	mtctr	%r6
 1:	lwz	%r7, 0(%r4)
@@ -86,14 +86,14 @@ copy:
 	bdnz	1b
 	blr
 
-/* What stands at each vector; the vector's own address goes into the first instruction. */
+/* Code of each vector; the vector's own address is inserted into the first instruction. */
 vector:
 	li	%r3, 0
 	ba	REPORT
 
 /*
- * An exception that we do not expect, at the vector in r3: note what it was, and stop. The vector
- * is written last, because it says that the record is there.
+ * An unexpected exception at the vector in r3: record it, and stop. The vector is written last,
+ * because it marks the record as complete.
  */
 report:
 	mfsrr0	%r4
@@ -106,12 +106,12 @@ report:
 	std	%r4, 32(%r13)
 	lwsync
 	std	%r3, 0(%r13)
-1:	li	%r3, H_CEDE		/* over and over, for the decrementer ends it */
+1:	li	%r3, H_CEDE		/* in a loop, because the decrementer ends each H_CEDE */
 	sc	1
 	b	1b
 report_end:
 
-/* Ends a nap: the next one is far away. Whatever was interrupted does not notice. */
+/* End a nap: set the decrementer to its maximum. The interrupted code does not notice. */
 decrementer:
 	mtsprg0	%r3
 	lis	%r3, 0x7fff
@@ -121,9 +121,10 @@ decrementer:
 decrementer_end:
 
 /*
- * void hypervisor_call(const u64 in[10], u64 out[10]): r3 to r12 go in and come out.
+ * void hypervisor_call(const u64 in[10], u64 out[10]): r3 to r12 are input and output.
  *
- * What else it may change is volatile in C too (Linux Documentation/arch/powerpc/papr_hcalls.rst).
+ * All other registers that the call may change are volatile in C, too (Linux
+ * Documentation/arch/powerpc/papr_hcalls.rst).
  */
 	.globl	hypervisor_call
 hypervisor_call:

@@ -1,57 +1,57 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * Makes the hypervisor calls that the host asks for, and gives back what they answer.
+ * Makes the hypervisor calls that the host requests, and returns their results.
  *
  * The guest's memory is shared with the host. Each vCPU has a mailbox at a fixed address: the host
- * fills in calls and then a new request number, the vCPU makes the calls and then repeats the
- * number. It knows nothing about the calls; paprscm/device/mailbox.py is the other end.
+ * writes calls and then a new request number; the vCPU makes the calls and then repeats the number.
+ * This program does not interpret the calls; paprscm/device/mailbox.py is the other end.
  *
- * No variable lives outside the mailbox and its stack, so that nothing has to be relocated.
+ * All variables are in the mailbox or on the stack, so no relocation is needed.
  */
 
 typedef unsigned long u64;
 
-#define POLL 1 /* repeat for as long as the answer is long-busy */
+#define POLL 1 /* repeat while the answer is long-busy */
 
 #define H_CEDE 0xe0
-#define LONG_BUSY 9900 /* H_LONG_BUSY_ORDER_1_MSEC; there are six, one after the other */
+#define LONG_BUSY 9900 /* H_LONG_BUSY_ORDER_1_MSEC, the first of six consecutive codes */
 #define LONG_BUSY_LAST 9905
 
 #define MAILBOXES 0x8000000UL
-#define CALLS 3824 /* 0x1000 to 0xf0000; the stack comes down from 0x100000 */
+#define CALLS 3824 /* 0x1000 to 0xf0000; the stack grows down from 0x100000 */
 
-/* Ticks of the timebase, which are those of the decrementer too: 512 MHz. */
+/* Ticks of the timebase and of the decrementer: 512 MHz. */
 #define NAP_MIN (512 * 50UL)
 #define NAP_MAX (512 * 1000UL)
 #define DECREMENTER_MAX 0x7fffffffUL
 
-/* How long to look out for a request before the first nap. */
+/* Duration of busy waiting for a request before the first nap. */
 #define LOOK (512 * 100UL)
 
 struct call {
 	u64 in[10]; /* r3 (the opcode) to r12 */
-	u64 times;  /* how often to call, at most; 1 or more */
+	u64 times;  /* maximum number of calls; 1 or more */
 	u64 flags;
 	u64 pause;	  /* between two polls, ticks */
-	u64 out[10];	  /* r3 (the return code) to r12, of the last one */
-	u64 made;	  /* how often it was called */
-	u64 busy;	  /* how many of these answered long-busy */
-	u64 began, ended; /* timebase around all of them */
+	u64 out[10];	  /* r3 (the return code) to r12, of the last call */
+	u64 made;	  /* number of calls made */
+	u64 busy;	  /* number of calls that answered long-busy */
+	u64 began, ended; /* timebase before the first and after the last call */
 	u64 unused[5];
 };
 
 struct mailbox {
-	/* Of an exception, if `vector` is not 0; hcalls.S writes here. */
+	/* Record of an exception, valid if `vector` is not 0; written by hcalls.S. */
 	u64 vector, srr0, srr1, dar, dsisr;
-	u64 generation; /* another one each time that this vCPU starts */
-	u64 entry;	/* where another vCPU can start */
+	u64 generation; /* incremented each time this vCPU starts */
+	u64 entry;	/* entry point for another vCPU */
 	u64 request;	/* written last by the host */
 	u64 response;	/* written last by us */
-	u64 count;	/* how many calls */
+	u64 count;	/* number of calls */
 	u64 gate;	/* if not 0: wait until the host opens the gate of this number */
 	u64 arrived;	/* the request that waits at the gate */
-	u64 index;	/* of the call in progress; `count` behind the last one */
-	u64 open;	/* the number of the open gate; only in the first mailbox */
+	u64 index;	/* of the call in progress; `count` after the last one */
+	u64 open;	/* number of the open gate; used only in the first mailbox */
 	u64 unused[512 - 14];
 	struct call calls[CALLS];
 };
@@ -73,7 +73,7 @@ static u64 timebase(void)
 	return __builtin_ppc_get_timebase();
 }
 
-/* Sleep until the next interrupt, and come back with interrupts enabled. */
+/* Sleep until the next interrupt, and return with interrupts enabled. */
 static void cede(void)
 {
 	register u64 r3 asm("r3") = H_CEDE;
@@ -85,7 +85,7 @@ static void cede(void)
 		       "cr5", "cr6", "cr7", "ctr", "xer", "memory");
 }
 
-/* Let the host have its processor for a while. */
+/* Yield the host's processor for some time. */
 static void nap(u64 ticks)
 {
 	u64 start = timebase(), gone;
@@ -93,10 +93,10 @@ static void nap(u64 ticks)
 	while ((gone = timebase() - start) < ticks) {
 		u64 left = ticks - gone;
 
-		/* To fall asleep and wake up takes about as long. */
+		/* Falling asleep and waking up takes about this long. */
 		if (left < NAP_MIN / 2)
 			continue;
-		/* If the decrementer's interrupt came before the call, nothing would end it. */
+		/* Disable interrupts: a decrementer interrupt before H_CEDE could not end it. */
 		asm volatile("mtmsrd %0, 1" : : "r"(0UL) : "memory");
 		asm volatile("mtdec %0" : : "r"(left < DECREMENTER_MAX ? left : DECREMENTER_MAX));
 		cede();
@@ -113,7 +113,7 @@ static u64 await_request(volatile struct mailbox *box, u64 seen)
 		nap(ticks);
 		ticks = ticks < NAP_MAX / 2 ? 2 * ticks : NAP_MAX;
 	}
-	/* What the host wrote before the request must not have been read earlier. */
+	/* Order the following reads after the read of the request. */
 	asm volatile("isync" : : : "memory");
 	return request;
 }
@@ -134,7 +134,7 @@ static void make(volatile struct call *call)
 		if (made >= times || (poll && !is_busy))
 			break;
 		if (poll) {
-			/* r4 came back as the token, which is the second argument from now on. */
+			/* The token is returned in r4, and is the second argument from now on. */
 			call->in[2] = call->out[1];
 			nap(call->pause);
 		}
@@ -148,7 +148,7 @@ static void make(volatile struct call *call)
 void serve(volatile struct mailbox *box, u64 entry)
 {
 	volatile struct mailbox *first = (volatile struct mailbox *)MAILBOXES;
-	/* After a reset, memory is as it was: what was asked before is not answered. */
+	/* Memory survives a reset: do not answer an old request. */
 	u64 request = box->request;
 
 	box->vector = 0;

@@ -1,14 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
- * Which instructions can this QEMU execute?
+ * isa_probe - find out which instructions this QEMU can execute.
  *
- * A freestanding big-endian program for `-machine pseries,x-vof=on -kernel`: it is entered in real
- * mode wherever it was loaded, so it is position-independent. A handler at the program interrupt's
- * vector notes an illegal instruction and steps over it. One line goes to the spapr-vty at
+ * A freestanding big-endian program for `-machine pseries,x-vof=on -kernel`. It is entered in real
+ * mode at any load address, so it is position-independent. A handler at the program interrupt's
+ * vector records an illegal instruction and skips it. The result is one line on the spapr-vty at
  * TERM, "isa-probe: NAME=1 NAME=0 ... end"; then the machine is switched off.
  *
- * The instructions come from isa_probe_table.inc, one "probe NAME, WORD" each; they may use r28,
- * which holds the address of memory that they may touch.
+ * The instructions come from isa_probe_table.inc, one "probe NAME, WORD" each. They may use r28,
+ * the address of scratch memory.
  */
 	.set	H_PUT_TERM_CHAR, 0x58
 	.set	H_RTAS, 0xf000		/* QEMU's own: include/hw/ppc/spapr.h */
@@ -65,7 +65,7 @@ _start:
 	sc	1
 3:	b	3b
 
-/* Print the string that follows the call, and return behind it. */
+/* Print the string that follows the call, and return after it. */
 print:
 	mflr	%r27
 4:	lbz	%r6, 0(%r27)
@@ -88,7 +88,7 @@ putc:
 	lis	%r4, TERM
 	li	%r5, 1
 	sc	1
-	cmpdi	%r3, 1			/* H_BUSY: the host does not read at the moment */
+	cmpdi	%r3, 1			/* H_BUSY: the host does not read now */
 	beq	6b
 	blr
 

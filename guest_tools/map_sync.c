@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * map_sync - map a file, store to it, and say in one line of JSON what happened.
+ * map_sync - map a file, store to it, and report the result in one line of JSON.
  *
- * One run answers the question "does mmap() grant MAP_SYNC on this file?" together with all
- * that is needed to believe the answer: whether the file is DAX (statx), what the kernel says
- * about the mapping (VmFlags in smaps), whether a store arrived in the file, and, with
- * --control, the same for a mapping without MAP_SYNC that was made just before.
+ * One run reports whether mmap() grants MAP_SYNC on the file, together with the evidence: whether
+ * the file is DAX (statx), the kernel's flags of the mapping (VmFlags in smaps), whether a store
+ * arrived in the file, and, with --control, the same for a mapping without MAP_SYNC made just
+ * before.
  *
- * With --cell it tries one mapping after the other, each of a file that is opened (and emptied)
- * anew for it, and says in one line of JSON for each what became of it.
+ * With --cell it tries several mappings in turn, each of a file that is opened (and emptied) again,
+ * and reports each in one line of JSON.
  *
- * Exit status, of a single mapping (it is not a verdict, and the control never decides it):
- *   0  the mapping was made and every access to it went well
+ * Exit status of a single mapping (it is not a verdict, and is independent of the control):
+ *   0  the mapping was made and every access to it succeeded
  *   1  mmap() refused
  *   3  an access to the mapping raised SIGBUS or SIGSEGV
  *   4  another step failed: open, truncate, fstat, munmap
- * With --cell it is 0 when all were tried, with whatever result, and 4 when another step of one
- * failed. There is a report of all of these. See report.h for the others.
+ * With --cell it is 0 if all mappings were tried, with any result, and 4 if another step of one
+ * failed. All these cases have a report. See report.h for the other exit statuses.
  */
 #include "report.h"
 
@@ -29,10 +29,10 @@
 /* Neither in LEGACY_MAP_MASK (include/linux/mman.h) nor a flag of any architecture. */
 #define UNKNOWN_BIT 0x02000000
 
-/* Beside those of report.h. */
+/* In addition to the exit statuses of report.h. */
 enum { EXIT_SIGNAL = 3 };
 
-/* What is known of the file before it is mapped. */
+/* Properties of the file before it is mapped. */
 struct file_facts {
 	bool have_stat, have_statx, have_statfs;
 	struct stat stat;
@@ -50,13 +50,13 @@ struct request {
 	int prot;
 	uint64_t offset, length;
 	bool have_length;
-	bool read_only;		/* how the file is opened for it */
+	bool read_only;		/* open the file O_RDONLY */
 	bool anonymous;		/* no file at all */
-	uint64_t address_align; /* of a place chosen by us; 0: the kernel chooses */
+	uint64_t address_align; /* of an address chosen by us; 0: the kernel chooses */
 	bool fsync_it;
 };
 
-/* What the command line asks for. */
+/* The parsed command line. */
 struct command {
 	const char *path;
 	uint64_t pages;
@@ -68,7 +68,7 @@ struct command {
 
 enum answer { NOT_ASKED = -1, NO, YES };
 
-/* What became of it. */
+/* Result of one mapping. */
 struct outcome {
 	const char *result, *stage;
 	int error, signal;
@@ -94,19 +94,19 @@ const char tool_name[] = "map_sync";
 const char usage_text[] =
 	"usage: map_sync [OPTION]... PATH\n"
 	"  --pages=N       empty the file and make it N pages long first (default 1)\n"
-	"  --no-truncate   take the file as it is; it must exist\n"
+	"  --no-truncate   use the file as it is; it must exist\n"
 	"  --read-only     open it O_RDONLY for the mapping\n"
-	"  --offset=BYTES  where in the file the mapping begins (default 0)\n"
+	"  --offset=BYTES  offset of the mapping in the file (default 0)\n"
 	"  --length=BYTES  its length (default: to the end of the file, at least a page)\n"
 	"  --type=TYPE     shared, shared_validate (default), private or none\n"
 	"  --sync=on|off   with MAP_SYNC (default) or without\n"
 	"  --unknown-bit   also set a flag that no kernel knows (0x2000000)\n"
 	"  --prot=PROT     rw (default), r, w or none\n"
 	"  --control       first try MAP_SHARED_VALIDATE alone, on the same range\n"
-	"  --cell=WORDS    instead of all this but --pages and --no-truncate, and once or more:\n"
-	"                  a TYPE and what else is wanted of sync, unknown-bit, read-only,\n"
-	"                  anonymous, fsync (afterwards), prot=PROT, offset=BYTES, length=BYTES,\n"
-	"                  address-align=BYTES (with MAP_FIXED), with commas between them\n";
+	"  --cell=WORDS    one mapping; may be repeated, and replaces all other options except\n"
+	"                  --pages and --no-truncate. WORDS: a TYPE and any of sync, unknown-bit,\n"
+	"                  read-only, anonymous, fsync (afterwards), prot=PROT, offset=BYTES,\n"
+	"                  length=BYTES, address-align=BYTES (with MAP_FIXED); commas between them\n";
 
 static uint64_t page_size;
 
@@ -226,7 +226,7 @@ static void on_signal(int signal_number, siginfo_t *info, void *context)
 
 	(void)context;
 	if (address < guard_start || address >= guard_end) {
-		/* Not the mapping: a fault of this program, which may die of it. */
+		/* Not in the mapping: a fault of this program itself, so let it die. */
 		signal(signal_number, SIG_DFL);
 		return;
 	}
@@ -244,13 +244,13 @@ static void catch_signals(void)
 	sigaction(SIGSEGV, &action, NULL);
 }
 
-/* The value for the page at `offset`; another one in each run and for each seed. */
+/* The value for the page at `offset`; it differs in each run and for each seed. */
 static uint64_t page_value(uint64_t seed, uint64_t offset)
 {
 	return mix(seed + offset * GOLDEN);
 }
 
-/* Touch each page; what is known when a signal comes is in `out`, which is not in registers. */
+/* Touch each page; progress is kept in `out`, in memory, and so survives a signal. */
 static void access_pages(volatile char *map, const struct request *request, struct outcome *out)
 {
 	for (uint64_t at = 0; at < request->length; at += page_size) {
@@ -293,7 +293,7 @@ static void access_guarded(char *map, const struct request *request, struct outc
 	guard_end = 0;
 }
 
-/* Look for the stored values behind the mapping's back. */
+/* Read the stored values from the file, not through the mapping. */
 static void read_file_back(int fd, const struct request *request, struct outcome *out)
 {
 	out->in_file = YES;
@@ -302,7 +302,7 @@ static void read_file_back(int fd, const struct request *request, struct outcome
 		ssize_t count = pread(fd, &value, sizeof(value), (off_t)(request->offset + at));
 
 		if (count < 0) {
-			/* A device DAX file, for one, cannot be read. */
+			/* A device DAX file, for example, cannot be read. */
 			out->pread_errno = errno;
 			out->in_file = NOT_ASKED;
 			return;
@@ -346,7 +346,7 @@ static int request_flags(const struct request *request)
 	       (request->address_align ? MAP_FIXED : 0);
 }
 
-/* A free place for the mapping. What is not needed of it stays reserved to the program's end. */
+/* A free address range for the mapping. The unused rest stays reserved until the program ends. */
 static char *reserve(const struct request *request)
 {
 	uint64_t align = request->address_align;
@@ -358,7 +358,7 @@ static char *reserve(const struct request *request)
 	return place + (align - (uintptr_t)place % align) % align;
 }
 
-/* The C library's mmap() refuses some offsets itself; here it is the kernel that is asked. */
+/* The C library's mmap() refuses some offsets itself, so call the kernel directly. */
 static char *kernel_mmap(char *place, int fd, const struct request *request)
 {
 	return (char *)syscall(SYS_mmap, place, request->length, request->prot,
@@ -412,7 +412,7 @@ static void try_mapping(int fd, const struct request *request, struct outcome *o
 /* Returns the descriptor to map, or -1 with the failure in `out`. */
 static int open_file(const struct command *command, bool read_only, struct outcome *out)
 {
-	/* O_NONBLOCK: a FIFO is to be reported, not waited for. */
+	/* O_NONBLOCK: open a FIFO without waiting, and report it. */
 	const int always = O_CLOEXEC | O_NOCTTY | O_NONBLOCK;
 	int fd;
 
@@ -424,7 +424,7 @@ static int open_file(const struct command *command, bool read_only, struct outco
 			failed(out, "error", "open");
 			return -1;
 		}
-		/* To zero first: what an earlier run left is no evidence for this one. */
+		/* Truncate to zero first, to remove the data of an earlier run. */
 		if (ftruncate(fd, 0) || ftruncate(fd, size)) {
 			failed(out, "error", "truncate");
 			close(fd);
@@ -472,7 +472,7 @@ static void report_answer(const char *key, enum answer answer)
 		report_bool(key, answer == YES);
 }
 
-/* An errno and its name, null where there was no error. */
+/* An errno and its name; both null if there was no error. */
 static void report_errno(const char *key, int number)
 {
 	char name_key[32];
@@ -579,7 +579,7 @@ static void report_mapping(const char *key, const struct request *request, struc
 	report_close('}');
 }
 
-/* The beginning of both kinds of report. */
+/* Begin a report of either kind. */
 static void report_start(const char *verb, const struct command *command,
 			 const struct request *request, const struct file_facts *file)
 {
@@ -655,11 +655,11 @@ static void parse_command(int argc, char **argv, struct command *command)
 	if (optind != argc - 1)
 		usage("expected exactly one PATH", NULL);
 	if (command->cell_count && one_mapping)
-		usage("--cell does not go with options of a single mapping", NULL);
+		usage("--cell excludes the options of a single mapping", NULL);
 	command->path = argv[optind];
 }
 
-/* The single mapping, after its control; the exit status. */
+/* Try the single mapping, after its control; return the exit status. */
 static int try_one(struct command *command)
 {
 	struct request *request = &command->request;
@@ -685,7 +685,7 @@ static int try_one(struct command *command)
 		try_mapping(fd, request, &out);
 	}
 	if (!strcmp(out.result, "refused"))
-		/* As the reference checker says it, whatever the C library's wording. */
+		/* The reference checker's text, independent of the C library's wording. */
 		fprintf(stderr, "Failed to mmap with %s\n",
 			out.error == EOPNOTSUPP ? "Operation not supported" : strerror(out.error));
 
@@ -699,7 +699,7 @@ static int try_one(struct command *command)
 	return exit_status(&out);
 }
 
-/* One of several mappings; whether it was tried. */
+/* Try one of several mappings; return whether it was tried. */
 static bool try_cell(const struct command *command, struct request *cell)
 {
 	struct file_facts file = { 0 };

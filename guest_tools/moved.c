@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * moved - a process reads /dev/zero byte by byte, and is moved from CPU to CPU.
+ * moved - move a process that reads /dev/zero byte by byte from CPU to CPU.
  *
  * moved MOVES
- *   The next move comes when the process has read something on its new CPU, so each move interrupts
- *   a running process. CPUs 0 and 1 are used in turn.
+ *   The process is moved again when it has read from /dev/zero on its new CPU, so each move
+ *   interrupts a running process. CPUs 0 and 1 alternate.
  *
- * It has no report. Exit status 1: the process ended before it was moved MOVES times. See report.h
- * for the others.
+ * There is no report. Exit status 1: the process ended before it was moved MOVES times. See
+ * report.h for the others.
  */
 #include "report.h"
 
@@ -57,7 +57,7 @@ int main(int argc, char **argv)
 		if (sched_setaffinity(reader, sizeof(set), &set))
 			fail("sched_setaffinity");
 		before = atomic_load(reads);
-		/* The first of two may have begun on the old CPU. */
+		/* The first of two reads may have begun on the old CPU. */
 		while (atomic_load(reads) < before + 2) {
 			if (waitpid(reader, NULL, WNOHANG)) {
 				fprintf(stderr,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * persist - makes system calls on one file and says what each of them answered.
+ * persist - make system calls on one file, and report the result of each.
  *
  *	persist FILE STEP...
  *
@@ -9,19 +9,19 @@
  *	write=OFFSET:LENGTH:BYTE    pwrite(2)
  *	dwrite=OFFSET:LENGTH:BYTE   the same through a descriptor with O_DSYNC
  *	store=OFFSET:LENGTH:BYTE    stores through a shared mapping
- *	msync=OFFSET:LENGTH         msync(2) with MS_SYNC, of a shared mapping made for it
+ *	msync=OFFSET:LENGTH         msync(2) with MS_SYNC, of a new shared mapping
  *	fsync, fdatasync, syncfs    on the descriptor
- *	read=OFFSET:LENGTH          pread(2); what all the bytes are, or null if they differ
+ *	read=OFFSET:LENGTH          pread(2); reports the value of all bytes, or null if they differ
  *	await                       closes descriptor 3 and waits for a byte on stdin
  *
- * The file is opened O_RDWR, O_WRONLY where that is refused (sysfs), O_RDONLY if it is a directory,
- * and made if it is not there. All descriptors are opened first and stay open, so a file system
- * that refuses open(2) later can still be asked, and errors that the kernel keeps for a descriptor
- * are seen. A step that fails does not stop those after it; a mapping that cannot be stored to ends
- * as errno EFAULT.
+ * The file is opened O_RDWR, or O_WRONLY if that is refused (sysfs), or O_RDONLY if it is a
+ * directory; a missing file is created. All descriptors are opened first and stay open. So the
+ * steps also work on a file system that refuses a later open(2), and they see the errors that the
+ * kernel keeps for a descriptor. A failed step does not stop the following ones; a store that
+ * raises SIGBUS is reported as EFAULT.
  *
- * "steps" of the report has what was done, with the errno of what failed and CLOCK_MONOTONIC at
- * begin and end. Exit status: see report.h; never 1.
+ * "steps" in the report has each step, with its errno, and CLOCK_MONOTONIC at its begin and end.
+ * Exit status: see report.h; never 1.
  */
 #include "report.h"
 
@@ -159,7 +159,7 @@ static void report_step(const struct step *step, long long result, int number, u
 	report_close('}');
 }
 
-/* How many numbers a step wants; -1: there is no such step. */
+/* Number of numbers that a step takes; -1 for an unknown step. */
 static int numbers(const char *name)
 {
 	static const char *const names[] = { ",fsync,fdatasync,syncfs,await,", "", ",msync,read,",

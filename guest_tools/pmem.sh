@@ -7,16 +7,16 @@
 #
 #     found REGION NODE DEVICE     one for each region; NODE is "-" if it is unknown
 #     text KEY VALUE               the first line of a file, or a fact
-#     blob KEY                     followed by the content in hex, as `od -An -v -tx1` writes it
+#     blob KEY                     followed by the content in hex, in the format of `od -An -v -tx1`
 #     prop SIZE NAME               size of a property in the blob "props", in order
 #     step STEP                    this step begins
 #     done                         all steps succeeded
 #
 # The step "find" exits with 3 if no region has that DRC index; the others exit with the status of
-# the command that failed. Settings: drc (hex), wait_s; ns_mode, ns_map, ns_size, ns_align of a
-# namespace (the last three may be empty: ndctl's default); disk, fstype, block_size (empty: the
-# page size), mkfs_configs (the folder of mkfs.xfs's files, unless the usual one), mountpoint,
-# options; table, the last 66 bytes of an MBR in printf's notation; sysfs, where it is mounted.
+# the failed command. Settings: drc (hex), wait_s; ns_mode, ns_map, ns_size, ns_align of a namespace
+# (the last three may be empty: ndctl's default); disk, fstype, block_size (empty: the page size),
+# mkfs_configs (folder of mkfs.xfs's configuration files, if not the default one), mountpoint,
+# options; table, the last 66 bytes of an MBR in printf's notation; sysfs, its mount point.
 #
 # The settings come from the environment, and ndctl's options are split into words on purpose.
 # shellcheck disable=SC2086,SC2154
@@ -28,7 +28,7 @@ parent=ibm,persistent-memory nvdimm=ibm,pmemory
 
 fact() { printf 'text %s %s\n' "$1" "$2"; }
 
-# The first line of a sysfs file, without starting a process: those are slow under TCG.
+# Print the first line of a sysfs file, without a new process: those are slow under TCG.
 text() {
 	line=
 	[ -e "$2" ] || return 0
@@ -36,7 +36,7 @@ text() {
 	fact "$1" "$line"
 }
 
-# Sets at to where a folder really is. By cd, because processes are slow under TCG.
+# Set at to the real path of a folder. By cd, because processes are slow under TCG.
 at() {
 	cd -P "$1" 2>/dev/null && at=$PWD
 }
@@ -46,14 +46,14 @@ now() {
 	now=${up%%.*}
 }
 
-# Sets region, device and node to those of $drc; fails if there are none.
+# Set region, device and node for $drc; fail if there is no such region.
 look() {
 	found='' region='' trouble=''
 	for dir in "$sysfs"/bus/nd/devices/region*; do
 		at "$dir" || continue
 		here=$at at=''
 		if ! at "$dir/of_node"; then
-			# A kernel that gives the region no such link has named its bus after the node.
+			# Without this link, the name of the region's bus contains the node's path.
 			provider=
 			IFS= read -r provider < "$here/../provider" || :
 			at "$sysfs/firmware/devicetree/base/${provider%%:*}/${provider#*:}" || at=
@@ -88,7 +88,7 @@ step_find() {
 		sleep 0.05
 	done
 	printf '%s\n' "${found#?}"
-	# Returns when the bus has probed all that it has.
+	# This read returns when the bus has probed all its devices.
 	text wait_probe "$device/../wait_probe"
 	fact region "$region"
 	fact device "$device"
@@ -96,7 +96,7 @@ step_find() {
 	for key in deep_flush persistence_domain size read_only align nstype mapping0; do
 		text $key "$device/$key"
 	done
-	# What text read last is mapping0, "nmem0,0,536870912,0", or nothing.
+	# The last value read by text is mapping0, "nmem0,0,536870912,0", or empty.
 	dimm=$sysfs/bus/nd/devices/${line%%,*}
 	for key in flags papr/flags papr/dirty_shutdown; do
 		text $key "$dimm/$key"
@@ -112,10 +112,10 @@ step_find() {
 	cat -- "$@" | od -An -v -tx1
 }
 
-# Where $name is ($at), which must be below the region. Sets disk.
+# Print the device path of $name ($at), which must be below the region. Set disk.
 place() {
 	fact "$name/device" "$at"
-	# Never make a file system on what is not this region's.
+	# Never make a file system on a device of another region.
 	case $at in
 	"$device"/*) ;;
 	*) echo "$name is $at, which is not below $device" >&2; exit 1 ;;
@@ -123,7 +123,7 @@ place() {
 	disk=/dev/$name
 }
 
-# The block device $name.
+# Print the sysfs attributes of block device $name. Set disk.
 block_device() {
 	at "$sysfs/block/$name/device"
 	for key in ro size queue/fua queue/dax queue/write_cache queue/logical_block_size; do
@@ -132,8 +132,8 @@ block_device() {
 	place
 }
 
-# What ndctl said ($1), and what sysfs has of each device that it names. Sets disk to the last one's
-# path, and disks to how many there are.
+# Print ndctl's output ($1), and the sysfs attributes of each device in it. Set disk to the path of
+# the last device, and disks to their number.
 devices() {
 	printf 'blob ndctl\n'
 	printf '%s' "$1" | od -An -v -tx1
@@ -161,7 +161,7 @@ step_namespace() {
 	made=$(ndctl create-namespace -f -r "$region" -m "$ns_mode" ${ns_map:+-M "$ns_map"} \
 		${ns_size:+-s "$ns_size"} ${ns_align:+-a "$ns_align"})
 	devices "$made"
-	[ $disks = 1 ] || { echo "ndctl names $disks devices" >&2; exit 1; }
+	[ $disks = 1 ] || { echo "ndctl lists $disks devices, not one" >&2; exit 1; }
 }
 
 step_namespaces() {
@@ -189,7 +189,7 @@ step_sync() {
 	sync
 }
 
-# Sets page_size.
+# Set page_size.
 look_at_page() {
 	while read -r key size _; do
 		[ "$key" != KernelPageSize: ] || break
@@ -197,15 +197,15 @@ look_at_page() {
 	page_size=$((size * 1024))
 }
 
-# Sets number: of "6.12.117-rc1+" it is 6012.
+# Set number: for "6.12.117-rc1+" it is 6012.
 to_number() {
 	number=${1#*.}
 	number=$((${1%%.*} * 1000 + ${number%%[!0-9]*}))
 }
 
-# Sets features, words of mkfs.xfs. One that is newer than the kernel may make by default what the
-# kernel cannot mount; it brings the defaults of each long-term kernel as a file. One that is not
-# newer gets none of them: that of xfsprogs 6.1.0 for Linux 6.1 is broken.
+# Set features, options of mkfs.xfs. By default, a mkfs.xfs newer than the kernel may use features
+# that the kernel cannot mount; it has a file with the defaults of each long-term kernel. A mkfs.xfs
+# that is not newer gets no file: the one of xfsprogs 6.1.0 for Linux 6.1 is broken.
 choose_features() {
 	features=
 	version=$(mkfs.xfs -V)
@@ -236,7 +236,7 @@ step_filesystem() {
 		choose_features
 		mkfs.xfs -q -f $features -b size="$block_size" "$disk" >&2
 		;;
-	# Not lazily: the kernel would go on writing, and flushing, in the background.
+	# Not lazily: the kernel would keep writing and flushing in the background.
 	ext4) mkfs.ext4 -q -F -b "$block_size" -E lazy_itable_init=0,lazy_journal_init=0 "$disk" >&2 ;;
 	*) echo "no mkfs for $fstype" >&2; exit 1 ;;
 	esac
@@ -265,8 +265,8 @@ step_mount() {
 step_try_mount() {
 	mkdir -p "$mountpoint"
 	before=$(dmesg -t | wc -l)
-	# strace, because mount programs have words of their own for an errno; busybox, because it uses
-	# mount(2). Where it may not write it tries again read-only: the first answer counts.
+	# strace, because mount programs replace an errno by their own text; busybox, because it
+	# uses mount(2). If a read-write mount fails, it tries read-only: use the first result.
 	answers=$(strace -qq -e trace=mount -e signal=none busybox mount -t "$fstype" \
 		${options:+-o "$options"} "$disk" "$mountpoint" 2>&1 | sed -n 's/^mount(.*) = //p')
 	answer=${answers%%"
@@ -279,7 +279,7 @@ step_try_mount() {
 step_partition() {
 	# shellcheck disable=SC2059 # The table is octal escapes.
 	{ head -c 446 /dev/zero; printf "$table"; } | dd of="$disk" bs=512 conv=fsync status=none
-	# BLKPG for each entry: the kernel need not understand partition tables.
+	# BLKPG for each entry: the kernel may lack support for partition tables.
 	partx --add "$disk"
 	for dir in "$sysfs/block/${disk##*/}/${disk##*/}p"*; do
 		text "${dir##*/}/start" "$dir/start"

@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * promise - store through mappings until the machine dies, then look for what was promised.
+ * promise - store through mappings until the machine dies, then check what must have survived.
  *
  * promise store [OPTION]... --ledger=FILE --nonce=N --seed=N --sync=on|off DIR
- *   Follows a plan that the seed decides: files are made, extended, allocated and removed, and
- *   page after page, in a random order, is stored through a mapping and flushed by the CPU, with
- *   no msync() or fsync() after the first store. After each step it adds one to a count in the ledger, a page that
- *   must be outside of what is tested and that the killer can read. A step that is counted there
- *   held before it was counted.
+ *   Follows a plan that depends only on the seed: files are created, extended, allocated and
+ *   removed; pages are stored in a random order through a mapping and flushed from the CPU's cache.
+ *   There is no msync() or fsync() after the first store. After each step the program increments a
+ *   count in the ledger, a page outside of the tested file systems that the killer can read. A
+ *   counted step was complete before it was counted.
  *
  * promise verify --seed=N --done=N DIR
- *   Follows the same plan for as many steps as were counted, and compares. A store promises that
- *   its file exists, how long it is, that the page has an extent, and its bytes. The one step
- *   that may have been under way may have happened, in part or not at all; nothing else may be
- *   there. Reports in one line of JSON.
+ *   Follows the same plan for the counted steps, and compares. A store promises that its file
+ *   exists, its size, the extent of the page, and its bytes. The one step in progress may have
+ *   happened completely, in part or not at all; nothing else may exist. Reports in one line of
+ *   JSON.
  *
- * Exit status 1: verify found something lost, or what was not stored. A failed step of store is in
- * the ledger as well. See report.h for the others.
+ * Exit status 1: verify found lost data, or data that were never stored. A failed step of store is
+ * also in the ledger. See report.h for the others.
  */
 #include "report.h"
 
@@ -25,12 +25,12 @@
 #include <stddef.h>
 #include <sys/mman.h>
 
-/* How many files there are at a time: an older one is removed, and its blocks are used again. */
+/* Number of concurrent files: then the oldest is removed, and its blocks are reused. */
 #define WINDOW 32
-/* One file in eight is large enough for a page of 2 MiB, which DAX maps as a whole. */
+/* One file in eight is large enough for a page of 2 MiB, which DAX can map as a unit. */
 #define BIG_BYTES (4U << 20)
 #define SMALL_PAGES 24
-/* No file has more steps. */
+/* Upper bound of the steps of one file. */
 #define MOST_STEPS 160
 #define MOST_FINDINGS 12
 #define DWELL_NS 5000000
@@ -41,7 +41,7 @@
 enum phase { NOTHING, CREATE, EXTEND, ALLOCATE, FAULT, STORE, OVERWRITE, REMOVE, SETTLE };
 enum state { STARTING, RUNNING, FINISHED, FAILED };
 
-/* What the killer reads; paprscm/power_cut/sudden_end.py knows the layout. */
+/* The page that the killer reads; paprscm/power_cut/sudden_end.py has the same layout. */
 struct ledger {
 	uint64_t magic, nonce, page_size;
 	uint64_t rest_of_line[5];
@@ -59,10 +59,10 @@ struct step {
 	uint64_t page;	      /* of STORE and OVERWRITE; pages for EXTEND and ALLOCATE */
 	unsigned int version; /* of the page's content, from 1 */
 	uint64_t file;	      /* to REMOVE */
-	bool dwell;	      /* in the middle of it, so that the end comes there more often */
+	bool dwell;	      /* pause in the middle, so that more kills happen there */
 };
 
-/* All that happens to one file until it is removed. */
+/* All steps of one file until it is removed. */
 struct plan {
 	uint64_t number, pages;
 	unsigned int count;
@@ -86,13 +86,13 @@ const char usage_text[] =
 	"usage: promise store [--steps=N] [--any-file] --ledger=FILE --nonce=N --seed=N\n"
 	"                     --sync=on|off DIR\n"
 	"       promise verify --seed=N --done=N DIR\n"
-	"  --ledger=FILE   where steps are counted; made\n"
-	"  --nonce=N       what this run writes there, to be told from others\n"
-	"  --seed=N        of the plan and of all that is stored\n"
+	"  --ledger=FILE   file in which steps are counted; created\n"
+	"  --nonce=N       number that identifies this run in the ledger\n"
+	"  --seed=N        seed of the plan and of the stored data\n"
 	"  --sync=on|off   map with MAP_SYNC or without\n"
-	"  --steps=N       stop after so many (default: go on until killed)\n"
-	"  --any-file      take files that are not DAX, too\n"
-	"  --done=N        how many steps the ledger has\n";
+	"  --steps=N       stop after this number of steps (default: run until killed)\n"
+	"  --any-file      accept files that are not DAX, too\n"
+	"  --done=N        number of steps in the ledger\n";
 
 static uint64_t page_size;
 static struct ledger *ledger;
@@ -114,7 +114,7 @@ static void __attribute__((noreturn)) fail_step(const char *stage)
 
 /* --- the plan -------------------------------------------------------------------------------- */
 
-/* What is at `word` of a page; never 0, and another one for each seed, file, page and version. */
+/* Value at `word` of a page; never 0, and different for each seed, file, page and version. */
 static uint64_t content(uint64_t base, uint64_t word)
 {
 	return (base + word * GOLDEN) * 0xbf58476d1ce4e5b9ULL | 1;
@@ -126,8 +126,8 @@ static uint64_t content_base(uint64_t seed, uint64_t file, uint64_t page, unsign
 }
 
 /*
- * How many words of a page are stored, from its beginning on: all of them, half of the time. The
- * others must read as zeros, whatever was in that block before.
+ * Number of words of a page that are stored, from its start: all of them in half of the cases. The
+ * others must read as zeros, independent of the former content of the block.
  */
 static uint64_t stored_words(uint64_t seed, uint64_t file, uint64_t page)
 {
@@ -144,7 +144,7 @@ static void add(struct plan *plan, enum phase what, uint64_t page, unsigned int 
 		(struct step){ .what = what, .page = page, .version = version };
 }
 
-/* Store to `count` different pages from `first` on, out of `pages`, in a random order. */
+/* Store to `count` different pages out of `pages` from `first` on, in a random order. */
 static void add_stores(struct plan *plan, uint64_t *random, uint64_t first, uint64_t pages,
 		       uint64_t count)
 {
@@ -164,7 +164,7 @@ static void add_stores(struct plan *plan, uint64_t *random, uint64_t first, uint
 	free(order);
 }
 
-/* Store to pages again, which need no page fault any more. */
+/* Store again to pages that no longer need a page fault. */
 static void add_overwrites(struct plan *plan, uint64_t *random)
 {
 	unsigned int stores = plan->count;
@@ -184,11 +184,11 @@ static void add_overwrites(struct plan *plan, uint64_t *random)
 }
 
 /*
- * After each EXTEND or ALLOCATE the next store is to a page that was not there or not stored to
- * before: it needs a page fault, and that is when MAP_SYNC promises the new size.
+ * The next store after each EXTEND or ALLOCATE is to a page that is new or was not stored to: it
+ * causes a page fault, and with that fault MAP_SYNC promises the new size.
  *
- * One file in eight is synced before its first store, and never after one: then what a mapping
- * without MAP_SYNC loses of it is not the whole file, but sizes and extents.
+ * One file in eight is synced before its first store, and never afterwards: of such a file, a
+ * mapping without MAP_SYNC loses sizes and extents, but not the whole file.
  */
 static void make_plan(struct plan *plan, uint64_t seed, uint64_t number)
 {
@@ -245,7 +245,7 @@ static void enter(enum phase phase)
 	flush_cache(ledger, sizeof(*ledger));
 }
 
-/* From now on, all that was done so far is promised. */
+/* From now on, all steps so far are promised. */
 static void count_step(void)
 {
 	ledger->done++;
@@ -258,7 +258,7 @@ static void open_ledger(const char *path, uint64_t nonce)
 	int fd = open(path, O_RDWR | O_CREAT | O_CLOEXEC, 0644);
 	char *zeros = calloc(1, page_size);
 
-	/* Written and synced now, so that a store to it needs no more than the store. */
+	/* Written and synced now, so that later stores to it need no file system operation. */
 	if (fd < 0 || !zeros || pwrite(fd, zeros, page_size, 0) != (ssize_t)page_size || fsync(fd))
 		fail_step("ledger");
 	ledger = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
@@ -275,7 +275,7 @@ static void open_ledger(const char *path, uint64_t nonce)
 	flush_cache(ledger, sizeof(*ledger));
 }
 
-/* The page that was stored to could not be had: there is no space, or no such page. */
+/* The stored page cannot be mapped: there is no space, or it is beyond the end of the file. */
 static void on_sigbus(int number)
 {
 	static const char stage[] = "SIGBUS";
@@ -411,13 +411,13 @@ struct result {
 	struct finding finding[MOST_FINDINGS];
 };
 
-/* What a file may and must be. */
+/* Allowed and required state of a file. */
 struct expectation {
 	const struct plan *plan;
 	bool created, promised, removed;
-	uint64_t size, most;	 /* promised, and the longest that it ever was; pages */
+	uint64_t size, most;	 /* the promised size, and the largest size so far; pages */
 	unsigned int *version;	 /* of each page; 0: not promised */
-	unsigned int *under_way; /* the version that was being stored, or 0 */
+	unsigned int *under_way; /* version in progress of each page, or 0 */
 };
 
 static void found(struct result *result, enum kind kind, uint64_t file, uint64_t offset,
@@ -456,7 +456,7 @@ static void replay(struct expectation *file, const struct step *step, bool count
 	}
 }
 
-/* Compare one page that is in the file; whether all that was promised of it is there. */
+/* Compare one page of the file; true if all promised data of it are present. */
 static bool page_is_right(struct result *result, uint64_t seed, const struct expectation *file,
 			  uint64_t page, const uint64_t *words)
 {
@@ -548,7 +548,7 @@ static void verify_file(struct result *result, uint64_t seed, int dir,
 	close(fd);
 }
 
-/* Nobody made any other file. */
+/* Check that the folder has no other files. */
 static void verify_names(struct result *result, int fd, uint64_t files)
 {
 	DIR *dir = fdopendir(dup(fd));
@@ -605,7 +605,7 @@ static int verify(const struct command *command)
 {
 	int dir = open(command->dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	uint64_t *words = malloc(page_size), seed = command->seed, steps = 0, created = 0;
-	/* The plans of all files that can still be there; older ones are removed. */
+	/* The plans of all files that can still exist; older files are removed. */
 	struct plan *plans = calloc(WINDOW + 2, sizeof(*plans));
 	struct expectation files[WINDOW + 2] = { 0 };
 	struct result result = { 0 };
@@ -625,7 +625,7 @@ static int verify(const struct command *command)
 		file->under_way = calloc(plan->pages, sizeof(*file->under_way));
 		if (!file->version || !file->under_way)
 			fail("malloc");
-		/* One step more than was counted: it may have been under way. */
+		/* One step more than counted: it may have been in progress. */
 		for (unsigned int i = 0; i < plan->count && steps <= command->done; i++) {
 			const struct step *step = &plan->steps[i];
 

@@ -9,8 +9,8 @@
  * fraction. A report_*() function adds one value: to an object with its key, to a list with NULL.
  *
  * Exit status of every tool:
- *   0  success
- *   1  the tool ran, and its report (or stderr) says what is wrong
+ *   1  the tool ran, and its report (or stderr) describes a failure
+ *   2  wrong command line; nothing was tried, stdout is empty
  *   2  wrong command line; nothing was tried, stdout is empty
  *   4  a step of the tool itself failed; stderr names it
  *   5  the report could not be written
@@ -40,7 +40,7 @@ enum { EXIT_FINE, EXIT_WRONG, EXIT_USAGE, EXIT_FAILED = 4, EXIT_NO_REPORT };
 #define END_OF_OPTIONS { NULL, 0, NULL, 0 }
 #define LENGTH(array) (sizeof(array) / sizeof((array)[0]))
 
-/* Each tool uses some of these; inlined, they would take gcc in the guest a third longer. */
+/* Each tool uses only some of these; inlined, they would make gcc in the guest a third slower. */
 #define SHARED static __attribute__((unused, noinline))
 
 extern const char tool_name[], usage_text[];
@@ -102,7 +102,7 @@ SHARED bool parse_verb(int argc, char **argv, const char *first, const char *sec
 	return !strcmp(verb, second);
 }
 
-/* The next option's letter, -1 behind the last; options come before all other words. */
+/* The next option's letter, or -1 after the last; options come before all other words. */
 SHARED int next_option(int argc, char **argv, const struct option *options)
 {
 	int letter;
@@ -148,8 +148,8 @@ static inline uint64_t draw_below(uint64_t *state, uint64_t limit)
 /* --- DAX ------------------------------------------------------------------------------------- */
 
 /*
- * Flush the CPU's cache: on POWER, dcbf for each cache line and a sync. dcbstps does the same with
- * less, but TCG does not have it.
+ * Flush the CPU's cache: on POWER, dcbf for each cache line and a sync. dcbstps would be enough and
+ * cheaper, but TCG does not have it.
  */
 static inline void flush_cache(const volatile void *data, size_t size)
 {
@@ -181,7 +181,7 @@ static inline bool is_dax(int fd)
 
 /* --- the report ------------------------------------------------------------------------------ */
 
-/* A value came before in the innermost object or list. */
+/* True if the innermost object or list already has a value. */
 static bool report_needs_comma;
 
 SHARED void report_key(const char *key)
@@ -234,8 +234,8 @@ SHARED void report_number_if(bool there, const char *key, uint64_t value)
 }
 
 /*
- * ASCII only: a byte above 0x7f, which need not be part of UTF-8, becomes \udcXX, as Python's
- * "surrogateescape" does it.
+ * ASCII only: a byte above 0x7f, which may not be valid UTF-8, becomes \udcXX, as in Python's
+ * "surrogateescape".
  */
 SHARED void report_string(const char *key, const char *text)
 {

@@ -1,18 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * same_block - several threads write the same block of a disk, while they are moved between CPUs.
+ * same_block - several threads write the same block of a disk while they are moved between CPUs.
  *
  * same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK
- *   Each thread writes the block at offset 0 with O_DIRECT, over and over; every 64-bit word of it
- *   holds the thread's number and how often it wrote. Another thread moves them from CPU to CPU,
- *   every 1 to 30 ms, and writes how far they are to FILE, a line each half second; /dev/kmsg will
- *   do: that still gets out where nothing else does. At the end the block is read: it must be one
- *   thread's, and whole.
+ *   Each thread repeatedly writes the block at offset 0 with O_DIRECT; every 64-bit word of it
+ *   holds the thread's number and its count of writes. Another thread moves them between CPUs,
+ *   every 1 to 30 ms, and writes their progress to FILE, a line each half second. FILE can be
+ *   /dev/kmsg, whose output still works in a guest that otherwise hangs. At the end the block is
+ *   read: all its words must be from one write.
  *
- *   FILE gets each line with one write(2). stdio may want to seek first (dprintf() of glibc before
- *   2.37 does), and /dev/kmsg refuses that.
+ *   FILE gets each line with one write(2). stdio may seek first (dprintf() of glibc before 2.37
+ *   does), and /dev/kmsg refuses that.
  *
- * Exit status 1: a write failed, or the block is not whole. See report.h for the others.
+ * Exit status 1: a write failed, or the block is mixed. See report.h for the others.
  */
 #include "report.h"
 
@@ -48,7 +48,7 @@ static atomic_bool stop;
 const char tool_name[] = "same_block";
 const char usage_text[] = "usage: same_block [--threads=N] [--seconds=N] [--progress=FILE] DISK\n";
 
-/* One line for the progress file. */
+/* Write one line to the progress file. */
 static void __attribute__((format(printf, 2, 3))) print_progress(int log, const char *format, ...)
 {
 	char line[64];
@@ -60,7 +60,7 @@ static void __attribute__((format(printf, 2, 3))) print_progress(int log, const 
 	va_start(arguments, format);
 	length = vsnprintf(line, sizeof(line), format, arguments);
 	va_end(arguments);
-	errno = EIO; /* of a short write */
+	errno = EIO; /* for a short write */
 	if (write(log, line, (size_t)length) != length)
 		fail(progress);
 }
@@ -111,7 +111,7 @@ static uint64_t all_writes(void)
 	return sum;
 }
 
-/* Moves the threads, and says how far they are; how often a thread was moved. */
+/* Move the threads, and print their progress; return the number of moves. */
 static uint64_t move_threads(int log, uint64_t end_ns)
 {
 	long cpus = sysconf(_SC_NPROCESSORS_ONLN);
@@ -203,7 +203,7 @@ int main(int argc, char **argv)
 	report_number("errno", (uint64_t)error);
 	report_bool("whole", whole);
 	report_end();
-	/* Last, so that the report is there when this is read. */
+	/* Last, so that the report is complete when this line is read. */
 	print_progress(log, "<1>same_block: done\n");
 	return error || !whole ? EXIT_WRONG : EXIT_FINE;
 }

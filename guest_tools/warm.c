@@ -1,27 +1,27 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * The first moments of a guest that was restored from a snapshot.
+ * warm - the first moments of a guest that was restored from a snapshot.
  *
  *   warm PORT PID
  *
- * It is started in the guest that will be saved, says "listening" and waits in the background for
- * the one line that the host writes to PORT (a virtio-serial port) before it lets a restored guest
- * run:
+ * It is started in the guest that will be saved, prints "listening", and waits in the background
+ * for one line, which the host writes to PORT (a virtio-serial port) before it starts a restored
+ * guest:
  *
  *   wake SECONDS NANOSECONDS REGIONS LIMIT_MS SEED
  *
  * The clock is set to that time. SEED is 64 random bytes in hex: all guests of a snapshot have the
- * same random state, so until it is mixed in nothing may draw a number. Therefore the ssh server,
- * process PID, is stopped (SIGSTOP) when the guest is saved, and continued from here.
+ * same random state, so no process may draw a random number before the seed is mixed in. Therefore
+ * the ssh server, process PID, is stopped (SIGSTOP) when the guest is saved, and continued from
+ * here.
  *
- * It answers
+ * The answers are
  *
- *   awake CPUS        the clock is set, the seed mixed in, timers fire on so many CPUs
- *   regions N         so many nvdimm regions have their driver: REGIONS, or what there is after
- *                     LIMIT_MS
+ *   awake CPUS        the clock is set, the seed is mixed in, and timers fire on CPUS CPUs
+ *   regions N         N nvdimm regions have their driver: REGIONS, or fewer after LIMIT_MS
  *   failed WHAT: ERROR (errno N)
  *
- * and ends.
+ * Then it exits.
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -62,7 +62,7 @@ static void fail(const char *what)
 {
 	int number = errno;
 
-	/* Until it is in the background somebody reads this, then somebody reads the port. */
+	/* The starter reads stderr; once this runs in the background, the host reads the port. */
 	fprintf(stderr, "%s: %s (errno %d)\n", what, strerrorname_np(number), number);
 	if (port >= 0)
 		say("failed %s: %s (errno %d)\n", what, strerrorname_np(number), number);
@@ -85,13 +85,13 @@ static void seed_from(const char *hex)
 	random = open("/dev/random", O_RDWR | O_CLOEXEC);
 	if (random < 0)
 		fail("/dev/random");
-	/* Without the second, the generator goes on from what was saved for up to a minute. */
+	/* Without RNDRESEEDCRNG, the generator uses the saved state for up to a minute. */
 	if (ioctl(random, RNDADDENTROPY, &seed) || ioctl(random, RNDRESEEDCRNG))
 		fail("RNDADDENTROPY");
 	close(random);
 }
 
-/* The first bytes that virtio-rng gives were fetched before the guest was saved. */
+/* The first bytes of virtio-rng were fetched before the guest was saved, so drop them. */
 static void drop_saved_random_bytes(void)
 {
 	char bytes[256];
@@ -110,8 +110,8 @@ static void drop_saved_random_bytes(void)
 }
 
 /*
- * QEMU 10.0 restores no secondary CPU that runs; a guest for it is saved with them offline
- * (known_issues/qemu-quiesced-not-migrated).
+ * QEMU 10.0 does not restore a running secondary CPU, so a guest for it is saved with them offline
+ * (known_issues/qemu-quiesced-not-migrated.md).
  */
 static void bring_up(int cpu)
 {
@@ -120,7 +120,7 @@ static void bring_up(int cpu)
 
 	snprintf(path, sizeof(path), CPU_FOLDER "/cpu%d/online", cpu);
 	online = open(path, O_RDWR | O_CLOEXEC);
-	/* The boot CPU may have none. */
+	/* The boot CPU may have no such file. */
 	if (online < 0)
 		return;
 	if (read(online, &state, 1) == 1 && state == '0' && pwrite(online, "1", 1, 0) != 1)
@@ -130,8 +130,8 @@ static void bring_up(int cpu)
 
 /*
  * QEMU 7.2 does not restore the decrementer, and Linux writes it only for an event earlier than the
- * one that it believes to be programmed (known_issues/qemu-decr-not-migrated): one that is in the
- * past. Then 1 ms shows that timers fire.
+ * one that it believes to be programmed (known_issues/qemu-decr-not-migrated.md). So sleep until a
+ * time in the past. Then a sleep of 1 ms proves that timers fire.
  */
 static void wake_timers_of(int cpu)
 {
@@ -158,7 +158,7 @@ static int wake_cpus(void)
 		snprintf(path, sizeof(path), CPU_FOLDER "/cpu%d", cpu);
 		if (access(path, F_OK))
 			break;
-		/* The boot CPU first: it brings up the others, and waits meanwhile. */
+		/* The boot CPU first: it brings up the others, and must sleep meanwhile. */
 		bring_up(cpu);
 		wake_timers_of(cpu);
 		count++;
@@ -176,7 +176,7 @@ static int count_regions(void)
 	struct dirent *entry;
 	int count = 0;
 
-	/* No libnvdimm yet: it may be a module. */
+	/* libnvdimm may be a module that is not loaded yet. */
 	if (!folder)
 		return 0;
 	while ((entry = readdir(folder))) {
@@ -233,7 +233,7 @@ static void listen_on(pid_t server)
 	seed_from(seed);
 	if (clock_settime(CLOCK_REALTIME, &(struct timespec){ seconds, nanoseconds }))
 		fail("clock_settime");
-	/* The host is already calling. */
+	/* The host is already connecting. */
 	if (kill(server, SIGCONT))
 		fail("SIGCONT");
 	say("awake %d\n", wake_cpus());
@@ -254,7 +254,7 @@ int main(int argc, char **argv)
 	port = open(argv[1], O_RDWR | O_CLOEXEC);
 	if (port < 0)
 		fail(argv[1]);
-	/* What a restored guest needs first should not have to come from its disk. */
+	/* Keep the pages that a restored guest needs first in memory, not on its disk. */
 	if (mlockall(MCL_CURRENT) || sched_setscheduler(0, SCHED_FIFO, &urgent))
 		fail("mlockall");
 	child = fork();
@@ -264,7 +264,7 @@ int main(int argc, char **argv)
 		printf("listening\n");
 		return 0;
 	}
-	/* Locks are not inherited. */
+	/* Memory locks are not inherited. */
 	if (mlockall(MCL_CURRENT))
 		fail("mlockall");
 	setsid();

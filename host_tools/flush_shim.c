@@ -1,19 +1,19 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * flush_shim - preloaded into QEMU, sees how it flushes certain files, and can be told to meddle.
+ * flush_shim - preloaded into QEMU; records and changes how it flushes certain files.
  *
  * fdatasync(), fsync(), msync() and pmem_persist() on a watched file are counted and recorded, and
- * delayed, failed or held as the file's rule says. A file is watched by device and inode, whatever
- * it is called. Calls on all other files go straight through.
+ * delayed, failed or held by the file's rule. A watched file is identified by device and inode, not
+ * by its name. Calls on all other files are passed through.
  *
- * All that is shared with the outside is one struct page in a memfd: paprscm/vm/sync_shim.py makes
- * it, PAPRSCM_SHIM=<fd> names it, and both sides map it. Its layout is checked twice: against
- * sync_shim.py's description when this is compiled (flush_shim_layout.inc), and by the digest of that
- * description when it is mapped. Without such a page the library only passes calls on.
+ * The state is one struct page in a memfd, shared with the test: paprscm/vm/sync_shim.py creates
+ * it, PAPRSCM_SHIM=<fd> names it, and both sides map it. Its layout is checked twice: at compile
+ * time against sync_shim.py's description (flush_shim_layout.inc), and at run time by the digest of
+ * that description. Without such a page the library only passes calls on.
  *
- * On the path of a call: no malloc, no stdio, and no lock but that of the table of mappings.
+ * A call uses no malloc, no stdio, and no lock except that of the table of mappings.
  *
- * Not followed: mremap() of a mapping of a watched file, and pmem_memcpy_persist(), with which QEMU
+ * Not tracked: mremap() of a mapping of a watched file, and pmem_memcpy_persist(), with which QEMU
  * writes labels.
  */
 #define _GNU_SOURCE
@@ -37,22 +37,22 @@
 #define load(place) __atomic_load_n(place, __ATOMIC_ACQUIRE)
 #define store(place, value) __atomic_store_n(place, value, __ATOMIC_RELEASE)
 #define add(place, value) __atomic_add_fetch(place, value, __ATOMIC_SEQ_CST)
-/* As C11 has it: when it fails, *old is what was there. */
+/* As in C11: on failure, *old is the current value. */
 #define swap_if(place, old, value) \
 	__atomic_compare_exchange_n(place, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE)
 
 enum operation { FDATASYNC, FSYNC, MSYNC, PMEM_PERSIST, OPERATIONS };
 
-/* What was done to a call, as bits. */
+/* Changes to a call, as bits. */
 enum injected { DELAYED = 1, FAILED = 2, HUNG = 4 };
 
 /*
- * What is to happen to calls that begin from now on. A mask has a bit for each operation; an epoch
- * is the generation in which that part of the rule was last set.
+ * The rule for calls that begin from now on. A mask has a bit for each operation; an epoch is the
+ * generation in which that part of the rule was last set.
  */
 struct rule {
 	uint32_t delay_mask, delay_epoch, delay_low_us, delay_high_us;
-	/* The calls first, first + step, … up to last fail, counted from 1 since the epoch. */
+	/* Calls first, first + step, … up to last fail, counted from 1 since the epoch. */
 	uint32_t fail_mask, fail_epoch, fail_errno, fail_first, fail_step, fail_last;
 	uint32_t hang_mask, hang_epoch;
 };
@@ -63,21 +63,21 @@ struct counts {
 
 struct file {
 	uint64_t dev, ino;
-	/* rules[generation & 1] is in force; the other is where the next one is written. */
+	/* rules[generation & 1] is in force; the other one is for the next rule. */
 	uint32_t generation;
-	/* Calls hung in this epoch or before may go on. */
+	/* Calls held in this epoch or earlier may continue. */
 	uint32_t released;
 	struct rule rules[2];
-	/* Calls that were counted for delays and failures: the rule's epoch above, how many below. */
+	/* Calls counted for delays and failures: the rule's epoch << 32, plus the count. */
 	uint64_t drawn, matched;
-	/* By operation; the last is for all of them together. */
+	/* By operation; the last is for all operations together. */
 	struct counts counts[OPERATIONS + 1];
-	/* Mappings made so far: none means that another process has the file. */
+	/* Mappings made so far; 0 means that another process has the file. */
 	uint64_t mapped;
 };
 
 struct record {
-	/* (number + 1) << 1, and 1 when the call has ended; written after what it vouches for. */
+	/* (number + 1) << 1, plus 1 when the call has ended; written after the fields below. */
 	uint64_t state;
 	uint64_t begin_ns, end_ns;
 	uint32_t file, operation, injected, delay_us, result, thread;
@@ -88,11 +88,11 @@ struct page {
 	uint64_t magic;
 	uint64_t layout;
 	uint64_t seed;
-	/* Our pid; -1 when the page is one for another build of this library. */
+	/* Our pid; -1 if the page is for another build of this library. */
 	int64_t loaded;
-	/* Mappings of watched files that found no place in the table. */
+	/* Mappings of watched files that did not fit into the table. */
 	uint64_t lost;
-	/* How many of the files are in use, and how many records were begun. */
+	/* Number of files in use, and of records begun. */
 	uint64_t files, begun;
 	uint64_t reserved;
 	struct file file[64];
@@ -113,18 +113,18 @@ static struct {
 
 #define REAL(name) ((__typeof__(&name))find(&real.name, #name))
 
-/* Looked up by load_shim(), before which constructors of other libraries may call us. */
+/* Set by load_shim(); constructors of other libraries may call us earlier. */
 static void *find(void **place, const char *name)
 {
 	if (!*place)
 		*place = dlsym(RTLD_NEXT, name);
-	/* Only pmem_persist can be missing, and then there is nothing that could be called. */
+	/* Only pmem_persist can be missing, and then no caller can have it. */
 	if (!*place)
 		abort();
 	return *place;
 }
 
-/* --- which file is it ---------------------------------------------------------------------- */
+/* --- file of a call ------------------------------------------------------------------------- */
 
 static struct file *by_fd(int fd)
 {
@@ -141,7 +141,7 @@ static struct file *by_fd(int fd)
 	return NULL;
 }
 
-/* Where watched files are mapped, in no order; none of them overlap. */
+/* Mappings of watched files, unordered; they do not overlap. */
 static struct range {
 	uintptr_t start, end;
 	struct file *file;
@@ -164,7 +164,7 @@ static void remember(uintptr_t start, uintptr_t end, struct file *file)
 		add(&page->lost, 1);
 }
 
-/* Part of a mapping may go: QEMU trims what it reserved for alignment. */
+/* Only part of a mapping may be removed: QEMU trims its reservation for alignment. */
 static void forget(uintptr_t start, uintptr_t end)
 {
 	for (size_t i = 0; i < n_ranges;) {
@@ -199,8 +199,8 @@ static struct file *by_address(const void *address, size_t length)
 }
 
 /*
- * The lock is held across the system call: otherwise another thread could be given addresses of
- * which the table still says something else. What cannot concern the table does without.
+ * The lock is held across the system call: otherwise another thread could get addresses for which
+ * the table has an old entry. Calls that cannot affect the table do not take it.
  */
 EXPORT void *mmap(void *address, size_t length, int prot, int flags, int fd, off_t offset)
 {
@@ -239,13 +239,13 @@ EXPORT int munmap(void *address, size_t length)
 	return result;
 }
 
-/* --- what is to happen to it --------------------------------------------------------------- */
+/* --- rule of a file ------------------------------------------------------------------------- */
 
 struct plan {
 	uint32_t injected, delay_us, hang_epoch, error;
 };
 
-/* A copy of the rule in force; shim.py never writes to it before it has put another in force. */
+/* A copy of the rule in force; sync_shim.py changes a rule only after another is in force. */
 static struct rule rule_of(const struct file *file)
 {
 	uint32_t generation;
@@ -259,7 +259,7 @@ static struct rule rule_of(const struct file *file)
 	return rule;
 }
 
-/* The how-manieth call of this epoch it is; 0 when a newer epoch has begun already. */
+/* Number of this call in the epoch, from 1; 0 if a newer epoch has already begun. */
 static uint32_t nth_of(uint64_t *word, uint32_t epoch)
 {
 	uint64_t old = load(word), new;
@@ -281,7 +281,7 @@ static uint64_t mix(uint64_t x)
 	return x ^ x >> 31;
 }
 
-/* The n-th delay of an epoch, whichever thread asks: the same in every run with this seed. */
+/* The n-th delay of an epoch: the same in every run with this seed, for any order of threads. */
 static uint32_t draw(const struct file *file, const struct rule *rule, uint32_t n)
 {
 	uint64_t span = (uint64_t)rule->delay_high_us - rule->delay_low_us + 1;
@@ -366,7 +366,7 @@ static void count_ended(struct counts *counts, bool failed)
 	add(&counts->ended, 1);
 }
 
-/* Note that a call begins, and carry out the rule; true if the real call is not to be made. */
+/* Record that a call begins, and apply the rule; true if the real call must not be made. */
 static bool enter(struct call *call, struct file *file, enum operation operation)
 {
 	uint64_t number = add(&page->begun, 1) - 1, begin_ns = now_ns();
@@ -374,7 +374,7 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 	struct plan plan = decide(file, operation);
 
 	*call = (struct call){ file, operation, record, (number + 1) << 1, (int)plan.error };
-	/* The slot's last call is a thing of the past, even if it is still in progress. */
+	/* Invalidate the slot's last call, even if it is still in progress. */
 	__atomic_exchange_n(&record->state, 0, __ATOMIC_SEQ_CST);
 	record->begin_ns = begin_ns;
 	record->file = (uint32_t)(file - page->file);
@@ -386,7 +386,7 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 	count_begun(&file->counts[operation]);
 	count_begun(&file->counts[OPERATIONS]);
 
-	/* Nobody wakes us: shim.py only writes memory. */
+	/* Poll, because sync_shim.py only writes memory, and does not wake us. */
 	while (plan.injected & HUNG && load(&file->released) < plan.hang_epoch)
 		sleep_us(1000);
 	if (plan.injected & DELAYED)
@@ -394,14 +394,14 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 	return plan.injected & FAILED;
 }
 
-/* Note that it ended, and return its result with its errno. */
+/* Record that the call ended, and return its result with its errno. */
 static int leave(const struct call *call, int result)
 {
 	int error = !result ? 0 : call->error ? call->error : errno;
 	struct record *record = call->record;
 	uint64_t state = call->state;
 
-	/* The ring may have come round meanwhile; then the slot is another call's. */
+	/* If the ring has wrapped meanwhile, the slot belongs to another call. */
 	if (load(&record->state) == state) {
 		record->end_ns = now_ns();
 		record->result = (uint32_t)error;
@@ -444,7 +444,7 @@ EXPORT int msync(void *address, size_t length, int flags)
 	return leave(&call, enter(&call, file, MSYNC) ? -1 : REAL(msync)(address, length, flags));
 }
 
-/* QEMU asks for pmem_persist@LIBPMEM_1.0; a definition without version answers that, too. */
+/* QEMU needs pmem_persist@LIBPMEM_1.0; a definition without a version matches that, too. */
 EXPORT void pmem_persist(const void *address, size_t length)
 {
 	struct file *file = by_address(address, length);
@@ -454,13 +454,13 @@ EXPORT void pmem_persist(const void *address, size_t length)
 		REAL(pmem_persist)(address, length);
 		return;
 	}
-	/* It has no way to fail, and shim.py makes no rule that says so. */
+	/* It cannot fail, so sync_shim.py does not allow a rule that makes it fail. */
 	enter(&call, file, PMEM_PERSIST);
 	REAL(pmem_persist)(address, length);
 	leave(&call, 0);
 }
 
-/* --- how we get there ---------------------------------------------------------------------- */
+/* --- start ---------------------------------------------------------------------------------- */
 
 /* Not strtol(): newer C libraries have it under a version that older ones lack. */
 static int parse_fd(const char *text)
@@ -503,7 +503,7 @@ __attribute__((constructor)) static void load_shim(void)
 	if (!text)
 		return;
 	fd = parse_fd(text);
-	/* For QEMU alone; what it starts has other things to flush. */
+	/* For QEMU only, not for programs that it starts. */
 	unsetenv("PAPRSCM_SHIM");
 	unsetenv("LD_PRELOAD");
 	real.fdatasync = dlsym(RTLD_NEXT, "fdatasync");

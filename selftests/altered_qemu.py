@@ -17,12 +17,12 @@ while select.select([0], [], []) and (content := os.read(0, 65536)):
 
 
 def altered_qemu(folder: Path, old: str, new: str) -> Path:
-    """Return a program that starts the host's QEMU and replaces text in what it is asked.
+    """Create a program that starts the host's QEMU and replaces text in its QMP input.
 
-    Asked for a type that does not exist, QEMU answers as one that was built without.
+    A query for a type that does not exist gives the answer of a QEMU built without the type.
 
     Args:
-        folder: where the program goes.
+        folder: folder of the program.
         old, new: parts of QMP commands as the client writes them, without spaces.
     """
     (folder / "filter.py").write_text(_FILTER.format(old=old.encode(), new=new.encode()))

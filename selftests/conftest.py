@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What tests with a real guest share."""
+"""Fixtures of selftests with a real QEMU or guest."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from paprscm.vm.machine import Machine
 
 @pytest.fixture(scope="session")
 def environment() -> Environment:
-    """QEMU, kernel and userland as ./avocado.cfg has them, made where they are missing."""
+    """QEMU, kernel and userland of ./avocado.cfg; missing ones are built."""
     return prepare(settings.load(config=ROOT / "avocado.cfg"))
 
 
 @pytest.fixture(scope="session")
 def qemu() -> Qemu:
-    """The QEMU alone, as ./avocado.cfg has it."""
+    """The QEMU of ./avocado.cfg."""
     chosen = settings.load(config=ROOT / "avocado.cfg")
     return resolve(Archive.of(chosen), chosen.qemu)
 
 
 @pytest.fixture
 def boot(environment: Environment, tmp_path: Path) -> Iterator[Callable[..., Guest]]:
-    """Boots a guest that ends with the test; `limits` are settings, the rest is as for Guest."""
+    """Boot a guest that ends with the test; `limits` are settings, the rest is as for Guest."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     with ExitStack() as stack:

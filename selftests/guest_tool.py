@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guest tools compiled on the host, from the one file that a guest would get."""
+"""Guest tools compiled on the host, from the same single file that a guest gets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compile_on_host(
     compiler: str = "gcc",
     change: Callable[[str], str] | None = None,
 ) -> Path:
-    """Compile guest_tools/NAME.c, changed if asked for; skip the test if there is no compiler."""
+    """Compile guest_tools/NAME.c, optionally changed; skip the test without a compiler."""
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
     source = target.with_name(f"{name}.c")
@@ -35,6 +35,6 @@ def compile_on_host(
 
 
 def is_ppc64le(binary: Path) -> bool:
-    """ELF, 64 bits, little-endian; e_machine 21 is EM_PPC64."""
+    """True for ELF, 64 bits, little-endian; e_machine 21 is EM_PPC64."""
     header = binary.read_bytes()[:20]
     return header[:6] == b"\x7fELF\x02\x01" and int.from_bytes(header[18:20], "little") == 21

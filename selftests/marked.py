@@ -9,8 +9,8 @@ MARK = "PAPRSCM_SELFTEST_MARK"
 
 
 def marked(mark: str) -> dict[int, str]:
-    """The living processes with our mark in their environment: pid and what they are."""
-    found = {}
+    """The living processes with the mark in their environment: role by pid."""
+    roles = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
@@ -19,11 +19,11 @@ def marked(mark: str) -> dict[int, str]:
         except OSError:
             continue
         if words != [""]:
-            found[int(folder.name)] = what(words)
-    return found
+            roles[int(folder.name)] = role_of(words)
+    return roles
 
 
-def what(words: list[str]) -> str:
+def role_of(words: list[str]) -> str:
     """The role of a process of the run, from its command line."""
     line = " ".join(words)
     for part, role in (

@@ -62,7 +62,7 @@ def test_several_differences_are_a_table() -> None:
     )
 
 
-def test_details_are_behind_the_values() -> None:
+def test_details_come_after_the_values() -> None:
     one = Difference("file", "accepted", "refused", "sf in VmFlags")
     assert str(one) == "file: 'accepted', expected 'refused' (sf in VmFlags)"
     lines = describe([Difference("syncs", 1, 2), one]).splitlines()

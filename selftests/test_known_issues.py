@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Files of known issues: their versions, and the verdict on an issue that shows or is gone."""
+"""Files of known issues: their versions, and the verdict on an issue that shows or not."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from paprscm.testcase import QemuTest
 
 def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
     lines = f"- **Since:** {since}\n- **Fixed in:** {fixed_in}\n- **Seen in:** 1.2 to 3.4\n"
-    (folder / "x.md").write_text(f"# It does x\n\n- **Where:** there\n{lines}\nThe prose.\n")
+    (folder / "x.md").write_text(f"# It does x\n\n- **Location:** there\n{lines}\nThe prose.\n")
     return read_issue("x", folder=folder)
 
 
 STATES = {
     # Releases, and builds of them.
-    "5.2.21": IssueState.BEFORE,
-    "5.3.0-paprscm": IssueState.PRESENT,
-    "6.1.192": IssueState.PRESENT,
-    "6.12.111": IssueState.PRESENT,
-    "6.12.112": IssueState.FIXED,
-    "6.12.117-paprscm": IssueState.FIXED,
-    "6.13.9": IssueState.PRESENT,
-    "6.19.300": IssueState.PRESENT,
-    "7.2.5": IssueState.PRESENT,
-    "7.2.6-mine": IssueState.FIXED,
-    "7.3.0": IssueState.FIXED,
-    "7.10.0": IssueState.FIXED,
-    "10.0.0": IssueState.FIXED,
-    # Release candidates are before the release, and may have what it has.
-    "5.3.0-rc1": IssueState.PRESENT,
-    "6.12.0-rc3-00123-gabcdef": IssueState.PRESENT,
-    "v7.2-rc1-5-gdeadbeef": IssueState.PRESENT,
-    "6.12.112-rc1": IssueState.UNCERTAIN,
-    "6.12.113-rc1": IssueState.FIXED,
-    "7.3.0-rc2+": IssueState.UNCERTAIN,
-    "7.3-rc2": IssueState.UNCERTAIN,
-    "7.4-rc1": IssueState.FIXED,
-    "7.2.0-rc7-next-20260812": IssueState.UNCERTAIN,
+    "5.2.21": State.BEFORE,
+    "5.3.0-paprscm": State.PRESENT,
+    "6.1.192": State.PRESENT,
+    "6.12.111": State.PRESENT,
+    "6.12.112": State.FIXED,
+    "6.12.117-paprscm": State.FIXED,
+    "6.13.9": State.PRESENT,
+    "6.19.300": State.PRESENT,
+    "7.2.5": State.PRESENT,
+    "7.2.6-mine": State.FIXED,
+    "7.3.0": State.FIXED,
+    "7.10.0": State.FIXED,
+    "10.0.0": State.FIXED,
+    # Release candidates are before the release, and may have the fix.
+    "5.3.0-rc1": State.PRESENT,
+    "6.12.0-rc3-00123-gabcdef": State.PRESENT,
+    "v7.2-rc1-5-gdeadbeef": State.PRESENT,
+    "6.12.112-rc1": State.UNCERTAIN,
+    "6.12.113-rc1": State.FIXED,
+    "7.3.0-rc2+": State.UNCERTAIN,
+    "7.3-rc2": State.UNCERTAIN,
+    "7.4-rc1": State.FIXED,
+    "7.2.0-rc7-next-20260812": State.UNCERTAIN,
     # Development after a release.
     "6.12.110-00300-gabcdef0": IssueState.PRESENT,
     "6.12.111-00300-gabcdef0": IssueState.UNCERTAIN,
@@ -68,7 +68,7 @@ STATES = {
 
 
 @pytest.mark.parametrize("version", STATES)
-def test_a_linux_version_is_held_against_since_and_fixed_in(tmp_path: Path, version: str) -> None:
+def test_a_linux_version_is_compared_with_since_and_fixed_in(tmp_path: Path, version: str) -> None:
     known = issue(tmp_path, "Linux 5.3", "6.12.112, 7.2.6, 7.3")
     assert (known.title, known.product) == ("It does x", "Linux")
     assert known.state(version) is STATES[version]
@@ -89,19 +89,19 @@ def test_a_linux_version_is_held_against_since_and_fixed_in(tmp_path: Path, vers
         ("11.1.50 (v11.1.0-1234-gabcdef)", IssueState.FIXED),
     ],
 )
-def test_a_qemu_version_is_held_against_since_and_fixed_in(
-    tmp_path: Path, version: str, state: IssueState
+def test_a_qemu_version_is_compared_with_since_and_fixed_in(
+    tmp_path: Path, version: str, state: State
 ) -> None:
     assert issue(tmp_path, "QEMU 7.0", "7.2.19, 10.0").state(version) is state
 
 
 def test_the_next_release_bounds_a_development_version(tmp_path: Path) -> None:
     known = issue(tmp_path, "QEMU 7.0", "11.1.3, 12.0")
-    # It is not on the stable branch 11.1, whatever its number.
-    assert known.state("11.1.50") is IssueState.PRESENT
-    assert known.state("11.2.50") is IssueState.UNCERTAIN
-    assert known.state("11.2.91") is IssueState.UNCERTAIN
-    assert known.state("11.1.4") is IssueState.FIXED
+    # A development version is not on the stable branch 11.1.
+    assert known.state("11.1.50") is State.PRESENT
+    assert known.state("11.2.50") is State.UNCERTAIN
+    assert known.state("11.2.91") is State.UNCERTAIN
+    assert known.state("11.1.4") is State.FIXED
     known = issue(tmp_path, "QEMU 7.0", "12.0-rc2")
     assert known.state("11.2.91 (v12.0.0-rc1)") is IssueState.UNCERTAIN
     assert known.state("11.2.92 (v12.0.0-rc2)") is IssueState.FIXED
@@ -123,7 +123,7 @@ def test_a_bug_that_came_with_a_backport_and_has_no_fix(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("version", ["next-20261122", "7", "v7.x", ""])
-def test_what_is_not_a_version_is_an_error(tmp_path: Path, version: str) -> None:
+def test_an_invalid_version_is_an_error(tmp_path: Path, version: str) -> None:
     with pytest.raises(HostError, match=r"is not a version of Linux"):
         issue(tmp_path, "Linux 5.3", "7.0").state(version)
 
@@ -147,7 +147,7 @@ def test_what_is_not_a_version_is_an_error(tmp_path: Path, version: str) -> None
         ("Linux 6.12.112, 7.3", "6.13.5, 7.4", "fixed in 6.13.5, which does not come after"),
     ],
 )
-def test_what_cannot_be_read_is_said(
+def test_an_invalid_line_is_an_error(
     tmp_path: Path, since: str, fixed_in: str, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
@@ -155,14 +155,14 @@ def test_what_cannot_be_read_is_said(
 
 
 @pytest.mark.parametrize("line", ["", "- **Fixed in:** 7.1\n" * 2, "- **Fixed in:** \n"])
-def test_each_line_is_there_once(tmp_path: Path, line: str) -> None:
+def test_each_line_occurs_once(tmp_path: Path, line: str) -> None:
     (tmp_path / "x.md").write_text(f"# x\n\n- **Since:** QEMU 7.0\n{line}")
     with pytest.raises(ConfigError, match="not one") as caught:
         read_issue("x", folder=tmp_path)
     assert "README.md" in str(caught.value.hint)
 
 
-def test_a_missing_file_is_said(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"known issue .*qemu-y"):
         read_issue("qemu-y", folder=tmp_path)
 
@@ -172,7 +172,7 @@ NAMES = sorted({file.stem for file in FOLDER.glob("*.md")} - {"README"})
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_can_be_read(name: str) -> None:
-    """And claims no fix before its bug, which read_issue() refuses."""
+    """Its name begins with its product, and read_issue() accepts it."""
     assert name.startswith(f"{read_issue(name).product.lower()}-")
 
 
@@ -182,7 +182,7 @@ def test_every_file_is_in_the_table_and_the_table_names_no_other() -> None:
 
 
 def test_every_issue_that_a_test_names_can_be_read() -> None:
-    """A typing error would be noticed only where the bug shows."""
+    """Otherwise a misspelled name would only be detected when the bug shows."""
     trees = [ast.parse(file.read_text()) for file in (FOLDER.parent / "tests").rglob("*.py")]
     strings = {
         node.value
@@ -197,7 +197,7 @@ def test_every_issue_that_a_test_names_can_be_read() -> None:
 
 
 class _Test:
-    """As much of a test as known_issue() needs."""
+    """A test with the attributes that known_issue() needs."""
 
     log = logging.getLogger("paprscm")
 
@@ -213,7 +213,7 @@ class _Test:
         self.measured[name] = value
 
     def says(self, *, shows: bool, issue: str = "linux-pmem-loses-preflush-error") -> str | None:
-        """Report the issue; the update that is asked for."""
+        """Report the issue; return the requested update."""
         QemuTest.known_issue(cast(QemuTest, self), issue, shows=shows, found="fsync returned 0")
         (verdict,) = self.measured.values()
         assert verdict["shows"] is shows
@@ -221,7 +221,7 @@ class _Test:
 
 
 def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
-    # The QEMU's version is not asked.
+    # QEMU's version does not matter for a Linux issue.
     test = _Test(QEMU="99.0.0", Linux="6.12.107-paprscm")
     assert test.says(shows=True) is None
     assert test.warnings == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
@@ -232,7 +232,7 @@ def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
 @pytest.mark.parametrize("release", ["6.12.117", "6.12.117+deb13-powerpc64le", "7.4.0-rc1"])
 def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> None:
     test = _Test(QEMU="7.2.22", Linux=release)
-    with pytest.raises(ContractError, match="fsync returned 0: A flush that failed") as caught:
+    with pytest.raises(ContractError, match="fsync returned 0: A bio succeeds") as caught:
         test.says(shows=True)
     assert str(caught.value.hint) == (
         f"a regression on Linux {release}: known_issues/linux-pmem-loses-preflush-error.md lists "
@@ -242,7 +242,7 @@ def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> 
     assert next(iter(test.measured.values()))["shows"]
 
 
-def test_a_known_issue_is_gone() -> None:
+def test_a_known_issue_does_not_show() -> None:
     update = _Test(Linux="6.13.9").says(shows=False)
     assert update == (
         "known issue linux-pmem-loses-preflush-error no longer shows on Linux 6.13.9: if it is "
@@ -270,7 +270,7 @@ def test_updates_of_a_job() -> None:
         {"known issue a": verdict("Linux 7", "a is gone on 7"), "codes": [1]},
         {"known issue a": verdict("Linux 7", "a is gone on 7")},
         {"known issue b": verdict("Linux 7", "b is gone on 7")},
-        # One test shows it, so it is not gone there; but with another kernel it is.
+        # A test shows it on 7, so only the update for 8 counts.
         {"known issue b": verdict("Linux 7", None, shows=True)},
         {"known issue b": verdict("Linux 8", "b is gone on 8")},
         {"known issue c": verdict("Linux 7", "c shows on 7", shows=True)},

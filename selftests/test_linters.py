@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Linters and types are tests like any other."""
+"""Linters and the type checker, run as tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _files(*patterns: str) -> list[str]:
 
 
 def _scripts() -> list[str]:
-    """Files of the checkout that begin as a shell script, and those named so."""
+    """Shell scripts of the checkout: by their first line, or by the suffix .sh."""
     folders = (".", ".ci", "docs", "examples", "guest_tools", "images", "selftests", "tools")
     files = [file for folder in folders for file in (ROOT / folder).glob("*") if file.is_file()]
     return sorted(
@@ -59,15 +59,15 @@ def test_linter(command: list[str]) -> None:
 
 
 def test_the_suites_tests_fail_in_one_way() -> None:
-    """By check(), expect() or an exception of paprscm.errors; ruff forbids `assert` there."""
+    """Through check(), expect() or an exception of paprscm.errors; ruff forbids `assert`."""
     other = re.compile(r"self\.(assert\w+|fail|cancel|error|skipTest)\(")
-    found = [
+    lines = [
         f"{file.relative_to(ROOT)}:{number}: {line.strip()}"
         for file in sorted((ROOT / "tests").rglob("*.py"))
         for number, line in enumerate(file.read_text().splitlines(), 1)
         if other.search(line)
     ]
-    assert found == []
+    assert lines == []
 
 
 def test_every_source_file_names_its_licence() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The interface as data: numbers as the guest and QEMU print them, in other bases and signs."""
+"""PAPR's numbers as printed by guests and QEMU, in other bases and signs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import pytest
 from paprscm.papr import LONG_BUSY_MS, Hcall, ReturnCode, drc_index, node_name, return_code_name
 
 
-def test_opcodes_as_the_guests_statistics_show_them() -> None:
+def test_opcodes_of_the_guest_s_statistics() -> None:
     """debugfs hcall_inst and the hcall_entry tracepoint print decimal numbers."""
-    seen = {
+    names = {
         996: "H_SCM_READ_METADATA",
         1000: "H_SCM_WRITE_METADATA",
         1004: "H_SCM_BIND_MEM",
@@ -19,7 +19,7 @@ def test_opcodes_as_the_guests_statistics_show_them() -> None:
         1024: "H_SCM_HEALTH",
         1100: "H_SCM_FLUSH",
     }
-    assert {number: Hcall(number).name for number in seen} == seen
+    assert {number: Hcall(number).name for number in names} == names
 
 
 def test_return_codes_from_registers() -> None:

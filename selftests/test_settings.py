@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A setting is found wherever it may be given, and a wrong one is refused in one sentence."""
+"""Settings from the command line and the file; a wrong one is refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def write(folder: Path, text: str) -> Path:
     return config
 
 
-def test_the_command_line_goes_before_the_file(tmp_path: Path) -> None:
+def test_the_command_line_overrides_the_file(tmp_path: Path) -> None:
     config = write(tmp_path, "[paprscm]\nsmp = 4\nqemu = debian:sid\n")
     read = settings.load({"smp": "1", "qemu": None}, config=config)
     assert (read.smp, read.qemu) == (1, "debian:sid")
@@ -58,7 +58,7 @@ def test_bad_settings_are_refused(tmp_path: Path, text: str, message: str) -> No
         settings.load(config=write(tmp_path, f"[paprscm]\n{text}\n"))
 
 
-def test_a_file_that_is_no_ini_file_is_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_an_ini_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"avocado\.cfg cannot be read"):
         settings.load(config=write(tmp_path, "smp = 1\n"))
 
@@ -81,7 +81,7 @@ def test_a_user_without_home_needs_a_cache_folder(monkeypatch: pytest.MonkeyPatc
     assert settings.load(config=nowhere).cache_dir == Path("/x/paprscm")
 
 
-def test_every_setting_says_what_it_means() -> None:
+def test_every_setting_has_a_meaning() -> None:
     assert all(settings.meaning(name) for name in settings.names())
 
 
@@ -92,7 +92,7 @@ def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
-def test_a_dimm_is_read_from_its_words() -> None:
+def test_a_dimm_is_parsed() -> None:
     nvdimm = parse_nvdimm("pmem=on,size=1G,label=256K,slot=5,share=off,device=nvdimm", slot=0)
     assert (nvdimm.pmem, nvdimm.share, nvdimm.slot, nvdimm.device) == (True, False, 5, "nvdimm")
     assert (nvdimm.size_bytes, nvdimm.label_bytes) == (1024 * MIB, 262144)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""tools/setup makes a machine ready from nothing, and does nothing where nothing is to be done."""
+"""tools/setup prepares a new machine, and does nothing on a prepared one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from paprscm.paths import ROOT
 
-# What Debian's essential packages bring, and setup may rely on.
+# Distributions, and the commands of Debian's essential packages, which setup may use.
 DEBIAN = 'PRETTY_NAME="Debian GNU/Linux 12 (bookworm)"\nID=debian\n'
 FEDORA = 'NAME="Fedora Linux"\nID=fedora\nPRETTY_NAME="Fedora Linux 43 (Workstation Edition)"\n'
 ROCKY = 'ID="rocky"\nID_LIKE="rhel centos fedora"\nPRETTY_NAME="Rocky Linux 9.5"\n'
@@ -47,7 +47,7 @@ esac
 
 
 class Machine:
-    """A checkout, and a PATH that holds what the machine has."""
+    """A checkout, and a PATH with the machine's commands."""
 
     def __init__(self, folder: Path) -> None:
         self.checkout = folder / "checkout"
@@ -60,9 +60,9 @@ class Machine:
         self.tools.mkdir()
         self.log = folder / "log"
         for name in (*ESSENTIAL, "chmod"):
-            found = shutil.which(name)
-            assert found, name
-            (self.tools / name).symlink_to(found)
+            path = shutil.which(name)
+            assert path, name
+            (self.tools / name).symlink_to(path)
         self.tool("python3", PYTHON)
         self.user(0)
         self.os_release = folder / "os-release"
@@ -95,16 +95,16 @@ class Machine:
         )
 
     def run(self, status: int = 0, **env: str) -> str:
-        """Run setup, which must end with `status`; what it said."""
+        """Run setup, which must end with `status`; return its output."""
         self.log.write_text("")
         process = self.start(**env)
-        out, said = process.communicate(timeout=30)
-        assert process.returncode == status, said
-        assert out == "", "it speaks on stderr only"
-        return said
+        out, output = process.communicate(timeout=30)
+        assert process.returncode == status, output
+        assert out == "", "setup prints only on stderr"
+        return output
 
     def called(self, word: str) -> list[str]:
-        """What was called in the last run, as far as it holds `word`."""
+        """Commands of the last run that contain `word`."""
         return [line for line in self.log.read_text().splitlines() if word in line]
 
 
@@ -113,7 +113,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-def test_second_run_does_and_says_nothing(machine: Machine) -> None:
+def test_second_run_does_and_prints_nothing(machine: Machine) -> None:
     assert "making .venv" in machine.run()
     assert machine.called("venv --clear")
     assert machine.called("pip install")
@@ -124,10 +124,10 @@ def test_second_run_does_and_says_nothing(machine: Machine) -> None:
 def test_missing_packages_are_named_and_installed(machine: Machine) -> None:
     machine.packages("the-thing thing # why\nthere sh # why\nfile /nonexistent/file # why\n")
     machine.tool("apt-get", APT)
-    said = machine.run(1)
-    assert "setup: missing packages: the-thing file\n" in said
-    # One of the two is there now, the other never comes.
-    assert "still not there after their installation: file" in said
+    output = machine.run(1)
+    assert "setup: missing packages: the-thing file\n" in output
+    # One of the two packages is installed now, the other stays missing.
+    assert "still missing after their installation: file" in output
     update, install = machine.called("apt-get")
     assert " update, noninteractive" in update
     assert " -y --no-install-recommends install the-thing file, noninteractive" in install
@@ -140,8 +140,8 @@ def test_user_without_sudo_gets_the_line(machine: Machine) -> None:
     machine.packages("the-thing thing # why\n")
     machine.tool("apt-get", APT)
     machine.user(1000)
-    said = machine.run(1)
-    assert "run as root: apt-get install -y --no-install-recommends the-thing\n" in said
+    output = machine.run(1)
+    assert "run as root: apt-get install -y --no-install-recommends the-thing\n" in output
     assert not machine.called("apt-get")
 
 
@@ -156,9 +156,9 @@ def test_user_with_sudo_uses_it(machine: Machine) -> None:
 
 def test_debian_without_apt(machine: Machine) -> None:
     machine.packages("the-thing thing # why\n")
-    said = machine.run(1)
-    assert "missing packages: the-thing" in said
-    assert "no apt-get here; run as root: apt-get install" in said
+    output = machine.run(1)
+    assert "missing packages: the-thing" in output
+    assert "no apt-get here; run as root: apt-get install" in output
 
 
 LIST = "the-thing thing # makes things\nlib /gone/x.h lib-devel # why\ncross /gone/y.h - # also\n"
@@ -168,12 +168,12 @@ LIST = "the-thing thing # makes things\nlib /gone/x.h lib-devel # why\ncross /go
 def test_fedora(machine: Machine, release: str) -> None:
     machine.packages(LIST)
     machine.os_release.write_text(release)
-    # Fedora has an apt, which the suite needs, and which installs nothing there.
+    # Fedora has apt-get, which the suite needs, but which cannot install packages there.
     machine.tool("apt-get", APT)
-    said = machine.run(1)
-    assert "  thing: makes things (Debian and Ubuntu: the-thing, Fedora: the-thing)\n" in said
-    assert "  /gone/x.h: why (Debian and Ubuntu: lib, Fedora: lib-devel)\n" in said
-    assert said.endswith("run as root: dnf install the-thing lib-devel\n")
+    output = machine.run(1)
+    assert "  thing: makes things (Debian and Ubuntu: the-thing, Fedora: the-thing)\n" in output
+    assert "  /gone/x.h: why (Debian and Ubuntu: lib, Fedora: lib-devel)\n" in output
+    assert output.endswith("run as root: dnf install the-thing lib-devel\n")
     assert not machine.called("apt-get")
     machine.packages("cross /gone/y.h - # it runs without\n")
     machine.run()
@@ -183,10 +183,10 @@ def test_other_systems(machine: Machine) -> None:
     machine.packages(LIST)
     machine.tool("apt-get", APT)
     machine.os_release.write_text(ARCH)
-    said = machine.run(1)
-    assert "setup: Arch Linux lacks these tools:\n  thing: makes things (Debian and" in said
-    assert "  /gone/y.h: also (Debian and Ubuntu: cross, Fedora has none)\n" in said
-    assert said.endswith("install them, and run it again\n")
+    output = machine.run(1)
+    assert "setup: Arch Linux lacks these tools:\n  thing: makes things (Debian and" in output
+    assert "  /gone/y.h: also (Debian and Ubuntu: cross, Fedora has none)\n" in output
+    assert output.endswith("install them, and run it again\n")
     machine.os_release.unlink()
     assert "this system lacks these tools" in machine.run(1)
     assert not machine.called("apt-get")
@@ -202,14 +202,14 @@ def test_ubuntu_is_like_debian(machine: Machine) -> None:
 
 def test_no_fitting_python_asks_for_the_package(machine: Machine) -> None:
     machine.tool("apt-get", APT)
-    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.15.0")
-    assert "python3 is Python 3.15.0: the suite needs 3.11 to 3.14" in said
-    assert "missing packages: python3-venv" in said
-    said = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.14.1")
-    assert "python3 is Python 3.14.1, without venv" in said
+    output = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.15.0")
+    assert "python3 is Python 3.15.0: the suite needs 3.11 to 3.14" in output
+    assert "missing packages: python3-venv" in output
+    output = machine.run(1, TOO_OLD="yes", PYTHON="python3", VERSION="3.14.1")
+    assert "python3 is Python 3.14.1, without venv" in output
 
 
-def test_newer_python_beside_a_usable_one(machine: Machine) -> None:
+def test_newer_python_together_with_a_usable_one(machine: Machine) -> None:
     machine.tool("python3.12", PYTHON)
     machine.tool("python3", f"TOO_OLD=yes VERSION=3.15.0\n{PYTHON}")
     assert "making .venv with Python 3.12.3 (python3.12)" in machine.run(
@@ -278,20 +278,20 @@ def test_moved_checkout_makes_a_new_environment(machine: Machine, tmp_path: Path
     assert machine.called("venv --clear")
 
 
-def test_two_at_once(machine: Machine) -> None:
+def test_two_concurrent_runs(machine: Machine) -> None:
     first = machine.start(PIP_TAKES="1")
     assert first.stderr
     assert "making" in first.stderr.readline()
     second = machine.start()
-    said = second.communicate(timeout=30)[1]
+    output = second.communicate(timeout=30)[1]
     first.communicate(timeout=30)
     assert (first.returncode, second.returncode) == (0, 0)
-    assert "another run is at it; waiting" in said
+    assert "another run is installing; waiting" in output
     assert len(machine.called("pip install")) == 1
 
 
 def test_list_of_this_project_is_read(machine: Machine) -> None:
     shutil.copy(ROOT / "images/host-packages", machine.checkout / "images/host-packages")
-    said = machine.run(1)
-    assert "qemu-system-ppc gcc-powerpc64le-linux-gnu" in said
-    assert "python3-venv" not in said
+    output = machine.run(1)
+    assert "qemu-system-ppc gcc-powerpc64le-linux-gnu" in output
+    assert "python3-venv" not in output

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The statuses and reasons of tests: `check`, `expect`, `require_…`, and exceptions after them."""
+"""Statuses and reasons of tests: `check`, `expect`, `require_…`, and later exceptions."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TABLE = """\
 
 
 def run(body: Body, folder: Path, *, kernel: Kernel = KERNEL) -> SimpleNamespace:
-    """The status, the reason and the class of the end of a test."""
+    """Run a test; return its status, its reason and the class of its exception."""
 
     class Example(PaprScmTest):
         def find_qemu(self) -> Qemu:
@@ -80,8 +80,8 @@ def test_differences_are_one_table_at_the_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fs_type", [0x58465342, 0x01021994])
-def test_a_verdict_counts_on_its_file_system_only(tmp_path: Path, fs_type: int) -> None:
-    """A file on the tmpfs below a mount point is "not DAX" as well."""
+def test_a_verdict_requires_its_file_system(tmp_path: Path, fs_type: int) -> None:
+    """A file on the tmpfs below a mount point would be "not DAX", too."""
     file = FileFacts(
         type="regular",
         size_bytes=1,
@@ -119,7 +119,7 @@ def test_expect_ends_the_test_with_all_differences(tmp_path: Path) -> None:
     assert (end.status, end.reason) == ("FAIL", TABLE)
 
 
-def test_a_checkpoint_ends_the_test_after_a_difference_only(tmp_path: Path) -> None:
+def test_a_checkpoint_ends_the_test_only_after_a_difference(tmp_path: Path) -> None:
     def body(test: PaprScmTest) -> None:
         test.checkpoint()
         test.check("syncs", 1, 2)
@@ -176,7 +176,7 @@ def test_an_exception_alone_keeps_its_class(
     assert (end.status, end.kind, end.reason) == (status, kind, "it lied")
 
 
-def test_a_bare_assert_is_our_own_fault(tmp_path: Path) -> None:
+def test_a_bare_assert_is_a_host_error(tmp_path: Path) -> None:
     def body(test: PaprScmTest) -> None:
         assert test is None, "nothing there"
 
@@ -186,7 +186,7 @@ def test_a_bare_assert_is_our_own_fault(tmp_path: Path) -> None:
     assert "assert test is None" in end.reason
 
 
-def test_unittests_own_assertions_are_the_products_fault(tmp_path: Path) -> None:
+def test_unittest_s_assertions_are_contract_errors(tmp_path: Path) -> None:
     end = run(lambda test: test.assertEqual(1, 2), tmp_path)
     assert (end.status, end.kind) == ("FAIL", "ContractError")
 
@@ -201,7 +201,7 @@ def test_a_known_issue_does_not_hide_a_difference(tmp_path: Path) -> None:
 
 
 def test_a_difference_is_reported_with_the_end_of_a_guest(tmp_path: Path) -> None:
-    """The guest's last messages are judged when it ends, behind the test's own code."""
+    """The guest's last messages are judged when it ends, after the test's own code."""
 
     def panic() -> None:
         raise GuestLostError("Kernel panic")
@@ -238,7 +238,7 @@ def test_requirements_cancel_with_a_hint(tmp_path: Path, body: Body, reason: str
     assert (end.status, end.reason) == expected
 
 
-def test_a_kernel_of_unknown_configuration_is_not_taken_as_having_an_option(tmp_path: Path) -> None:
+def test_an_unknown_configuration_cancels(tmp_path: Path) -> None:
     unknown = dataclasses.replace(KERNEL, config=None)
     end = run(lambda test: test.require_kernel("CONFIG_KPROBES"), tmp_path, kernel=unknown)
     assert end.status == "CANCEL"

@@ -18,7 +18,7 @@ from paprscm.paths import ROOT
 
 
 def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command without this checkout, its virtual environment and its make in sight."""
+    """Run a command without the environment of this checkout, its venv and its make."""
     hidden = ("VIRTUAL_ENV", "PYTHONPATH", "PAPRSCM_RUN", "PAPRSCM_SUITE")
     environ = {name: value for name, value in os.environ.items() if name not in hidden}
     return subprocess.run(
@@ -48,7 +48,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment that has the wheel, and our dependencies by a path file."""
+    """Programs of a venv with the wheel; a path file adds the dependencies of this venv."""
     folder = tmp_path_factory.mktemp("installed") / "venv"
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
@@ -65,8 +65,8 @@ def bin_folder(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "bin"
 
 
-def test_everything_travels(wheel: Path) -> None:
-    """The wheel has each tracked file of the data folders, and nothing that was built."""
+def test_all_data_files_are_in_the_wheel(wheel: Path) -> None:
+    """The wheel has each tracked file of the data folders, and no generated file."""
     folders = ("avocado.cfg", "guest_tools", "host_tools", "images", "known_issues", "tests")
     tracked = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *folders],
@@ -100,7 +100,7 @@ def test_doctor(bin_folder: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_test_of_the_suite(bin_folder: Path, tmp_path: Path, test: str) -> None:
-    """In a folder that has no avocado.cfg, the suite's own settings apply."""
+    """In a folder without avocado.cfg, the suite's own settings apply."""
     (tests,) = bin_folder.parent.glob("lib/python*/site-packages/paprscm/data/tests")
     done = run(bin_folder / "paprscm", "run", "-t", test.split("/")[0], tests / test, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Write the generated files of docs/: rooms.svg and contracts.md.
+"""Generate docs/rooms.svg and docs/contracts.md.
 
 .venv/bin/python tools/docs.py            # write them
 .venv/bin/python tools/docs.py --check    # status 1 if one is not up to date
@@ -64,7 +64,7 @@ def rooms_svg() -> str:
 
 
 def _summary(room: str) -> str:
-    """First line of the docstring of a room, or of a module beside the rooms."""
+    """First line of the docstring of a room, or of a module of paprscm/ itself."""
     folder = ROOT / "paprscm" / room
     file = folder / "__init__.py" if folder.is_dir() else folder.with_suffix(".py")
     text = ast.get_docstring(ast.parse(file.read_text())) or ""
@@ -111,7 +111,7 @@ def _escaped(text: str) -> str:
 
 
 class Module:
-    """One file of Python: its classes, and the strings that a function of it can reach."""
+    """A Python file: its classes, and the strings that one of its functions can reach."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -138,27 +138,27 @@ class Module:
     def strings(self, start: ast.AST, seen: set[str] | None = None) -> set[str]:
         """String constants in a node and in the functions and constants that it names."""
         seen = set() if seen is None else seen
-        found: set[str] = set()
+        strings: set[str] = set()
         for node in ast.walk(start):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(node.value)
+                strings.add(node.value)
             name = getattr(node, "id", None) or getattr(node, "attr", None)
             if name is None or name in seen:
                 continue
             seen.add(name)
             target = self._functions.get(name) or self._constants.get(name)
             if target is not None:
-                found |= self.strings(target, seen)
+                strings |= self.strings(target, seen)
             elif name.isupper() and name in self._imports:
                 source, original = self._imports[name]
                 other = ROOT / (source.replace(".", "/") + ".py")
                 if other.is_file():
-                    found |= Module(other).strings(ast.Name(original))
-        return found
+                    strings |= Module(other).strings(ast.Name(original))
+        return strings
 
 
 def main(words: list[str]) -> None:
-    """Write the files, or with --check name those that are out of date."""
+    """Write the files; with --check, print the outdated ones and exit with status 1."""
     old = []
     for name, text in (("rooms.svg", rooms_svg()), ("contracts.md", contracts_md())):
         file = DOCS / name

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Hatchling's build hook: put what the installed suite needs into the wheel as paprscm/data.
+"""Build hook of Hatchling: add the data files of the installed suite to the wheel as paprscm/data.
 
-An editable install uses the checkout (paprscm/paths.py), so it gets no copies.
+An editable install reads the checkout (paprscm/paths.py), so it does not get copies.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ _DATA = ("avocado.cfg", "guest_tools", "host_tools", "images", "known_issues", "
 
 
 class WheelData(BuildHookInterface):  # type: ignore[type-arg]
-    """Adds files and folders of the checkout to a wheel."""
+    """Adds the data files of the checkout to a wheel."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Add them unless the wheel is that of an editable install."""
+        """Add the files, except to the wheel of an editable install."""
         if version == "standard":
             build_data["force_include"].update({name: f"paprscm/data/{name}" for name in _DATA})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Packages come from a real archive by the real apt, and each failure says what to do."""
+"""Download of packages by the real apt from a real archive; each failure has a hint."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Served:
         data = index.read_bytes()
         release = (
             f"Origin: Debian\nSuite: {SUITE}\nCodename: {SUITE}\nArchitectures: {ARCH}\n"
-            # Long expired: what is fetched is used for what it holds.
+            # Expired long ago: an old release file is accepted.
             "Components: main\nDate: Sat, 01 Mar 2025 00:00:00 UTC\n"
             "Valid-Until: Sat, 08 Mar 2025 00:00:00 UTC\n"
             f"SHA256:\n {hashlib.sha256(data).hexdigest()} {len(data)} {name}\n"
@@ -117,7 +117,7 @@ class Served:
         (tree / "DEBIAN/control").write_text(control)
         file = self.root / f"pool/{name}_{version.split(':')[-1]}_{ARCH}.deb"
         file.parent.mkdir(exist_ok=True)
-        # Not compressed: the size on the disk is the size on the line.
+        # Not compressed, so that the size on disk is the size that is transferred.
         argv = ["dpkg-deb", "-Znone", "--root-owner-group", "--build", str(tree), str(file)]
         subprocess.run(argv, check=True, capture_output=True)
         data = file.read_bytes()
@@ -133,7 +133,7 @@ def archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]
     root.mkdir()
     served = Served(root)
     monkeypatch.setattr(apt, "KEYRING", served.keyring)
-    # Read by apt-config and passed on: no second try.
+    # Read by apt-config and passed on: no retries.
     config = tmp_path / "apt.conf"
     config.write_text('Acquire::Retries "0";\nAcquire::http::Proxy "DIRECT";\n')
     monkeypatch.setenv("APT_CONFIG", str(config))
@@ -158,7 +158,7 @@ def download(
 
 
 @needs_tools
-def test_packages_and_what_they_need_are_unpacked(
+def test_packages_and_their_dependencies_are_unpacked(
     mirror: Archive, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     target = tmp_path / "made" / "root"
@@ -167,10 +167,10 @@ def test_packages_and_what_they_need_are_unpacked(
     assert versions == {"libfirst": "2:1.0-1", "second": "3.5"}
     assert (target / "usr/share/libfirst/content").read_bytes() == b"library" * 100_000
     assert (target / "usr/share/second/content").read_bytes() == b"tool"
-    # As packages of Debian 12 hold it.
+    # An old path, as in packages of Debian 12.
     assert (target / "usr/lib/x.so").read_bytes() == b"tool"
     assert (target / "lib").readlink() == Path("usr/lib")
-    assert not (target / "lib64").is_symlink(), "nothing is in it"
+    assert not (target / "lib64").is_symlink(), "the folder is empty"
     progress = [record.getMessage() for record in caplog.records]
     assert "test: download: 1 of 1 MB" in progress
     assert "test: unpack: 1 of 1 MB" in progress
@@ -184,7 +184,7 @@ def test_packages_and_what_they_need_are_unpacked(
 
 
 @needs_tools
-def test_package_that_is_not_there(mirror: Archive) -> None:
+def test_package_that_does_not_exist(mirror: Archive) -> None:
     with pytest.raises(
         UnavailableError, match=r"Debian trixie .*ppc64el.* has no package gone, lo"
     ):
@@ -192,16 +192,16 @@ def test_package_that_is_not_there(mirror: Archive) -> None:
 
 
 @needs_tools
-def test_suite_that_is_not_there(mirror: Archive) -> None:
+def test_suite_that_does_not_exist(mirror: Archive) -> None:
     with pytest.raises(UnavailableError, match="has no suite potato"):
         download(mirror, ["second"], suite="potato")
 
 
 @needs_tools
-def test_files_that_the_index_names_and_the_mirror_lacks(
+def test_files_of_the_index_that_the_mirror_lacks(
     archive: Served, mirror: Archive, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """In the middle of a mirror's update the next suite is tried, and each file is named."""
+    """During a mirror's update the next suite is tried, and the error names each file."""
     archive.tool_package.unlink()
     total, absent = mirror.absent_files(["second"], suite=SUITE, arch=ARCH)
     assert absent == ["second_3.5_ppc64el.deb"]
@@ -226,18 +226,18 @@ def test_files_that_the_index_names_and_the_mirror_lacks(
     ]
 
 
-def test_first_suite_that_has_it() -> None:
-    asked = []
+def test_first_suite_with_the_packages() -> None:
+    tried = []
 
     def attempt(suite: str) -> str:
-        asked.append(suite)
+        tried.append(suite)
         if suite != "c":
             raise UnavailableError(f"{suite} does not have it")
         return suite.upper()
 
     assert debian.first_available("abcd", attempt, title="x") == "C"
-    assert asked == ["a", "b", "c"]
-    # Another suite of a mirror that does not answer is no way out.
+    assert tried == ["a", "b", "c"]
+    # If the mirror does not answer, no other suite is tried.
     with pytest.raises(HostError, match="no network"):
         debian.first_available(
             "ab", lambda _: (_ for _ in ()).throw(HostError("no network")), title="x"
@@ -264,7 +264,7 @@ def test_mirror_that_does_not_answer(archive: Served, mirror: Archive) -> None:
 
 @needs_tools
 def test_package_without_its_dependencies(archive: Served, mirror: Archive) -> None:
-    """A mirror that lacks files of dependencies can still give the Linux source."""
+    """A mirror that lacks dependencies can still provide the Linux source."""
     next(archive.root.glob("pool/libfirst*")).unlink()
     done = download(mirror, ["second"], alone=True)
     assert [(file.package, file.version) for file in done.files] == [("second", "3.5")]
@@ -279,9 +279,7 @@ def test_package_without_its_dependencies(archive: Served, mirror: Archive) -> N
 
 @needs_tools
 @pytest.mark.parametrize("alone", [False, True])
-def test_download_that_is_cut_continues_where_it_was(
-    archive: Served, mirror: Archive, alone: bool
-) -> None:
+def test_interrupted_download_is_resumed(archive: Served, mirror: Archive, alone: bool) -> None:
     archive.server.cut = True  # type: ignore[attr-defined]
     with pytest.raises(HostError, match="was interrupted") as caught:
         download(mirror, ["libfirst"], alone=alone)
@@ -294,7 +292,7 @@ def test_download_that_is_cut_continues_where_it_was(
     for name, size_bytes in sizes.items():
         assert (done.folder / name).stat().st_size == size_bytes
     assert 0 < sum(count for _, count in sent) <= sum(sizes.values()) * 0.6
-    # What is complete is not fetched again.
+    # A complete file is not fetched again.
     sent.clear()
     assert download(mirror, ["libfirst"], alone=alone).files == done.files
     assert sent == []
@@ -314,7 +312,7 @@ def test_download_that_is_stopped(mirror: Archive) -> None:
 
 
 @needs_tools
-def test_package_that_was_changed_on_the_way(archive: Served, mirror: Archive) -> None:
+def test_package_that_was_changed_in_transit(archive: Served, mirror: Archive) -> None:
     data = bytearray(archive.tool_package.read_bytes())
     data[-600] ^= 1
     archive.tool_package.write_bytes(data)
@@ -325,7 +323,7 @@ def test_package_that_was_changed_on_the_way(archive: Served, mirror: Archive) -
 
 
 @needs_tools
-def test_archive_signed_by_a_stranger(
+def test_archive_signed_with_an_unknown_key(
     mirror: Archive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
@@ -346,7 +344,7 @@ def fake_tool(folder: Path, name: str, script: str) -> None:
 
 
 def test_no_space_left(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What apt 2.6 prints where the disk is full.
+    # Message of apt 2.6 for a full disk.
     fake_tool(
         tmp_path / "bin",
         "apt-get",
@@ -424,7 +422,7 @@ def test_host_without_a_debian_mirror(tmp_path: Path, monkeypatch: pytest.Monkey
         debian.resolve_mirror("auto")
 
 
-def test_mirror_that_was_given() -> None:
+def test_mirror_from_the_settings() -> None:
     assert debian.resolve_mirror("https://m.example/debian/") == "https://m.example/debian"
     for wrong in ("m.example/debian", "http://a b/debian", "", "http://a/debian [trusted=yes]"):
         with pytest.raises(Error, match="is not a URI"):

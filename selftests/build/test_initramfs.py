@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The initramfs of a modular kernel holds what is needed, in an order that loads."""
+"""Initramfs of a modular kernel: the needed modules, in an order that loads."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def add_module(
 
 
 def order(root: Path, wanted: Sequence[str]) -> list[str]:
-    """The order of loading, for a kernel of RELEASE."""
+    """Load order of the modules, for a kernel of RELEASE."""
     return initramfs.load_order(
         wanted, initramfs.find_modules(make_kernel(), root), release=RELEASE
     )
@@ -94,7 +94,7 @@ def read_cpio(data: bytes) -> dict[str, tuple[int, bytes]]:
         place = (place + size + 3) & ~3
 
 
-def test_each_module_comes_after_what_it_needs(tmp_path: Path) -> None:
+def test_each_module_comes_after_its_dependencies(tmp_path: Path) -> None:
     add_module(tmp_path, "nd_pmem", "libnvdimm,nd_btt")
     add_module(tmp_path, "nd_btt", "libnvdimm")
     add_module(tmp_path, "libnvdimm")
@@ -102,8 +102,8 @@ def test_each_module_comes_after_what_it_needs(tmp_path: Path) -> None:
     add_module(tmp_path, "crc32c_generic")
     add_module(tmp_path, "later")
     add_module(tmp_path, "not-wanted")
-    found = order(tmp_path, ["xfs", "nd_pmem", "built_in"])
-    assert found == ["crc32c_generic", "xfs", "libnvdimm", "nd_btt", "nd_pmem"]
+    names = order(tmp_path, ["xfs", "nd_pmem", "built_in"])
+    assert names == ["crc32c_generic", "xfs", "libnvdimm", "nd_btt", "nd_pmem"]
 
 
 def test_dashes_and_compression(tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_dashes_and_compression(tmp_path: Path) -> None:
     assert order(tmp_path, ["dm_mod", "virtio_rng"]) == ["dm_mod", "rng_core", "virtio_rng"]
 
 
-def test_circle_ends(tmp_path: Path) -> None:
+def test_circular_dependency(tmp_path: Path) -> None:
     add_module(tmp_path, "a", "b")
     add_module(tmp_path, "b", "a")
     assert sorted(order(tmp_path, ["a"])) == ["a", "b"]
@@ -146,21 +146,21 @@ def test_damaged_module(tmp_path: Path, content: bytes) -> None:
         order(tmp_path, ["xfs"])
 
 
-def test_initramfs_holds_fixed_modules_and_the_way_on(tmp_path: Path) -> None:
+def test_initramfs_has_fixed_modules_and_init(tmp_path: Path) -> None:
     for name, depends in (("virtio_blk", ""), ("papr_scm", "libnvdimm"), ("libnvdimm", "")):
         add_module(tmp_path, name, depends)
     busybox = tmp_path / "busybox"
     busybox.write_bytes(b"static")
-    made = initramfs.build_initramfs(
+    archive = initramfs.build_initramfs(
         make_kernel({"PAPR_SCM": "m", "VIRTIO_BLK": "m"}),
         tmp_path,
         busybox,
         tmp_path / "initramfs",
         executes=LACKS_ALL,
     )
-    assert made.modules == ("virtio_blk", "libnvdimm", "papr_scm")
-    assert made.sites == 3
-    entries = read_cpio(made.path.read_bytes())
+    assert archive.modules == ("virtio_blk", "libnvdimm", "papr_scm")
+    assert archive.sites == 3
+    entries = read_cpio(archive.path.read_bytes())
     listed = entries["modules/order"][1].decode().split()
     assert listed == ["00-virtio_blk.ko", "01-libnvdimm.ko", "02-papr_scm.ko"]
     for name in listed:
@@ -177,7 +177,7 @@ def test_initramfs_holds_fixed_modules_and_the_way_on(tmp_path: Path) -> None:
 
 
 def test_a_signature_is_kept(tmp_path: Path) -> None:
-    """strip would drop it, and a kernel with MODULE_SIG_FORCE then refuses the module."""
+    """strip would remove it, and then a kernel with MODULE_SIG_FORCE refuses the module."""
     signed, plain = add_module(tmp_path, "virtio_blk"), add_module(tmp_path, "papr_scm")
     content = signed.read_bytes() + SIGNATURE
     signed.write_bytes(content)
@@ -205,25 +205,25 @@ def test_a_signature_that_a_fix_up_breaks(tmp_path: Path) -> None:
 
     with pytest.raises(
         ConfigError, match=r"papr_scm\.ko .* loses its signature.*SIG_FORCE"
-    ) as found:
+    ) as caught:
         build(MODULE_SIG_FORCE="y")
-    assert "build papr_scm in" in str(found.value.hint)
+    assert "build papr_scm in" in str(caught.value.hint)
     assert build().sites == 1
 
 
-def test_the_configuration_of_a_kernel_that_has_it_as_a_module(tmp_path: Path) -> None:
+def test_configuration_from_the_module_configs(tmp_path: Path) -> None:
     unknown = make_kernel(None, UNKNOWN)
     add_module(tmp_path, "papr_scm")
     assert initramfs.with_config(unknown, tmp_path) == unknown
     config = gzip.compress(b"CONFIG_PAPR_SCM=m\nCONFIG_PPC_4K_PAGES=y\nCONFIG_IKCONFIG=m\n")
     path = add_module(tmp_path, "configs")
     path.write_bytes(path.read_bytes() + b"IKCFG_ST" + config + b"IKCFG_ED")
-    found = initramfs.with_config(unknown, tmp_path)
-    assert (found.option("IKCONFIG"), found.option("XFS_FS")) == ("m", "n")
-    assert (found.papr_scm, found.page_size) == (MODULE, 4096)
+    kernel = initramfs.with_config(unknown, tmp_path)
+    assert (kernel.option("IKCONFIG"), kernel.option("XFS_FS")) == ("m", "n")
+    assert (kernel.papr_scm, kernel.page_size) == (MODULE, 4096)
 
 
-def test_a_needed_module_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_module_is_named(tmp_path: Path) -> None:
     add_module(tmp_path, "virtio_blk")
     target = tmp_path / "initramfs"
     for config, papr_scm in (({"PAPR_SCM": "m", "VIRTIO_BLK": "m"}, MODULE), (None, UNKNOWN)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kernel builds: what is asked of kbuild, what comes back, and what is said when it fails.
+"""Kernel builds: arguments of kbuild, its products, and the messages of failures.
 
-The trees here are stand-ins: a Makefile that prints and writes what kbuild would, in milliseconds.
+The trees here are stand-ins: a Makefile prints and writes the same as kbuild, in milliseconds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
 
-# kbuild in small. FAIL, when it exists, breaks the compilation; DROP names an option that does not
-# survive. A real object has to come out, because the product strips it with the real tool.
+# A minimal kbuild. If FAIL exists, the compilation fails; DROP names an option that is lost. The
+# product must be a real object, because it is stripped with the real tool.
 MAKEFILE = """\
 CC := powerpc64le-linux-gnu-gcc
 V := $(O)/.config
@@ -82,7 +82,7 @@ def cache(tmp_path: Path) -> Cache:
 def test_builds_in_its_own_folder(
     tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What a surrounding `make suite` or a kernel developer's shell has set must not reach kbuild.
+    # Variables of a surrounding `make suite` or of a developer's shell must not reach kbuild.
     monkeypatch.setenv("MAKEFLAGS", "-n")
     monkeypatch.setenv("KBUILD_OUTPUT", "/elsewhere")
     monkeypatch.setenv("KCONFIG_CONFIG", "/elsewhere/.config")
@@ -99,7 +99,7 @@ def test_builds_in_its_own_folder(
     assert b".symtab" in data
 
 
-def test_the_environment_of_a_build_is_a_list_of_what_passes(
+def test_only_listed_variables_reach_a_build(
     tree: Path, cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     foreign = ["LLVM", "LLVM_IAS", "KCFLAGS", "KAFLAGS", "KCPPFLAGS", "LOCALVERSION", "HOSTCFLAGS"]
@@ -120,7 +120,7 @@ def test_the_environment_of_a_build_is_a_list_of_what_passes(
     assert names == set(foreign)
 
 
-def test_a_command_line_that_is_forced_is_switched_off(
+def test_a_forced_command_line_is_switched_off(
     tree: Path, cache: Cache, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     own = tmp_path / "config"
@@ -131,7 +131,7 @@ def test_a_command_line_that_is_forced_is_switched_off(
     assert f"CONFIG_CMDLINE_FORCE of {own} is switched off" in caplog.text
 
 
-def test_what_the_host_lacks_for_a_configuration_is_named_before_it_is_compiled(
+def test_missing_host_packages_are_named_before_the_compilation(
     tree: Path, cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = tmp_path / "config"
@@ -151,7 +151,7 @@ def test_what_the_host_lacks_for_a_configuration_is_named_before_it_is_compiled(
     assert calls == ["olddefconfig"]
 
 
-def test_parts_of_the_host_are_looked_for() -> None:
+def test_programs_and_headers_of_the_host_are_found() -> None:
     def is_met(part: str) -> bool:
         return prerequisites._Need("X", part, "debian", "fedora", "no-such-library").is_met()
 
@@ -172,7 +172,7 @@ def test_keys_of_a_distribution(tmp_path: Path) -> None:
     prerequisites.require_prerequisites(produced, tmp_path)
 
 
-def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(
+def test_own_config_keeps_modules_and_gets_the_required_options(
     tree: Path, cache: Cache, tmp_path: Path
 ) -> None:
     own = tmp_path / "config"
@@ -187,7 +187,7 @@ def test_own_config_keeps_modules_and_gets_what_every_kernel_needs(
     assert (built.modules / "lib/modules/6.0/kernel/xfs.ko").is_file()
     assert not (built.modules / "lib/modules/6.0/build").is_symlink()
     calls = (built.vmlinux.parent / "objects/calls").read_text().split()
-    # Two goals of one parallel make: either may begin first.
+    # Two goals of one parallel make, in either order.
     assert (calls[0], sorted(calls[1:])) == ("olddefconfig", ["modules", "vmlinux"])
 
 
@@ -261,7 +261,7 @@ def test_missing_compiler_is_named(
     assert "apt install gcc-powerpc64le-linux-gnu" in str(caught.value.hint)
 
 
-def test_half_written_objects_of_a_killed_build_go(tree: Path, cache: Cache) -> None:
+def test_incomplete_objects_of_a_killed_build_are_removed(tree: Path, cache: Cache) -> None:
     objects = kbuild.build_tree(cache, tree).vmlinux.parent / "objects"
     past = time.time() - 100
 
@@ -293,7 +293,7 @@ def test_half_written_objects_of_a_killed_build_go(tree: Path, cache: Cache) -> 
 
 
 def make_package(tree: Path, target: Path) -> None:
-    """What Debian's source package unpacks to."""
+    """Create the files of Debian's source package."""
     (tree / "arch/x86/kernel").mkdir(parents=True, exist_ok=True)
     (tree / "arch/x86/kernel/setup.c").touch()
     (tree / "arch/x86/Kconfig").touch()
@@ -314,7 +314,7 @@ def make_package(tree: Path, target: Path) -> None:
 
 @pytest.fixture
 def fetched(tree: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces the download; the list grows by one package each time."""
+    """Replace the download; the list has the downloaded packages."""
     names: list[str] = []
 
     def download(_: Archive, packages: list[str], *, suite: str, **__: object) -> Download:
@@ -353,14 +353,14 @@ def test_default_kernel_is_fetched_and_built_once(cache: Cache, fetched: list[st
 def test_kernel_of_another_machine(
     cache: Cache, fetched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An imported kernel is used as it is: without its source, without any compiler."""
+    """An imported kernel is used unchanged: without its source, without a compiler."""
     first = kbuild.build_default(Archive(cache), settings())
     (source,) = (entry for entry in cache.entries() if entry.kind == "kernel-source")
     monkeypatch.setattr(kbuild, "_compiler", lambda: "another one")
     cache.remove(source.path)
     assert kbuild.build_default(Archive(cache), settings()) == first
     assert len(fetched) == 1
-    # Not where a suite was asked for by name, and not for another configuration.
+    # But not with an explicit suite, and not for another configuration.
     bookworm = dataclasses.replace(settings(), kernel_suite="bookworm")
     assert kbuild.build_default(Archive(cache), bookworm) != first
     offline = dataclasses.replace(bookworm, kernel_suite="sid", offline=True)
@@ -434,8 +434,8 @@ def test_debug_kernel_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -
     built = [kbuild.build_tree(cache, tree, page_size=size, debug=debug) for size, debug in kinds]
     assert len({one.vmlinux for one in built}) == 4
     produced = [parse_config(one.config.read_text()) for one in built]
-    told = [("PPC_4K_PAGES" in one, "PROVE_LOCKING" in one) for one in produced]
-    assert told == [(size == "4k", debug) for size, debug in kinds]
+    flags = [("PPC_4K_PAGES" in one, "PROVE_LOCKING" in one) for one in produced]
+    assert flags == [(size == "4k", debug) for size, debug in kinds]
     own = tmp_path / "config"
     own.write_text("CONFIG_PAPR_SCM=m\n")
     with pytest.raises(ConfigError, match="kernel=debug applies to the suite's own configuration"):
@@ -467,17 +467,17 @@ def test_failed_default_build_keeps_its_log(cache: Cache, fetched: list[str], tr
     assert fetched
 
 
-def test_unpacking_leaves_out_what_powerpc_does_not_read(
+def test_unpacking_skips_files_that_powerpc_does_not_need(
     cache: Cache, fetched: list[str], tmp_path: Path
 ) -> None:
     kbuild.build_default(Archive(cache), settings())
     archive = next((cache.root / "kernel-source").glob("*/linux.tar.xz"))
-    kernel_source.unpack_source(archive, tmp_path / "unpacked")
-    found = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
+    kernel_source.unpack(archive, tmp_path / "unpacked")
+    names = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
     assert {"Makefile", "arch/powerpc/Kconfig", "arch/x86/Kconfig", "drivers/gpu/drm/Makefile"} < (
-        found
+        names
     )
-    assert not {"arch/x86/kernel/setup.c", "drivers/gpu/drm/drm.c"} & found
+    assert not {"arch/x86/kernel/setup.c", "drivers/gpu/drm/drm.c"} & names
     assert fetched
 
 
@@ -495,7 +495,7 @@ def test_each_option_in_the_project_has_a_reason() -> None:
         reason = False
         for line in path.read_text().splitlines():
             assert reason or not line.startswith("CONFIG_"), f"{path.name}: {line}"
-            # A comment speaks for the options that follow, up to an empty line.
+            # A comment covers the options after it, up to an empty line.
             reason = bool(line) and (reason or (line.startswith("# ") and "SPDX" not in line))
 
 
@@ -529,7 +529,7 @@ def test_fragment_alternatives(tmp_path: Path) -> None:
     assert (first.options, first.optional) == ({"A": "y", "B": "n", "C": "y"}, False)
     assert (second.options, second.optional) == ({"D": "y"}, True)
     assert (third.options, third.optional) == ({"E": '"this or nothing"'}, False)
-    # kconfig takes the last of several options of one choice.
+    # kconfig uses the last of several options of one choice.
     assert Fragment.read([path]).text(own_tree=True).splitlines()[:3] == [
         "CONFIG_C=y",
         "# CONFIG_B is not set",
@@ -607,7 +607,7 @@ _CONFIGURATION = ("*/Kconfig*", "*/Kbuild*", "*/Makefile*", "*/scripts/*", "*/ar
 @pytest.mark.slow
 @pytest.mark.parametrize("version", ["6.1", "6.12", "7.2"])
 def test_every_requirement_is_met(version: str, tmp_path: Path) -> None:
-    """The sources of Debian's suites, configured; those that an earlier build fetched."""
+    """Configure the sources of Debian's suites that an earlier build has fetched."""
     entries = Cache(Settings().cache_dir).entries()
     packages = {one.fields.get("package"): one for one in entries if one.kind == "kernel-source"}
     source = packages.get(f"linux-source-{version}")
@@ -622,7 +622,7 @@ def test_every_requirement_is_met(version: str, tmp_path: Path) -> None:
             *_CONFIGURATION,
         ]
     )
-    # With the preferred one last; kconfig must agree.
+    # The preferred option comes last in the fragment; kconfig must choose it.
     choice = tmp_path / "choice"
     choice.write_text("CONFIG_HZ_100=y or CONFIG_HZ_300=y\n")
 

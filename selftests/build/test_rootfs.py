@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest's disk is owned by root whoever makes it, its keys fit, /init keeps its word."""
+"""The guest's disk: owned by root for any builder, with matching keys and a working /init."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def cache(tmp_path: Path) -> Cache:
 
 @pytest.fixture
 def extracted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], str]]:
-    """The packages and suites that were downloaded; a few files stand for their contents."""
+    """Packages and suites of each download; a few files replace their contents."""
     calls: list[tuple[list[str], str]] = []
 
     def download(_: Archive, packages: list[str], *, suite: str, **__: Any) -> Download:
@@ -51,7 +51,7 @@ def extracted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             (target / name).write_text(name)
         (target / "usr/bin/busybox").chmod(0o755)
-        # Nothing of these may be left.
+        # These files must not be in the image.
         (target / "etc/resolv.conf").write_text("nameserver 192.0.2.1\n")
         (target / "etc/hostname").write_text("my-laptop\n")
         (target / "dev").mkdir()
@@ -65,7 +65,7 @@ def extracted(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[
 
 @pytest.fixture
 def own_umask() -> Iterator[None]:
-    """The test may change the umask."""
+    """Restore the umask after the test."""
     before = os.umask(0o022)
     yield
     os.umask(before)
@@ -115,7 +115,7 @@ def test_host_key_as_dropbear_keeps_it() -> None:
     (size,) = struct.unpack_from(">I", data, 4 + length)
     body = data[8 + length :]
     assert size == len(body) == 64
-    # The seed gives the public half behind it: what is signed with the one fits the other.
+    # The public half after the seed verifies a signature by the seed.
     signature = Ed25519PrivateKey.from_private_bytes(body[:32]).sign(b"text")
     Ed25519PublicKey.from_public_bytes(body[32:]).verify(signature, b"text")
     kind, encoded = rootfs.openssh_public(key).split()
@@ -135,16 +135,16 @@ def test_disk_and_keys(
         assert unpublished.disk.stat().st_size > 0
         assert unpublished.client_key.exists()
 
-    made = ensure(cache, boot_test)
+    userland = ensure(cache, boot_test)
     assert seen[0].startswith("."), "the boot test comes before it is published"
-    assert made.versions == {"ndctl": "81-1"}
-    assert made.busybox.read_text() == "usr/bin/busybox"
-    assert stat.S_IMODE(made.client_key.stat().st_mode) == 0o600
-    assert stat.S_IMODE(made.disk.parent.stat().st_mode) == 0o700
+    assert userland.versions == {"ndctl": "81-1"}
+    assert userland.busybox.read_text() == "usr/bin/busybox"
+    assert stat.S_IMODE(userland.client_key.stat().st_mode) == 0o600
+    assert stat.S_IMODE(userland.disk.parent.stat().st_mode) == 0o700
 
     tool = shutil.which("e2fsck", path=os.environ["PATH"] + ":/sbin")
     assert tool
-    subprocess.run([tool, "-fn", made.disk], check=True, capture_output=True)
+    subprocess.run([tool, "-fn", userland.disk], check=True, capture_output=True)
     for path, mode in (
         ("/init", "0755"),
         ("/etc/dropbear/host_key", "0600"),
@@ -158,21 +158,21 @@ def test_disk_and_keys(
         ("/etc/passwd", "0644"),
         ("/", "0755"),
     ):
-        info = debugfs(made.disk, f"stat {path}")
+        info = debugfs(userland.disk, f"stat {path}")
         assert f"Mode:  {mode}" in info, path
         assert "User:     0   Group:     0" in info, path
-    assert "has_journal" not in debugfs(made.disk, "features")
+    assert "has_journal" not in debugfs(userland.disk, "features")
 
-    client = paramiko.Ed25519Key.from_private_key_file(str(made.client_key))
-    authorized = debugfs(made.disk, "cat /etc/skel.root/.ssh/authorized_keys").split()
+    client = paramiko.Ed25519Key.from_private_key_file(str(userland.client_key))
+    authorized = debugfs(userland.disk, "cat /etc/skel.root/.ssh/authorized_keys").split()
     assert authorized[1] == client.get_base64()
     raw = tmp_path / "host_key"
-    debugfs(made.disk, f"dump /etc/dropbear/host_key {raw}")
-    assert base64.b64decode(made.host_key_public.split()[1])[-32:] == raw.read_bytes()[-32:]
+    debugfs(userland.disk, f"dump /etc/dropbear/host_key {raw}")
+    assert base64.b64decode(userland.host_key_public.split()[1])[-32:] == raw.read_bytes()[-32:]
 
 
 @needs_tools
-def test_nothing_of_the_host_and_nothing_unwanted_is_on_it(
+def test_no_host_files_and_no_unwanted_files_are_on_the_disk(
     cache: Cache, extracted: list[Any]
 ) -> None:
     disk = ensure(cache).disk
@@ -180,13 +180,13 @@ def test_nothing_of_the_host_and_nothing_unwanted_is_on_it(
     assert debugfs(disk, "cat /etc/hostname") == "guest\n"
     for path in ("/usr/share/doc/a", "/etc/apt", "/dev/null"):
         assert debugfs(disk, f"stat {path}") == "", path
-    # Applets stand in only for what no package brought.
+    # Applets are only linked for commands that no package has.
     assert "symlink" not in debugfs(disk, "stat /usr/bin/gzip")
     assert 'Fast link dest: "busybox"' in debugfs(disk, "stat /usr/bin/poweroff")
 
 
 @needs_tools
-def test_made_once_and_anew_when_its_recipe_changes(
+def test_built_once_and_again_when_its_recipe_changes(
     cache: Cache, extracted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert rootfs.find_rootfs(cache, suite="trixie") is None
@@ -197,11 +197,11 @@ def test_made_once_and_anew_when_its_recipe_changes(
     shutil.copytree(IMAGES, images)
     monkeypatch.setattr(rootfs, "IMAGES", images)
     (images / "packages").write_text("# other reasons\n" + (images / "packages").read_text())
-    assert ensure(cache).disk == first.disk, "a comment is no reason to fetch everything again"
+    assert ensure(cache).disk == first.disk, "a comment does not cause a new download"
     (images / "init").write_text((images / "init").read_text() + "# changed\n")
     second = ensure(cache)
     assert second.disk != first.disk
-    assert second.host_key_public != first.host_key_public, "each has keys of its own"
+    assert second.host_key_public != first.host_key_public, "each userland has its own keys"
     with (images / "packages").open("a") as file:
         file.write("gdb\n")
     assert ensure(cache).disk not in (first.disk, second.disk)
@@ -209,7 +209,7 @@ def test_made_once_and_anew_when_its_recipe_changes(
 
 
 @needs_tools
-def test_the_next_suite_is_taken_where_one_is_not_complete(
+def test_the_next_suite_replaces_an_incomplete_one(
     cache: Cache, extracted: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     download = Archive.download
@@ -222,11 +222,11 @@ def test_the_next_suite_is_taken_where_one_is_not_complete(
     monkeypatch.setattr(Archive, "download", refuse)
     obtained = rootfs.obtain_userland(Archive(cache), ["trixie", "forky"])
     assert isinstance(obtained, Download)
-    made = rootfs.build_rootfs(cache, obtained, boot_test=None)
-    assert made.suite == "forky"
-    # What is in the cache is taken before anything is fetched.
+    userland = rootfs.build(cache, obtained, boot_test=None)
+    assert userland.suite == "forky"
+    # A cached userland is used before anything is fetched.
     monkeypatch.setattr(Archive, "download", download)
-    assert rootfs.obtain_userland(Archive(cache), ["trixie", "forky"]) == made
+    assert rootfs.obtain(Archive(cache), ["trixie", "forky"]) == userland
     assert [suite for _, suite in extracted] == ["forky"]
 
 
@@ -247,7 +247,7 @@ def test_missing_tool(
     monkeypatch.setattr(rootfs, "_tool_path", lambda: str(tmp_path))
     with pytest.raises(HostError, match="apt install fakeroot"):
         ensure(cache)
-    assert not extracted, "nothing is fetched in vain"
+    assert not extracted, "nothing is downloaded"
 
 
 @pytest.mark.guest
@@ -267,10 +267,10 @@ def test_init_in_a_guest(boot: Callable[..., Guest]) -> None:
     guest.succeed("test -e /sys/kernel/tracing/available_events && test -e /sys/kernel/debug/bdi")
     # The disk is shared by guests.
     assert "Read-only file system" in guest.fail("touch /etc/x").stderr
-    # Orphans come to pid 1, and it reaps them.
+    # pid 1 inherits orphans, and reaps them.
     guest.succeed("for i in 1 2 3; do sh -c 'sleep 0.1 & sleep 0.1 &'; done; sleep 0.5")
     assert guest.run("ps -eo stat= | grep -c ^Z").stdout.strip() == "0"
-    # Nobody reads the console, and it has no shell.
+    # No process reads the console, and it has no shell.
     assert guest.run("fuser /dev/hvc0; ps -t hvc0 -o comm=").stdout.split() in ([], ["init"])
 
 
@@ -287,7 +287,7 @@ def test_keys_in_a_guest(boot: Callable[..., Guest]) -> None:
 
 
 @pytest.mark.guest
-def test_what_the_suite_does_in_a_guest(boot: Callable[..., Guest]) -> None:
+def test_commands_of_the_suite_in_a_guest(boot: Callable[..., Guest]) -> None:
     guest = boot()
     # papr_pdsm.h would depend on the suite: it moved from asm/ to linux/ with the headers of 6.10.
     program = b'#include <stdio.h>\n#include <linux/ndctl.h>\nint main(void) { puts("hi"); }\n'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The ISA fix-up changes what the QEMU lacks, where it is code, and nothing else."""
+"""The ISA fix-up changes only instructions that QEMU lacks, and only in code."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ SIGNATURE = (
     b"S" * 40 + struct.pack(">BBBBB3xI", 0, 0, 2, 0, 0, 40) + b"~Module signature appended~\n"
 )
 
-# Two functions, one of them without a size; words that only look like instructions around them.
+# Two functions, one of them without a size, and lookalikes of instructions around them.
 CODE = """
 	.text
-	.long	0x7cc020ac		# no function: data
+	.long	0x7cc020ac		# outside of a function: data
 	.type	first, @function
 first:
 	.long	0x7cc3f8ac		# dcbstps 3,31
 	.long	0x7c8004ac		# phwsync
-	.long	0x7c0320ac		# dcbf 3,4: everything has it
+	.long	0x7c0320ac		# dcbf 3,4: every QEMU has it
 	nop
 	.size	first, . - first
-	.long	0x7c8028ac		# behind the function's end
+	.long	0x7c8028ac		# after the function's end
 	.type	second, @function
 second:
 	.long	0x7c9f18ac		# dcbfps 31,3
@@ -51,7 +51,7 @@ Assemble = Callable[..., Path]
 
 @pytest.fixture
 def assemble(tmp_path: Path) -> Assemble:
-    """Assemble source text into an object file, and link it unless told otherwise."""
+    """Assemble source text into an object file; link it on request."""
 
     def make(text: str, *, link: bool = False, big: bool = False) -> Path:
         source, objects = tmp_path / "code.S", tmp_path / "code.o"
@@ -101,12 +101,12 @@ def test_changes_functions_only(assemble: Assemble, tmp_path: Path, link: bool) 
     assert (
         text[:10]
         == [
-            0x7CC020AC,  # no function
+            0x7CC020AC,  # outside of a function
             0x7C03F8AC,
             0x7C0004AC,
             0x7C0320AC,
             0x60000000,
-            0x7C8028AC,  # behind the function
+            0x7C8028AC,  # after the function
             0x7C1F18AC,
             0x7C2004AC,
             0x7C0028AC,
@@ -136,8 +136,8 @@ def test_without_symbols_scans_executable_sections(assemble: Assemble, tmp_path:
     source = assemble(CODE, link=True)
     subprocess.run([TOOLS + "strip", source], check=True)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_ALL)
-    assert report.scope == "sections"
-    # The two words beside the functions cannot be told from code any more; .rodata can.
+    assert report.how == "sections"
+    # The two words outside of the functions are no longer distinguishable from code; .rodata is.
     assert report.functions == {".text": 7}
     assert words(tmp_path / "fixed", ".rodata") == [0x7CC020AC]
 
@@ -149,8 +149,8 @@ def test_without_sections_scans_executable_segments(assemble: Assemble, tmp_path
     data[0x3C:0x40] = bytes(4)  # e_shnum, e_shstrndx
     source.write_bytes(data)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_DCBF)
-    assert report.scope == "segments"
-    # The linker puts .rodata into the executable segment, and .data into one of its own.
+    assert report.how == "segments"
+    # The linker puts .rodata into the executable segment, and .data into a separate one.
     assert report.sites == 6
     assert (tmp_path / "fixed").read_bytes().count(bytes.fromhex("ac20c07c")) == 1
 
@@ -221,7 +221,7 @@ def test_compressed_module(
         tcg_fixup.fix_file(packed, from_packed, LACKS_ALL)
 
 
-def test_signature_goes_only_when_it_no_longer_fits(assemble: Assemble, tmp_path: Path) -> None:
+def test_signature_is_dropped_only_after_a_change(assemble: Assemble, tmp_path: Path) -> None:
     plain = assemble(CODE)
     signed = tmp_path / "signed.ko"
     signed.write_bytes(plain.read_bytes() + SIGNATURE)
@@ -256,7 +256,7 @@ def test_missing_file(tmp_path: Path) -> None:
         tcg_fixup.fix_file(tmp_path / "file", tmp_path / "fixed", LACKS_ALL)
 
 
-def test_instructions_are_what_the_assembler_says(tmp_path: Path) -> None:
+def test_instructions_have_the_assembler_s_encoding(tmp_path: Path) -> None:
     source, objects = tmp_path / "all.S", tmp_path / "all.o"
     source.write_text("dcbfps 3,31\ndcbstps 3,31\nphwsync\nplwsync\n")
     argv: list[str | Path] = [TOOLS + "as", "-a64", "-mlittle", "-mpower10", "-o", objects, source]
@@ -267,10 +267,10 @@ def test_instructions_are_what_the_assembler_says(tmp_path: Path) -> None:
 
 @pytest.fixture
 def qemu() -> str:
-    """The host's QEMU, a package that this project depends on."""
-    found = shutil.which("qemu-system-ppc64")
-    assert found, "qemu-system-ppc64 is not installed"
-    return found
+    """The host's QEMU."""
+    path = shutil.which("qemu-system-ppc64")
+    assert path, "qemu-system-ppc64 is not installed"
+    return path
 
 
 @pytest.mark.guest
@@ -286,7 +286,7 @@ def test_probe_refuses_an_untrustworthy_answer(tmp_path: Path) -> None:
         instructions.probe([str(liar)])
 
 
-def test_probe_that_is_killed_says_nothing_about_the_qemu(tmp_path: Path) -> None:
+def test_killed_probe_is_not_a_result(tmp_path: Path) -> None:
     killed = tmp_path / "killed"
     killed.write_text("#!/bin/sh\nkill -KILL $$\n")
     killed.chmod(0o755)
@@ -294,7 +294,7 @@ def test_probe_that_is_killed_says_nothing_about_the_qemu(tmp_path: Path) -> Non
         instructions.probe([str(killed)])
 
 
-def test_probe_says_when_there_is_no_answer(tmp_path: Path) -> None:
+def test_probe_without_an_answer(tmp_path: Path) -> None:
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\necho 'no such machine' >&2\n")
     silent.chmod(0o755)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A vmlinux is understood without running it, and everything else is named for what it is."""
+"""Inspection of a vmlinux without running it; other files are refused by type."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make(tmp_path: Path) -> Make:
         if driver:
             source.append('\t.asciz "papr_scm"')
         if zero_page:
-            # As in a real vmlinux, where exported symbols have names that end alike.
+            # As in a real vmlinux, where other exported symbols end in the same name.
             source += ["\t.globl __kstrtab_empty_zero_page", "__kstrtab_empty_zero_page:"]
             source += ["\t.bss", "\t.globl empty_zero_page", "\t.type empty_zero_page, @object"]
             source += ["empty_zero_page:", f"\t.space {zero_page}"]
@@ -71,52 +71,56 @@ def make(tmp_path: Path) -> Make:
 
 
 def test_reads_the_embedded_configuration(make: Make) -> None:
-    found = vmlinux.inspect(make())
-    assert found.release == "6.12.9-test"
-    assert found.page_size == 65536
-    assert found.papr_scm == vmlinux.MODULE
-    assert found.has_symbols
-    assert (found.option("HZ"), found.option("XFS_FS"), found.option("NONE")) == ("250", "n", "n")
-    found.require_option("PAPR_SCM")
+    kernel = vmlinux.inspect(make())
+    assert kernel.release == "6.12.9-test"
+    assert kernel.page_size == 65536
+    assert kernel.papr_scm == vmlinux.MODULE
+    assert kernel.has_symbols
+    assert (kernel.option("HZ"), kernel.option("XFS_FS"), kernel.option("NONE")) == (
+        "250",
+        "n",
+        "n",
+    )
+    kernel.require_option("PAPR_SCM")
     with pytest.raises(CapabilityError, match="built without CONFIG_XFS_FS"):
-        found.require_option("XFS_FS")
+        kernel.require_option("XFS_FS")
 
 
 def test_without_configuration_looks_at_symbols_and_strings(make: Make) -> None:
-    found = vmlinux.inspect(make(config=None, driver=True, zero_page=4096))
-    assert found.config is None
-    assert found.page_size == 4096
-    assert found.papr_scm == vmlinux.BUILT_IN
-    assert found.option("HZ") is None
+    kernel = vmlinux.inspect(make(config=None, driver=True, zero_page=4096))
+    assert kernel.config is None
+    assert kernel.page_size == 4096
+    assert kernel.papr_scm == vmlinux.BUILT_IN
+    assert kernel.option("HZ") is None
     with pytest.raises(CapabilityError, match="CONFIG_XFS_FS is unknown"):
-        found.require_option("XFS_FS")
+        kernel.require_option("XFS_FS")
 
 
 def test_unknown_stays_unknown(make: Make) -> None:
     path = make(config=None)
     subprocess.run([TOOLS + "strip", path], check=True)
-    found = vmlinux.inspect(path)
-    assert (found.page_size, found.papr_scm, found.has_symbols) == (None, vmlinux.UNKNOWN, False)
-    vmlinux.require_usable(found, has_modules=True)
+    kernel = vmlinux.inspect(path)
+    assert (kernel.page_size, kernel.papr_scm, kernel.has_symbols) == (None, vmlinux.UNKNOWN, False)
+    vmlinux.check(kernel, has_modules=True)
     with pytest.raises(ConfigError, match="neither papr_scm nor its configuration") as caught:
-        vmlinux.require_usable(found, has_modules=False)
+        vmlinux.check(kernel, has_modules=False)
     assert "set modules=" in str(caught.value.hint)
 
 
 def test_papr_scm_absent_or_a_module(make: Make) -> None:
-    found = vmlinux.inspect(make())
-    vmlinux.require_usable(found, has_modules=True)
+    kernel = vmlinux.inspect(make())
+    vmlinux.check(kernel, has_modules=True)
     with pytest.raises(ConfigError, match=r"is a module of .* and no modules were given"):
-        vmlinux.require_usable(found, has_modules=False)
-    found = vmlinux.inspect(make(config="CONFIG_PPC_4K_PAGES=y\n", driver=True))
-    assert found.page_size == 4096
+        vmlinux.check(kernel, has_modules=False)
+    kernel = vmlinux.inspect(make(config="CONFIG_PPC_4K_PAGES=y\n", driver=True))
+    assert kernel.page_size == 4096
     for has_modules in (True, False):
         with pytest.raises(ConfigError, match="has no papr_scm") as caught:
-            vmlinux.require_usable(found, has_modules=has_modules)
+            vmlinux.check(kernel, has_modules=has_modules)
         assert "paprscm kernel build" in str(caught.value.hint)
 
 
-def test_a_debugger_that_waits_for_a_person_is_switched_off(make: Make) -> None:
+def test_xmon_is_switched_off(make: Make) -> None:
     assert vmlinux.inspect(make(config="CONFIG_XMON=y\n")).words == ()
     assert vmlinux.inspect(make(config="CONFIG_XMON_DEFAULT=y\n")).words == ("xmon=off",)
     assert vmlinux.inspect(make(config=None, driver=True)).words == ("xmon=off",)
@@ -131,7 +135,7 @@ def test_a_forced_command_line(make: Make) -> None:
 
 
 def refuse(path: Path, message: str) -> None:
-    """`path` must be refused with one sentence that matches, and a hint."""
+    """Check that `path` is refused with one line that matches, and a hint."""
     with pytest.raises(ConfigError) as caught:
         vmlinux.inspect(path)
     assert re.search(message, caught.value.message), caught.value.message

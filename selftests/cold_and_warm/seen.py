@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What ten.py saw of a guest, and how two guests differ that should not."""
+"""State of a guest recorded by ten.py, and unexpected differences between two guests."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import re
 from collections import Counter
 from pathlib import Path
 
-# A DIMM that is plugged does not come with the tree that the firmware made.
+# A plugged DIMM is not in the tree that the firmware made.
 _TREE_MAY_DIFFER = (
-    r".*/phandle",  # Numbered by the firmware, over all nodes that there are at boot.
-    r".*/ibm,pmemory@[0-9a-f]{8}/name",  # ibm,configure-connector gives none.
-    r".*/ibm,pft-size",  # QEMU's choice, by the memory that there is at boot.
-    r".*/linux,direct64-ddr-window-info",  # Linux maps all of pmem for DMA, if any is there.
+    r".*/phandle",  # Numbered by the firmware, over all nodes present at boot.
+    r".*/ibm,pmemory@[0-9a-f]{8}/name",  # ibm,configure-connector does not return it.
+    r".*/ibm,pft-size",  # QEMU's choice, by the memory present at boot.
+    r".*/linux,direct64-ddr-window-info",  # Linux maps all of pmem for DMA, if it has any.
 )
 _SYS_MAY_DIFFER = (
     r".*/of_node/(phandle|name)",  # As above.
-    r".*/(stat|inflight|diskseq|dev)",  # What was read so far; numbers in the order of discovery.
+    r".*/(stat|inflight|diskseq|dev)",  # Bytes read so far; numbers in the order of discovery.
     r".*/bdi/max_bytes",  # A part of the free memory.
-    r".*/uuid",  # Random, as it should be.
-    r".*/uevent",  # Device numbers; all else of it is in files of its own.
+    r".*/uuid",  # Random.
+    r".*/uevent",  # Device numbers; the other values are in separate files.
 )
 _LOG_MAY_DIFFER = (
     r"virtio-pci .*: ibm,create-pe-dma-window\(2027\) .*",  # As above.
     r"pseries-pmem: Successfully added /ibm,persistent-memory/ibm,pmemory@.*",  # It was plugged.
-    r"radix-mmu: Mapped .*",  # By one DIMM each, or by neighbours together.
+    r"radix-mmu: Mapped .*",  # For single DIMMs, or for adjacent ones together.
     r"sh \([0-9]+\): drop_caches: 3",  # Before it was saved.
     r"Memory: [0-9]+K/.* available .*",  # Some KiB more or less are reserved from boot to boot.
     r"hrtimer: interrupt took [0-9]+ ns",  # The host was busy.
-    # Of our own looking, and of the first file only.
+    # Caused by the recording itself, and only by the first file.
     r"bdi [0-9:]+: the stable_pages_required attribute has been removed.*",
     r"block pmem@.*: the capability attribute has been deprecated.",
 )
@@ -37,10 +37,10 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
 class Seen:
-    """One guest, with numbers replaced by the DRC of the DIMM that they belong to.
+    """State of one guest, with device numbers replaced by the DRC of the DIMM.
 
     Args:
-        file: as ten.py wrote it.
+        file: written by ten.py.
     """
 
     def __init__(self, file: Path) -> None:
@@ -72,29 +72,29 @@ class Seen:
         self.log = Counter(_UUID.sub("UUID", self._named(line)) for line in log)
 
     def _named(self, text: str) -> str:
-        def by_drc(found: re.Match[str]) -> str:
+        def by_drc(match: re.Match[str]) -> str:
             # pmem0, namespace0 and pfn0 are of region0 (region_devs.c, namespace_devs.c).
-            known = found[1] in ("ndbus", "nmem")
-            owner = found[0] if known else f"region{found[2]}"
-            return f"{found[1]}@{self._drcs.get(owner, found[2])}"
+            known = match[1] in ("ndbus", "nmem")
+            owner = match[0] if known else f"region{match[2]}"
+            return f"{match[1]}@{self._drcs.get(owner, match[2])}"
 
         return _NAME.sub(by_drc, text)
 
 
 def differences(first: Seen, second: Seen) -> list[str]:
-    """What differs between two guests and may not; one line each."""
-    found = []
+    """Unexpected differences between two guests, one line each."""
+    lines = []
     for title, one, other, may in (
         ("device tree", first.tree, second.tree, _TREE_MAY_DIFFER),
         ("sysfs", first.files, second.files, _SYS_MAY_DIFFER),
     ):
         for name in sorted(one.keys() | other.keys()):
             if one.get(name) != other.get(name) and not _matches(name, may):
-                found.append(f"{title}: {name}: {one.get(name)!r}, {other.get(name)!r}")
+                lines.append(f"{title}: {name}: {one.get(name)!r}, {other.get(name)!r}")
     for line in sorted(first.log.keys() | second.log.keys()):
         if first.log[line] != second.log[line] and not _matches(line, _LOG_MAY_DIFFER):
-            found.append(f"kernel: {line!r}: {first.log[line]} and {second.log[line]} times")
-    return found
+            lines.append(f"kernel: {line!r}: {first.log[line]} and {second.log[line]} times")
+    return lines
 
 
 def _matches(text: str, patterns: tuple[str, ...]) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ten of the suite's tests, whose guests also leave what can be seen of their machine.
+"""Ten of the suite's tests; their guests also record the state of their machine.
 
 selftests/guest/test_warm.py runs them, once with guests that boot and once with restored ones.
 """
@@ -13,7 +13,7 @@ from test_map_sync import EachKind, NotDax, OneDimm, TwoDimms
 from paprscm.guest.guest import Guest
 from paprscm.testcase import PaprScmTest
 
-# By few processes: each one takes 10 ms under TCG.
+# With few processes: each one takes 10 ms under TCG.
 _LOOK = """
 cd /sys/firmware/devicetree/base
 find . -type f | sort | xargs sha256sum | sed 's/^/tree /'
@@ -27,16 +27,16 @@ dmesg | sed 's/^/log /'
 
 
 class Looking(PaprScmTest):
-    """A test whose guests are looked at when they end."""
+    """A test that records the state of its guests when they end."""
 
     def boot(self, *arguments: object, **options: object) -> Guest:
-        """The same guest, looked at before it goes."""
+        """Boot the same guest, and record its state before it ends."""
         guest = super().boot(*arguments, **options)  # type: ignore[arg-type]
         self.leave.callback(self.look, guest)
         return guest
 
     def look(self, guest: Guest) -> None:
-        """Keep what can be seen in the guest."""
+        """Record the guest's device tree, sysfs files and kernel log."""
         seen = guest.succeed(_LOOK, timeout_s=120)
         (Path(self.outputdir) / "seen").write_text(seen)
 

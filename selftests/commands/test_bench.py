@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What `paprscm bench` measures is what it says, and nothing that it starts is left behind."""
+"""`paprscm bench`: its figures are correct, and it leaves no process or file behind."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ SNAPSHOT = SimpleNamespace(folder=Path("/nonexistent"))
 
 
 def printed(table: Table) -> str:
-    """The table as a terminal of 110 columns shows it."""
+    """The table on a terminal of 110 columns."""
     console = Console(width=110, record=True, file=Path(os.devnull).open("w"))  # noqa: SIM115
     console.print(table)
     return console.export_text()
 
 
 def made_of(*, snapshot: bool = True, **chosen: Any) -> Environment:
-    """As much of an environment as a plan needs."""
-    fake = SimpleNamespace(
+    """An environment with the attributes that a plan needs."""
+    environment = SimpleNamespace(
         settings=Settings(**chosen),
         snapshot=SNAPSHOT if snapshot else None,
         describe=lambda: {"qemu": "7.2"},
     )
-    return cast(Environment, fake)
+    return cast(Environment, environment)
 
 
 def job(mode: str, **statuses: str) -> Job:
-    """A job of which only the statuses matter."""
+    """A job with these statuses; other values are constant."""
     tests = {
         name: JobTest(status, 2.0, "" if status == "PASS" else "expected 1, found 2")
         for name, status in statuses.items()
@@ -76,7 +76,7 @@ def test_the_table_of_starts_has_a_row_for_each_mark() -> None:
     assert [row[0] for row in rows] == ["warm"] * 5 + ["cold"] * 5
 
 
-def test_a_series_of_one_kind_says_which() -> None:
+def test_the_title_names_the_only_kind_of_a_series() -> None:
     series = Series({}, 1.0, "s", {"warm ssh": [0.5]})
     assert printed(bench_starts.start_table(series)).startswith("1 warm start with")
 
@@ -89,7 +89,7 @@ def test_the_middle_half_lies_within_the_values() -> None:
 # --- the suite
 
 
-def test_a_status_that_differs_is_told_with_its_reason() -> None:
+def test_a_status_that_differs_is_reported_with_its_reason() -> None:
     jobs = [
         job("cold", a="PASS", b="PASS", c="WARN"),
         job("warm", a="PASS", b="FAIL", c="WARN"),
@@ -121,17 +121,17 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
     assert series.values["cold job"] == [30.0, 40.0]
     assert series.values["parallel job"] == [6.0, 7.0]
     assert series.values["warm all tests"] == [6.0, 6.0]
-    told = json.loads(series.as_json())
-    assert told["found"]["statuses"]["warm"] == [{"PASS": 2, "CANCEL": 1}] * 2
-    assert told["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
-    assert told["environment"]["side_by_side"] == "3"
-    rows = [line for line in printed(bench_suite.suite_table(series)).splitlines() if "│" in line]
-    assert [word in rows[0] for word in ("cold, sequential", "35.0", "30.0-40.0")] == [True] * 3
-    assert "warm, 3 concurrent" in rows[2]
+    report = json.loads(series.as_json())
+    assert report["found"]["statuses"]["warm"] == [{"PASS": 2, "CANCEL": 1}] * 2
+    assert report["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
+    assert report["environment"]["side_by_side"] == "3"
+    rows = [line for line in printed(bench_suite.table(series)).splitlines() if "│" in line]
+    assert [word in rows[0] for word in ("cold, one at a time", "35.0", "30.0-40.0")] == [True] * 3
+    assert "warm, 3 side by side" in rows[2]
     assert "2 PASS, 1 CANCEL" in rows[2]
 
 
-def test_what_a_job_leaves_behind_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_leak_of_a_job_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(_plan: Plan, mode: str, _folder: Path, scratch: Path) -> Job:
         (scratch / "paprscm-lost").touch()
         return job(mode, a="PASS")
@@ -194,7 +194,7 @@ def test_modes_by_name() -> None:
             bench_suite.parse_modes(text)
 
 
-def test_results_are_read_as_avocado_leaves_them(tmp_path: Path) -> None:
+def test_avocado_s_results_are_read(tmp_path: Path) -> None:
     def test(number: int, status: str, **more: Any) -> dict[str, Any]:
         return {"id": f"{number}-tests/t.py:C.test_{number}", "status": status, **more}
 
@@ -206,15 +206,15 @@ def test_results_are_read_as_avocado_leaves_them(tmp_path: Path) -> None:
     ]
     (tmp_path / "job-2026").mkdir()
     (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
-    found = bench_suite.read_job(tmp_path, "warm", 5.0)
-    assert found.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
-    assert found.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
-    assert (found.restored, found.booted) == (1, 1)
-    assert found.statuses == {"PASS": 1, "FAIL": 1, "SKIP": 1}
+    job = bench_suite.read(tmp_path, "warm", 5.0)
+    assert job.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
+    assert job.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
+    assert (job.restored, job.booted) == (1, 1)
+    assert job.statuses == {"PASS": 1, "FAIL": 1, "SKIP": 1}
 
 
-def test_a_job_without_tests_shows_what_avocado_said(tmp_path: Path) -> None:
-    (tmp_path / "avocado.log").write_text("guests cannot be prepared; no test was started\n")
+def test_a_job_without_tests_shows_avocado_s_output(tmp_path: Path) -> None:
+    (tmp_path / "avocado.log").write_text("there can be no guests; no test was started\n")
     with pytest.raises(HostError, match="no test was started"):
         bench_suite.read_job(tmp_path, "cold", 1.0)
 
@@ -239,29 +239,29 @@ def test_bad_input(
 # --- what is left behind
 
 
-def test_nothing_is_left_behind_by_what_has_ended(tmp_path: Path) -> None:
+def test_an_ended_process_is_not_a_leak(tmp_path: Path) -> None:
     watch = LeakWatch(tmp_path)
     before = watch.look()
     process = subprocess.Popen(["sleep", "0.3"])
-    # It waits for what is about to end.
+    # compare() waits for a process that is about to end.
     threading.Thread(target=process.wait).start()
     left = watch.compare(before)
     assert left.problems == ()
     assert str(left).startswith("nothing left behind: no process, no file; descriptors ")
 
 
-def test_whatever_is_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_leak_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("paprscm.commands.leaks._SETTLE_S", 0.0)
     watch = LeakWatch(tmp_path)
     before = watch.look()
-    # Its parent has ended: it is no descendant of ours any more.
-    made = subprocess.run(
+    # Its parent has ended, so it is not a descendant of this process.
+    done = subprocess.run(
         ["sh", "-c", "sleep 60 > /dev/null & echo $!"],
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
-    orphan = int(made.stdout)
+    orphan = int(done.stdout)
     enough = threading.Event()
     waiting = threading.Thread(target=enough.wait)
     waiting.start()
@@ -282,7 +282,7 @@ def test_whatever_is_left_behind_is_named(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(left).startswith(f"left behind: 1 process ({orphan} sleep); ")
 
 
-def test_a_changed_file_of_the_snapshot_is_seen_though_its_time_is_not(tmp_path: Path) -> None:
+def test_a_changed_file_of_the_snapshot_is_detected_with_the_same_time(tmp_path: Path) -> None:
     def build(folder: Path) -> None:
         (folder / "memory").write_bytes(b"guest")
         (folder / "state").write_bytes(b"state")
@@ -302,12 +302,12 @@ def test_a_changed_file_of_the_snapshot_is_seen_though_its_time_is_not(tmp_path:
 
 @pytest.fixture(scope="module")
 def warm() -> Environment:
-    """All that guests need, with a snapshot if there can be one."""
+    """Environment for guests, with a snapshot if this QEMU supports one."""
     return prepare(settings.load(config=ROOT / "avocado.cfg"), make_snapshot=True)
 
 
 def paprscm(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run the command as a person does."""
+    """Run the command in a new process."""
     return subprocess.run(
         [sys.executable, "-m", "paprscm.commands.cli", *words],
         cwd=ROOT,
@@ -337,7 +337,7 @@ def test_bench_start_prints_both_kinds_and_leaves_nothing(
 
 
 @pytest.mark.guest
-def test_a_warm_start_that_fails_is_no_figure(warm: Environment, tmp_path: Path) -> None:
+def test_a_failed_warm_start_is_an_error(warm: Environment, tmp_path: Path) -> None:
     if warm.snapshot is None:
         pytest.skip("guests of this QEMU are not restored")
     broken = tmp_path / "snapshot"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is measured of flushes adds up, and is shown as it was measured."""
+"""`paprscm bench flush`: consistent counts, and a table and a plot of the measured values."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def made_up(rounds: int = 3, threads: tuple[int, ...] = (1, 64)) -> Series:
-    """A series whose figures are told apart by their magnitude; the middle round is the median."""
+    """A series whose figures differ in magnitude; the middle round is the median."""
     dimms = (1, 2, 4, 8)
     names = [(t, d, f"{t} threads {d} DIMMs") for d in dimms for t in threads]
     factors = [1.0, 0.5, 3.0][:rounds]
     values = {f"{name} flushes": [60.0 * t * f for f in factors] for t, _d, name in names}
     values |= {f"{name} fdatasync": [123456.0 * f for f in factors] for _t, _d, name in names}
-    found = {
+    details = {
         f"{name} {mark} ms": [base * d * f for f in factors]
         for _t, d, name in names
         for mark, base in zip(PERCENTILES, (16.0, 20.0, 24.0, 99.0), strict=True)
     }
-    found |= {f"{name} polls": [1.25 * f for f in factors] for _t, _d, name in names}
-    made_of = {
+    details |= {f"{name} polls": [1.25 * f for f in factors] for _t, _d, name in names}
+    environment = {
         "qemu": "10.0.2 (Debian 1:10.0.2+ds-2+deb13u1+b1)",
         "kernel": "6.12.107-paprscm",
         "accel": "tcg",
     }
     axes = {"threads": list(threads), "dimms": list(dimms)}
-    return Series(made_of, 1.0, "1/s", values, {**axes, **found})
+    return Series(environment, 1.0, "1/s", values, {**axes, **details})
 
 
 def test_a_percentile_is_one_of_the_values() -> None:
@@ -62,7 +62,7 @@ def test_a_cell_has_the_medians_of_the_rounds_and_its_bound() -> None:
     last = cells[-1]
     assert (last.flushes, last.fdatasync, last.polls) == (64 * 60, 123456, 1.25)
     assert last.latency_ms == {"p50": 128, "p90": 160, "p99": 192, "max": 792}
-    # 64 threads, each of which sleeps 10 ms a flush.
+    # 64 threads, each of which sleeps 10 ms per flush.
     assert last.bound == 6400
 
 
@@ -93,9 +93,7 @@ def test_the_table_fits_a_terminal_and_shows_every_cell() -> None:
 
 
 @pytest.mark.parametrize("threads", [(1, 2, 4, 8, 16, 32, 64), (2,)], ids=["many", "one"])
-def test_the_plot_is_a_picture_that_says_what_it_shows(
-    threads: tuple[int, ...], tmp_path: Path
-) -> None:
+def test_the_plot_has_its_labels(threads: tuple[int, ...], tmp_path: Path) -> None:
     series = made_up(threads=threads)
     svg, png = tmp_path / "new" / "plot.svg", tmp_path / "plot.png"
     flush_plot.draw_plot(series, svg)
@@ -103,17 +101,17 @@ def test_the_plot_is_a_picture_that_says_what_it_shows(
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     text = svg.read_text()
     assert ElementTree.fromstring(text).tag == f"{SVG}svg"  # noqa: S314 - our own
-    # Text is drawn as outlines, so that it needs no font where it is read; a comment says it.
-    said = (
+    # Text is drawn as outlines, so that no font is needed; a comment has the text.
+    labels = (
         *("QEMU 10.0.2 (Debian", "6.12.107-paprscm, tcg", "flushes a second", "threads in the"),
         *("latency of a flush, ms", "1 DIMM", "8 DIMMs", "p50", "p99", "fdatasync", "10 ms"),
         *map(str, threads),
     )
-    assert [words for words in said if words not in text] == []
+    assert [words for words in labels if words not in text] == []
     assert "<text" not in text
     first = svg.read_bytes()
-    flush_plot.draw_plot(series, svg)
-    assert svg.read_bytes() == first, "the same series is another file"
+    flush_plot.draw(series, svg)
+    assert svg.read_bytes() == first, "the same series gives a different file"
 
 
 def test_the_lines_of_the_plot_are_the_figures(
@@ -139,7 +137,7 @@ def test_the_lines_of_the_plot_are_the_figures(
     ]
 
 
-def test_the_plot_asks_nothing_of_the_users_matplotlib(
+def test_the_plot_ignores_the_user_s_matplotlib_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def drawn(name: str, **environ: str) -> bytes:
@@ -164,7 +162,7 @@ def test_other_verbs_do_not_wait_for_matplotlib() -> None:
 
 @pytest.fixture
 def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What takes time must not even begin."""
+    """Fail the test if it prepares a guest."""
 
     def prepare(*_words: object, **_options: object) -> None:
         pytest.fail("it prepares a guest")
@@ -186,25 +184,25 @@ def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_bad_option_is_refused_at_once(
+def test_a_bad_option_is_refused_immediately(
     words: list[str], message: str, hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["bench", "flush", *words]) == 2
-    said = capsys.readouterr().err
-    assert message in said
-    assert hint in said
-    assert len(said.splitlines()) == (2 if hint else 1)
+    error = capsys.readouterr().err
+    assert message in error
+    assert hint in error
+    assert len(error.splitlines()) == (2 if hint else 1)
 
 
 @pytest.mark.usefixtures("unprepared")
-def test_without_matplotlib_it_says_so_before_it_measures(
+def test_missing_matplotlib_is_reported_before_the_measurement(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
-    said = capsys.readouterr().err
-    assert "matplotlib, which draws the plot, is not installed" in said
-    assert "tools/setup installs it" in said
+    error = capsys.readouterr().err
+    assert "there is no matplotlib" in error
+    assert "tools/setup installs it" in error
 
 
 def test_numbers_are_taken_once_and_in_order() -> None:
@@ -229,7 +227,7 @@ def test_the_host_syncs_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 class FakeGuest:
-    """As much of a guest as one cell needs; two flushes of slot 0 are made and synced."""
+    """A guest with the attributes that one cell needs; two flushes of slot 0 are made."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *, synced: int, hcalls: int) -> None:
         self.ended = 0
@@ -268,7 +266,7 @@ def test_polls_are_the_calls_after_the_first(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(("synced", "hcalls"), [(1, 4), (3, 4), (2, 1)])
-def test_counts_that_differ_are_no_figure(
+def test_counts_that_differ_are_an_error(
     synced: int, hcalls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     guest = FakeGuest(monkeypatch, synced=synced, hcalls=hcalls)
@@ -295,7 +293,7 @@ def test_bench_flush_measures_a_real_guest(tmp_path: Path) -> None:
     assert raw == json.loads(file.read_text())
     assert raw.pop("summary")["2 threads 1 DIMMs flushes"]["median"] > 0
     (cell,) = cells_of(Series(**raw))
-    # The driver sleeps 10 ms at least, however fast the machine; and asks once after it at least.
+    # The driver sleeps at least 10 ms on any machine, and polls at least once after that.
     assert 0 < cell.flushes <= cell.bound == 200
     assert 10 <= cell.latency_ms["p50"] <= cell.latency_ms["p90"]
     assert cell.latency_ms["p90"] <= cell.latency_ms["p99"] <= cell.latency_ms["max"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What is measured of hcalls is measured of real ones, and a wrong answer is no figure."""
+"""`paprscm bench hcalls`: rates of real hcalls; a wrong answer is an error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from paprscm.vm.binary import Qemu
 
 @pytest.fixture
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings of a measurement that is over in a second."""
+    """Settings of a measurement that takes a second."""
     monkeypatch.setattr(bench_hcalls, "_CALLS", 50)
     monkeypatch.setattr(bench_hcalls, "_FLUSHES", 5)
     monkeypatch.setattr(bench_hcalls, "_PERSISTS", 1)
@@ -43,7 +43,7 @@ def test_each_call_and_each_way_to_flush_has_a_rate(qemu: Qemu, chosen: Settings
     assert "2 rounds, QEMU" in console.export_text()
 
 
-def test_a_call_that_is_refused_is_no_figure(
+def test_a_refused_call_is_an_error(
     qemu: Qemu, chosen: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(bench_hcalls._ARGUMENTS, Hcall.H_SCM_HEALTH, (0x90000009,))
@@ -56,7 +56,7 @@ def test_nothing_is_left_in_the_scratch_folder(qemu: Qemu, chosen: Settings) -> 
     assert list(chosen.scratch_dir.iterdir()) == []
 
 
-def test_branches_without_results_are_one_clear_sentence(
+def test_branches_of_a_folder_without_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["branches", str(tmp_path)]) == 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Bad input on the command line is one clear sentence and a hint, at once; good input is obeyed."""
+"""Command line: bad input gives one clear line and a hint immediately; good input works."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from paprscm.vm.machine import Board, Machine, board_of
 
 
 def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What the command prints when it refuses; it must end with status 2."""
+    """Run a command that must end with status 2; return its error output."""
     assert main(words) == 2
-    said = capsys.readouterr().err
-    assert "Traceback" not in said
-    return said
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
 
 
 @pytest.mark.parametrize(
@@ -66,8 +66,8 @@ def test_a_missing_qemu_names_the_package(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    said = refused(capsys, "image", "--cache-dir", str(tmp_path / "cache"))
-    assert "apt install qemu-system-ppc" in said
+    error = refused(capsys, "image", "--cache-dir", str(tmp_path / "cache"))
+    assert "apt install qemu-system-ppc" in error
 
 
 def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -88,33 +88,33 @@ def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "thing" not in capsys.readouterr().out
 
 
-def test_what_the_system_refuses_is_no_traceback(
+def test_an_oserror_is_printed_without_a_traceback(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_arguments: object, **_options: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/some/file")
 
     monkeypatch.setattr(Cache, "prune", full)
-    said = refused(capsys, "cache", "prune", "--cache-dir", str(tmp_path))
-    assert said.startswith("paprscm: /some/file: No space left on device\n")
+    error = refused(capsys, "cache", "prune", "--cache-dir", str(tmp_path))
+    assert error.startswith("paprscm: /some/file: No space left on device\n")
 
 
-def test_what_follows_two_dashes_is_avocados(
+def test_words_after_two_dashes_are_passed_to_avocado(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    seen: list[str] = []
-    monkeypatch.setattr(os, "execv", lambda _path, words: seen.extend(words))
+    argv: list[str] = []
+    monkeypatch.setattr(os, "execv", lambda _path, words: argv.extend(words))
     monkeypatch.chdir(tmp_path)
     main(["run", "--kernel", "/k", "--smp", "1", "tests/test_x.py", "--", "-t", "map_sync"])
-    assert seen[1:4] == ["run", "-t", "map_sync"]
-    assert seen[4:] == ["tests/test_x.py", "-p", "smp=1", "-p", "kernel=/k"]
+    assert argv[1:4] == ["run", "-t", "map_sync"]
+    assert argv[4:] == ["tests/test_x.py", "-p", "smp=1", "-p", "kernel=/k"]
 
 
 def test_a_series_has_figures_summary_and_dimensions() -> None:
     series = Series({"qemu": "7.2"}, 1.0, "s", {"ssh": [3.0, 1.0, 2.0]})
-    told = json.loads(series.as_json())
-    assert told["summary"]["ssh"]["median"] == 2.0
-    assert (told["values"]["ssh"], told["environment"]) == ([3.0, 1.0, 2.0], {"qemu": "7.2"})
+    report = json.loads(series.as_json())
+    assert report["summary"]["ssh"]["median"] == 2.0
+    assert (report["values"]["ssh"], report["environment"]) == ([3.0, 1.0, 2.0], {"qemu": "7.2"})
 
 
 def test_settings_make_the_board(qemu: Qemu) -> None:
@@ -125,12 +125,12 @@ def test_settings_make_the_board(qemu: Qemu) -> None:
     assert own == Board(smp=4, memory_mib=768, cpu="POWER10", firmware="vof", accel="tcg")
 
 
-# A verb with a temporary folder that waits for ever.
+# A verb with a temporary folder that waits forever.
 WAITS = """
 import signal, sys, tempfile
 from paprscm.commands import cli
 
-# A shell without job control starts what it puts into the background with SIGINT ignored.
+# A shell without job control starts background processes with SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def waits(arguments, chosen):
@@ -148,13 +148,13 @@ sys.exit(cli.main(["doctor"]))
 def test_a_signal_ends_the_command_through_its_clean_up(
     number: signal.Signals, nohup: bool
 ) -> None:
-    """A terminal that closes, `kill`, ^C; and nohup(1) keeps its promise."""
+    """SIGHUP of a terminal, SIGTERM and SIGINT end it; under nohup(1) SIGHUP does not."""
     command = subprocess.Popen(
         [*(["nohup"] if nohup else []), sys.executable, "-c", WAITS],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # These selftests may have been started with nohup themselves.
+        # The selftests themselves may run under nohup.
         preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
     )
     with command, contextlib.ExitStack() as stack:

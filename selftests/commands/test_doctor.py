@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The doctor sees what is missing and names the line that brings it."""
+"""`paprscm doctor` finds missing packages, and prints the line that installs them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def chosen(tmp_path: Path) -> Settings:
 
 @pytest.fixture
 def complete(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
-    """The files that the mirror's suites lack; a suite that is not there does not exist."""
+    """Files that each suite of the mirror lacks; other suites do not exist."""
     lacking: dict[str, list[str]] = {suite: [] for suite in debian.AUTO_SUITES}
 
     def absent(_: Archive, _packages: list[str], *, suite: str, arch: str) -> object:
@@ -47,8 +47,8 @@ def by_subject(findings: list[Finding]) -> dict[str, Finding]:
 
 def test_package_list_names_package_proof_and_reason() -> None:
     text = "# all\n\nmake  make  # builds\nkeys  /k.gpg  keyring  # trust\ncross /x - # more\n"
-    found = doctor.parse_host_packages(text)
-    assert [(p.name, p.proof, p.reason, p.fedora) for p in found] == [
+    packages = doctor.parse_host_packages(text)
+    assert [(p.name, p.proof, p.reason, p.fedora) for p in packages] == [
         ("make", "make", "builds", "make"),
         ("keys", "/k.gpg", "trust", "keyring"),
         ("cross", "/x", "more", ""),
@@ -118,8 +118,8 @@ def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
     assert findings["python"].grade == "ok"
     assert "spapr-nvdimm" in findings["QEMU"].text
     assert findings["userland"].text == "Debian trixie can be fetched, 125 MB"
-    assert not doctor.is_broken(list(findings.values()))
-    # It looks, and makes nothing but the record of what the QEMU answered.
+    assert not doctor.broken(list(findings.values()))
+    # It creates nothing except the record of QEMU's facts.
     assert {path.name for path in chosen.cache_dir.iterdir()} <= {"qemu-facts", "locks"}
 
 
@@ -141,19 +141,19 @@ def test_mirror_that_does_not_answer(chosen: Settings) -> None:
     assert "cannot be reached" in findings["mirror"].text
 
 
-def test_qemu_that_would_be_fetched_is_not(chosen: Settings) -> None:
-    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu="debian:trixie")))
+def test_a_qemu_of_debian_is_not_fetched(chosen: Settings) -> None:
+    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu="debian:trixie")))
     assert findings["QEMU"].grade == "note"
     assert "will be fetched" in findings["QEMU"].text
 
 
-def test_wrong_qemu_is_told(chosen: Settings) -> None:
-    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu="/bin/false")))
+def test_a_wrong_qemu_is_reported(chosen: Settings) -> None:
+    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
     assert findings["QEMU"].grade == "missing"
     assert "is not a QEMU" in findings["QEMU"].text
 
 
-def test_what_a_qemu_cannot_do_is_noted(chosen: Settings, tmp_path: Path) -> None:
+def test_missing_features_of_a_qemu_are_noted(chosen: Settings, tmp_path: Path) -> None:
     script = altered_qemu(tmp_path, '"virtio-rng-pci"', '"gone"')
     noted = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
     assert noted.grade == "note"
@@ -161,20 +161,20 @@ def test_what_a_qemu_cannot_do_is_noted(chosen: Settings, tmp_path: Path) -> Non
     assert "the flush shim must be preloaded into QEMU itself, so tests that need" in noted.text
 
 
-def test_kvm_that_cannot_be_had_is_told(chosen: Settings) -> None:
-    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, accel="kvm")))
+def test_unavailable_kvm_is_reported(chosen: Settings) -> None:
+    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, accel="kvm")))
     assert findings["accelerator"].grade == "missing"
 
 
-def test_how_many_tests_side_by_side(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "read_resources", lambda: Resources(4, 8192))
-    findings = by_subject(doctor.inspect_host(chosen))
+def test_number_of_concurrent_tests(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "resources", lambda: Resources(4, 8192))
+    findings = by_subject(doctor.doctor(chosen))
     assert findings["machine"] == Finding("ok", "machine", "4 CPUs, 8.0 GiB of memory available")
     assert findings["concurrency"].grade == "ok"
     assert findings["concurrency"].text.startswith("4: 1 for each of 4 CPUs")
 
 
-def test_a_guest_that_may_not_fit_is_told(
+def test_too_little_memory_for_a_guest_is_noted(
     chosen: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -187,7 +187,7 @@ def test_a_guest_that_may_not_fit_is_told(
     assert not doctor.is_broken([findings["concurrency"]])
 
 
-def test_unusable_folders_are_told(chosen: Settings, tmp_path: Path) -> None:
+def test_unusable_folders_are_reported(chosen: Settings, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     wrong = dataclasses.replace(chosen, cache_dir=file / "cache", scratch_dir=file)
@@ -211,7 +211,7 @@ def test_file_system_of_a_path(tmp_path: Path) -> None:
     assert doctor.filesystem_type(Path("/nonexistent/x"), table) == "ext4"
     assert doctor.filesystem_type(Path("/fast/x/y"), table) == "tmpfs"
     assert doctor.filesystem_type(Path("/faster"), table) == "ext4"
-    # The later of two mounts on one point hides the earlier.
+    # The later of two mounts on one mount point hides the earlier one.
     assert doctor.filesystem_type(Path("/a b/c"), table) == "btrfs"
 
 
@@ -220,7 +220,7 @@ def test_scratch_in_memory_is_noted(chosen: Settings, monkeypatch: pytest.Monkey
     findings = by_subject(doctor.inspect_host(chosen))
     assert findings["scratch"].grade == "note"
     assert "fdatasync" in findings["scratch"].text
-    assert findings["cache"].grade == "ok", "what is kept there need not survive a power cut"
+    assert findings["cache"].grade == "ok", "the cache need not survive a power cut"
 
 
 def test_shown_within_80_columns() -> None:

@@ -24,7 +24,7 @@ def printed(*words: str) -> str:
 
 
 def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
-    """The parser of the command and those of all verbs."""
+    """The parser of the command, and the parsers of all verbs."""
     yield parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
@@ -68,12 +68,12 @@ def test_bash_completes(line: str, answers: set[str], tmp_path: Path) -> None:
     (tmp_path / "known_issues").mkdir()
     (tmp_path / "known_issues/README.md").touch()
     words = line.split(" ")
-    asked = (
+    script_line = (
         f"source {script}; COMP_WORDS=({' '.join(words[:-1])} '{words[-1]}'); "
         f"COMP_CWORD={len(words) - 1}; _shtab_paprscm 2>/dev/null; "
         'printf "%s\\n" "${COMPREPLY[@]}"'
     )
     done = subprocess.run(
-        ["bash", "-c", asked], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
+        ["bash", "-c", script_line], cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True
     )
     assert answers <= set(done.stdout.split())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A bare machine makes the calls that it is asked for, and says what became of them."""
+"""A bare machine makes the requested hcalls, and returns their results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hcalls(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(qemu: Qemu, hcalls: Path, tmp_path: Path) -> Iterator[Start]:
-    """Starts a machine that ends with the test."""
+    """Start a machine that ends with the test."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     folders = (tmp_path / f"qemu{number}" for number in itertools.count())
@@ -53,10 +53,8 @@ def start(qemu: Qemu, hcalls: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def bare(
-    qemu: Qemu, hcalls: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[BareMachine]:
-    """A machine for tests that leave it as it was."""
+def bare(qemu: Qemu, hcalls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+    """A machine for tests that do not change it."""
     folder = tmp_path_factory.mktemp("bare")
     nvdimms = (Nvdimm(slot=0), Nvdimm(slot=1, unarmed=True))
     machine = Machine(memory_mib=256, smp=4, nvdimms=nvdimms)
@@ -81,9 +79,9 @@ def test_registers_go_in_and_come_out(bare: BareMachine) -> None:
     patterns = tuple(0x0123456789ABCDEF * factor & (1 << 64) - 1 for factor in range(1, 10))
     answer = bare.call(UNKNOWN, *patterns)
     assert (answer.code, answer.outputs) == (ReturnCode.H_FUNCTION, patterns)
-    assert (answer.count, answer.busy) == (1, 0)
-    assert 0 < answer.begin_ticks < answer.end_ticks
-    # What is not given is 0, and a negative argument is a big one.
+    assert (answer.made, answer.busy) == (1, 0)
+    assert 0 < answer.began < answer.ended
+    # A missing argument is 0; a negative one is taken modulo 2^64.
     assert bare.call(UNKNOWN, -2).outputs == ((1 << 64) - 2, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
@@ -115,13 +113,13 @@ def test_a_call_is_repeated(bare: BareMachine) -> None:
     once, often = bare.batch([Call(UNKNOWN), Call(UNKNOWN, (5,), times=2000)])
     assert (once.count, often.count, often.busy, often.outputs[0]) == (1, 2000, 0, 5)
     assert often.duration_s > once.duration_s
-    # Each begins a flush of its own.
+    # Each repetition begins a new flush.
     flush = Call(Hcall.H_SCM_FLUSH, (drc_index(0), 0), times=3)
     (answer,) = bare.batch([flush])
     assert (answer.code, answer.count, answer.busy) == (9901, 3, 3)
 
 
-def test_a_poll_goes_on_with_the_token_until_the_end(bare: BareMachine) -> None:
+def test_a_poll_continues_with_the_token_until_the_end(bare: Bare) -> None:
     flush = (drc_index(0), 0)
     pause_us = 3000.0
     first, whole, other = bare.batch(
@@ -138,7 +136,7 @@ def test_a_poll_goes_on_with_the_token_until_the_end(bare: BareMachine) -> None:
     assert (other.code, other.count) == (ReturnCode.H_FUNCTION, 1)
 
 
-def test_vcpus_work_at_the_same_time(bare: BareMachine) -> None:
+def test_vcpus_work_concurrently(bare: Bare) -> None:
     work = {cpu: [Call(UNKNOWN, (cpu,), times=300_000)] for cpu in range(4)}
     answers = {cpu: found[0] for cpu, found in bare.together(work).items()}
     assert {cpu: answer.outputs[0] for cpu, answer in answers.items()} == {n: n for n in range(4)}
@@ -204,13 +202,13 @@ def test_a_dimm_is_plugged(start: Start) -> None:
     bare = start()
     assert health(bare, 3)[0] == ReturnCode.H_PARAMETER
     bare.plug(Nvdimm(slot=3))
-    # The machine has not asked for the interrupt that this sends.
+    # The program has not enabled the interrupt that the hotplug sends.
     time.sleep(0.02)
     assert health(bare, 3)[0] == ReturnCode.H_SUCCESS
     assert bare.file(3).stat().st_size == Nvdimm().file_bytes
 
 
-def test_a_reset_ends_what_was_going_on(start: Start) -> None:
+def test_a_reset_ends_calls_in_progress(start: Start) -> None:
     bare = start(Nvdimm(), smp=2)
     bare.start_cpus(2)
     bare.write(FREE.start, b"stays")
@@ -228,25 +226,25 @@ def test_a_reset_ends_what_was_going_on(start: Start) -> None:
     assert bare.batch([Call(UNKNOWN, (5,))], cpu=1)[0].outputs[0] == 5
 
 
-def test_the_call_that_a_qemu_died_of_is_named(start: Start) -> None:
+def test_the_call_that_killed_qemu_is_named(start: Start) -> None:
     bare = start(Nvdimm(), smp=2)
     bare.start_cpus(2)
     bare.start([Call(Hcall.H_SCM_HEALTH, (drc_index(0),)), ENDLESS])
     bare.start([Call(UNKNOWN), Call(0x7FF, (9,), times=1 << 62)], cpu=1)
     wait_until(lambda: bare.in_progress(0) == bare.in_progress(1) == 1)
     os.kill(bare.process.pid, signal.SIGSEGV)
-    said = (
+    message = (
         r"QEMU ended, killed by SIGSEGV, while it executed "
         r"H_SCM_QUERY_BLOCK_MEM_BINDING\(0x1, 0x2\) on vCPU 0 and "
         r"hypervisor call 0x7ff \(0x9\) on vCPU 1; it said"
     )
-    with pytest.raises(GuestLostError, match=said):
+    with pytest.raises(GuestLostError, match=message):
         bare.finish()
-    with pytest.raises(GuestLostError, match=said):
+    with pytest.raises(GuestLostError, match=message):
         bare.call(UNKNOWN)
 
 
-def test_an_idle_qemu_that_died_is_noticed(start: Start) -> None:
+def test_the_death_of_an_idle_qemu_is_detected(start: Start) -> None:
     bare = start()
     assert bare.call(UNKNOWN).code == ReturnCode.H_FUNCTION
     os.kill(bare.process.pid, signal.SIGSEGV)
@@ -262,10 +260,10 @@ def test_an_idle_qemu_that_died_is_noticed(start: Start) -> None:
         (signal.SIGTERM, "was ended from outside by signal 15 from pid {pid} "),
     ],
 )
-def test_a_qemu_that_is_ended_from_outside_has_not_failed(
+def test_a_qemu_ended_from_outside_is_not_a_failure(
     qemu: Qemu, hcalls: Path, tmp_path: Path, number: int, said: str
 ) -> None:
-    """Not in a call, and not for a caller that takes a lost guest for an answer."""
+    """In a call it is a KilledError, also for a caller that handles GuestLostError."""
     said = said.format(pid=os.getpid())
     machine = Machine(memory_mib=256, smp=1)
     began = BareMachine(qemu, hcalls, machine, folder=tmp_path / "qemu", scratch_dir=tmp_path)
@@ -287,13 +285,12 @@ def test_a_call_that_does_not_return_is_named(start: Start) -> None:
 
 def test_an_exception_in_the_machine_is_our_fault(start: Start) -> None:
     bare = start()
-    # QEMU itself wipes the program out, so that it knows of code that has changed.
+    # QEMU itself clears the program's page, so that it notices the changed code.
     page = bare._boxes[0].entry & ~0xFFF
-    said = (
-        rf"vCPU 0 took exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, "
-        r".* hypervisor call 0x2c"
+    message = (
+        rf"vCPU 0 got exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, .* hypervisor call 0x2c"
     )
-    with pytest.raises(HostError, match=said):
+    with pytest.raises(HostError, match=message):
         bare.call(H_PAGE_INIT, H_ZERO_PAGE, page)
 
 
@@ -306,26 +303,26 @@ def test_two_machines_have_nothing_in_common(start: Start) -> None:
 
 
 def test_nothing_is_left(start: Start, qemu: Qemu, hcalls: Path, tmp_path: Path) -> None:
-    def ours() -> tuple[int, int]:
+    def resources() -> tuple[int, int]:
         maps = Path("/proc/self/maps").read_text()
         return len([*Path("/proc/self/fd").iterdir()]), maps.count("paprscm-memory")
 
-    before = ours()
+    before = resources()
     machine = Machine(memory_mib=256, smp=1)
     with BareMachine(qemu, hcalls, machine, folder=tmp_path / "q", scratch_dir=tmp_path) as bare:
         pid = bare.process.pid
-        assert ours() != before
-    assert ours() == before
+        assert resources() != before
+    assert resources() == before
     assert not Path(f"/proc/{pid}").exists()
 
 
 def test_a_machine_on_which_the_program_cannot_run(qemu: Qemu, tmp_path: Path) -> None:
-    for machine, why in (
+    for machine, message in (
         (Machine(memory_mib=128), "128 MiB are not enough"),
         (Machine(memory_mib=256, smp=33), "33 vCPUs are too many"),
     ):
-        with pytest.raises(ConfigError, match=why):
-            BareMachine(qemu, tmp_path / "none", machine, folder=tmp_path, scratch_dir=tmp_path)
+        with pytest.raises(ConfigError, match=message):
+            Bare(qemu, tmp_path / "none", machine, folder=tmp_path, scratch_dir=tmp_path)
 
 
 def test_a_program_that_does_not_start(
@@ -357,7 +354,7 @@ def test_the_program_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         compile_program(cache)
 
 
-def test_how_calls_and_answers_read() -> None:
+def test_calls_and_answers_as_text() -> None:
     unbind = Call(Hcall.H_SCM_UNBIND_MEM, (drc_index(0), -1 << 28, 2, 0))
     assert str(unbind) == "H_SCM_UNBIND_MEM(0x90000000, 0xfffffffff0000000, 0x2, 0x0)"
     answer = Answer(

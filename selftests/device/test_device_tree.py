@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The reader of device trees, and the model of machines, on cases with known answers."""
+"""Parser of device trees, and model of machines, on cases with known results."""
 
 import re
 import struct
@@ -58,7 +58,7 @@ def node_of(**changes: Any) -> dict[str, bytes]:
 
 
 def lists(connectors: tuple[Connector, ...]) -> dict[str, bytes]:
-    """The four ibm,drc-* of a node."""
+    """The four ibm,drc-* properties of a node."""
     count = struct.pack(">I", len(connectors))
     return {
         "ibm,drc-indexes": count + b"".join(struct.pack(">I", c.index) for c in connectors),
@@ -70,11 +70,11 @@ def lists(connectors: tuple[Connector, ...]) -> dict[str, bytes]:
 
 
 def blob_of(nodes: dict[str, dict[str, bytes]], *, padding: int = 4096) -> bytes:
-    """A blob as QEMU makes it, with room at its end."""
+    """A blob like QEMU's, with padding at its end."""
     tree = fdt.FDT()
     tree.header.version = 17
     for path, properties in nodes.items():
-        # This makes the nodes on the way to it, too.
+        # This also creates the parent nodes.
         tree.set_property("new", 0, path)
         node = tree.get_node(path)
         node.remove_property("new")
@@ -100,7 +100,7 @@ def test_a_good_tree_has_no_differences() -> None:
     assert judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()}) == []
 
 
-def test_values_come_back_as_they_were() -> None:
+def test_values_are_unchanged() -> None:
     values = {
         "empty": b"",
         "text": b"a\0",
@@ -189,7 +189,7 @@ def test_each_property_counts(name: str) -> None:
         ({"driver": "nvdimm", "pmem": True}, False),
     ],
 )
-def test_who_must_flush(changes: dict[str, object], present: bool) -> None:
+def test_kinds_that_require_flushes(changes: dict[str, object], present: bool) -> None:
     assert ("ibm,hcall-flush-required" in node_of(**changes)) == present
 
 
@@ -214,15 +214,15 @@ def test_the_expected_node() -> None:
     ],
 )
 def test_a_wrong_tree_is_named(nodes: dict[str, dict[str, bytes]], message: str) -> None:
-    tree = DeviceTree(parse_tree(blob_of({**GOOD, **nodes})).nodes)
-    said = judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()})
-    assert any(message in word for word in said), said
+    tree = Tree(parse(blob_of({**GOOD, **nodes})).nodes)
+    messages = judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()})
+    assert any(message in word for word in messages), messages
 
 
 def test_a_missing_node_is_named() -> None:
-    tree = parse_tree(blob_of({path: GOOD[path] for path in list(GOOD)[:2]}))
-    said = judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()})
-    assert said == ["ibm,pmemory@90000001 is missing"]
+    tree = parse(blob_of({path: GOOD[path] for path in list(GOOD)[:2]}))
+    messages = judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()})
+    assert messages == ["ibm,pmemory@90000001 is missing"]
     with pytest.raises(ContractError, match="has no /ibm,persistent-memory"):
         parse_tree(blob_of({"/": GOOD["/"]})).nvdimms  # noqa: B018
 
@@ -244,7 +244,7 @@ def test_lists_of_different_lengths_are_named() -> None:
     ("domains", "away"),
     [((0, 0, 0), 20), ((0, 0, 1), 40), ((0, 1, 1), 80), ((1, 1, 1), 160), ((1, 0, 1), 40)],
 )
-def test_distance_as_linux_counts_it(domains: tuple[int, ...], away: int) -> None:
+def test_distance_as_in_linux(domains: tuple[int, ...], away: int) -> None:
     assert distance((4, 0, 0, 0, 0), (4, *domains, 1)) == away
     assert distance((4, *domains, 1), (4, *domains, 1)) == 10
 
@@ -294,12 +294,12 @@ def dimm(number: int = 0, **changes: object) -> RawMachine:
         (dimm(number=1, addr=GIB + BLOCK), None),
     ],
 )
-def test_which_machine_is_refused(machine: RawMachine, reason: str | None) -> None:
+def test_predicted_refusals(machine: RawMachine, reason: str | None) -> None:
     names = sorted(found.name for found in predict(machine).reasons)
     assert (" or ".join(names) or None) == reason
 
 
-def test_where_dimms_are_placed() -> None:
+def test_predicted_slots_and_addresses() -> None:
     machine = RIGHT.with_dimm(0, slot=0, addr=GIB + 2 * BLOCK)
     assert [(p.slot, p.addr) for p in predict(machine).placed] == [(0, GIB + 2 * BLOCK), (1, GIB)]
     around = machine.with_dimm(0, addr=GIB)
@@ -355,8 +355,10 @@ def test_attempts_are_judged(machine: RawMachine, found: Attempt, message: str |
         (RIGHT, Attempt(0, "what?", (), b"", 0.1), "accepted with a message:\n +what"),
     ],
 )
-def test_other_words_are_unusual(machine: RawMachine, found: Attempt, message: str | None) -> None:
-    other = unusual_messages(predict(machine), found)
+def test_other_messages_are_unusual(
+    machine: RawMachine, found: Attempt, message: str | None
+) -> None:
+    other = unusual(predict(machine), found)
     if message is None:
         assert other is None
     else:

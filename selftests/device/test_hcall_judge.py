@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The judge says what is wrong, and only that."""
+"""The judge reports each wrong hcall result, and no right one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLUSH = request(Hcall.H_SCM_FLUSH, DIMM.drc, 0)
 
 
 class Answers:
-    """A bare machine that answers what it was given to answer."""
+    """A bare machine that returns prepared answers."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
@@ -46,8 +46,8 @@ class Answers:
     def batch(self, calls: list[Call], *, timeout_s: float = 10) -> list[Answer]:
         del timeout_s
         self.asked += calls
-        found = [self.next.pop(0) for _ in calls]
-        return [Answer(code, (*out, *[0] * (9 - len(out))), 1, 0, 0, 1) for code, out in found]
+        answers = [self.next.pop(0) for _ in calls]
+        return [Answer(code, (*out, *[0] * (9 - len(out))), 1, 0, 0, 1) for code, out in answers]
 
 
 @pytest.fixture
@@ -66,13 +66,13 @@ def judge(machine: Answers) -> ScmJudge:
 
 def test_right_answers_pass_and_are_counted(machine: Answers) -> None:
     machine.next = [(0, (0, 1 << 63)), (9901, (1, 0))]
-    found = judge(machine)
-    found.make(HEALTH, FLUSH)
-    assert (found.calls, found.model.dimms[0].last_token) == (2, 1)
+    scm_judge = judge(machine)
+    scm_judge.make(HEALTH, FLUSH)
+    assert (scm_judge.calls, scm_judge.model.dimms[0].last_token) == (2, 1)
     assert [call.opcode for call in machine.asked] == [0x400, 0x44C]
 
 
-def test_the_label_area_is_read_from_behind_the_data(machine: Answers) -> None:
+def test_the_label_area_is_read_after_the_data(machine: Answers) -> None:
     assert judge(machine).model.dimms[0].label[:5] == b"\x80\x00\x00\x01\x00"
 
 
@@ -93,52 +93,52 @@ def test_a_wrong_code_or_register_is_named(
         judge(machine).make(HEALTH)
 
 
-def test_of_many_wrong_answers_ten_are_shown(machine: Answers) -> None:
+def test_ten_of_many_wrong_answers_are_shown(machine: Answers) -> None:
     machine.next = [(-1, ())] * 25
     with pytest.raises(ContractError, match="and 15 more") as caught:
         judge(machine).make(*[HEALTH] * 25)
     assert caught.value.message.count("H_SCM_HEALTH(") == 10
 
 
-def test_a_known_bug_is_kept_apart(machine: Answers) -> None:
+def test_a_known_bug_is_separate(machine: Answers) -> None:
     read = request(Hcall.H_SCM_READ_METADATA, DIMM.drc, 0, 4)
     machine.next = [(0, (0xFFFFFFFF80000001, 0, 4)), (0, (0x80000001, 0, 4))]
-    found = judge(machine)
-    found.make(read, read)
-    assert list(found.known_wrong) == ["qemu-read-metadata-sign-extends"]
+    scm_judge = judge(machine)
+    scm_judge.make(read, read)
+    assert list(scm_judge.known_wrong) == ["qemu-read-metadata-sign-extends"]
     machine.next = [(0, (0xFFFF80000001, 0, 4))]
     with pytest.raises(ContractError, match="expected H_SUCCESS r4=0x80000001"):
-        found.make(read)
+        scm_judge.make(read)
 
 
-def test_what_was_polled_to_the_end_is_gone(machine: Answers) -> None:
+def test_a_flush_polled_to_its_end_is_removed(machine: Answers) -> None:
     machine.next = [(9901, (1, 0)), (9901, (2, 0)), (0, (DIMM.drc, 1)), (0, (DIMM.drc, 2))]
-    found = judge(machine)
-    found.make(FLUSH, FLUSH)
-    found.poll_to_the_end()
-    assert found.model.dimms[0].outstanding == {}
+    scm_judge = judge(machine)
+    scm_judge.make(FLUSH, FLUSH)
+    scm_judge.poll_to_the_end()
+    assert scm_judge.model.dimms[0].outstanding == {}
     assert [call.args[1] for call in machine.asked[2:]] == [1, 2]
     assert all(call.poll for call in machine.asked[2:])
 
 
-def test_a_flush_that_never_ends_is_told(machine: Answers) -> None:
+def test_a_flush_that_never_ends_is_reported(machine: Answers) -> None:
     machine.next = [(9901, (1, 0)), (9901, (1, 1))]
-    found = judge(machine)
-    found.make(FLUSH)
-    # Long-busy is an answer that the contract allows, however often; not as the last one.
+    scm_judge = judge(machine)
+    scm_judge.make(FLUSH)
+    # The contract allows any number of long-busy answers, but not as the last one.
     with pytest.raises(ContractError, match=r"H_SCM_FLUSH\(0x90000000, 1\) has not ended"):
-        found.poll_to_the_end()
+        scm_judge.poll_to_the_end()
 
 
 def test_missing_branches_are_named(machine: Answers) -> None:
-    found = judge(machine)
+    scm_judge = judge(machine)
     machine.next = [(0, (0, 1 << 63))]
-    found.make(HEALTH)
-    assert found.missing([Hcall.H_SCM_HEALTH]) == {
+    scm_judge.make(HEALTH)
+    assert scm_judge.missing([Hcall.H_SCM_HEALTH]) == {
         "H_SCM_HEALTH H_PARAMETER (no such nvdimm)",
         "H_SCM_HEALTH H_SUCCESS (unarmed)",
     }
-    assert not found.missing([Hcall.H_SCM_HEALTH], without=["unarmed", "no such nvdimm"])
+    assert not scm_judge.missing([Hcall.H_SCM_HEALTH], without=["unarmed", "no such nvdimm"])
 
 
 def test_the_tests_of_a_job_are_added_up(tmp_path: Path) -> None:
@@ -155,6 +155,6 @@ def test_the_tests_of_a_job_are_added_up(tmp_path: Path) -> None:
     assert hcall_judge.branch_table(total).title == f"1 of {len(BRANCHES)} branches taken"
 
 
-def test_a_folder_without_results_is_said(tmp_path: Path) -> None:
+def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no results"):
         hcall_judge.read_branches(tmp_path)

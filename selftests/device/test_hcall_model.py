@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The model of the device, row by row: written down here from the contract, not from the model."""
+"""Model of the device, row by row; the rows are from the contract, not from the model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUSY = ReturnCode.H_LONG_BUSY_ORDER_10_MSEC
 
 
 def model() -> ScmModel:
-    """Four DIMMs: one to flush, a persistent one, a plain nvdimm, one that is unarmed."""
+    """Four DIMMs: one that needs flushes, a persistent one, a plain nvdimm, an unarmed one."""
     label = bytearray(128 << 10)
     label[0:8] = bytes.fromhex("8081828384858687")
     return ScmModel(
@@ -46,7 +46,7 @@ READ, WRITE = Hcall.H_SCM_READ_METADATA, Hcall.H_SCM_WRITE_METADATA
 BIND, UNBIND, ALL = Hcall.H_SCM_BIND_MEM, Hcall.H_SCM_UNBIND_MEM, Hcall.H_SCM_UNBIND_ALL
 HEALTH, FLUSH = Hcall.H_SCM_HEALTH, Hcall.H_SCM_FLUSH
 
-# call, arguments, code, registers that must hold something else than the argument.
+# call, arguments, code, registers whose value differs from the argument.
 ROWS = [
     (READ, (EMPTY, 0, 8), "H_PARAMETER", {}),
     (READ, (DRC | 1 << 32, 0, 1), "H_SUCCESS", {4: 0x80}),
@@ -124,100 +124,100 @@ def test_a_machine_at_its_start(
     assert expected.branch in BRANCHES
 
 
-def one(found: ScmModel, call: Hcall, *arguments: int) -> tuple[ReturnCode, str]:
-    """Make a call that can be answered in one way only; the code, and why."""
-    (expected,) = found.allowed(call, arguments)
-    found.observe(expected, arguments)
+def one(scm: ScmModel, call: Hcall, *arguments: int) -> tuple[ReturnCode, str]:
+    """Make a call with only one allowed answer; return its code and branch."""
+    (expected,) = scm.allowed(call, arguments)
+    scm.observe(expected, arguments)
     return expected.code, expected.branch[2]
 
 
-def test_what_was_written_is_read() -> None:
-    found = model()
-    one(found, WRITE, DRC, 4, 0xCAFE, 2)
-    one(found, WRITE, DRC, 0x1FFFF, 0x7F, 1)
-    (expected,) = found.allowed(READ, (DRC, 0, 8))
+def test_written_bytes_are_read() -> None:
+    scm = model()
+    one(scm, WRITE, DRC, 4, 0xCAFE, 2)
+    one(scm, WRITE, DRC, 0x1FFFF, 0x7F, 1)
+    (expected,) = scm.allowed(READ, (DRC, 0, 8))
     assert expected.outputs[0] == 0x80818283CAFE8687
-    (expected,) = found.allowed(READ, (DRC, 0x1FFFE, 2))
+    (expected,) = scm.allowed(READ, (DRC, 0x1FFFE, 2))
     assert expected.outputs[0] == 0x007F
 
 
-def test_what_was_refused_is_not_written() -> None:
-    found = model()
-    before = bytes(found.dimms[0].label)
-    one(found, WRITE, DRC, 0, 1 << 8, 1)
-    one(found, WRITE, UNARMED, 0, 1, 1)
-    assert (bytes(found.dimms[0].label), bytes(found.dimms[3].label)) == (before, bytes(8))
+def test_refused_bytes_are_not_written() -> None:
+    scm = model()
+    before = bytes(scm.dimms[0].label)
+    one(scm, WRITE, DRC, 0, 1 << 8, 1)
+    one(scm, WRITE, UNARMED, 0, 1, 1)
+    assert (bytes(scm.dimms[0].label), bytes(scm.dimms[3].label)) == (before, bytes(8))
 
 
-def test_a_flush_may_have_ended_and_is_told_once() -> None:
-    found = model()
-    assert one(found, FLUSH, DRC, 0) == (BUSY, "begun")
-    goes_on, done = found.allowed(FLUSH, (DRC, 1))
-    assert (goes_on.code, goes_on.outputs[0]) == (BUSY, 1)
+def test_the_end_of_a_flush_is_reported_once() -> None:
+    scm = model()
+    assert one(scm, FLUSH, DRC, 0) == (BUSY, "begun")
+    busy, done = scm.allowed(FLUSH, (DRC, 1))
+    assert (busy.code, busy.outputs[0]) == (BUSY, 1)
     assert (done.code, done.outputs[0]) == (ReturnCode.H_SUCCESS, DRC)
-    found.observe(goes_on, (DRC, 1))
-    found.observe(done, (DRC, 1))
-    assert one(found, FLUSH, DRC, 1) == (ReturnCode.H_P2, "unknown token")
-    assert found.allowed(FLUSH, (DRC, 0))[0].outputs[0] == 2
+    scm.observe(busy, (DRC, 1))
+    scm.observe(done, (DRC, 1))
+    assert one(scm, FLUSH, DRC, 1) == (ReturnCode.H_P2, "unknown token")
+    assert scm.allowed(FLUSH, (DRC, 0))[0].outputs[0] == 2
 
 
-def test_a_held_flush_goes_on_until_it_is_released() -> None:
-    found = model()
-    one(found, FLUSH, DRC, 0)
-    found.dimms[0].held = True
-    one(found, FLUSH, DRC, 0)
-    assert len(found.allowed(FLUSH, (DRC, 1))) == 2
-    assert one(found, FLUSH, DRC, 2) == (BUSY, "goes on")
-    found.release(0)
-    assert len(found.allowed(FLUSH, (DRC, 2))) == 2
+def test_a_held_flush_is_busy_until_it_is_released() -> None:
+    scm = model()
+    one(scm, FLUSH, DRC, 0)
+    scm.dimms[0].held = True
+    one(scm, FLUSH, DRC, 0)
+    assert len(scm.allowed(FLUSH, (DRC, 1))) == 2
+    assert one(scm, FLUSH, DRC, 2) == (BUSY, "goes on")
+    scm.release(0)
+    assert len(scm.allowed(FLUSH, (DRC, 2))) == 2
 
 
 def test_a_failing_sync_ends_with_h_hardware() -> None:
-    found = model()
-    found.dimms[0].failing = True
-    one(found, FLUSH, DRC, 0)
-    found.dimms[0].failing = False
-    _goes_on, ended = found.allowed(FLUSH, (DRC, 1))
+    scm = model()
+    scm.dimms[0].failing = True
+    one(scm, FLUSH, DRC, 0)
+    scm.dimms[0].failing = False
+    _goes_on, ended = scm.allowed(FLUSH, (DRC, 1))
     assert (ended.code, ended.branch[2]) == (ReturnCode.H_HARDWARE, "failed")
 
 
-def test_a_reset_forgets_flushes_and_not_the_count() -> None:
-    found = model()
-    one(found, FLUSH, DRC, 0)
-    found.reset()
-    assert one(found, FLUSH, DRC, 1) == (ReturnCode.H_P2, "unknown token")
-    assert found.allowed(FLUSH, (DRC, 0))[0].outputs[0] == 2
+def test_a_reset_forgets_flushes_but_not_the_last_token() -> None:
+    scm = model()
+    one(scm, FLUSH, DRC, 0)
+    scm.reset()
+    assert one(scm, FLUSH, DRC, 1) == (ReturnCode.H_P2, "unknown token")
+    assert scm.allowed(FLUSH, (DRC, 0))[0].outputs[0] == 2
 
 
 def test_every_branch_can_be_reached() -> None:
-    found = model()
+    scm = model()
     for call, arguments, *_rest in ROWS:
-        for expected in found.allowed(call, arguments):
-            found.covered[expected.branch] += 1
+        for expected in scm.allowed(call, arguments):
+            scm.covered[expected.branch] += 1
     for failing in (False, True):
-        found.dimms[0].failing = failing
-        one(found, FLUSH, DRC, 0)
-        for expected in found.allowed(FLUSH, (DRC, found.dimms[0].last_token)):
-            found.covered[expected.branch] += 1
-    assert set(found.covered) == BRANCHES
+        scm.dimms[0].failing = failing
+        one(scm, FLUSH, DRC, 0)
+        for expected in scm.allowed(FLUSH, (DRC, scm.dimms[0].last_token)):
+            scm.covered[expected.branch] += 1
+    assert set(scm.covered) == BRANCHES
 
 
-def test_the_known_bug_is_that_of_the_upper_half() -> None:
-    found = model()
-    known = known_bug(found.allowed(READ, (DRC, 0, 4)))
+def test_the_known_bug_sets_the_upper_half() -> None:
+    scm = model()
+    known = known_bug(scm.allowed(READ, (DRC, 0, 4)))
     assert known is not None
     assert (known[0], known[1].outputs[0]) == (
         "qemu-read-metadata-sign-extends",
         0xFFFFFFFF80818283,
     )
     for offset, length in itertools.product((0, 9), (1, 2, 8)):
-        assert known_bug(found.allowed(READ, (DRC, offset, length))) is None
-    assert known_bug(found.allowed(READ, (DRC, 9, 4))) is None
+        assert known_bug(scm.allowed(READ, (DRC, offset, length))) is None
+    assert known_bug(scm.allowed(READ, (DRC, 9, 4))) is None
 
 
-def test_a_difference_is_said_in_names() -> None:
-    wanted = model().allowed(BIND, (DRC, 0, 1, BIND_ANY_ADDRESS, 0))
-    assert describe_answer(-55, (DRC, 0, 1), wanted) == (
+def test_a_difference_is_reported_with_names() -> None:
+    expected = model().allowed(BIND, (DRC, 0, 1, BIND_ANY_ADDRESS, 0))
+    assert describe(-55, (DRC, 0, 1), expected) == (
         "answered H_P2 r4=0x90000000 r5=0x0 r6=0x1, "
         "expected H_SUCCESS r4=0x90000000 r5=0x40000000 r6=0x1 (bound)"
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An attempt tells a machine that was made from one that was refused, and both from an accident."""
+"""An attempt distinguishes an accepted machine, a refused one, and an accident."""
 
 from __future__ import annotations
 
@@ -16,33 +16,31 @@ FDT_MAGIC = bytes.fromhex("d00dfeed")
 
 
 def script(qemu: Qemu, folder: Path, text: str) -> Qemu:
-    """A QEMU that does something else."""
+    """A script in place of QEMU."""
     path = folder / "qemu"
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
     return dataclasses.replace(qemu, path=path, argv_prefix=(str(path),))
 
 
-def test_a_machine_that_is_made_answers_and_shows_its_tree(qemu: Qemu) -> None:
-    found = attempt(
+def test_an_accepted_machine_has_answers_and_a_tree(qemu: Qemu) -> None:
+    outcome = attempt(
         qemu, ["-m", "256M"], commands=[("query-memory-devices", {}), ("no-such-command", {})]
     )
-    assert (found.accepted, found.refused, found.text) == (True, False, "")
-    assert found.tree is not None
-    assert found.tree.startswith(FDT_MAGIC)
-    assert found.returned(0) == []
+    assert (outcome.accepted, outcome.refused, outcome.text) == (True, False, "")
+    assert outcome.tree is not None
+    assert outcome.tree.startswith(FDT_MAGIC)
+    assert outcome.returned(0) == []
     with pytest.raises(ContractError, match="no-such-command"):
-        found.returned(1)
+        outcome.returned(1)
 
 
-def test_a_machine_that_is_refused_says_why_without_qemus_name(qemu: Qemu) -> None:
-    found = attempt(qemu, ["-m", "256M", "-device", "spapr-nvdimm"])
-    assert (found.accepted, found.refused, found.tree) == (False, True, None)
-    assert found.text == "-device spapr-nvdimm: 'memdev' property must be set"
-    with pytest.raises(
-        ContractError, match=r"did not create the machine: exit status 1.*\n.*'memdev'"
-    ):
-        found.returned(0)
+def test_a_refused_machine_has_a_reason_without_qemu_s_name(qemu: Qemu) -> None:
+    outcome = attempt(qemu, ["-m", "256M", "-device", "spapr-nvdimm"])
+    assert (outcome.accepted, outcome.refused, outcome.tree) == (False, True, None)
+    assert outcome.text == "-device spapr-nvdimm: 'memdev' property must be set"
+    with pytest.raises(ContractError, match=r"was not made: exit status 1.*\n.*'memdev'"):
+        outcome.returned(0)
 
 
 def test_machine_options_are_added(qemu: Qemu) -> None:
@@ -54,21 +52,21 @@ def test_machine_options_are_added(qemu: Qemu) -> None:
     [("kill -SEGV $$", -11), ("kill -ABRT $$", -6), ("exit 1", 1), ("echo no >&2; exit 3", 3)],
 )
 def test_an_accident_is_neither(qemu: Qemu, tmp_path: Path, text: str, status: int) -> None:
-    """A signal, another status, or a refusal that does not say why."""
-    found = attempt(script(qemu, tmp_path, text), ["-m", "256M"])
-    assert (found.status, found.accepted, found.refused) == (status, False, False)
+    """A signal, another status, or a refusal without a reason."""
+    outcome = attempt(script(qemu, tmp_path, text), ["-m", "256M"])
+    assert (outcome.status, outcome.accepted, outcome.refused) == (status, False, False)
 
 
 @pytest.mark.parametrize(
     "text", ["kill -KILL $$", "echo 'qemu: terminating on signal 15 from pid 1 (init)' >&2"]
 )
-def test_one_that_is_ended_from_outside_says_nothing(qemu: Qemu, tmp_path: Path, text: str) -> None:
-    """It neither took nor refused the machine; and after a SIGTERM QEMU's status is 0."""
+def test_a_qemu_ended_from_outside_is_not_a_result(qemu: Qemu, tmp_path: Path, text: str) -> None:
+    """The machine is neither accepted nor refused; after a SIGTERM QEMU's status is 0."""
     with pytest.raises(KilledError, match="from outside"):
         attempt(script(qemu, tmp_path, text), ["-m", "256M"])
 
 
-def test_a_qemu_that_leaves_no_tree_has_made_nothing(qemu: Qemu, tmp_path: Path) -> None:
+def test_a_qemu_without_a_tree_has_not_accepted(qemu: Qemu, tmp_path: Path) -> None:
     assert not attempt(script(qemu, tmp_path, "cat > /dev/null"), []).accepted
 
 

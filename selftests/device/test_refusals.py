@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The rows of refusals are consistent; a message names its reason and no other one."""
+"""Rows of refusals: they are consistent, and a message matches its own reason only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from paprscm.device.refusals import (
 ROWS = [row for rows in GROUPS.values() for row in rows]
 
 
-def test_each_name_is_there_once() -> None:
+def test_names_are_unique() -> None:
     names = [row.name for row in ROWS]
     assert len(names) == len(set(names)) > 50
     assert all(find_row(row.name) is row for row in ROWS)
@@ -34,7 +34,7 @@ def test_each_row_has_a_reason_and_each_reason_a_pattern() -> None:
     assert len({reason.value for reason in RefusalReason}) == len(RefusalReason)
 
 
-def test_all_placeholders_are_made(tmp_path: Path) -> None:
+def test_all_placeholders_are_filled(tmp_path: Path) -> None:
     places = make_files(tmp_path)
     for words in (*(row.words for row in ROWS), *LIMITS.values()):
         filled(words, places)
@@ -51,8 +51,8 @@ def test_all_placeholders_are_made(tmp_path: Path) -> None:
         ('unsupported machine type: "pseries-2.4"\nUse -machine help', "machine type pseries-2.4"),
     ],
 )
-def test_a_message_names_its_reason_and_no_other(text: str, reason: str) -> None:
-    reasons = find_row(reason).reasons
+def test_a_message_matches_its_own_reason_only(text: str, reason: str) -> None:
+    reasons = find(reason).reasons
     assert names_one(text, reasons)
     assert {other for other in RefusalReason if other.is_in(text)} == set(reasons)
     assert not names_one("no", reasons)

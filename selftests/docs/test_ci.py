@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Files for GitHub, GitLab and containers: they fit the schemas, and their commands exist."""
+"""Files for GitHub, GitLab and containers: they match their schemas, and commands exist."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIPELINES = [GITHUB / "workflows/suite.yml", ROOT / ".gitlab-ci.yml"]
 
 
 def check(file: Path, schema: str, *words: str) -> None:
-    """Check a file against a schema that comes with check-jsonschema; nothing is downloaded."""
+    """Check a file against a schema of check-jsonschema; nothing is downloaded."""
     program = Path(sys.executable).with_name("check-jsonschema")
     argv = [str(program), *words, "--builtin-schema", schema, str(file)]
     done = subprocess.run(argv, stdout=subprocess.PIPE, text=True, check=False)
@@ -34,7 +34,7 @@ def check(file: Path, schema: str, *words: str) -> None:
 
 @pytest.mark.parametrize("file", SCHEMAS, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_file_fits_its_schema(file: Path) -> None:
-    # !reference and its like are GitLab's own.
+    # Tags such as !reference are specific to GitLab.
     gitlab = ("--data-transform", "gitlab-ci") if file.name == ".gitlab-ci.yml" else ()
     check(file, SCHEMAS[file], *gitlab)
 
@@ -48,12 +48,12 @@ def test_every_yaml_file_has_a_schema() -> None:
 
 
 @pytest.mark.parametrize("file", PIPELINES, ids=lambda file: file.name)
-def test_a_pipeline_runs_what_is_there(file: Path) -> None:
+def test_commands_of_a_pipeline_exist(file: Path) -> None:
     text = re.sub(r"\$\{\{.*?\}\}", "X", file.read_text())
     commands = re.findall(r"^\s*- (?:run: )?((?:\.ci/|make ).*)$", text, re.M)
     assert len(commands) == 2
     for command in commands:
-        # make prints what it would run; a shell that only reads checks the syntax of the rest.
+        # `make -n` only prints its commands; `bash -n` only checks the syntax.
         program = "make -n" if command.startswith("make ") else "bash -n"
         line = f"{program} {command.removeprefix('make ')}"
         subprocess.run(["bash", "-c", line], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

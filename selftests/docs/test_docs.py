@@ -41,7 +41,7 @@ each_document = pytest.mark.parametrize(
 
 
 def tokens(document: Path) -> Iterator[Token]:
-    """All tokens of a document, those within a line included."""
+    """All tokens of a document, with inline tokens."""
     for token in MarkdownIt().enable("table").parse(document.read_text()):
         yield token
         yield from token.children or ()
@@ -70,7 +70,7 @@ def test_links_lead_to_a_file_and_a_heading(document: Path) -> None:
 
 @each_document
 def test_paths_exist(document: Path) -> None:
-    """Words in code quotes that begin with a folder of ours."""
+    """Inline code that begins with a folder of the project exists."""
     words = [w for t in tokens(document) if t.type == "code_inline" for w in t.content.split()]
     paths = [match[0] for word in words if (match := PATH.match(word))]
     missing = [p for p in paths if not any(ROOT.glob(p.rstrip("./"))) and p != TUTORIAL_TEST]
@@ -79,7 +79,7 @@ def test_paths_exist(document: Path) -> None:
 
 @functools.cache
 def listed() -> dict[str, set[str]]:
-    """Each test's id and tags, as Avocado finds them."""
+    """Id and tags of each test, from `avocado list`."""
     table = subprocess.run(
         [BIN / "avocado", "-V", "list", "tests/"],
         cwd=ROOT,
@@ -93,7 +93,7 @@ def listed() -> dict[str, set[str]]:
 
 @each_document
 def test_test_ids_exist(document: Path) -> None:
-    """With or without tests/ before it; a class alone, and * for several."""
+    """Ids with or without tests/; a class without a test, and * for several tests."""
     known = [id_.removeprefix("tests/") for id_ in listed()]
     wrong = [
         name
@@ -105,21 +105,21 @@ def test_test_ids_exist(document: Path) -> None:
 
 
 def command_lines(document: Path) -> set[str]:
-    """Lines of blocks, and words in code quotes, that begin with one of our commands."""
+    """Lines of code blocks, and inline code, that begin with a command of the project."""
     lines: list[str] = []
     for token in tokens(document):
         if token.type in ("fence", "code_block"):
             lines += token.content.splitlines()
         elif token.type == "code_inline":
             lines.append(token.content)
-    found = set()
+    lines_found = set()
     for line in lines:
         words = line.strip().removeprefix("$ ")
         inner = re.findall(r"\$\((.*?)\)|<\((.*?)\)", words)
         for text in [words, *("".join(pair) for pair in inner)]:
             if re.match(r"(paprscm|avocado (run|list)|make) \S", text):
-                found.add(re.sub(r'"\$\(.*?\)"|…', "X", text).partition("  #")[0].rstrip())
-    return found
+                lines_found.add(re.sub(r'"\$\(.*?\)"|…', "X", text).partition("  #")[0].rstrip())
+    return lines_found
 
 
 COMMANDS = sorted({line for document in DOCUMENTS for line in command_lines(document)})
@@ -138,17 +138,17 @@ def test_paprscm_takes_the_command(line: str) -> None:
         try:
             cli.parser().parse_args(words)
         except SystemExit as end:
-            # --help, --man, --completion; or the name of a verb, without what it needs.
+            # --help, --man, --completion; or a verb without its required arguments.
             name = line.replace("-", "") == line and "required" in output.getvalue()
             assert end.code in (0, None) or name, output.getvalue()
 
 
 @functools.cache
 def parameters() -> set[str]:
-    """Names that -p takes: settings, and what tests ask for."""
+    """Names for -p: settings, and parameters of tests."""
     sources = [*(ROOT / "tests").rglob("*.py"), ROOT / "paprscm/testcase.py"]
-    asked = [n for f in sources for n in re.findall(r'params\.get\("(\w+)"', f.read_text())]
-    return {*settings.names(), *asked}
+    names = [n for f in sources for n in re.findall(r'params\.get\("(\w+)"', f.read_text())]
+    return {*settings.names(), *names}
 
 
 @functools.cache
@@ -160,7 +160,7 @@ def avocado_help(verb: str) -> str:
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("avocado")])
 def test_avocado_takes_the_command(line: str) -> None:
-    """Options that its help names, parameters that exist, and tests that the tags leave."""
+    """Options are in its help, parameters exist, and the tags select at least one test."""
     words = shlex.split(line)
     usage = avocado_help(words[1])
     rest, tags, references = iter(words[2:]), [], []
@@ -183,7 +183,7 @@ def test_avocado_takes_the_command(line: str) -> None:
     starts = tuple(references) or "tests/"
     chosen = [have for id_, have in listed().items() if id_.startswith(starts)]
     assert chosen, references
-    assert not tags or any(wanted <= have for wanted in tags for have in chosen), tags
+    assert not tags or any(needed <= have for needed in tags for have in chosen), tags
 
 
 @pytest.mark.parametrize("line", [c for c in COMMANDS if c.startswith("make")])
@@ -195,15 +195,15 @@ def test_make_has_the_target(line: str) -> None:
 
 @functools.cache
 def messages() -> list[str]:
-    """Strings of the library, with … for each value that is put in."""
-    found = []
+    """Strings of the library, with … for each formatted value."""
+    strings = []
     for file in (ROOT / "paprscm").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             parts = node.values if isinstance(node, ast.JoinedStr) else [node]
             values = [p.value if isinstance(p, ast.Constant) else "…" for p in parts]
             if all(isinstance(value, str) for value in values):
-                found.append("".join(map(str, values)))
-    return found
+                strings.append("".join(map(str, values)))
+    return strings
 
 
 def quoted() -> list[str]:
@@ -226,7 +226,7 @@ def test_generated_files_are_current() -> None:
 
 
 def test_contracts_have_every_test() -> None:
-    """Read without executing anything; Avocado's own list is the measure."""
+    """The generated file, made without executing the tests, has the same ids as Avocado's list."""
     rows, name, class_ = set(), "", ""
     for line in (ROOT / "docs/contracts.md").read_text().splitlines():
         if match := re.match(r"### \[(.*?)\]", line):

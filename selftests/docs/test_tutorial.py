@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""docs/writing-tests.md followed to the letter: its files written, its commands run."""
+"""docs/writing-tests.md, followed exactly: its files are written, its commands run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KERNEL = "## Change the kernel"
 
 @pytest.fixture
 def copy(tmp_path: Path, environment: Environment) -> Path:
-    """A copy of the suite's tests, beside the home folder of a user who has the same cache."""
+    """A copy of the suite's tests, next to the home folder of a user with the same cache."""
     folder = tmp_path / "suite"
     shutil.copytree(ROOT / "tests", folder / "tests")
     shutil.copy(ROOT / "avocado.cfg", folder)
@@ -34,7 +34,7 @@ def copy(tmp_path: Path, environment: Environment) -> Path:
 
 
 def follow(text: str, folder: Path, cache_dir: Path) -> int:
-    """Write each file and run each command; how many commands there were."""
+    """Write each file and run each command; return the number of commands."""
     env = {
         **os.environ,
         "HOME": str(folder.parent / "home"),
@@ -58,9 +58,9 @@ def follow(text: str, folder: Path, cache_dir: Path) -> int:
                 text=True,
                 check=False,
             )
-            wanted = ".*".join(map(re.escape, output.split("…")))
+            expected = ".*".join(map(re.escape, output.split("…")))
             printed = re.sub(r"^JOB LOG.*\n|^.*: STARTED\n", "", done.stdout, flags=re.MULTILINE)
-            assert re.fullmatch(wanted, printed, re.DOTALL), f"{command}\n{done.stdout}"
+            assert re.fullmatch(expected, printed, re.DOTALL), f"{command}\n{done.stdout}"
     return count
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flushes as data: reports parsed strictly, order and protocol judged, counts compared."""
+"""Flushes as data: strict parsing of reports, checks of order, protocol and counts."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_report() -> None:
-    made = read_report(FlushLoadReport, json.dumps(report()), 0)
-    assert made.duration_s == 2
-    assert made.calls == (DurableCall(0, "fsync", 5, 9, 0), DurableCall(1, "deep_flush", 6, 7, 5))
+    load_report = read_report(FlushLoad, json.dumps(report()), 0)
+    assert load_report.duration_s == 2
+    assert load_report.calls == (Call(0, "fsync", 5, 9, 0), Call(1, "deep_flush", 6, 7, 5))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_report() -> None:
         ({"targets": 0}, "no target"),
     ],
 )
-def test_a_report_that_cannot_be_believed(changes: dict[str, Any], what: str) -> None:
+def test_a_contradictory_report(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ProbeError, match=what):
         read_report(FlushLoadReport, json.dumps(report(**changes)), 0)
 
@@ -97,7 +97,7 @@ def call(begin: int, end: int, errno: int = 0) -> DurableCall:
         ([sync(1110, None, None)], False),
         ([sync(1110, 1150, 5)], False),
         ([], False),
-        # Another one's will do, and so will a later one that ends earlier.
+        # Any sync counts, also a later one that ends earlier.
         ([sync(1100, 1300), sync(1120, 1130)], True),
         ([sync(1000, 1110), sync(1190, 1210)], False),
     ],
@@ -111,14 +111,14 @@ def test_a_call_waits_for_a_sync(syncs: list[Record], holds: bool) -> None:
             expect_durable(calls, syncs, offset)
 
 
-def test_what_is_not_known_of_the_clock_is_in_favour() -> None:
-    expect_durable([call(100, 200)], [sync(1100, 1250)], ClockOffset(1000, 1050))
+def test_the_uncertainty_of_the_clocks_is_tolerated() -> None:
+    expect_durable([call(100, 200)], [sync(1100, 1250)], Offset(1000, 1050))
     with pytest.raises(ContractError, match=r"ended 0\.000 ms too late"):
         expect_durable([call(100, 200)], [sync(1100, 1251)], ClockOffset(1000, 1050))
 
 
-def test_a_call_that_failed_promised_nothing() -> None:
-    expect_durable([call(100, 200, errno=5)], [], ClockOffset(0, 0))
+def test_a_failed_call_promises_nothing() -> None:
+    expect_durable([call(100, 200, errno=5)], [], Offset(0, 0))
 
 
 def test_clocks_that_drift() -> None:
@@ -149,7 +149,7 @@ def test_the_protocol_kept() -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "what"),
+    ("flushes", "what"),
     [
         ([flush(hcall(4, 5, BUSY), hcall(5, 0, 0))], "begins with a token"),
         ([flush(hcall(0, 5, 0))], "ended with its first call"),
@@ -160,18 +160,18 @@ def test_the_protocol_kept() -> None:
         ([flush(hcall(0, 5, BUSY), hcall(5, 0, -1))], "H_HARDWARE"),
     ],
 )
-def test_the_protocol_broken(made: list[TracedFlush], what: str) -> None:
+def test_the_protocol_broken(flushes: list[Flush], what: str) -> None:
     with pytest.raises(ContractError, match=what):
-        expect_protocol(made)
+        expect_protocol(flushes)
 
 
 def waited(us: int, n: int) -> list[TracedFlush]:
     return [flush(hcall(0, token, BUSY), hcall(token, 0, 0, 10 + us)) for token in range(1, n + 1)]
 
 
-def test_the_wait_that_was_asked_for() -> None:
+def test_the_wait_between_polls() -> None:
     expect_protocol(waited(10_000, 20))
-    # A few can be short where the host is slow.
+    # A few waits can be short on a slow host.
     expect_protocol(waited(4_000, 19))
     with pytest.raises(ContractError, match=r"waited 9999.* us .*at least 10000 us"):
         expect_protocol(waited(9_999, 20))
@@ -201,7 +201,7 @@ def lines(pid: int, us: int, sent: int, token: int, code: int, drc: int = DRC) -
 
 
 class Guest:
-    """Answers what the trace asks as a kernel would."""
+    """Answers the commands of the trace like a kernel."""
 
     def __init__(self) -> None:
         self.status = 0
@@ -243,21 +243,21 @@ def test_three_counts_agree(guest: Guest) -> None:
     guest.flush(1)
     guest.pending = []
     guest.flushes = 0
-    books = new_accounts(guest)
+    accounts = new_accounts(guest)
     guest.flush(2)
     guest.flush(3)
-    account = books.take(limit_s=0)
+    account = accounts.take(limit_s=0)
     account.expect({0: 2})
     expect_protocol(account.all())
     assert (account.count, account.calls) == (2, 4)
     assert account.all()[0].calls[1].begin_us == 12_013_000
-    books.take(limit_s=0).expect({})
+    accounts.take(limit_s=0).expect({})
 
 
-def test_what_was_asked_for_was_not_done(guest: Guest) -> None:
-    books = new_accounts(guest)
+def test_counts_that_were_not_expected(guest: Guest) -> None:
+    accounts = new_accounts(guest)
     guest.flush(2)
-    account = books.take(limit_s=0)
+    account = accounts.take(limit_s=0)
     with pytest.raises(ContractError, match=r"flushes by slot: \{0: 1\}, expected \{0: 2\}"):
         account.expect({0: 2})
     with pytest.raises(ContractError, match=r"slot 0 1 by fdatasync, expected slot 0 1 by pmem"):
@@ -268,14 +268,14 @@ def test_what_was_asked_for_was_not_done(guest: Guest) -> None:
     "lie", [{"syncs": 0}, {"syncs": 2}, {"hcalls": 3}, {"calls": 2}, {"calls": 0}]
 )
 def test_counts_that_differ(guest: Guest, lie: dict[str, int]) -> None:
-    books = new_accounts(guest)
+    accounts = new_accounts(guest)
     guest.flush(2, **lie)
     with pytest.raises(ContractError, match="the counts differ: papr_scm_pmem_flush was called"):
-        books.take(limit_s=0)
+        accounts.take(limit_s=0)
 
 
-def test_what_is_under_way_is_waited_for(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    books = new_accounts(guest)
+def test_take_waits_for_flushes_in_flight(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    accounts = new_accounts(guest)
     guest.flush(2)
     guest.begun = 1
 
@@ -283,23 +283,23 @@ def test_what_is_under_way_is_waited_for(guest: Guest, monkeypatch: pytest.Monke
         guest.begun = 0
 
     monkeypatch.setattr("time.sleep", sleep)
-    books.take().expect({0: 1})
+    accounts.take().expect({0: 1})
     assert guest.begun == 0
 
 
 def test_a_flush_that_has_not_ended(guest: Guest) -> None:
-    books = new_accounts(guest)
+    accounts = new_accounts(guest)
     guest.flush(2)
     guest.pending = guest.pending[:3]
     with pytest.raises(ContractError, match="began 1 flushes and ended 0, in 1 calls"):
-        books.take(limit_s=0)
+        accounts.take(limit_s=0)
 
 
 def test_a_flush_of_no_dimm(guest: Guest) -> None:
-    books = FlushAccounts(guest, [1])  # type: ignore[arg-type]
+    accounts = FlushAccounts(guest, [1])  # type: ignore[arg-type]
     guest.flush(2)
-    with pytest.raises(ContractError, match="drc 0x90000000, which is not a DIMM"):
-        books.take(limit_s=0)
+    with pytest.raises(ContractError, match="drc 0x90000000, which no DIMM has"):
+        accounts.take(limit_s=0)
 
 
 CALL = lines(3, 0, 0, 0, 0)[0]

@@ -42,21 +42,21 @@ def test_threads_share_the_targets(binary: Path, tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:
         folder.mkdir()
-    made = _load(binary, "--op=fsync", "--threads=3", "--count=4", "--seed=5", *folders)
-    made.expect_success()
-    assert (made.seed, made.threads, made.targets) == (5, 3, 2)
-    assert [call.thread for call in made.calls] == [0] * 4 + [1] * 4 + [2] * 4
-    assert {call.operation for call in made.calls} == {"fsync"}
-    assert [len(made.on(target)) for target in (0, 1)] == [8, 4]
+    report = _load(binary, "--op=fsync", "--threads=3", "--count=4", "--seed=5", *folders)
+    report.expect_success()
+    assert (report.seed, report.threads, report.targets) == (5, 3, 2)
+    assert [call.thread for call in report.calls] == [0] * 4 + [1] * 4 + [2] * 4
+    assert {call.operation for call in report.calls} == {"fsync"}
+    assert [len(report.on(target)) for target in (0, 1)] == [8, 4]
     assert sorted(file.name for file in folders[0].iterdir()) == ["flush.0", "flush.2"]
-    for earlier, later in zip(made.on(1), made.on(1)[1:], strict=False):
+    for earlier, later in zip(report.on(1), report.on(1)[1:], strict=False):
         assert earlier.end_ns <= later.begin_ns
 
 
 def test_a_mixture_has_every_call_of_files(binary: Path, tmp_path: Path) -> None:
-    made = _load(binary, "--op=mixed", "--count=60", tmp_path)
-    made.expect_success()
-    kinds = {call.operation for call in made.calls}
+    report = _load(binary, "--op=mixed", "--count=60", tmp_path)
+    report.expect_success()
+    kinds = {call.operation for call in report.calls}
     assert kinds == {"fsync", "fdatasync", "msync", "dsync", "syncfs"}
 
 
@@ -67,17 +67,17 @@ def test_deep_flush_writes_to_the_attribute(binary: Path, tmp_path: Path) -> Non
     assert attribute.read_text() == "1\n"
 
 
-def test_a_failed_call_is_told(binary: Path) -> None:
-    made = _load(binary, "--op=deep_flush", "--count=2", "/dev/full")
-    assert [call.errno for call in made.calls] == [28, 28]
+def test_a_failed_call_is_reported(binary: Path) -> None:
+    report = _load(binary, "--op=deep_flush", "--count=2", "/dev/full")
+    assert [call.errno for call in report.calls] == [28, 28]
     with pytest.raises(ContractError, match=r"2 of 2 calls failed.* No space left on device"):
-        made.expect_success()
+        report.expect_success()
 
 
 def test_the_limit_ends_it(binary: Path, tmp_path: Path) -> None:
-    made = _load(binary, "--op=fsync", "--count=1000000", "--limit=1", tmp_path)
-    assert 0.9 < made.duration_s < 30
-    assert 0 < len(made.calls) < 1_000_000
+    report = _load(binary, "--op=fsync", "--count=1000000", "--limit=1", tmp_path)
+    assert 0.9 < report.duration_s < 30
+    assert 0 < len(report.calls) < 1_000_000
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_a_wrong_command_line(binary: Path, words: list[str]) -> None:
     assert "usage: flush" in result.stderr
 
 
-def test_what_cannot_be_set_up(binary: Path, tmp_path: Path) -> None:
+def test_a_missing_target(binary: Path, tmp_path: Path) -> None:
     result = _run(binary, "load", "--op=fsync", tmp_path / "missing")
     assert (result.returncode, result.stdout) == (4, "")
     assert "missing: 2 ENOENT" in result.stderr
 
 
 class _Guest:
-    """Runs the program here, on a file that is the DIMM, the device, and its memory."""
+    """Run the program on this host; one file is the DIMM, the device and its memory."""
 
     def __init__(self, binary: Path, memory: Path, begin: int) -> None:
         self._binary = binary

@@ -18,7 +18,7 @@ def run(tmp_path: Path, *words: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_process_is_moved(tmp_path: Path) -> None:
     if not {0, 1} <= os.sched_getaffinity(0):
-        pytest.skip("it takes the CPUs 0 and 1")
+        pytest.skip("needs the CPUs 0 and 1")
     result = run(tmp_path, "20")
     assert (result.returncode, result.stderr) == (0, "")
 

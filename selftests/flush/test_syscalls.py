@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/persist.c, compiled and run on the host, and its reports, parsed strictly."""
+"""guest_tools/persist.c, compiled and run on the host, and strict parsing of its reports."""
 
 from __future__ import annotations
 
@@ -38,34 +38,34 @@ def run(tool: Path, path: Path | str, *steps: str) -> subprocess.CompletedProces
     return subprocess.run([tool, path, *steps], capture_output=True, text=True, check=False)
 
 
-def test_each_step_is_made(tool: Path, tmp_path: Path) -> None:
+def test_each_kind_of_step(tool: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     steps = (
         *("write=0:100:7", "fsync", "dwrite=50:50:8", "store=10:5:9", "msync=10:5"),
         *("fdatasync", "syncfs", "read=0:10", "read=10:5", "read=0:100", "read=200:1"),
     )
     done = run(tool, file, *steps)
-    made = parse_persist(done.stdout, done.returncode, steps, done.stderr)
-    assert [step.errno for step in made] == [0] * len(steps)
-    assert [step.result for step in made] == [100, 0, 50, 0, 0, 0, 0, 10, 5, 100, 0]
-    assert [step.byte for step in made[-4:]] == [7, 9, None, None]
+    results = parse_persist(done.stdout, done.returncode, steps, done.stderr)
+    assert [step.errno for step in results] == [0] * len(steps)
+    assert [step.result for step in results] == [100, 0, 50, 0, 0, 0, 0, 10, 5, 100, 0]
+    assert [step.byte for step in results[-4:]] == [7, 9, None, None]
     assert file.read_bytes() == b"\7" * 10 + b"\t" * 5 + b"\7" * 35 + b"\10" * 50
 
 
-def test_what_fails_is_told_and_the_rest_goes_on(tool: Path, tmp_path: Path) -> None:
+def test_a_failed_step_does_not_stop_the_rest(tool: Path, tmp_path: Path) -> None:
     steps = ("store=0:1:1", "msync=0:1", "write=0:1:1", "read=0:1")
     file = tmp_path / "empty"
     done = run(tool, file, *steps)
-    made = parse_persist(done.stdout, done.returncode, steps, done.stderr)
-    # A store behind the end of a file is SIGBUS.
-    assert [step.error for step in made] == ["EFAULT", "", "", ""]
-    assert made[-1].byte == 1
+    results = parse_persist(done.stdout, done.returncode, steps, done.stderr)
+    # A store beyond the end of a file is SIGBUS.
+    assert [step.error for step in results] == ["EFAULT", "", "", ""]
+    assert results[-1].byte == 1
 
 
 def test_full_device(tool: Path) -> None:
     done = run(tool, "/dev/full", "write=0:1:1")
-    (made,) = parse_persist(done.stdout, done.returncode, ("write=0:1:1",))
-    assert (made.errno, made.error, made.result) == (28, "ENOSPC", None)
+    (results,) = parse_persist(done.stdout, done.returncode, ("write=0:1:1",))
+    assert (results.errno, results.error, results.result) == (28, "ENOSPC", None)
 
 
 def test_a_file_that_cannot_be_opened(tool: Path, tmp_path: Path) -> None:
@@ -76,12 +76,12 @@ def test_a_file_that_cannot_be_opened(tool: Path, tmp_path: Path) -> None:
 
 def test_a_folder_is_opened_to_be_synced(tool: Path, tmp_path: Path) -> None:
     done = run(tool, tmp_path, "fsync", "write=0:1:1")
-    made = parse_persist(done.stdout, done.returncode, ("fsync", "write=0:1:1"), done.stderr)
-    assert [step.error for step in made] == ["", "EBADF"]
+    results = parse_persist(done.stdout, done.returncode, ("fsync", "write=0:1:1"), done.stderr)
+    assert [step.error for step in results] == ["", "EBADF"]
 
 
 def test_o_dsync_needs_no_open_later(tool: Path, tmp_path: Path) -> None:
-    """The descriptor with O_DSYNC is as old as the other: what is written goes to the old file."""
+    """The descriptor with O_DSYNC is opened at the start: writes go to the old file."""
     (tmp_path / "next").write_bytes(b"\1")
     held = HeldFile(here(tool), str(tmp_path / "file"), "await", "dwrite=0:1:2")
     (tmp_path / "next").rename(tmp_path / "file")
@@ -107,12 +107,12 @@ def here(tool: Path) -> Guest:
 
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tool of this host instead of one that is compiled in the guest."""
+    """Use the tool of this host instead of compiling it in the guest."""
     monkeypatch.setattr(syscalls, "compile_tool", lambda guest, _name: guest.tool)
 
 
 def test_a_held_file(tool: Path, tmp_path: Path) -> None:
-    """Steps before "await" are made when it exists, those behind it when it may go on."""
+    """Steps before "await" run when the object is created, later ones after go()."""
     file = tmp_path / "file"
     held = HeldFile(here(tool), str(file), "write=0:3:1", "await", "read=0:3")
     assert file.read_bytes() == b"\1\1\1"
@@ -132,7 +132,7 @@ def test_a_held_file_that_cannot_be_opened(tool: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "step", ["sync", "write=1", "write=1:2:3:4", "fsync=1", "fsync=", "fsync=a", "read=-1:1", ","]
 )
-def test_steps_that_are_none(tool: Path, tmp_path: Path, step: str) -> None:
+def test_invalid_steps(tool: Path, tmp_path: Path, step: str) -> None:
     done = run(tool, tmp_path / "file", step)
     assert (done.returncode, done.stdout) == (2, "")
     with pytest.raises(ProbeError):
@@ -164,11 +164,11 @@ def test_a_report() -> None:
         line(OPEN, FSYNC, more=1),
     ],
 )
-def test_reports_that_cannot_be_believed(text: str) -> None:
+def test_contradictory_reports(text: str) -> None:
     with pytest.raises(ProbeError):
         parse_persist(text, 0, ("fsync",))
 
 
-def test_the_status_must_be_that_of_a_report() -> None:
+def test_the_exit_status_must_match_the_report() -> None:
     with pytest.raises(ProbeError):
         parse_persist(line(OPEN, FSYNC), 1, ("fsync",))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Recorded boots of kernels that guests cannot be made of end at once, with one sentence each."""
+"""Recorded boots of unusable kernels: each ends immediately with a clear message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def replay(log: str) -> tuple[bool, StartTimes, Console]:
-    """Wait for a guest that prints a recorded log, and then nothing more."""
+    """Wait for a guest that prints a recorded log and then stays silent."""
     ours, theirs = socket.socketpair()
     console = Console(ours, on_event=lambda: None)
     times = StartTimes()
@@ -32,7 +32,7 @@ def replay(log: str) -> tuple[bool, StartTimes, Console]:
     return ready, times, console
 
 
-def test_a_kernel_that_takes_signed_modules_only() -> None:
+def test_a_kernel_that_accepts_only_signed_modules() -> None:
     with pytest.raises(ConfigError) as caught:
         replay((DATA / "unsigned-module-6.1.log").read_text())
     assert caught.value.message == (
@@ -56,7 +56,7 @@ def test_a_module_of_another_build(message: str) -> None:
 
 
 def test_a_kernel_in_its_debugger() -> None:
-    """It prints neither Oops nor BUG, and its last line never ends."""
+    """xmon prints neither Oops nor BUG, and its last line has no end."""
     ready, times, console = replay((DATA / "xmon-6.1.log").read_text().replace("ready", "wait"))
     assert not ready
     assert times.init is not None
@@ -68,7 +68,7 @@ def test_a_kernel_in_its_debugger() -> None:
 def test_a_kernel_that_ignores_its_command_line() -> None:
     lines = (DATA / "boot-6.12-two-dimms.log").read_text().splitlines(keepends=True)
     (at,) = (i for i, line in enumerate(lines) if "Kernel command line: " in line)
-    # As recorded, also with words of a kernel's own before and after.
+    # As recorded, and with additional words of the kernel before and after.
     replay("".join(lines))
     head, _, own = lines[at].rstrip().partition("line: ")
     replay("".join([*lines[:at], f"{head}line: nosmt {own} quiet\n", *lines[at + 1 :]]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The watch over the console sees every kind of kernel trouble, and nothing in a healthy boot."""
+"""Console watcher: it detects every kind of kernel trouble, and none in a healthy boot."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ TROUBLE = [
 
 
 @pytest.mark.parametrize(("kind", "line", "fatal"), TROUBLE)
-def test_trouble_is_seen(kind: str, line: str, fatal: bool | None) -> None:
-    found = classify(line)
+def test_trouble_is_detected(kind: str, line: str, fatal: bool | None) -> None:
+    trouble = classify(line)
     if fatal is None:
-        assert found is None
+        assert trouble is None
     else:
-        assert found is not None
-        assert (found.kind, found.fatal) == (kind, fatal)
+        assert trouble is not None
+        assert (trouble.kind, trouble.fatal) == (kind, fatal)
 
 
 STATS = (
@@ -108,7 +108,7 @@ def test_the_messages_of_every_boot_are_allowed_and_nothing_broader() -> None:
         "FAULT_INJECTION: forcing a failure.",
     ],
 )
-def test_what_a_debug_kernel_says_of_itself_is_no_trouble(line: str) -> None:
+def test_a_debug_kernel_s_start_messages_are_not_trouble(line: str) -> None:
     assert classify(f"[    0.123456] {line}") is None
 
 
@@ -118,7 +118,7 @@ def test_an_announced_message_is_allowed() -> None:
     assert classify(line, [re.compile("flush error: -2$")]) is not None
 
 
-def test_what_a_user_program_prints_inside_a_line_is_no_trouble() -> None:
+def test_text_inside_a_program_s_line_is_not_trouble() -> None:
     assert classify("echo: Oops: not mine") is None
 
 
@@ -130,7 +130,7 @@ def test_a_recorded_healthy_boot_has_no_trouble() -> None:
 
 
 class Wire:
-    """A console whose guest is this test."""
+    """A console whose output comes from this test."""
 
     def __init__(self) -> None:
         ours, self.theirs = socket.socketpair()
@@ -152,13 +152,13 @@ def wire() -> Iterator[Wire]:
 MARKS = {"ready": re.compile("^paprscm: ready")}
 
 
-def test_a_mark_is_found_also_when_it_came_before(wire: Wire) -> None:
+def test_a_mark_is_found_even_if_it_came_before(wire: Wire) -> None:
     wire.say("hello\r\npaprscm: re")
     wire.say("ady\r\n")
-    found = wire.console.wait_for(MARKS, timeout_s=5, silence_s=5)
-    assert found is not None
-    assert found[:2] == ("ready", "paprscm: ready")
-    assert wire.console.wait_for(MARKS, timeout_s=5, silence_s=5) == found
+    match = wire.console.wait_for(MARKS, timeout_s=5, silence_s=5)
+    assert match is not None
+    assert match[:2] == ("ready", "paprscm: ready")
+    assert wire.console.wait_for(MARKS, timeout_s=5, silence_s=5) == match
 
 
 def test_silence_ends_the_wait_long_before_the_limit(wire: Wire) -> None:
@@ -181,7 +181,7 @@ def test_a_guest_that_prints_is_not_silent(wire: Wire) -> None:
     talker.join()
 
 
-def test_trouble_ends_the_wait_and_is_told_once(wire: Wire) -> None:
+def test_trouble_ends_the_wait_and_is_reported_once(wire: Wire) -> None:
     wire.say("[    1.000000] WARNING: CPU: 0 PID: 1 at a.c:1\n[    1.000000] BUG: b\n")
     assert wire.console.wait_for(MARKS, timeout_s=30, silence_s=30) is None
     assert wire.console.trouble is not None

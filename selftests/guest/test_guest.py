@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A real guest: its verbs, and what happens when it breaks."""
+"""A real guest: its verbs, and its failures."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Boot = Callable[..., Guest]
 
 
 def test_verbs(boot: Boot, tmp_path: Path) -> None:
-    """One boot for all: each asks the guest for something that only a working verb gives."""
+    """All verbs in one boot: each result is only possible if the verb works."""
     guest = boot(Machine(nvdimms=(Nvdimm(slot=1),)))
 
     result = guest.run("echo out; echo err >&2; exit 3")
@@ -48,15 +48,15 @@ def test_verbs(boot: Boot, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="still fails after 1 s"):
         guest.wait_until("test -e /nowhere", timeout_s=1)
 
-    # More than a window, with every byte in it.
+    # More than an ssh window, with every byte value.
     data = os.urandom(1 << 20) + bytes(range(256)) * 16
     guest.put(data, "/run/a name", mode=0o600)
     assert guest.get("/run/a name") == data
     assert guest.succeed("stat -c %a '/run/a name'") == "600"
-    # Both directions at once, more than either side buffers.
+    # Both directions concurrently, more than either side buffers.
     assert guest.run("cat", stdin=data * 3).stdout_bytes == data * 3
 
-    # The guest reaches nothing outside, not even what listens here, behind QEMU's gateway.
+    # The guest cannot reach the outside, not even a server on this host behind QEMU's gateway.
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         guest.fail(f"echo hello | timeout 2 busybox nc 10.0.2.2 {port}")
@@ -90,7 +90,7 @@ def test_a_command_without_end_loses_the_guest(boot: Boot) -> None:
         guest.run("true")
 
 
-def test_an_oops_fails_what_runs_at_that_moment_in_seconds(boot: Boot) -> None:
+def test_a_kernel_warning_fails_the_running_command_within_seconds(boot: Boot) -> None:
     guest = boot()
     line = "WARNING: CPU: 0 PID: 1 at drivers/nvdimm/bus.c:1 f+0x1/0x2"
     begun = time.monotonic()
@@ -99,7 +99,7 @@ def test_an_oops_fails_what_runs_at_that_moment_in_seconds(boot: Boot) -> None:
     assert time.monotonic() - begun < 10
 
 
-def test_an_announced_message_does_not(boot: Boot) -> None:
+def test_an_allowed_message_does_not(boot: Boot) -> None:
     guest = boot(allowed=["flush error: -5"])
     driver = "papr_scm ibm,persistent-memory:ibm,pmemory@90000000: flush error"
     guest.succeed(f"echo '<1>{driver}: -5' > /dev/kmsg; sleep 0.2")
@@ -115,10 +115,10 @@ def test_a_panic_is_an_event(boot: Boot) -> None:
     with pytest.raises(GuestLostError, match="Kernel panic - not syncing"):
         guest.run("echo c > /proc/sysrq-trigger; sleep 1000")
     assert time.monotonic() - begun < 15
-    assert guest.process.wait(5) is not None, "QEMU goes on after a panic"
+    assert guest.process.wait(5) is not None, "QEMU still runs after a panic"
 
 
-def test_a_kernel_that_finds_no_root_disk_is_the_users_fault(boot: Boot) -> None:
+def test_a_kernel_without_a_root_disk_is_a_config_error(boot: Boot) -> None:
     with pytest.raises(ConfigError, match="has no root disk: Kernel panic") as caught:
         boot(Machine(cmdline=("root=/dev/vdz",)))
     assert "virtio_blk" in str(caught.value.hint)
@@ -131,13 +131,13 @@ def test_a_qemu_that_dies_is_an_event(boot: Boot) -> None:
         guest.run("sleep 1000")
 
 
-def test_a_qemu_that_does_not_start_shows_what_it_said(boot: Boot) -> None:
+def test_a_qemu_that_does_not_start_shows_its_output(boot: Boot) -> None:
     with pytest.raises(HostError, match=r"(?s)QEMU did not start.*exit status 1.*pmem-override"):
         boot(Machine(nvdimms=(Nvdimm(device="nvdimm", pmem_override=True),)))
 
 
 def test_silence_is_a_hang(boot: Boot) -> None:
-    """A kernel that prints nothing more is given up after the silence limit, by its name."""
+    """A guest that stops printing is lost after the silence limit, which the error names."""
     with pytest.raises(GuestLostError, match=r"(?s)printed nothing for 2 s.*silence_limit_s"):
         boot(Machine(cmdline=("init=/bin/cat",)), limits={"silence_limit_s": 2.0})
 
@@ -150,11 +150,11 @@ def test_killed_guests_keep_their_backing_files(boot: Boot) -> None:
         guest.run("true")
 
 
-def test_the_script_beside_the_logs_runs_the_same_machine(boot: Boot, tmp_path: Path) -> None:
+def test_the_script_next_to_the_logs_runs_the_same_machine(boot: Boot, tmp_path: Path) -> None:
     boot(Machine(nvdimms=(Nvdimm(),))).kill()
     script = (tmp_path / "guest" / "qemu.sh").read_text()
     dtb = tmp_path / "dtb"
-    # The same command line up to the machine; then QEMU writes the device tree and ends.
+    # The same command line, except that QEMU writes the device tree and exits.
     dumped = script.replace("x-vof=on", f"x-vof=on,dumpdtb={dtb}")
     subprocess.run(["sh", "-c", dumped], check=True, capture_output=True, timeout=30)
     assert b"ibm,pmemory@90000000" in dtb.read_bytes()

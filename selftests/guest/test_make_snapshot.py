@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A snapshot belongs to its content, not its place; a slow host is not remembered as a bad QEMU."""
+"""A snapshot's key is independent of folders; only a QEMU's own failure is cached."""
 
 from __future__ import annotations
 
@@ -59,28 +59,26 @@ def test_same_content_in_another_folder(tmp_path: Path) -> None:
         ConfigError("the guest's kernel ignores QEMU's -append"),
     ],
 )
-def test_what_is_not_the_qemus_fault_is_not_remembered(
+def test_other_failures_are_not_cached(
     error: Error, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise error
 
-    wanted = recipe(tmp_path)
+    snapshot_recipe = recipe(tmp_path)
     monkeypatch.setattr(make_snapshot, "_save", refuse)
     with pytest.raises(type(error)):
-        make_snapshot.ensure_snapshot(wanted)
-    assert make_snapshot.find_snapshot(wanted) is None
+        make_snapshot.ensure_snapshot(snapshot_recipe)
+    assert make_snapshot.find_snapshot(snapshot_recipe) is None
 
 
-def test_qemu_that_cannot_save_is_remembered(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_qemu_that_cannot_save_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise HostError("QEMU cannot save it")
 
-    wanted = recipe(tmp_path)
+    snapshot_recipe = recipe(tmp_path)
     monkeypatch.setattr(make_snapshot, "_save", refuse)
-    assert make_snapshot.ensure_snapshot(wanted).snapshot is None
-    outcome = make_snapshot.find_snapshot(wanted)
+    assert make_snapshot.ensure_snapshot(snapshot_recipe).snapshot is None
+    outcome = make_snapshot.find_snapshot(snapshot_recipe)
     assert outcome is not None
     assert "QEMU cannot save it" in outcome.why

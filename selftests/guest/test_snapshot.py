@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a restored guest says is not trusted, and a snapshot is used for what it was made of."""
+"""Snapshots: answers of a restored guest are checked, and a snapshot fits only its machine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BOARD = Board(memory_mib=256)
 
 
 def alive() -> None:
-    """A guest that is not lost."""
+    """Check of a guest that is not lost."""
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def ends() -> Iterator[tuple[Port, socket.socket]]:
     port.close()
 
 
-def test_wake_says_the_time_the_regions_and_a_seed(ends: tuple[Port, socket.socket]) -> None:
+def test_wake_has_the_time_the_regions_and_a_seed(ends: tuple[Port, socket.socket]) -> None:
     port, guest = ends
     port.wake(regions=2)
     port.wake(regions=2)
@@ -79,14 +79,14 @@ def test_answers_come_in_pieces_or_together(ends: tuple[Port, socket.socket]) ->
         b"x" * 600,
     ],
 )
-def test_nonsense_is_no_restored_guest(ends: tuple[Port, socket.socket], said: bytes) -> None:
+def test_a_malformed_answer_is_an_error(ends: tuple[Port, socket.socket], said: bytes) -> None:
     port, guest = ends
     guest.send(said)
     with pytest.raises(NotRestoredError, match="the restored guest says"):
         port.awake(alive)
 
 
-def test_a_qemu_that_hangs_up_is_noticed_at_once(ends: tuple[Port, socket.socket]) -> None:
+def test_a_closed_port_is_detected_immediately(ends: tuple[Port, socket.socket]) -> None:
     port, guest = ends
     guest.close()
     with pytest.raises(NotRestoredError, match="closed"):
@@ -102,8 +102,8 @@ def test_silence_has_a_limit(
         port.awake(alive)
 
 
-def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) -> None:
-    """A kernel that panics when a DIMM is plugged is no reason to try it otherwise."""
+def test_a_lost_guest_stays_a_lost_guest(ends: tuple[Port, socket.socket]) -> None:
+    """A kernel that panics when a DIMM is plugged must not cause a cold boot instead."""
     port, _guest = ends
 
     def lost() -> None:
@@ -123,11 +123,11 @@ def test_a_lost_guest_is_told_as_what_it_is(ends: tuple[Port, socket.socket]) ->
         ({"slots": 9}, False),
         ({"smp": 1}, False),
         ({"memory_mib": 512}, False),
-        # More DIMMs than fit into the address space that the saved guest has for them.
+        # More DIMM space than the saved guest has.
         ({"nvdimms": (Nvdimm(size_bytes=8192 * MIB),)}, False),
     ],
 )
-def test_a_snapshot_is_for_machines_that_differ_in_dimms_only(
+def test_a_snapshot_fits_machines_that_differ_only_in_dimms(
     change: dict[str, object], fits: bool
 ) -> None:
     snapshot = Snapshot(folder=Path("/s"), board=BOARD, has_rom=False)
@@ -151,10 +151,10 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     assert words[-3:] == ["-incoming", "defer", "-S"]
     assert not [word for word in words if "spapr-nvdimm" in word]
     own = "readonly=on,rom=off" if has_rom else ""
-    [told] = [word for word in words if word.startswith("memory-backend-file")]
-    # Whatever it writes must not reach the file that other guests begin with.
-    assert told.split(",share=")[1].strip(",") == ("off," + own).strip(",")
-    # Booted or restored, for QEMU it is one machine.
+    [memory_object] = [word for word in words if word.startswith("memory-backend-file")]
+    # Its writes must not reach the memory file that other guests share.
+    assert memory_object.split(",share=")[1].strip(",") == ("off," + own).strip(",")
+    # For QEMU a booted and a restored machine must be the same.
     saved = qemu_argv(
         ("qemu",),
         machine,
@@ -169,7 +169,7 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
 
 
 def stopped(qemu: Qemu, memory: MemoryFile) -> list[str]:
-    """The command line of a machine that runs nothing."""
+    """The command line of a stopped machine."""
     object_words = ",".join(
         f"{name}={('on' if value else 'off') if isinstance(value, bool) else value}"
         for name, value in memory.backend(256).items()
@@ -185,7 +185,7 @@ def stopped(qemu: Qemu, memory: MemoryFile) -> list[str]:
 
 @contextlib.contextmanager
 def machine(qemu: Qemu, folder: Path, memory: MemoryFile) -> Iterator[Vm]:
-    """It, running."""
+    """The stopped machine in a running QEMU."""
     with (
         ScratchFiles(folder) as files,
         Vm(stopped(qemu, memory), files, folder=folder / "log", by_hand="") as vm,
@@ -193,7 +193,7 @@ def machine(qemu: Qemu, folder: Path, memory: MemoryFile) -> Iterator[Vm]:
         yield vm
 
 
-def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) -> None:
+def test_a_state_is_loaded_completely_or_refused_immediately(qemu: Qemu, tmp_path: Path) -> None:
     has_rom = qemu.has("memory-backend-file", "rom")
     snapshot = Snapshot(folder=tmp_path, board=BOARD, has_rom=has_rom)
     memory = snapshot.memory.path
@@ -221,7 +221,7 @@ def test_a_state_is_loaded_whole_or_refused_at_once(qemu: Qemu, tmp_path: Path) 
 def test_a_state_is_complete_when_it_was_saved(
     qemu: Qemu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """QEMU has finished when the program that writes the file has not begun to."""
+    """QEMU finishes before the program that writes the file has begun."""
     slow = tmp_path / "bin" / "cat"
     slow.parent.mkdir()
     slow.write_text(
@@ -235,7 +235,7 @@ def test_a_state_is_complete_when_it_was_saved(
         assert (tmp_path / "state").read_bytes() == (tmp_path / "kept").read_bytes() != b""
 
 
-def test_a_state_that_cannot_be_written_is_told(qemu: Qemu, tmp_path: Path) -> None:
+def test_a_state_that_cannot_be_written_is_an_error(qemu: Qemu, tmp_path: Path) -> None:
     memory = MemoryFile(path=tmp_path / "memory", restored=False)
     with machine(qemu, tmp_path, memory) as vm, pytest.raises(HostError, match="migrate failed"):
         save_state(vm.qmp, tmp_path / "nowhere" / "state")

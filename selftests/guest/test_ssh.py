@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Exit statuses of commands in the guest that say nothing about its kernel."""
+"""Exit statuses of guest commands that are not results of the kernel under test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from paprscm.guest.ssh import CommandResult
 
 
 def result_of(command: str) -> CommandResult:
-    """What this host's shell makes of a command, as the guest's does (`Ssh.run`)."""
+    """Run a command in this host's shell, as `Ssh.run` does in the guest's."""
     done = subprocess.run(
         ["/bin/sh", "-c", f"{command}\nexit $?"], capture_output=True, text=True, check=False
     )
@@ -31,7 +31,7 @@ def result_of(command: str) -> CommandResult:
         ("sh -c 'kill -ILL $$'", "a program in the guest crashed, SIGILL"),
         ("sh -c 'kill -SEGV $$'", "a program in the guest crashed, SIGSEGV"),
         ("sh -c 'kill -ABRT $$'", "a program in the guest crashed, SIGABRT"),
-        # A DAX mapping raises it, the kernel's OOM killer sends it; both may be the product's.
+        # SIGBUS of a DAX mapping and SIGKILL of the OOM killer may be results of the kernel.
         ("sh -c 'kill -BUS $$'", ""),
         ("sh -c 'kill -KILL $$'", ""),
         ("false", ""),
@@ -45,19 +45,21 @@ def test_a_tool_that_could_not_report(command: str, message: str) -> None:
 
 
 class Shell:
-    """A guest whose shell is this host's."""
+    """A guest that uses this host's shell."""
 
     def run(self, command: str, **_limits: object) -> CommandResult:
         return result_of(command)
 
 
 @pytest.mark.parametrize("verb", [Guest.succeed, Guest.fail, Guest.wait_until])
-def test_no_verb_takes_it_for_the_kernels_fault(verb: Callable[[Guest, str], object]) -> None:
+def test_a_missing_program_is_a_host_error_for_each_verb(
+    verb: Callable[[Guest, str], object],
+) -> None:
     with pytest.raises(HostError, match="a program is missing"):
         verb(cast(Guest, Shell()), "no-such-program")
 
 
-def test_what_succeeds_and_fails_as_before() -> None:
+def test_other_statuses_are_results() -> None:
     guest = cast(Guest, Shell())
     assert Guest.succeed(guest, "echo yes") == "yes"
     assert Guest.fail(guest, "exit 3").status == 3

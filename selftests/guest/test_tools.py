@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The source of a guest tool as a guest gets it, and the key of its binary."""
+"""Source of a guest tool as sent to the guest, and the key of its binary."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paprscm.paths import GUEST_TOOLS
 
 @pytest.fixture
 def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of guest_tools in use."""
+    """Use a copy of guest_tools."""
     copy = tmp_path / "guest_tools"
     shutil.copytree(GUEST_TOOLS, copy)
     monkeypatch.setattr(tools, "_SOURCES", copy)
@@ -25,7 +25,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("name", [*TOOLS, "fail_nth", "moved"])
-def test_each_tool_uses_the_header_alone(name: str) -> None:
+def test_each_tool_uses_the_shared_header(name: str) -> None:
     text = tool_source(name)
     assert '#include "' not in text
     own = (GUEST_TOOLS / f"{name}.c").read_text()

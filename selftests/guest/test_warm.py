@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Guests that are restored: alike where tests look, unlike where they must be."""
+"""Restored guests: equal for tests, but with their own random numbers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.guest
 TEN = ROOT / "selftests" / "cold_and_warm" / "ten.py"
 DIMMS = Machine(nvdimms=(Nvdimm(slot=1), Nvdimm(slot=4)))
 
-# Whatever a guest draws from its random numbers, and what it is told of the time.
+# Values from the guest's random numbers, and its time.
 _DRAW = """
 set -e
 dd if=/dev/hwrng bs=32 count=1 2>/dev/null | od -An -v -tx1 | tr -d ' \\n'
@@ -55,7 +55,7 @@ echo "$(date +%s.%N) time"
 
 @pytest.fixture
 def snapshot(environment: Environment) -> Snapshot:
-    """The snapshot; `make test` has made it before the first test."""
+    """The snapshot, which `make test` makes before the first test."""
     if environment.snapshot is None:
         pytest.skip("no snapshot: `paprscm image` makes it, where restoring works")
     return environment.snapshot
@@ -65,7 +65,7 @@ def snapshot(environment: Environment) -> Snapshot:
 def restore(
     environment: Environment, snapshot: Snapshot, tmp_path: Path
 ) -> Callable[..., contextlib.AbstractContextManager[Guest]]:
-    """Restores a guest that ends with the block, and never boots one instead."""
+    """Restore a guest that ends with the block; never boot one instead."""
 
     def start(machine: Machine = DIMMS, begin: Snapshot = snapshot) -> Guest:
         folder = tmp_path / f"guest{len(list(tmp_path.iterdir()))}"
@@ -78,17 +78,17 @@ Restore = Callable[..., contextlib.AbstractContextManager[Guest]]
 
 
 def draw(guest: Guest) -> tuple[dict[str, str], float]:
-    """What the guest drew, by name, and how late its clock is, s."""
+    """Random values of the guest by name, and the delay of its clock, s."""
     answer = guest.succeed(_DRAW, timeout_s=120)
-    told = {name: value for value, name in (line.split() for line in answer.splitlines())}
-    assert set(told) >= {"hwrng", "urandom", "uuid", "boot_id", "mktemp", "xfs", "ext4", "time"}
-    return told, time.time() - float(told.pop("time"))
+    values = {name: value for value, name in (line.split() for line in answer.splitlines())}
+    assert set(values) >= {"hwrng", "urandom", "uuid", "boot_id", "mktemp", "xfs", "ext4", "time"}
+    return values, time.time() - float(values.pop("time"))
 
 
 def cookie(guest: Guest) -> bytes:
-    """The first random bytes that the ssh server sends: those of its SSH_MSG_KEXINIT.
+    """The first random bytes of the ssh server, from its SSH_MSG_KEXINIT.
 
-    It draws its half of the session's keys right after (RFC 4253, sections 6 and 7.1).
+    The server draws its half of the session's keys next (RFC 4253, sections 6 and 7.1).
     """
     with socket.create_connection(("127.0.0.1", guest.ssh_port), timeout=20) as sock:
         sock.sendall(b"SSH-2.0-selftest\r\n")
@@ -99,19 +99,19 @@ def cookie(guest: Guest) -> bytes:
         return stream.read(16)
 
 
-def test_what_should_differ_between_two_guests_does(restore: Restore) -> None:
-    """Random numbers, uuids of file systems, ssh's keys; the clock is that of the host."""
+def test_random_values_differ_between_two_guests(restore: Restore) -> None:
+    """Random numbers, uuids of file systems and ssh keys differ; the clock is the host's."""
     with restore() as one, restore() as other:
         (first, late_s), (second, later_s) = draw(one), draw(other)
         assert [name for name in first if first[name] == second[name]] == []
-        # The answer's way back is a part of it.
+        # The delay includes the transfer of the answer.
         assert -0.1 < late_s < 5
         assert -0.1 < later_s < 5
         assert cookie(one) != cookie(other)
 
 
-def test_a_guest_keeps_to_itself_what_it_changes(restore: Restore, snapshot: Snapshot) -> None:
-    """Guests of one snapshot run side by side, and leave it as it was."""
+def test_a_guest_s_changes_stay_in_that_guest(restore: Restore, snapshot: Snapshot) -> None:
+    """Guests of one snapshot run concurrently, and do not change it."""
     before = [file.stat().st_mtime_ns for file in sorted(snapshot.folder.iterdir())]
     with restore() as one, restore() as other:
         one.succeed("head -c 64M /dev/urandom > /tmp/own")
@@ -123,7 +123,7 @@ def test_a_guest_keeps_to_itself_what_it_changes(restore: Restore, snapshot: Sna
 
 
 def test_the_console_begins_with_the_boot(restore: Restore) -> None:
-    """Who reads the log of a failed test finds all of it, whatever the guest began with."""
+    """The console log is complete, also for a restored guest."""
     with restore() as guest:
         guest.succeed("echo '<1>after the restore' > /dev/kmsg")
     log = (guest.folder / "console.log").read_text(errors="replace")
@@ -132,7 +132,7 @@ def test_the_console_begins_with_the_boot(restore: Restore) -> None:
 
 
 def damaged(snapshot: Snapshot, folder: Path) -> Snapshot:
-    """A copy of it, in a cache of its own, whose state cannot be loaded."""
+    """A copy of the snapshot in a separate cache, with a state that cannot be loaded."""
     copy = folder / "cache" / "snapshot" / snapshot.folder.name
     shutil.copytree(snapshot.folder, copy, ignore=shutil.ignore_patterns("memory"))
     (copy / "memory").symlink_to(snapshot.folder / "memory")
@@ -143,7 +143,7 @@ def damaged(snapshot: Snapshot, folder: Path) -> Snapshot:
 def test_a_guest_that_does_not_wake_is_booted(
     environment: Environment, snapshot: Snapshot, restore: Restore, tmp_path: Path
 ) -> None:
-    """The test goes on, and the snapshot is made anew for the next job."""
+    """The test continues, and the snapshot is dropped, so that the next job makes a new one."""
     bad = damaged(snapshot, tmp_path)
     with pytest.raises(NotRestoredError, match="does not load"), restore(begin=bad):
         pass
@@ -157,7 +157,7 @@ def test_a_guest_that_does_not_wake_is_booted(
 
 
 def run_ten(start: str, folder: Path) -> dict[str, tuple[str, Path]]:
-    """Status and what was seen, by the name of the test."""
+    """Run the ten tests; return status and folder of recorded state by name of the test."""
     done = subprocess.run(
         [
             *(sys.executable.replace("python", "avocado"), "run", str(TEN)),
@@ -172,34 +172,34 @@ def run_ten(start: str, folder: Path) -> dict[str, tuple[str, Path]]:
     )
     results = json.loads((folder / "latest" / "results.json").read_text())
     assert len(results["tests"]) == 10, done.stdout + done.stderr
-    found = {}
+    outcomes = {}
     for test in results["tests"]:
         metrics = json.loads(test["whiteboard"])
         warm = "restored" in metrics["guest.start_s"]
         assert warm == (start == "auto"), f"{test['name']} was started otherwise: {metrics}"
         place = Path(test["logdir"]) / "data" / "seen"
-        found[test["name"].rpartition(":")[2]] = (test["status"], place)
-    return found
+        outcomes[test["name"].rpartition(":")[2]] = (test["status"], place)
+    return outcomes
 
 
-def test_ten_tests_do_not_depend_on_it(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_ten_tests_do_not_depend_on_the_start(snapshot: Snapshot, tmp_path: Path) -> None:
     """Ten tests of the suite, cold and warm: verdicts, device tree, sysfs and kernel messages."""
     del snapshot
     cold, warm = (run_ten(start, tmp_path / start) for start in ("cold", "auto"))
-    found = []
+    faults = []
     for name in sorted(cold.keys() | warm.keys()):
         (status, seen), (status_warm, seen_warm) = cold[name], warm[name]
         if (status, status_warm) != ("PASS", "PASS"):
-            found.append(f"{name}: {status} cold, {status_warm} warm")
+            faults.append(f"{name}: {status} cold, {status_warm} warm")
             continue
         one, other = Seen(seen), Seen(seen_warm)
         assert min(len(one.tree), len(one.files), len(one.log)) > 50, name
-        found += [f"{name}: {line}" for line in differences(one, other)]
-    assert found == []
+        faults += [f"{name}: {line}" for line in differences(one, other)]
+    assert faults == []
 
 
 def qemu_below(logs: Path) -> int:
-    """The QEMU whose console is logged in a folder below."""
+    """Pid of the QEMU whose console log is below a folder."""
     [pid] = [
         int(folder.name)
         for folder in Path("/proc").glob("[0-9]*")
@@ -217,10 +217,10 @@ def cmdline(folder: Path) -> bytes:
         return b""
 
 
-def test_a_qemu_that_is_killed_says_nothing_about_the_snapshot(
+def test_a_killed_qemu_does_not_drop_the_snapshot(
     snapshot: Snapshot, restore: Restore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It is no reason to boot another one, and to drop what works."""
+    """No other guest is booted instead, and the snapshot stays."""
 
     def load_and_kill(qmp: Qmp, begin: Snapshot) -> None:
         os.kill(qemu_below(tmp_path), 9)

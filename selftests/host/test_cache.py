@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The cache hands out whole entries, whatever interrupts, damages or competes with a build."""
+"""Cache: entries are complete in spite of interrupted, damaged or concurrent builds."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_folders_are_private(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "changed", "removed", "manifest", "half a manifest"])
-def test_damage_is_noticed_and_mended(cache: Cache, how: str) -> None:
+def test_damage_is_detected_and_repaired(cache: Cache, how: str) -> None:
     entry = cache.ensure("thing", FIELDS, build_hello)
     hello = entry.path / "sub" / "hello"
     if how == "cut":
@@ -73,7 +73,7 @@ def test_damage_is_noticed_and_mended(cache: Cache, how: str) -> None:
     assert leftovers(cache) == []
 
 
-def test_a_touched_but_equal_file_is_no_damage(cache: Cache) -> None:
+def test_a_touched_but_equal_file_is_not_damage(cache: Cache) -> None:
     entry = cache.ensure("thing", FIELDS, build_hello)
     os.utime(entry.path / "sub" / "hello", (1, 1))
     assert cache.ensure("thing", FIELDS, never).path == entry.path
@@ -96,7 +96,7 @@ def test_a_build_without_space_is_not_begun(cache: Cache) -> None:
         cache.ensure("thing", FIELDS, never, needs_bytes=1 << 60)
 
 
-def test_space_that_runs_out_is_one_sentence(cache: Cache) -> None:
+def test_no_space_left_is_a_host_error(cache: Cache) -> None:
     def full(folder: Path) -> None:
         with Path("/dev/full").open("w") as file:
             file.write("x")
@@ -106,12 +106,12 @@ def test_space_that_runs_out_is_one_sentence(cache: Cache) -> None:
 
 
 @pytest.mark.parametrize("where", ["/proc/cache", "/dev/null/cache"])
-def test_a_cache_that_cannot_be_written_says_so(where: str) -> None:
+def test_a_cache_that_cannot_be_written_is_an_error(where: str) -> None:
     with pytest.raises(HostError, match="set cache_dir"):
         Cache(Path(where)).ensure("thing", FIELDS, never)
 
 
-# A shell without job control starts what it puts into the background with SIGINT ignored.
+# A shell without job control starts background processes with SIGINT ignored.
 BUILDER = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -150,7 +150,7 @@ def test_after_an_interrupted_build_the_next_one_is_clean(
     assert leftovers(cache) == []
 
 
-def test_of_two_runs_one_builds_and_the_other_says_that_it_waits(cache: Cache) -> None:
+def test_one_of_two_runs_builds_and_the_other_waits(cache: Cache) -> None:
     with builder(cache, 1.5) as first:
         assert first.stdout is not None
         assert first.stdout.readline() == "building\n"
@@ -173,16 +173,16 @@ def entry_named(cache: Cache, name: str, *, used_days_ago: float) -> CacheEntry:
     return entry
 
 
-def test_prune_takes_only_what_was_not_used(cache: Cache) -> None:
+def test_prune_removes_only_unused_entries(cache: Cache) -> None:
     old = entry_named(cache, "old", used_days_ago=40)
     new = entry_named(cache, "new", used_days_ago=1)
-    gone = cache.prune(unused_for_s=30 * 86400)
-    assert [entry.path for entry in gone] == [old.path]
+    removed = cache.prune(unused_for_s=30 * 86400)
+    assert [entry.path for entry in removed] == [old.path]
     assert not old.path.exists()
     assert [entry.path for entry in cache.entries()] == [new.path]
 
 
-def test_prune_leaves_alone_what_is_being_built(cache: Cache) -> None:
+def test_prune_skips_an_entry_that_is_being_built(cache: Cache) -> None:
     entry = entry_named(cache, "busy", used_days_ago=40)
     with cache.lock(f"thing-{entry.key}", purpose="builds the thing"):
         assert cache.prune(unused_for_s=0) == []

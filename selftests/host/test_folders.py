@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A folder in which nothing can be built or run is refused before anything is fetched."""
+"""Folders in which builds or programs cannot work are refused before any download."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ def test_paths_that_the_loader_cannot_handle(tmp_path: Path, char: str) -> None:
 def test_a_file_system_that_is_mounted_noexec(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    examined = []
 
     def statvfs(path: Path) -> SimpleNamespace:
-        asked.append(path)
+        examined.append(path)
         return SimpleNamespace(f_flag=os.ST_NOEXEC | os.ST_NOSUID)
 
     monkeypatch.setattr(os, "statvfs", statvfs)
     for require in (require_make, require_loader):
         with pytest.raises(ConfigError, match=f"{tmp_path} is mounted noexec"):
             require(tmp_path / "not" / "there yet".replace(" ", "-"))
-    assert asked == [tmp_path, tmp_path]
+    assert examined == [tmp_path, tmp_path]
 
 
 def test_refused_before_anything_is_fetched(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""kill -9 on any process of a run, at any moment: 2 s later there is no QEMU of it.
+"""kill -9 on any process of a run, at any moment: 2 s later no QEMU of the run exists.
 
-But for those that a run only asks something: Avocado reads what a runner can do, and one that is
-killed when it has answered is not missed. Then the run goes on, and ends as any other.
+The exception is a short-lived helper: Avocado starts runners only to query their capabilities. If
+one is killed after its answer, the run continues and ends normally.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from paprscm.paths import ROOT
 pytestmark = pytest.mark.guest
 
 KILLS = 20
-# The processes of which each holds the run; a keeper does when it keeps a QEMU.
+# Processes whose death ends the run; for a keeper only while it has a QEMU.
 HOLDERS = {"make", "avocado", "paprscm image", "runner or test", "keeper", "qemu"}
-# Until a run that goes on has ended, also on a machine that does other work.
+# Time limit for the rest of a run, also on a busy machine.
 RUN_LIMIT_S = 120.0
 
 
 def sockets(folder: Path) -> list[Path]:
-    """The sockets below a folder."""
+    """Sockets below a folder."""
     return [path for path in folder.rglob("*") if stat.S_ISSOCK(path.lstat().st_mode)]
 
 
 def within(limit_s: float, holds: Callable[[], bool]) -> bool:
-    """Whether something becomes true in time."""
+    """Wait for a condition; True if it holds in time."""
     deadline = time.monotonic() + limit_s
     while not holds():
         if time.monotonic() >= deadline:
@@ -53,7 +53,7 @@ def test_nothing_is_left_two_seconds_after_any_kill(
     environment: Environment, tmp_path: Path
 ) -> None:
     """20 runs, each with one random process killed at a random moment."""
-    del environment  # Made beforehand, so that the runs find everything cached.
+    del environment  # Made first, so that the runs find all artifacts in the cache.
     subprocess.run(["make", "setup"], cwd=ROOT, check=True)
     whole_s = duration_of_a_run(tmp_path)
     seed = int.from_bytes(os.urandom(4))
@@ -64,17 +64,19 @@ def test_nothing_is_left_two_seconds_after_any_kill(
         where = f"kill {number} at {moment_s:.2f} s, seed {seed}"
         scratch = tmp_path / str(number)
         scratch.mkdir()
-        there, victim = kill_one(scratch, moment_s, chance, where)
+        processes, victim = kill_one(scratch, moment_s, chance, where)
         if victim:
-            killed[there[victim] + (" (a guest ran)" if "qemu" in there.values() else "")] += 1
+            killed[
+                processes[victim] + (" (a guest ran)" if "qemu" in processes.values() else "")
+            ] += 1
     print(f"seed {seed}: {dict(killed)}")  # noqa: T201
     with_guest = sum(count for role, count in killed.items() if "guest" in role)
-    # Most do; on a machine so slow that hardly any does, the test would prove nothing.
+    # Usually most kills do; with fewer the test would prove nothing.
     assert with_guest >= 2, f"too few kills hit a running guest: {killed}, seed {seed}"
 
 
 def duration_of_a_run(folder: Path) -> float:
-    """How long one takes that nobody disturbs, on this machine and at this hour."""
+    """Duration of an undisturbed run on this machine now, s."""
     scratch = folder / "undisturbed"
     scratch.mkdir()
     began = time.monotonic()
@@ -83,7 +85,7 @@ def duration_of_a_run(folder: Path) -> float:
 
 
 def start(scratch: Path, *, mark: str) -> subprocess.Popen[bytes]:
-    """A run of one test with a guest, in a process group of its own."""
+    """Start a run of one test with a guest, in a new process group."""
     return subprocess.Popen(
         [
             *("make", "--no-print-directory", "suite"),
@@ -102,7 +104,7 @@ def start(scratch: Path, *, mark: str) -> subprocess.Popen[bytes]:
 def kill_one(
     scratch: Path, moment_s: float, chance: random.Random, where: str
 ) -> tuple[dict[int, str], int]:
-    """One run, one kill, and all that must hold then; who was there, and who was killed."""
+    """Kill one process of one run, and check the result; return all processes and the victim."""
     mark = scratch.name + uuid.uuid4().hex
 
     def with_qemu() -> bool:
@@ -112,34 +114,34 @@ def kill_one(
     try:
         with contextlib.suppress(subprocess.TimeoutExpired):
             run.wait(moment_s)
-        there = marked(mark)
-        if not there:
+        processes = marked(mark)
+        if not processes:
             assert run.returncode == 0, f"{where}: the run failed before it was killed"
             return {}, 0
-        victim = chance.choice(sorted(there))
+        victim = chance.choice(sorted(processes))
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-        where = f"{where}: {there[victim]} of {sorted(there.values())}"
-        if there[victim] not in HOLDERS or (
-            there[victim] == "keeper" and "qemu" not in there.values()
+        where = f"{where}: {processes[victim]} of {sorted(processes.values())}"
+        if processes[victim] not in HOLDERS or (
+            processes[victim] == "keeper" and "qemu" not in processes.values()
         ):
             run.wait(RUN_LIMIT_S)
         else:
             time.sleep(2.0)
         assert "qemu" not in (left := marked(mark)).values(), f"{where}; 2 s later: {left}"
         assert sockets(scratch) == [], where
-        # And none comes later, from what did not notice that it goes on alone.
+        # No surviving process may start a QEMU later.
         assert not within(1.0, with_qemu), where
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.kill(run.pid, signal.SIGKILL)
         run.wait()
-        # The end of `make` is noticed by the keepers, who then clean up.
+        # The keepers detect the end of `make`, and clean up.
         clean = within(2.0, lambda: not with_qemu())
         emptied = within(2.0, lambda: list(scratch.iterdir()) == [])
         with contextlib.suppress(ProcessLookupError):
             os.killpg(run.pid, signal.SIGKILL)
     assert clean, f"{where}: {marked(mark)}"
     # Without a QEMU there may have been no keeper yet to remove the folder.
-    assert emptied or "qemu" not in there.values(), f"{where}: {list(scratch.iterdir())}"
-    return there, victim
+    assert emptied or "qemu" not in processes.values(), f"{where}: {list(scratch.iterdir())}"
+    return processes, victim

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the kernel says about its OOM killer is found where it may be read, and quoted."""
+"""Evidence of the OOM killer: from the files that are readable, and quoted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KMSG = """6,1201,88100400,-;python3 invoked oom-killer: gfp_mask=0xcc0(GFP_KERNE
 
 
 def machine(root: Path, own: str, **files: str) -> Path:
-    """A machine's /proc, /sys and /dev; the keys are paths with __ for a slash."""
+    """Create a machine's /proc, /sys and /dev; the keys are paths with __ for a slash."""
     for name, text in {"proc__self__cgroup": own, **files}.items():
         file = root / name.replace("__", "/")
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def machine(root: Path, own: str, **files: str) -> Path:
             "sys/fs/cgroup/user.slice/a.scope/memory.events",
             MEMORY_EVENTS,
         ),
-        # A container that sees the host's path, but its own cgroup as the top.
+        # A container that sees the host's path, but its own cgroup as the root.
         ("0::/docker/1\n", "sys/fs/cgroup/memory.events", MEMORY_EVENTS),
         ("9:cpu:/\n4:memory:/a\n0::/\n", "sys/fs/cgroup/memory/a/memory.oom_control", OOM_CONTROL),
         ("4:hugetlb,memory:/a:b\n", "sys/fs/cgroup/memory/a:b/memory.oom_control", OOM_CONTROL),
@@ -60,11 +60,11 @@ def test_a_rise_of_the_count_is_evidence(tmp_path: Path, own: str, file: str, te
         False,
     )
     (root / file).write_text(text.format(4))
-    said = f"the OOM killer's count rose from 3 to 4 ({root / file})"
-    assert evidence(1, before, root) == (said, True)
+    text_of_rise = f"the OOM killer's count rose from 3 to 4 ({root / file})"
+    assert evidence(1, before, root) == (text_of_rise, True)
 
 
-def test_the_kernels_own_words_about_the_process_are_quoted(tmp_path: Path) -> None:
+def test_the_kernel_s_message_about_the_process_is_quoted(tmp_path: Path) -> None:
     root = machine(tmp_path, "", dev__kmsg=KMSG)
     assert read_oom_kills(root) is None
     count = "the OOM killer's count cannot be read"
@@ -73,7 +73,7 @@ def test_the_kernels_own_words_about_the_process_are_quoted(tmp_path: Path) -> N
     assert evidence(73, None, root) == (count, False)
 
 
-# Uses memory until it is killed; what Process makes of that is printed.
+# Use memory until it is killed, and print the error of Process.
 HOG = """
 import os, sys
 from pathlib import Path
@@ -90,26 +90,26 @@ except KilledError as error:
 
 @pytest.fixture
 def small_cgroup() -> Iterator[Path]:
-    """A memory cgroup of 64 MiB below our own."""
-    found = re.search(r"^\d+:memory:(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
-    if found:
-        own, limit = Path("/sys/fs/cgroup/memory" + found[1]), "memory.limit_in_bytes"
+    """A memory cgroup of 64 MiB below the current one."""
+    match = re.search(r"^\d+:memory:(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
+    if match:
+        own, limit = Path("/sys/fs/cgroup/memory" + match[1]), "memory.limit_in_bytes"
     else:
         unified = re.search(r"^0::(.*)$", Path("/proc/self/cgroup").read_text(), re.MULTILINE)
         own, limit = Path("/sys/fs/cgroup" + (unified[1] if unified else "")), "memory.max"
-    made = own / f"paprscm-selftest-{uuid.uuid4().hex[:8]}"
+    group = own / f"paprscm-selftest-{uuid.uuid4().hex[:8]}"
     try:
-        made.mkdir()
+        group.mkdir()
     except OSError as error:
         pytest.skip(f"no memory cgroup can be made: {error}")
     try:
         try:
-            (made / limit).write_text(str(64 << 20))
+            (group / limit).write_text(str(64 << 20))
         except OSError as error:
             pytest.skip(f"no memory cgroup can be limited: {error}")
-        yield made
+        yield group
     finally:
-        made.rmdir()
+        group.rmdir()
 
 
 def test_the_oom_killer_is_named_by_a_real_kill(small_cgroup: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A program that we start dies with each process of the run, and is judged by its own end only."""
+"""Programs die with any process of the run, and only their own exit counts as a result."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from paprscm.host import keeper, process
 from paprscm.host.process import Process, join_run, run
 
 # A stand-in for shell -> avocado -> runner -> test: each level is a process in the same group. The
-# first one has only started the run.
+# first one only starts the run.
 RUN = """
 import os, subprocess, sys, time
 from pathlib import Path
@@ -34,7 +34,7 @@ print(f"level{level} {os.getpid()}", flush=True)
 if level < 3:
     join_run()
 if level:
-    # One that is killed must not be waited for by its parent with subprocess' help.
+    # Popen.wait() only: a parent must not react to the death of its child.
     subprocess.Popen([sys.executable, __file__, str(level - 1), sys.argv[2]]).wait()
 else:
     process = Process(["sh", "-c", "sleep 1000 & exec sleep 1001"], scratch=Path(sys.argv[2]))
@@ -45,7 +45,7 @@ else:
     time.sleep(1000)
 """
 
-# A runner whose test outlives it, and then starts a program.
+# A runner that is killed by its test, which then starts a program.
 KILLED_RUNNER = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
@@ -78,7 +78,7 @@ PIDFD_OPEN = 434  # On every architecture.
 
 
 def refuse_pidfd_open(number: int) -> None:
-    """Let the seccomp filter of this process answer pidfd_open(2) with an errno."""
+    """Make pidfd_open(2) fail with an errno, by a seccomp filter of this process."""
     rows = (
         (LOAD, 0, 0, 0),  # seccomp_data.nr
         (JUMP_IF_EQUAL, 0, 1, PIDFD_OPEN),
@@ -93,7 +93,7 @@ def refuse_pidfd_open(number: int) -> None:
 
 
 class Run(NamedTuple):
-    """The stand-in: its first process, the ids of all by name, the program with its child."""
+    """The stand-in: its first process, all pids by name, the program with its child."""
 
     first: subprocess.Popen[str]
     pids: dict[str, int]
@@ -103,7 +103,7 @@ class Run(NamedTuple):
 
 @pytest.fixture(params=[0, errno.EPERM, errno.ENOSYS], ids=["pidfds", "EPERM", "ENOSYS"])
 def stand_in(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
-    """The stand-in at work, also where pidfd_open(2) is refused."""
+    """The running stand-in, also with a refused pidfd_open(2)."""
     number = request.param
     scratch = tmp_path / "scratch"
     scratch.mkdir()
@@ -132,7 +132,7 @@ def stand_in(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Run]:
 
 
 def wait_gone(pids: list[int], limit_s: float = 2.0) -> list[int]:
-    """Those that still live after `limit_s`."""
+    """Pids that are still alive after `limit_s`."""
     deadline = time.monotonic() + limit_s
     handles = {}
     for pid in pids:
@@ -148,16 +148,16 @@ def wait_gone(pids: list[int], limit_s: float = 2.0) -> list[int]:
 
 
 def members_of_group(group: int) -> list[int]:
-    """The living processes of a process group."""
-    found = []
+    """Pids of the living processes of a process group."""
+    pids = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
+            pids.append(int(stat.parent.name))
+    return pids
 
 
 @pytest.mark.parametrize("victim", ["level2", "level1", "level0", "keeper", "program"])
@@ -165,7 +165,7 @@ def test_nothing_outlives_a_killed_process_of_the_run(stand_in: Run, victim: str
     pids, started = stand_in.pids, stand_in.started
     os.kill(pids[victim], signal.SIGKILL)
     alone = victim == "keeper"
-    # Of a killed keeper's program the kernel kills only the program itself.
+    # After the keeper's death the kernel kills only the program, not its children.
     assert wait_gone([pids["program"]] if alone else started) == []
     if victim.startswith("level"):
         assert wait_gone([pids["keeper"]]) == []
@@ -175,10 +175,10 @@ def test_nothing_outlives_a_killed_process_of_the_run(stand_in: Run, victim: str
 
 
 def test_a_process_that_only_started_the_run_may_end(stand_in: Run) -> None:
-    """A shell, a wrapper of a CI: it is an ancestor in the same process group."""
+    """Such as a shell, or a wrapper of a CI: an ancestor in the same process group."""
     stand_in.first.kill()
     stand_in.first.wait()
-    # Its end was noticed, or will not be: the keeper looks ten times a second, or sees a pidfd.
+    # 0.5 s is enough: the keeper polls ten times a second, or waits on a pidfd.
     assert wait_gone(stand_in.started, 0.5) == stand_in.started
     assert stand_in.scratch.exists()
     os.kill(stand_in.pids["level2"], signal.SIGKILL)
@@ -187,20 +187,20 @@ def test_a_process_that_only_started_the_run_may_end(stand_in: Run) -> None:
 
 
 def test_nothing_starts_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the id of its process is another one's by now: here it is our own."""
+    """Also if its pid is in use again: here it is the pid of this process."""
     own = keeper.start_time(os.getpid())
     monkeypatch.setenv("PAPRSCM_RUN", f"{os.getpid()}:{own}")
     assert Process(["true"]).wait() == 0
     monkeypatch.setenv("PAPRSCM_RUN", f"{os.getpid()}:{int(own) - 1}")
     with pytest.raises(HostError) as caught:
         Process(["true"])
-    said = f"cannot start true: process {os.getpid()} of this run has ended"
-    assert caught.value.message == said
-    assert caught.value.hint == "if it belonged to another run, unset PAPRSCM_RUN"
+    message = f"cannot start true: process {os.getpid()} of this run has ended"
+    assert caught.value.message == message
+    assert caught.value.hint == "if it was of another run, unset PAPRSCM_RUN"
 
 
 @pytest.mark.parametrize("value", ["1", "make", "1:2:3", "1:2 x"])
-def test_a_foreign_value_of_the_variable_is_one_sentence(
+def test_a_foreign_value_of_the_variable_is_an_error(
     monkeypatch: pytest.MonkeyPatch, value: str
 ) -> None:
     monkeypatch.setenv("PAPRSCM_RUN", value)
@@ -216,14 +216,14 @@ def test_a_process_joins_a_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_starts_in_a_test_whose_runner_has_ended(tmp_path: Path) -> None:
-    """Also when the runner was killed before the test had started its first program."""
-    said = tmp_path / "said"
-    runner = subprocess.Popen([sys.executable, "-c", KILLED_RUNNER, said])
+    """Also if the runner was killed before the test started its first program."""
+    output = tmp_path / "said"
+    runner = subprocess.Popen([sys.executable, "-c", KILLED_RUNNER, output])
     assert runner.wait(10) == -signal.SIGKILL
     deadline = time.monotonic() + 10
-    while not said.exists() and time.monotonic() < deadline:
+    while not output.exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert said.read_text().startswith(f"cannot start true: process {runner.pid} of this run has")
+    assert output.read_text().startswith(f"cannot start true: process {runner.pid} of this run has")
 
 
 def test_the_start_time_of_a_process_that_has_ended_is_empty() -> None:
@@ -245,10 +245,10 @@ def test_kill_takes_grandchildren_with_it() -> None:
     assert wait_gone([int(pid) for pid in pids], 0) == []
 
 
-def test_an_interrupt_while_it_starts_leaves_nothing(
+def test_an_interrupt_during_the_start_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """^C between the keeper's start and its report; the build folder was still written to then."""
+    """^C between the keeper's start and its report must also end the program."""
     note = tmp_path / "pid"
 
     def interrupted(_self: Process, _timeout_s: float | None) -> None:
@@ -273,38 +273,40 @@ OWN = ("SEGV", "ABRT", "BUS", "ILL", "FPE", "TRAP", "SYS")
 
 
 @pytest.mark.parametrize("name", [*OWN, "KILL", "TERM", "HUP", "INT", "QUIT", "USR1", "ALRM"])
-def test_only_a_signal_that_a_program_raises_itself_is_its_own_end(name: str) -> None:
+def test_only_signals_of_the_program_itself_are_its_result(name: str) -> None:
     process = Process(["sh", "-c", f"kill -{name} $$"])
     number = signal.Signals[f"SIG{name}"]
     if name in OWN:
         assert process.wait() == -number
         assert process.kill() == -number
         return
-    said = rf"^sh \(process {process.pid}\) was killed by SIG{name} from outside"
-    with pytest.raises(KilledError, match=said):
+    message = rf"^sh \(process {process.pid}\) was killed by SIG{name} from outside"
+    with pytest.raises(KilledError, match=message):
         process.wait()
-    # Whoever has caught that does not go on as if nothing was.
-    with pytest.raises(KilledError, match=said):
+    # A caller that has caught the error gets it again.
+    with pytest.raises(KilledError, match=message):
         process.kill()
 
 
-def test_what_we_end_ourselves_is_not_ended_from_outside() -> None:
+def test_our_own_kill_is_not_from_outside() -> None:
     assert Process(["sleep", "1000"]).kill() == -signal.SIGKILL
     process = Process(["sleep", "1000"])
     process.send_signal(signal.SIGTERM)
     assert process.wait() == -signal.SIGTERM
 
 
-def test_the_end_of_the_keeper_is_named() -> None:
+def test_the_death_of_the_keeper_is_named() -> None:
     process = Process(["sleep", "1000"])
     stat = Path(f"/proc/{process.pid}/stat").read_text()
     os.kill(int(stat.rpartition(")")[2].split()[1]), signal.SIGKILL)
-    said = rf"the keeper of sleep \(process {process.pid}\) was killed from outside: the OOM killer"
-    with pytest.raises(KilledError, match=said):
+    message = (
+        rf"the keeper of sleep \(process {process.pid}\) was killed from outside: the OOM killer"
+    )
+    with pytest.raises(KilledError, match=message):
         process.wait()
 
 
-def test_a_qemu_that_was_terminated_says_so(tmp_path: Path) -> None:
+def test_a_terminated_qemu_is_detected_by_its_message(tmp_path: Path) -> None:
     """QEMU catches the signal and exits with status 0 (system/runstate.c, qemu_kill_report())."""
     output = tmp_path / "output"
     line = "qemu-system-ppc64: terminating on signal 15 from pid 5136 (/usr/bin/bash)"
@@ -312,8 +314,8 @@ def test_a_qemu_that_was_terminated_says_so(tmp_path: Path) -> None:
         output.write_text(f"{text}\n")
         assert Process(["sh", "-c", f"exit {status}"], output_file=output).wait() == status
     output.write_text(f"warning: x\n{line}\n")
-    said = r"was ended from outside by signal 15 from pid 5136 \(/usr/bin/bash\)"
-    with pytest.raises(KilledError, match=said):
+    message = r"was ended from outside by signal 15 from pid 5136 \(/usr/bin/bash\)"
+    with pytest.raises(KilledError, match=message):
         Process(["env", "A=1", "sh", "-c", "exit 0"], output_file=output).wait()
 
 
@@ -323,7 +325,7 @@ def test_wait_gives_up_in_time() -> None:
     process.kill()
 
 
-def test_a_program_that_does_not_exist_is_one_sentence() -> None:
+def test_a_program_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(HostError, match="cannot start nonexistent: No such file or directory"):
         Process(["nonexistent"])
 
@@ -331,26 +333,26 @@ def test_a_program_that_does_not_exist_is_one_sentence() -> None:
 def test_failure_shows_command_status_and_output() -> None:
     with pytest.raises(HostError) as caught:
         run(["sh", "-c", "echo first; echo 'went wrong' >&2; exit 3"])
-    said = str(caught.value)
-    assert "exit status 3" in said
-    assert "went wrong" in said
-    assert "sh -c" in said
+    message = str(caught.value)
+    assert "exit status 3" in message
+    assert "went wrong" in message
+    assert "sh -c" in message
 
 
 def test_time_limit_kills() -> None:
-    # Long enough for a shell to begin on a busy machine.
+    # Long enough for the start of a shell on a busy machine.
     with pytest.raises(HostError, match=r"took more than 3 s(?s:.*)begun"):
         run(["sh", "-c", "echo begun; sleep 1000"], timeout_s=3)
 
 
 def test_lines_come_whole_and_to_the_log(tmp_path: Path) -> None:
-    seen: list[str] = []
+    lines: list[str] = []
     done = run(
         ["sh", "-c", "printf 'a\\nb'; sleep 0.05; printf 'c\\n\\nlast'"],
-        on_line=seen.append,
+        on_line=lines.append,
         log_file=tmp_path / "log",
     )
-    assert seen == list(done.lines) == ["a", "bc", "", "last"]
+    assert lines == list(done.lines) == ["a", "bc", "", "last"]
     assert (tmp_path / "log").read_bytes() == b"a\nbc\n\nlast"
 
 
@@ -368,13 +370,13 @@ def test_descriptors_are_passed_and_no_others() -> None:
     os.close(other)
 
 
-def test_task_beside_another() -> None:
-    with process.run_in_background(lambda _: 7) as task:
+def test_concurrent_task() -> None:
+    with process.beside(lambda _: 7) as task:
         assert task.result() == 7
         task.check()
 
 
-def test_failure_of_a_task_ends_what_runs_beside_it() -> None:
+def test_failure_of_a_task_ends_the_other() -> None:
     def fail(_: Callable[[], None]) -> None:
         raise HostError("no packages")
 
@@ -382,7 +384,7 @@ def test_failure_of_a_task_ends_what_runs_beside_it() -> None:
         run(["sleep", "1000"], idle_s=0.05, on_idle=task.check)
 
 
-def test_task_is_stopped_where_the_other_fails() -> None:
+def test_task_is_stopped_if_the_other_fails() -> None:
     ended: list[BaseException] = []
 
     def sleep(proceed: Callable[[], None]) -> None:
@@ -401,7 +403,7 @@ def test_task_is_stopped_where_the_other_fails() -> None:
 def test_no_space_behind_a_sparse_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: bool
 ) -> None:
-    """SIGBUS is the program's own signal, but for a full scratch folder."""
+    """SIGBUS is a result of the program, except with a full scratch folder."""
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     free = 4096 if full else 1 << 30

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""As many tests side by side as CPUs and memory allow, or as many as the user says."""
+"""Number of concurrent tests: by CPUs and memory, or by the user's choice."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from paprscm.settings import Settings
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
 OPTION = "run.max_parallel_tasks"
 TOO_MUCH = 1 << 20
-"""MiB for a guest that no machine of today has."""
+"""Guest memory that no host has, MiB."""
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ GIB = 1 << 30
 def machine(
     root: Path, groups: dict[str, dict[str, str]], *, own: str, top: str = "/", cpus: int = 8
 ) -> Resources:
-    """What is found where /proc and /sys say this, in the form that cgroups(7) gives it."""
+    """Resources with this /proc and /sys, in the format of cgroups(7)."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/meminfo").write_text(MEMINFO)
     (root / "proc/self/mountinfo").write_text(MOUNTINFO.format(top=top))
@@ -99,8 +99,8 @@ SLICE = "user.slice/user-1000.slice"
 
 
 def test_no_limit(tmp_path: Path) -> None:
-    found = machine(tmp_path, {SLICE: UNLIMITED, f"{SLICE}/session-2.scope": {}}, own=SESSION)
-    assert found == Resources(8, 8192)
+    limits = machine(tmp_path, {SLICE: UNLIMITED, f"{SLICE}/session-2.scope": {}}, own=SESSION)
+    assert limits == Resources(8, 8192)
 
 
 @pytest.mark.parametrize("group", ["user.slice", SLICE, f"{SLICE}/session-2.scope"])
@@ -109,23 +109,23 @@ def test_limits_of_all_groups_above_hold(tmp_path: Path, group: str) -> None:
         "cpu.max": "150000 100000",
         "memory.max": str(3 * GIB),
         "memory.current": str(2 * GIB),
-        # Page cache makes room; memory in tmpfs, which `file` counts too, does not.
+        # Page cache is reclaimable; memory in tmpfs, which `file` also counts, is not.
         "memory.stat": f"anon 4096\nfile {2 * GIB}\ninactive_file {GIB // 2}\nactive_file {GIB}",
     }
     groups = {f"{SLICE}/session-2.scope": UNLIMITED, SLICE: UNLIMITED, group: limits}
-    found = machine(tmp_path, groups, own=SESSION)
-    assert found == Resources(1.5, 2560, "cpu.max", "memory.max")
+    total = machine(tmp_path, groups, own=SESSION)
+    assert total == Resources(1.5, 2560, "cpu.max", "memory.max")
 
 
-def test_limits_above_what_the_machine_has(tmp_path: Path) -> None:
+def test_limits_above_the_machine_s_resources(tmp_path: Path) -> None:
     wide = {**UNLIMITED, "cpu.max": "3200000 100000", "memory.max": str(64 * GIB)}
     assert machine(tmp_path, {"a": wide}, own="0::/a\n") == Resources(8, 8192)
 
 
 def test_a_limit_that_slows_down(tmp_path: Path) -> None:
     slow = {**UNLIMITED, "memory.max": str(8 * GIB), "memory.high": str(2 * GIB)}
-    found = machine(tmp_path, {"a": slow}, own="0::/a\n")
-    assert (found.available_mib, found.memory_from) == (1024, "memory.high")
+    total = machine(tmp_path, {"a": slow}, own="0::/a\n")
+    assert (total.available_mib, total.memory_from) == (1024, "memory.high")
 
 
 def test_more_used_than_allowed(tmp_path: Path) -> None:
@@ -138,22 +138,22 @@ def test_more_used_than_allowed(tmp_path: Path) -> None:
     [
         pytest.param("0::/\n", "/", id="own namespace"),
         pytest.param("0::/docker/1f2e\n", "/docker/1f2e", id="the host's namespace"),
-        pytest.param("0::/docker/1f2e\n", "/docker", id="above it is mounted"),
+        pytest.param("0::/docker/1f2e\n", "/docker", id="a parent is mounted"),
         pytest.param("0::/../other\n", "/", id="outside of the namespace"),
-        pytest.param("0::/elsewhere\n", "/docker/1f2e", id="outside of what is mounted"),
-        pytest.param("12:cpu:/x\n0::/\n", "/", id="beside v1"),
+        pytest.param("0::/elsewhere\n", "/docker/1f2e", id="outside of the mount"),
+        pytest.param("12:cpu:/x\n0::/\n", "/", id="together with v1"),
     ],
 )
 def test_container(tmp_path: Path, own: str, top: str) -> None:
     limits = {"cpu.max": "200000 100000", "memory.max": str(GIB), "memory.current": "0"}
-    found = machine(tmp_path, {"": limits}, own=own, top=top)
-    assert found == Resources(2, 1024, "cpu.max", "memory.max")
+    total = machine(tmp_path, {"": limits}, own=own, top=top)
+    assert total == Resources(2, 1024, "cpu.max", "memory.max")
 
 
 def test_no_cgroup_v2(tmp_path: Path) -> None:
     limits = {"cpu.max": "200000 100000", "memory.max": str(GIB), "memory.current": "0"}
-    found = machine(tmp_path, {"": limits}, own="1:memory:/x\n", cpus=3)
-    assert found == Resources(3, 8192)
+    total = machine(tmp_path, {"": limits}, own="1:memory:/x\n", cpus=3)
+    assert total == Resources(3, 8192)
 
 
 OTHER = "from avocado import Test\nclass A(Test):\n    def test(self):\n        pass\n"
@@ -183,7 +183,7 @@ with Job.from_config(common, suites) as job:
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a test of ours and another, where Avocado is run."""
+    """A working folder of Avocado, with a test of the suite and another one."""
     (tmp_path / "ours.py").write_text(OURS)
     (tmp_path / "other.py").write_text(OTHER)
     monkeypatch.chdir(tmp_path)
@@ -198,32 +198,32 @@ def run(*words: str) -> str:
 
 
 def configured(*before: str) -> int:
-    said = run(*before, AVOCADO, "config").splitlines()
-    (value,) = [line.split()[1] for line in said if line.split()[:1] == [OPTION]]
+    lines = run(*before, AVOCADO, "config").splitlines()
+    (value,) = [line.split()[1] for line in lines if line.split()[:1] == [OPTION]]
     return int(value)
 
 
 def suites(*, every: dict[str, object], each: list[dict[str, object]]) -> list[int]:
-    """How many tests each suite of a job ran side by side, through Avocado's Job API."""
+    """Number of concurrent tests in each suite of a job, run by Avocado's Job API."""
     common = {"run.results_dir": str(Path("results").absolute()), "core.show": ["none"], **every}
     run(sys.executable, "-c", JOB, json.dumps([common, each]))
-    found: list[int] = json.loads(Path("found.json").read_text())
-    return found
+    numbers: list[int] = json.loads(Path("found.json").read_text())
+    return numbers
 
 
-def test_it_is_what_avocado_does_when_nothing_is_said(project: Path) -> None:
-    assert configured() == compute_budget(read_resources(), Settings()).tests
+def test_avocado_s_default_is_the_budget(project: Path) -> None:
+    assert configured() == budget(resources(), Settings()).tests
     assert configured("taskset", "-c", str(min(os.sched_getaffinity(0)))) == 1
     (project / "avocado.cfg").write_text(f"[paprscm]\nmemory_mib = {TOO_MUCH}\n")
     assert configured() == 1
 
 
-def test_a_file_has_the_last_word_about_the_default(project: Path) -> None:
+def test_a_configuration_file_overrides_the_default(project: Path) -> None:
     (project / "avocado.cfg").write_text("[run]\nmax_parallel_tasks = 7\n")
     assert configured() == 7
     (project / "other.cfg").write_text("[run]\nmax_parallel_tasks = 5\n")
-    said = run(AVOCADO, "--config", "other.cfg", "config").split()
-    assert said[said.index(OPTION) + 1] == "5"
+    words = run(AVOCADO, "--config", "other.cfg", "config").split()
+    assert words[words.index(OPTION) + 1] == "5"
     assert suites(every={}, each=[{"resolver.references": ["ours.py"]}]) == [7]
 
 
@@ -232,7 +232,7 @@ def test_a_wrong_setting_does_not_keep_avocado_from_starting(project: Path) -> N
     assert configured() == compute_budget(read_resources(), Settings()).tests
 
 
-def test_the_command_line_has_the_last_word(project: Path) -> None:
+def test_the_command_line_overrides_the_file(project: Path) -> None:
     (project / "avocado.cfg").write_text("[run]\nmax_parallel_tasks = 7\n")
     run(AVOCADO, "run", "--job-results-dir", "results", "--max-parallel-tasks=3", "ours.py")
     (recorded,) = project.glob("results/job-*/jobdata/args.json")
@@ -247,8 +247,8 @@ def test_the_jobs_own_settings_count(project: Path) -> None:
     assert "Tests side by side: 1, which may not fit" in log.read_text()
 
 
-def test_each_suite_of_a_job_for_itself(project: Path) -> None:
-    """Tests that are not ours run as Avocado would have them; what is chosen is kept, even so."""
+def test_each_suite_of_a_job_has_its_own_number(project: Path) -> None:
+    """Other tests run with Avocado's default; an explicit choice is always kept."""
     (project / "avocado.cfg").write_text(f"[paprscm]\nmemory_mib = {TOO_MUCH}\n")
     ours: dict[str, object] = {"resolver.references": ["ours.py"]}
     other: dict[str, object] = {"resolver.references": ["other.py"]}

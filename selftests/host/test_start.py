@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What starts a run may end; the run goes on, unless its terminal closes."""
+"""The process that starts a run may end; the run continues, unless its terminal closes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from paprscm.paths import ROOT
 
 LIMIT_S = 120.0
 
-# Says when its QEMU runs, and waits until it may end.
+# Reports that its QEMU runs, and waits for permission to end.
 TEST = """
 from pathlib import Path
 
@@ -49,12 +49,12 @@ class Waits(QemuTest):
 
 
 class Start:
-    """A shell that starts a run of one test, whose QEMU runs when this has been made.
+    """A shell that starts a run of one test; after the constructor its QEMU runs.
 
     Args:
-        folder: for all that it needs and leaves.
-        script: what the shell executes; $RUN is the run, and `read` waits for end_shell().
-        terminal: whether the shell has a terminal, and is the first process there.
+        folder: for all files of the run.
+        script: shell script; $RUN is the run, and `read` waits for end_shell().
+        terminal: the shell has a terminal, and is its session leader.
     """
 
     def __init__(self, folder: Path, script: str, *, terminal: bool) -> None:
@@ -63,7 +63,7 @@ class Start:
         self.scratch.mkdir()
         self.results = folder / "results"
         self._stack = contextlib.ExitStack()
-        # Avocado's socket is there, and pytest's folders may be too long for it.
+        # For Avocado's socket: the paths of pytest's folders may be too long.
         self.temporary = Path(self._stack.enter_context(tempfile.TemporaryDirectory()))
         self._ready, self._go, self._end = (self._fifo(folder / n) for n in ("ready", "go", "end"))
         options = f"-p scratch_dir={self.scratch} --job-results-dir {self.results}"
@@ -75,13 +75,13 @@ class Start:
             os.close(slave)
             master, slave = os.openpty()
             self._hang_up.callback(os.close, master)
-        # make and avocado inherit it, whoever becomes their parent.
+        # make and avocado inherit it, also if their parent ends.
         self._run, theirs = os.pipe()
         self._stack.callback(os.close, self._run)
         mark = uuid.uuid4().hex
 
         def begin() -> None:
-            # nohup, for one, has its whole offspring ignore it.
+            # nohup, for example, makes all its descendants ignore it.
             signal.signal(signal.SIGHUP, signal.SIG_DFL)
             if terminal:
                 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -111,7 +111,7 @@ class Start:
         self._stack.callback(os.close, self._keeper)
 
     def close(self) -> None:
-        """End all that is left of it."""
+        """End all remaining processes."""
         self._stack.close()
 
     def end_shell(self) -> None:
@@ -125,13 +125,13 @@ class Start:
         self._hang_up.close()
 
     def finish(self) -> dict[str, str]:
-        """Let the test end; what became of it."""
+        """Let the test end; return its result."""
         os.write(self._go, b"\n")
         self.wait()
         return self.test()
 
     def test(self) -> dict[str, str]:
-        """What became of the test of a run that has ended."""
+        """Result of the test, after the run has ended."""
         (results,) = self.results.glob("job-*/results.json")
         (test,) = json.loads(results.read_text())["tests"]
         return dict(test)
@@ -143,15 +143,15 @@ class Start:
 
     def _fifo(self, path: Path) -> int:
         os.mkfifo(path)
-        # So that neither end waits for the other one to be opened.
+        # O_RDWR: neither end waits for the other one to be opened.
         handle = os.open(path, os.O_RDWR)
         self._stack.callback(os.close, handle)
         return handle
 
     def _wait(self, handle: int, *failures: int) -> None:
         ready = handle in select.select([handle, *failures], [], [], LIMIT_S)[0]
-        said = self.log.read_text(errors="replace") if self.log.exists() else "nothing"
-        assert ready, f"nothing happens; the run has printed:\n{said}"
+        output = self.log.read_text(errors="replace") if self.log.exists() else "nothing"
+        assert ready, f"nothing happens; the run has printed:\n{output}"
 
     def _kill_all(self, mark: str) -> None:
         self.shell.kill()
@@ -163,7 +163,7 @@ class Start:
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Start]]:
-    """Starts a run that ends with the test."""
+    """Start a run that ends with the test."""
     with contextlib.ExitStack() as stack:
 
         def start_one(script: str, *, terminal: bool) -> Start:
@@ -184,10 +184,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Start]]:
     ],
     ids=["shell", "pipeline", "nohup", "setsid"],
 )
-def test_what_started_a_run_may_end(
+def test_the_process_that_started_a_run_may_end(
     start: Callable[..., Start], script: str, terminal: bool
 ) -> None:
-    """A shell, and its terminal where the run has nothing to do with that."""
+    """A shell may end, and its terminal may close if the run is detached from it."""
     started = start(script, terminal=terminal)
     started.end_shell()
     test = started.finish()
@@ -197,7 +197,7 @@ def test_what_started_a_run_may_end(
 
 @pytest.mark.parametrize("output", ["> $LOG 2>&1", ""], ids=["to a file", "to the terminal"])
 def test_a_terminal_that_closes_ends_the_run(start: Callable[..., Start], output: str) -> None:
-    """As ^C does: the job knows, and nothing is left behind."""
+    """As with ^C, the job is interrupted, and leaves nothing behind."""
     started = start(f"$RUN {output}", terminal=True)
     started.close_terminal()
     started.wait()

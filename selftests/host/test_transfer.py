@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""An imported entry is what was exported, to the byte; a damaged or foreign file is refused."""
+"""Import gives exactly the exported entries; a damaged or foreign file is refused."""
 
 from __future__ import annotations
 
@@ -66,22 +66,22 @@ def test_import_gives_the_same_entries(entries: list[CacheEntry], other: Cache, 
         [Path(entry.kind, entry.key) for entry in entries],
         0,
     )
-    found = other.find("userland", {"suite": "trixie"})
-    assert found is not None
-    assert found.created == entries[0].created
+    imported = other.find("userland", {"suite": "trixie"})
+    assert imported is not None
+    assert imported.created == entries[0].created
     for name in ("tool", "key", "disk.img"):
-        here, there = entries[0].path / name, found.path / name
-        assert here.read_bytes() == there.read_bytes()
-        assert here.stat().st_mode == there.stat().st_mode
-        assert here.stat().st_mtime_ns == there.stat().st_mtime_ns
-    assert (found.path / "disk.img").stat().st_blocks * 512 < HOLE, "holes stay holes"
-    assert (found.path / "tree/lib").readlink() == Path("usr/lib")
-    assert (found.path / "tree/etc/link").readlink() == Path("/etc/alternatives/x")
+        original, copy = entries[0].path / name, imported.path / name
+        assert original.read_bytes() == copy.read_bytes()
+        assert original.stat().st_mode == copy.stat().st_mode
+        assert original.stat().st_mtime_ns == copy.stat().st_mtime_ns
+    assert (imported.path / "disk.img").stat().st_blocks * 512 < HOLE, "holes stay holes"
+    assert (imported.path / "tree/lib").readlink() == Path("usr/lib")
+    assert (imported.path / "tree/etc/link").readlink() == Path("/etc/alternatives/x")
     assert transfer.restore(other, file) == ([], 2)
 
 
-def test_identity_is_that_of_the_content(
-    cache: Cache, entries: list[CacheEntry], other: Cache, file: Path, tmp_path: Path
+def test_identity_depends_on_the_content(
+    cache: Cache, entries: list[Entry], other: Cache, file: Path, tmp_path: Path
 ) -> None:
     transfer.restore(other, file)
     disk = Path("userland", entries[0].key, "disk.img")
@@ -162,7 +162,7 @@ def test_names_that_lead_elsewhere(other: Cache, file: Path, tmp_path: Path, nam
 
 
 def test_nothing_is_written_through_a_link(other: Cache, file: Path, tmp_path: Path) -> None:
-    """A link to a folder elsewhere, and then a file below it."""
+    """A link to a folder outside of the cache, and then a file below the link."""
 
     def change(info: tarfile.TarInfo, data: bytes) -> tuple[tarfile.TarInfo, bytes]:
         if info.name.endswith("/tree/lib"):
@@ -177,7 +177,7 @@ def test_nothing_is_written_through_a_link(other: Cache, file: Path, tmp_path: P
     assert not (tmp_path / "escaped").exists()
 
 
-def test_file_that_is_not_there(other: Cache, tmp_path: Path) -> None:
+def test_file_that_does_not_exist(other: Cache, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         transfer.restore(other, tmp_path / "gone")
     (tmp_path / "text").write_text("hello")
@@ -185,6 +185,6 @@ def test_file_that_is_not_there(other: Cache, tmp_path: Path) -> None:
         transfer.restore(other, tmp_path / "text")
 
 
-def test_export_to_where_nothing_can_be_written(entries: list[CacheEntry]) -> None:
+def test_export_to_a_file_that_cannot_be_written(entries: list[Entry]) -> None:
     with pytest.raises(HostError, match="cannot be written"):
         transfer.export(entries, Path("/proc/cache.tar.zst"))

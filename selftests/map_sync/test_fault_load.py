@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The reports of faults: parsed strictly, and judged."""
+"""Reports of faults: strict parsing, and verdicts."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ERRORS = ["thread 3: load a/t3-1: byte 0x10 is 0x00, not 0x41"]
 
 
 def load(**changes: Any) -> dict[str, Any]:
-    """The report of a load in which all went well."""
+    """A report of a load without errors."""
     return {
         "tool": "faults",
         "version": 1,
@@ -43,7 +43,7 @@ def load(**changes: Any) -> dict[str, Any]:
 
 
 def verify(**changes: Any) -> dict[str, Any]:
-    """The report of what was there afterwards."""
+    """A report of a verification without errors."""
     return {
         "tool": "faults",
         "version": 1,

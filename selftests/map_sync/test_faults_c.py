@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/faults.c, compiled and run on the host: it finds what a file system does wrong."""
+"""guest_tools/faults.c, compiled and run on the host: it detects a faulty file system."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def _verify(binary: Path, base: Path) -> FaultVerifyReport:
 
 @pytest.fixture
 def base(binary: Path, tmp_path: Path) -> Path:
-    """What a load leaves: files, and what they must hold."""
+    """Files of a load, and their expected content."""
     assert _load(binary, tmp_path).error_count == 0
     return tmp_path
 
 
 def _largest(base: Path) -> Path:
-    """The largest file of a thread's own."""
+    """The largest file of a single thread."""
     return max((base / "files").glob("[ab]/*"), key=lambda file: file.stat().st_size)
 
 
@@ -75,7 +75,7 @@ def test_a_healthy_file_system(binary: Path, tmp_path: Path) -> None:
 
 
 def test_bounds(binary: Path, tmp_path: Path) -> None:
-    """Threads, operations and time are what was asked for."""
+    """Threads, operations and time are as requested."""
     load = _load(binary, tmp_path, "--threads=3", "--operations=20")
     assert load.threads == 3
     assert 0 < sum(load.operations.values()) <= 3 * 20 * 2
@@ -87,7 +87,7 @@ def test_bounds(binary: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["sanitize=address,undefined", "sanitize=thread"])
 def test_sanitizers(tmp_path: Path, kind: str) -> None:
-    """No race between its threads but those in the arena, which are words of equal content."""
+    """The threads race only in the arena, where all stores of a word are equal."""
     binary = tmp_path / "faults"
     done = subprocess.run(
         ["gcc", "-g", "-O1", f"-f{kind}", "-o", binary, GUEST_TOOLS / "faults.c"],
@@ -117,12 +117,12 @@ def test_sanitizers(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("call", "what"),
     [
-        # Each is a file system that says yes and does nothing.
+        # File systems on which a call succeeds, but does nothing.
         ("#define fallocate(fd, mode, at, size) ((mode) ? 0 : fallocate(fd, mode, at, size))", ""),
         ("#define ftruncate(fd, size) ((void)(fd), (void)(size), 0)", "SIGBUS"),
         ("#define renameat(a, b, c, d) ((void)(b), (void)(d), 0)", "errno 2"),
         ("#define unlinkat(a, b, c) ((void)(a), (void)(b), 0)", None),
-        # One that forgets the last word, and one that refuses.
+        # One that loses the last word, and ones that fail.
         ("#define pread(fd, to, size, at) (pread(fd, to, size, at) - 8)", "read"),
         ("#define fsync(fd) (errno = 5, (void)(fd), -1)", "errno 5"),
         ("#define msync(map, size, how) (errno = 5, (void)(map), -1)", "errno 5"),
@@ -136,7 +136,7 @@ def test_a_file_system_that_lies(tmp_path: Path, call: str, what: str | None) ->
     binary = compile_on_host("faults", tmp_path / "liar", change=lie)
     load = _load(binary, tmp_path)
     if what is None:
-        # Only the names that are left over tell.
+        # Only the remaining names show it.
         assert load.error_count == 0
         verified = _verify(binary, tmp_path)
         assert any("files, not" in error for error in verified.errors)
@@ -196,27 +196,29 @@ def test_lost_and_additional_files_are_named(binary: Path, base: Path) -> None:
     file = _largest(base)
     file.unlink()
     report = _verify(binary, base)
-    assert f"verify {file.parent.name}/{file.name}: it is gone" in report.errors[0]
+    assert f"verify {file.parent.name}/{file.name}: it is missing" in report.errors[0]
     assert "files, not" in report.errors[1]
 
 
-def test_what_nobody_stored_in_the_arena_is_named(binary: Path, base: Path) -> None:
+def test_a_foreign_word_in_the_arena_is_named(binary: Path, base: Path) -> None:
     with (base / "files" / "arena").open("r+b") as opened:
         opened.truncate(64)
         opened.seek(16)
         opened.write(b"12345678")
     errors = _verify(binary, base).errors
-    assert "arena: the word at 0x10 is 0x3837363534333231, which nobody stored there" in errors[0]
+    assert (
+        "arena: the word at 0x10 is 0x3837363534333231, which no thread stored there" in errors[0]
+    )
 
 
-def test_damaged_expectations_are_no_verdict(binary: Path, base: Path) -> None:
-    """Then it is we who are wrong, not the file system."""
+def test_damaged_expectations_are_not_a_verdict(binary: Path, base: Path) -> None:
+    """It is an error of the suite, not of the file system."""
     (base / "expected" / "stripes").write_bytes(b"other")
     result = _run(
         *(binary, "verify", f"--seed={SEED}", f"--expected={base / 'expected'}", base / "files")
     )
     assert (result.returncode, result.stdout) == (4, "")
-    assert "what is expected is damaged" in result.stderr
+    assert "the expected content is damaged" in result.stderr
 
 
 def test_files_must_be_dax(binary: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/map_sync.c, compiled and run on the host: no DAX here, but everything else."""
+"""guest_tools/map_sync.c, compiled and run on the host: everything except DAX."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_ordinary_file(probe: Probe, tmp_path: Path) -> None:
 
 
 def test_tmpfs_grants_a_spurious_sync(probe: Probe, tmpfs: Path) -> None:
-    """MAP_SHARED|MAP_SYNC gives `sf` on tmpfs: what smaps says is no evidence by itself."""
+    """MAP_SHARED|MAP_SYNC gives `sf` on tmpfs: smaps alone is not evidence."""
     try:
         refused = probe("--control", tmpfs)
         granted = probe("--control", "--type=shared", tmpfs)
@@ -109,7 +109,7 @@ def test_sigbus_on_an_empty_file(probe: Probe, tmp_path: Path) -> None:
         assert mapping.vm_flags
 
 
-def test_sigbus_behind_the_end(probe: Probe, tmp_path: Path) -> None:
+def test_sigbus_beyond_the_end(probe: Probe, tmp_path: Path) -> None:
     report = probe("--pages=2", f"--length={5 * PAGE}", "--sync=off", tmp_path / "file")
     assert report.mapping.result is MapResult.SIGBUS
     assert (report.mapping.fault_offset, report.mapping.pages_accessed) == (2 * PAGE, 2)
@@ -121,7 +121,7 @@ def test_load_raises_sigbus_too(probe: Probe, tmp_path: Path) -> None:
     assert (report.mapping.result, report.mapping.stage) == (MapResult.SIGBUS, "load")
 
 
-def test_stores_reach_the_asked_place(probe: Probe, tmp_path: Path) -> None:
+def test_stores_reach_the_requested_offset(probe: Probe, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(b"\xaa" * 4 * PAGE)
     report = probe("--no-truncate", f"--offset={PAGE}", f"--length={2 * PAGE}", "--sync=off", file)
@@ -134,8 +134,8 @@ def test_stores_reach_the_asked_place(probe: Probe, tmp_path: Path) -> None:
     assert changed == [1, 2]
 
 
-def test_the_file_is_made_anew(probe: Probe, tmp_path: Path) -> None:
-    """What an earlier run allocated would spare this one the faults that count."""
+def test_the_file_is_emptied(probe: Probe, tmp_path: Path) -> None:
+    """Blocks of an earlier run would avoid the page faults under test."""
     (tmp_path / "file").write_bytes(b"\xaa" * 3 * PAGE)
     probe("--pages=2", "--sync=off", tmp_path / "file")
     content = (tmp_path / "file").read_bytes()
@@ -150,7 +150,7 @@ def test_private_store_does_not_reach_the_file(probe: Probe, tmp_path: Path) -> 
 
 
 def test_each_run_stores_other_values(probe: Probe, tmp_path: Path) -> None:
-    """A value left by an earlier run must not pass for a store of this one."""
+    """A value of an earlier run must not look like a store of this run."""
     contents = set()
     for _ in range(3):
         probe("--sync=off", tmp_path / "file")
@@ -202,7 +202,7 @@ def test_failed_steps(probe: Probe, path: str, stage: str, errno_name: str) -> N
     assert judge_map_sync(report).verdict is Verdict.BROKEN
 
 
-def test_no_truncate_wants_an_existing_file(probe: Probe, tmp_path: Path) -> None:
+def test_no_truncate_requires_an_existing_file(probe: Probe, tmp_path: Path) -> None:
     report = probe("--no-truncate", tmp_path / "missing")
     assert (report.mapping.stage, report.mapping.errno_name) == ("open", "ENOENT")
     assert not (tmp_path / "missing").exists()
@@ -270,7 +270,7 @@ def test_usage(binary: Path, tmp_path: Path, arguments: list[str]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lost_report_has_a_status_of_its_own(binary: Path, tmp_path: Path) -> None:
+def test_lost_report_has_its_own_status(binary: Path, tmp_path: Path) -> None:
     with Path("/dev/full").open("w") as full:
         result = subprocess.run(
             [binary, "--sync=off", tmp_path / "file"],
@@ -283,8 +283,8 @@ def test_lost_report_has_a_status_of_its_own(binary: Path, tmp_path: Path) -> No
     assert "28 ENOSPC" in result.stderr
 
 
-def test_report_holds_nothing_unknown(binary: Path, tmp_path: Path) -> None:
-    """The first look at a field that the parser does not know is here, not in a guest."""
+def test_report_has_the_same_fields_for_both_mappings(binary: Path, tmp_path: Path) -> None:
+    """An unknown field is detected here, not first in a guest."""
     line = _run(binary, "--control", tmp_path / "file").stdout
     report: dict[str, Any] = json.loads(line)
     assert report["control"].keys() == report["mapping"].keys()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The table of mmap()'s answers: against this machine's kernel, and against answers that differ.
+"""Table of mmap() results, compared with this machine's kernel and with altered results.
 
-do_mmap() is the same on every architecture, so what the table says of tmpfs, and of files without
-DAX, must hold here too.
+do_mmap() is the same on every architecture, so the table's columns for tmpfs and for files without
+DAX also hold for this machine.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ PLAIN = Cell(type="shared_validate")
 Try = Callable[..., tuple[CellReport, ...]]
 
 
-def changed(mapping: MappingFacts, **changes: Any) -> MappingFacts:
-    """A mapping with other fields, whether or not they fit each other."""
+def changed(mapping: Mapping, **changes: Any) -> Mapping:
+    """A mapping with changed fields, without checks of their consistency."""
     result = copy.copy(mapping)
     for name, value in changes.items():
         msgspec.structs.force_setattr(result, name, value)
@@ -97,9 +97,9 @@ def test_the_table_has_every_combination_once() -> None:
         for unknown in (False, True)
         for access in Access
     }
-    asked = [(cell.type, cell.sync, cell.unknown_bit, cell.access) for cell in CELLS]
-    assert len(asked) == len(every) == 48
-    assert set(asked) == every
+    combinations = [(cell.type, cell.sync, cell.unknown_bit, cell.access) for cell in CELLS]
+    assert len(combinations) == len(every) == 48
+    assert set(combinations) == every
 
 
 def test_this_kernels_tmpfs(on_tmpfs: tuple[CellReport, ...]) -> None:
@@ -117,18 +117,16 @@ def test_this_kernels_file_without_dax(attempt: Try, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [FileKind.GRANTS, FileKind.REFUSES, FileKind.DEVICE])
-def test_another_kind_of_file_is_not_taken_for_it(
+def test_another_kind_of_file_has_differences(
     on_tmpfs: tuple[CellReport, ...], kind: FileKind
 ) -> None:
-    other = [
-        c for c in ALL if expected_answer(c, kind)[0] != expected_answer(c, FileKind.UNAWARE)[0]
-    ]
-    found = table_differences(on_tmpfs, kind)
+    other = [c for c in ALL if expected(c, kind)[0] != expected(c, FileKind.UNAWARE)[0]]
+    texts = differences(on_tmpfs, kind)
     if kind is not FileKind.DEVICE:
-        assert [text.partition(":")[0] for text in found] == [str(cell) for cell in other]
+        assert [text.partition(":")[0] for text in texts] == [str(cell) for cell in other]
     else:
-        # That a file can be read back is a difference too.
-        assert len(found) > len(other) > 10
+        # For a device, a successful pread() is a difference, too.
+        assert len(texts) > len(other) > 10
 
 
 def find(reports: Sequence[CellReport], cell: Cell) -> CellReport:
@@ -179,7 +177,7 @@ WRONG: dict[str, tuple[Cell, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("cell", "changes"), WRONG.values(), ids=WRONG.keys())
-def test_what_differs_is_noticed(
+def test_a_difference_is_detected(
     on_tmpfs: tuple[CellReport, ...], cell: Cell, changes: dict[str, Any]
 ) -> None:
     honest = find(on_tmpfs, cell)
@@ -189,7 +187,7 @@ def test_what_differs_is_noticed(
     assert text.startswith(f"{cell}: ")
 
 
-def test_what_mmap_2_says_is_no_difference(on_tmpfs: tuple[CellReport, ...]) -> None:
+def test_results_of_mmap_2_are_not_differences(on_tmpfs: tuple[CellReport, ...]) -> None:
     assert as_documented(on_tmpfs, FileKind.UNAWARE) == []
     mapped = [r for r in on_tmpfs if "sf" in (r.mapping.vm_flags or ())]
     assert len(mapped) > 8
@@ -200,13 +198,13 @@ def test_what_mmap_2_says_is_no_difference(on_tmpfs: tuple[CellReport, ...]) -> 
         for kind in (FileKind.GRANTS, FileKind.REFUSES, FileKind.UNAWARE):
             assert table_differences([report], kind) == []
         assert as_documented([report], FileKind.UNAWARE) == [str(honest.cell)]
-    # Granted where it must not be is neither.
+    # MAP_SYNC that must be refused is a difference, and not as documented.
     granted = find(on_tmpfs, Cell(type="shared", sync=True))
     assert len(table_differences([granted], FileKind.REFUSES)) == 1
     assert as_documented([granted], FileKind.REFUSES) == []
 
 
-def test_a_mapping_is_as_long_as_its_pages(on_tmpfs: tuple[CellReport, ...]) -> None:
+def test_a_mapping_has_whole_pages(on_tmpfs: tuple[CellReport, ...]) -> None:
     """On a device whose alignment is a page, half a page is mapped as a whole one."""
     report = find(on_tmpfs, PLAIN)
     half = dataclasses.replace(
@@ -220,7 +218,7 @@ def test_a_mapping_is_as_long_as_its_pages(on_tmpfs: tuple[CellReport, ...]) -> 
     assert len(table_differences([half], FileKind.DEVICE, align_bytes=2 * PAGE)) == 1
 
 
-def test_flags_that_are_not_judged_may_be_there(on_tmpfs: tuple[CellReport, ...]) -> None:
+def test_other_flags_are_allowed(on_tmpfs: tuple[CellReport, ...]) -> None:
     report = find(on_tmpfs, PLAIN)
     assert report.mapping.vm_flags is not None
     flags = report.mapping.vm_flags | {"hg", "ac"}
@@ -228,7 +226,7 @@ def test_flags_that_are_not_judged_may_be_there(on_tmpfs: tuple[CellReport, ...]
     assert table_differences([more], FileKind.UNAWARE) == []
 
 
-def test_a_device_wants_alignment_and_cannot_be_read(on_tmpfs: tuple[CellReport, ...]) -> None:
+def test_a_device_requires_alignment_and_cannot_be_read(on_tmpfs: tuple[CellReport, ...]) -> None:
     report = find(on_tmpfs, PLAIN)
     unreadable = dataclasses.replace(
         report, mapping=changed(report.mapping, store_in_file=None, pread_errno=22)
@@ -240,8 +238,8 @@ def test_a_device_wants_alignment_and_cannot_be_read(on_tmpfs: tuple[CellReport,
     assert "expected pread() to fail" in text
 
 
-def test_what_was_stored_is_in_the_file(attempt: Try, tmp_path: Path) -> None:
-    """The values that map_sync stores are those that `stored` computes."""
+def test_stored_values_are_in_the_file(attempt: Try, tmp_path: Path) -> None:
+    """map_sync stores the same values that `stored` computes."""
     path = tmp_path / "file"
     path.write_bytes(bytes(8 * PAGE))
     reports = attempt(path, at_offsets([PLAIN, PLAIN, PLAIN], 2 * PAGE), pages=None)
@@ -253,8 +251,8 @@ def test_what_was_stored_is_in_the_file(attempt: Try, tmp_path: Path) -> None:
     assert len(set(stored.values())) == 6
 
 
-def test_each_cell_has_a_file_of_its_own(attempt: Try, tmp_path: Path) -> None:
-    """What one cell stored must be no evidence for the next."""
+def test_the_file_is_emptied_for_each_cell(attempt: Try, tmp_path: Path) -> None:
+    """A store of one cell must not be evidence for the next."""
     path = tmp_path / "file"
     attempt(path, [PLAIN, Cell(type="shared", access=Access.READ)], pages=3)
     assert path.read_bytes() == bytes(3 * PAGE)
@@ -276,15 +274,15 @@ def test_a_file_that_cannot_be_opened(attempt: Try, tmp_path: Path) -> None:
 
 
 def test_fsync(attempt: Try, tmp_path: Path) -> None:
-    wanted = dataclasses.replace(PLAIN, fsync=True)
-    [good] = attempt(tmp_path / "file", [wanted])
+    with_fsync = dataclasses.replace(PLAIN, fsync=True)
+    [good] = attempt(tmp_path / "file", [with_fsync])
     assert (good.fsync, good.fsync_errno) == (True, None)
-    # Its f_op has no fsync: drivers/char/mem.c.
-    [bad] = attempt(Path("/dev/zero"), [wanted], pages=None)
+    # /dev/zero has no fsync in its file operations: drivers/char/mem.c.
+    [bad] = attempt(Path("/dev/zero"), [with_fsync], pages=None)
     assert (bad.fsync, bad.fsync_errno) == (False, 22)
 
 
-def test_a_place_of_our_choice(attempt: Try, tmp_path: Path) -> None:
+def test_a_fixed_address(attempt: Try, tmp_path: Path) -> None:
     fixed = dataclasses.replace(PLAIN, address_align=1 << 21)
     [report] = attempt(tmp_path / "file", [fixed])
     assert report.mapping.flags == 0x13
@@ -292,26 +290,26 @@ def test_a_place_of_our_choice(attempt: Try, tmp_path: Path) -> None:
     assert str(fixed) == "MAP_SHARED_VALIDATE|MAP_FIXED"
 
 
-# --- answers that cannot be believed --------------------------------------------------------------
+# --- contradictory reports ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def lines(binary: Path, tmp_path: Path) -> list[dict[str, Any]]:
-    """An honest answer to SYNC, PLAIN with fsync, and an anonymous mapping."""
-    done = run(binary, tmp_path / "file", ASKED, 2)
+    """An honest report of SYNC, PLAIN with fsync, and an anonymous mapping."""
+    done = run(binary, tmp_path / "file", HONEST_CELLS, 2)
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-ASKED = (SYNC, dataclasses.replace(PLAIN, fsync=True), Cell(type="shared", anonymous=True))
+HONEST_CELLS = (SYNC, dataclasses.replace(PLAIN, fsync=True), Cell(type="shared", anonymous=True))
 
 
 def parse(lines: Sequence[dict[str, Any]], path: Path, status: int = 0) -> tuple[CellReport, ...]:
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    return parse_cells(text, status, "", path=str(path / "file"), cells=ASKED)
+    return parse_cells(text, status, "", path=str(path / "file"), cells=HONEST_CELLS)
 
 
-def test_an_honest_answer_is_believed(lines: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert [report.cell for report in parse(lines, tmp_path)] == list(ASKED)
+def test_an_honest_report_is_accepted(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert [report.cell for report in parse(lines, tmp_path)] == list(HONEST_CELLS)
 
 
 @pytest.mark.parametrize(
@@ -359,7 +357,7 @@ def test_lies(
         parse(lines, tmp_path)
 
 
-def test_answers_to_other_questions(lines: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_reports_of_other_cells(lines: list[dict[str, Any]], tmp_path: Path) -> None:
     for wrong in (lines[:2], [*lines, lines[0]], [lines[1], lines[0], lines[2]], []):
         with pytest.raises(ProbeError, match="cannot be believed"):
             parse(wrong, tmp_path)
@@ -372,7 +370,7 @@ def test_answers_to_other_questions(lines: list[dict[str, Any]], tmp_path: Path)
             parse(cut, tmp_path)
 
 
-def test_another_length_is_another_question(binary: Path, tmp_path: Path) -> None:
+def test_a_report_of_another_length_is_refused(binary: Path, tmp_path: Path) -> None:
     cell = dataclasses.replace(PLAIN, length=PAGE)
     done = run(binary, tmp_path / "file", [cell], 2)
     path = str(tmp_path / "file")
@@ -382,8 +380,8 @@ def test_another_length_is_another_question(binary: Path, tmp_path: Path) -> Non
         parse_cells(done.stdout, 0, "", path=path, cells=[other])
 
 
-def test_a_devdax_refuses_private_mappings_alone_for_it() -> None:
-    """The columns differ where the kernel's code does, and nowhere else."""
+def test_only_devdax_refuses_private_mappings() -> None:
+    """The columns differ only where the kernel's code does."""
     for cell in CELLS:
         granting, refusing, unaware, device = (expected_answer(cell, kind)[0] for kind in FileKind)
         assert (device == granting) == (cell.type != "private")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a MAP_SYNC report proves, and that no report that lies gets as far as a verdict."""
+"""MAP_SYNC reports: the verdict of each, and refusal of contradictory ones."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ NO_FILE = _mapping(
 
 ACCEPTED_CASES = [("with control", GOOD, CONTROL), ("without control", GOOD, None)]
 
-# On a file that statx calls DAX: mapping, control, and a word of the reason.
+# On a file that is DAX in statx: mapping, control, and a part of the reason.
 BROKEN_CASES: list[tuple[str, Raw, Raw | None, str]] = [
     ("refused, no control", REFUSED, None, "no control"),
     ("refused, control refused too", REFUSED, _refused("EOPNOTSUPP", 95, sync=False), "control"),
@@ -226,16 +226,16 @@ def test_broken(mapping: Raw, control: Raw | None, reason: str) -> None:
     ("mapping", "control"),
     [(GOOD, CONTROL), (REFUSED, CONTROL), (REFUSED, None), *[case[1:3] for case in BROKEN_CASES]],
 )
-def test_a_file_that_is_not_dax_proves_nothing_else(mapping: Raw, control: Raw | None) -> None:
-    judgement = judge_map_sync(_parse(_report(mapping, control, dax=False)))
+def test_a_file_that_is_not_dax_is_always_not_dax(mapping: Raw, control: Raw | None) -> None:
+    judgement = judge(_parse(_report(mapping, control, dax=False)))
     assert judgement.verdict is Verdict.NOT_DAX
     assert "xfs" in judgement.reason
 
 
 @pytest.mark.parametrize("mapping", [GOOD, REFUSED])
 def test_dax_unknown_is_not_dax_proven(mapping: Raw) -> None:
-    """A kernel without STATX_ATTR_DAX (before 5.8) gives no verdict, neither way."""
-    assert judge_map_sync(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
+    """A kernel without STATX_ATTR_DAX (before 5.8) allows no verdict."""
+    assert judge(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
     no_statx = {**_file(None), "statx": None, "statx_errno": 38, "statx_errno_name": "ENOSYS"}
     report = _parse(_report(mapping, CONTROL, file=no_statx))
     assert judge_map_sync(report).verdict is Verdict.BROKEN
@@ -376,7 +376,7 @@ _LINE = json.dumps(_report(GOOD, CONTROL)) + "\n"
     "stdout",
     [
         *("", "\n", "Segmentation fault\n", "null\n", "[]\n", "{}\n", "[" * 100_000),
-        # Each of these is an honest report but for one thing.
+        # Each of these is an honest report with one change.
         _LINE + "more\n",
         _LINE.replace('"version": 1', '"version": 1, "version": 1'),
         _LINE.replace('"first_access_ns": 250000', '"first_access_ns": NaN'),
@@ -388,7 +388,7 @@ def test_garbage(stdout: str) -> None:
 
 
 class _HostShell:
-    """A guest's `run`, by this machine's shell."""
+    """`run` of a guest, in this machine's shell."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
@@ -414,7 +414,7 @@ def test_map_sync_builds_once(shell: _HostShell, tmp_path: Path) -> None:
     guest = cast(Guest, shell)
     path = str(tmp_path / "it's a file; $(false)")
     first = probe.map_sync(guest, path)
-    assert len(shell.commands) == 3  # not there, gcc, run
+    assert len(shell.commands) == 3  # test for the binary, gcc, run
     second = probe.map_sync(guest, path, pages=2, sync=False, map_type="shared", control=False)
     assert len(shell.commands) == 4
     assert judge_map_sync(first).verdict is Verdict.NOT_DAX
@@ -467,8 +467,8 @@ def test_a_compiler_that_takes_too_long(
         tools.compile_tool(cast(Guest, shell), "map_sync")
 
 
-def test_an_answer_to_another_question(shell: _HostShell, tmp_path: Path) -> None:
-    """A stale or exchanged report must not pass as the answer to what was asked."""
+def test_a_report_of_another_request(shell: _HostShell, tmp_path: Path) -> None:
+    """A stale or swapped report must not be accepted for the request."""
     guest = cast(Guest, shell)
     other = probe.map_sync(guest, str(tmp_path / "other"))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Avocado sees the suite as it is meant: configuration, tags, and whose fault is which status."""
+"""The suite under Avocado: configuration, tags, and the status for each kind of error."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Guests(PaprScmTest):
         self.boot().succeed("echo said; exit 7")
 
     def test_last_words(self):
-        """A message in the last moment, when nobody asks the guest anything any more."""
+        """A kernel message after the last command in the guest."""
         guest = self.boot()
         guest.run("echo '<1>WARNING: CPU: 0 PID: 1 at last.c:1 f' > /dev/kmsg")
 
@@ -93,7 +93,7 @@ class Known(QemuTest):
         self.on(99, 1, 0)
         self.known_issue(ISSUE, shows=False, found="it lives")
 
-    def test_elsewhere_it_shows(self):
+    def test_shows_in_another_test(self):
         self.on(99, 0, 0)
         self.known_issue(ISSUE, shows=False, found="it lives")
 
@@ -105,7 +105,7 @@ class Known(QemuTest):
         self.on(6, 2, 0)
         self.known_issue(ISSUE, shows=True, found="it ended")
 
-    def test_fails_besides(self):
+    def test_other_failure(self):
         self.known_issue(ISSUE, shows=True, found="it ended")
         self.fail("something else is wrong, too")
 
@@ -121,7 +121,7 @@ class Known(QemuTest):
         while True:
             vm.qmp.execute("query-status")
 
-    def test_killed_is_no_known_issue(self):
+    def test_killed_is_not_a_known_issue(self):
         vm = self.vm(Machine(memory_mib=256))
         os.kill(vm.process.pid, signal.SIGKILL)
         try:
@@ -138,7 +138,7 @@ class Known(QemuTest):
 
 
 def avocado(*words: str, cwd: Path = ROOT) -> str:
-    """What Avocado prints; its exit status is not looked at."""
+    """Run Avocado; return its output, and ignore its exit status."""
     done = subprocess.run(
         [AVOCADO, *words], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
     )
@@ -146,41 +146,41 @@ def avocado(*words: str, cwd: Path = ROOT) -> str:
 
 
 def run_module(module: Path, *words: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """Results of the tests of a file, by method name, and what Avocado prints."""
+    """Run a file's tests; return their results by method name, and Avocado's output."""
     results = module.parent / "results"
-    said = avocado("run", "--job-results-dir", str(results), *words, str(module))
+    output = avocado("run", "--job-results-dir", str(results), *words, str(module))
     (job,) = results.glob("job-*/results.json")
     tests = json.loads(job.read_text())["tests"]
-    return {test["id"].rpartition(".")[2]: test for test in tests}, said
+    return {test["id"].rpartition(".")[2]: test for test in tests}, output
 
 
 def test_the_configuration_is_in_force_without_a_flag() -> None:
-    said = avocado("config")
-    assert "./results" in said
-    # Else it makes one in the home folder; without a home, in a folder that is called "~".
-    assert "./tests" in said
+    output = avocado("config")
+    assert "./results" in output
+    # Otherwise Avocado makes a tests folder at home or, without a home, in a folder named "~".
+    assert "./tests" in output
     assert any(
         line.split() == ["runner.task.interval.from_soft_to_hard_termination", "60"]
-        for line in said.splitlines()
+        for line in output.splitlines()
     )
 
 
 def test_tests_are_found_by_tag() -> None:
     listed = avocado("list", "-t", "map_sync", "tests/").splitlines()
-    found = [
+    lines = [
         line
         for line in listed
         if "tests/map_sync/test_map_sync.py:OneDimm.test_pmem_on_xfs" in line
     ]
-    assert len(found) == 1
+    assert len(lines) == 1
     assert "No module" not in "\n".join(listed)
 
 
-def test_a_job_without_guests_fails_at_once_with_the_reason() -> None:
-    said = avocado("run", "-p", "kernel=/nonexistent/vmlinux", "tests/")
-    assert "the kernel /nonexistent/vmlinux does not exist" in said
-    assert "no test was started" in said
-    assert "STARTED" not in said
+def test_a_job_whose_guests_cannot_start_fails_immediately() -> None:
+    output = avocado("run", "-p", "kernel=/nonexistent/vmlinux", "tests/")
+    assert "the kernel /nonexistent/vmlinux does not exist" in output
+    assert "no test was started" in output
+    assert "STARTED" not in output
 
 
 def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path) -> None:
@@ -194,17 +194,17 @@ def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path
     assert {test["status"] for test in tests.values()} == {"CANCEL"}
     assert "without virtio-rng-pci" in tests["test_pass"]["fail_reason"]
     built = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert built <= {"locks", "qemu-facts"}, "something was built that no test can use"
-    said = avocado("run", *words, str(tmp_path / "verdicts.py"))
-    assert "built without virtio-rng-pci" in said
-    assert "no test was started" in said
-    assert "STARTED" not in said
+    assert built <= {"locks", "qemu-facts"}, "an artifact was built that no test needs"
+    output = avocado("run", *words, str(tmp_path / "verdicts.py"))
+    assert "built without virtio-rng-pci" in output
+    assert "no test was started" in output
+    assert "STARTED" not in output
 
 
 def test_a_temporary_folder_that_is_too_long_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Avocado cannot bind its socket there, and would wait for its tests for ever."""
+    """Avocado cannot bind its socket there, and would wait forever for its tests."""
     (tmp_path / "known.py").write_text(KNOWN)
     words = (
         "run",
@@ -212,7 +212,7 @@ def test_a_temporary_folder_that_is_too_long_is_refused(
         str(tmp_path / "results"),
         f"{tmp_path}/known.py:Known.test_gone",
     )
-    # The longest that fits: 107 bytes with what Avocado adds.
+    # The longest folder that fits: 107 bytes with Avocado's suffix.
     folder = Path(tempfile.mkdtemp(dir="/tmp", prefix="x"))
     try:
         fits = folder / (
@@ -224,53 +224,53 @@ def test_a_temporary_folder_that_is_too_long_is_refused(
         monkeypatch.setenv("TMPDIR", str(fits))
         assert "PASS 1" in avocado(*words)
         monkeypatch.setenv("TMPDIR", str(longer))
-        said = avocado(*words)
-        assert "is too long for Avocado's socket; set TMPDIR" in said
+        output = avocado(*words)
+        assert "is too long for Avocado's socket; set TMPDIR" in output
     finally:
         shutil.rmtree(folder)
 
 
-def test_a_job_of_other_tests_in_the_same_venv_is_left_alone(tmp_path: Path) -> None:
+def test_a_job_of_other_tests_in_the_same_venv_is_not_changed(tmp_path: Path) -> None:
     (tmp_path / "test_other.py").write_text(
         "# Not paprscm.testcase, which only a comment names.\n"
         "from avocado import Test\nclass A(Test):\n    def test(self):\n        pass\n"
     )
-    # A setting of ours, and a slip of the pen, are other tests' own parameters.
+    # For other tests, our settings and their misspellings are just parameters.
     given = ("-p", "kernel=/nonexistent", "-p", "qemu=/nonexistent", "-p", "sead=7")
-    said = avocado("run", *given, "test_other.py", cwd=tmp_path)
-    assert "PASS 1" in said
+    output = avocado("run", *given, "test_other.py", cwd=tmp_path)
+    assert "PASS 1" in output
 
 
-def test_a_known_issue_is_judged_by_the_version_and_updates_are_asked_for(tmp_path: Path) -> None:
-    """And tests of QEMU alone need no kernel, not even one that can be had."""
+def test_a_known_issue_is_judged_by_the_version_and_updates_are_printed(tmp_path: Path) -> None:
+    """Tests of QEMU alone do not need a kernel, so a missing one is not an error."""
     module = tmp_path / "known.py"
     module.write_text(KNOWN)
-    tests, said = run_module(module, "-p", "kernel=/nonexistent")
+    tests, output = run_module(module, "-p", "kernel=/nonexistent")
     assert {name: test["status"] for name, test in tests.items()} == {
         "test_present": "WARN",
         "test_regression": "FAIL",
         "test_gone": "PASS",
-        "test_elsewhere_it_shows": "PASS",
+        "test_shows_in_another_test": "PASS",
         "test_fixed": "PASS",
         "test_before_since": "WARN",
-        "test_fails_besides": "FAIL",
+        "test_other_failure": "FAIL",
         "test_stopped_machine": "PASS",
         "test_ended_by_another": "ERROR",
-        "test_killed_is_no_known_issue": "ERROR",
+        "test_killed_is_not_a_known_issue": "ERROR",
         "test_crashes": "FAIL",
     }
     for name, reason in (
         ("test_ended_by_another", "was ended from outside by signal 15 from pid "),
-        ("test_killed_is_no_known_issue", "was killed by SIGKILL from outside: the OOM killer"),
+        ("test_killed_is_not_a_known_issue", "was killed by SIGKILL from outside: the OOM killer"),
     ):
         assert reason in tests[name]["fail_reason"]
     assert tests["test_present"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
     assert "it as fixed in 8.2" in tests["test_regression"]["fail_reason"]
-    assert "something else" in tests["test_fails_besides"]["fail_reason"]
+    assert "something else" in tests["test_other_failure"]["fail_reason"]
     pid = json.loads(tests["test_stopped_machine"]["whiteboard"])["pid"]
     assert not Path(f"/proc/{pid}").exists()
-    # At the end of the job, behind the results, and in the whiteboards.
-    lines = said[said.index("RESULTS ") :].splitlines()
+    # At the end of the job, after the results, and in the whiteboards.
+    lines = output[output.index("RESULTS ") :].splitlines()
     updates = [line.partition(": ")[2] for line in lines if line.startswith("UPDATE")]
     file = "known_issues/qemu-unbind-mem-aborts.md"
     assert updates == [
@@ -296,7 +296,7 @@ class Own(Base):
         self.measure("computed", self.params.get("ku" + "mquat"))
 """
 
-# Only the base names the suite, and it is not in the file that Avocado is given.
+# Only the base class imports the suite, and it is in another file.
 BASES = """
 from paprscm.testcase import QemuTest
 
@@ -306,7 +306,7 @@ class Base(QemuTest):
 """
 
 
-def test_a_tests_own_parameter_is_registered_nowhere(tmp_path: Path) -> None:
+def test_a_test_s_own_parameter_needs_no_registration(tmp_path: Path) -> None:
     (tmp_path / "bases.py").write_text(BASES)
     module = tmp_path / "own.py"
     module.write_text(OWN_PARAMETERS)
@@ -320,22 +320,20 @@ def test_a_tests_own_parameter_is_registered_nowhere(tmp_path: Path) -> None:
     ("parameter", "meant"),
     [("sead=7", "seed"), ("catz=9", "cats"), ("memory=512", "memory_mib")],
 )
-def test_a_parameter_with_a_slip_of_the_pen_is_refused(
-    tmp_path: Path, parameter: str, meant: str
-) -> None:
+def test_a_misspelled_parameter_is_refused(tmp_path: Path, parameter: str, meant: str) -> None:
     (tmp_path / "bases.py").write_text(BASES)
     (tmp_path / "own.py").write_text(OWN_PARAMETERS)
-    said = avocado("run", "-p", parameter, str(tmp_path / "own.py"))
-    assert f"did you mean {meant}?" in said
-    assert "no test was started" in said
-    assert "STARTED" not in said
+    output = avocado("run", "-p", parameter, str(tmp_path / "own.py"))
+    assert f"did you mean {meant}?" in output
+    assert "no test was started" in output
+    assert "STARTED" not in output
 
 
-def test_a_parameter_that_no_test_asks_for_is_mentioned(tmp_path: Path) -> None:
+def test_an_unused_parameter_is_mentioned(tmp_path: Path) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
-    said = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
-    assert "-p kumquat=: it is not a setting, and no test of this job reads it" in said
-    assert "PASS 1" in said
+    output = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
+    assert "-p kumquat=: it is not a setting, and no test of this job asks for it" in output
+    assert "PASS 1" in output
 
 
 def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
@@ -345,16 +343,16 @@ def test_a_job_with_guests_needs_its_kernel(tmp_path: Path) -> None:
     assert "no test was started" in avocado(*words, str(tmp_path / "verdicts.py"))
 
 
-def test_a_guest_is_a_matter_of_the_class_and_not_of_tags(tmp_path: Path) -> None:
+def test_the_class_and_not_a_tag_decides_about_a_guest(tmp_path: Path) -> None:
     tagged = VERDICTS.replace("(PaprScmTest):", '(PaprScmTest):\n    """:avocado: tags=device"""')
     (tmp_path / "tagged.py").write_text(tagged)
-    said = avocado("run", "-p", "kernel=/nonexistent", str(tmp_path / "tagged.py"))
-    assert "no test was started" in said
+    output = avocado("run", "-p", "kernel=/nonexistent", str(tmp_path / "tagged.py"))
+    assert "no test was started" in output
 
 
 @pytest.mark.guest
-def test_whose_fault_it_was_decides_the_status(environment: Environment, tmp_path: Path) -> None:
-    del environment  # Made before the job's time runs.
+def test_the_kind_of_error_decides_the_status(environment: Environment, tmp_path: Path) -> None:
+    del environment  # Made before the job's time limit starts.
     module = tmp_path / "verdicts.py"
     module.write_text(VERDICTS)
     tests, _ = run_module(module)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/same_block.c on the host, its report, and call traces taken from a console."""
+"""guest_tools/same_block.c on the host, its report, and call traces of a console."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_compiles_for_the_guest(tmp_path: Path) -> None:
     assert is_ppc64le(compile_on_host("same_block", tmp_path / "tool", compiler=FOR_THE_GUEST))
 
 
-def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
+def test_threads_write_a_block_and_print_their_progress(tmp_path: Path) -> None:
     tool = compile_on_host("same_block", tmp_path / "tool")
     disk, progress = tmp_path / "disk", tmp_path / "progress"
     disk.write_bytes(bytes(65536))
@@ -61,7 +61,7 @@ def test_threads_write_a_block_and_say_how_far_they_are(tmp_path: Path) -> None:
     lines = progress.read_text().splitlines()
     assert all(PROGRESS.search(line) for line in lines[:-1])
     assert DONE.search(lines[-1])
-    # Of each word the thread's number, and the count of its last write.
+    # Each word has the thread's number, and the count of its last write.
     number, count = divmod(int.from_bytes(disk.read_bytes()[:8], "little"), 1 << 48)
     assert 0 < count <= report.writes[number - 1]
 
@@ -77,7 +77,7 @@ def test_progress_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 
 def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
-    """/dev/kmsg refuses lseek(2), and takes one line with each write(2)."""
+    """/dev/kmsg refuses lseek(2), and accepts one line per write(2)."""
     if shutil.which("strace") is None:
         pytest.skip("no strace")
     tool = compile_on_host("same_block", tmp_path / "tool")
@@ -87,9 +87,9 @@ def test_progress_is_written_without_a_seek(tmp_path: Path) -> None:
     words = ["--seconds=1", f"--progress={progress}", str(disk)]
     calls = ["strace", "-y", "-e", "trace=write,lseek", "-o", str(log)]
     subprocess.run([*calls, tool, *words], capture_output=True, check=False)
-    made = [line for line in log.read_text().splitlines() if str(progress) in line]
-    assert made
-    assert all(line.startswith("write(") and line.count("\\n") == 1 for line in made)
+    calls_on_file = [line for line in log.read_text().splitlines() if str(progress) in line]
+    assert calls_on_file
+    assert all(line.startswith("write(") and line.count("\\n") == 1 for line in calls_on_file)
 
 
 @pytest.mark.parametrize("words", [[], ["--threads=0", "x"], ["--seconds=x", "x"], ["--no", "x"]])
@@ -99,7 +99,7 @@ def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> No
     assert (result.returncode, result.stdout) == (2, "")
 
 
-def test_a_disk_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+def test_a_missing_disk_is_an_error(tmp_path: Path) -> None:
     tool = compile_on_host("same_block", tmp_path / "tool")
     result = subprocess.run(
         [tool, "--seconds=1", tmp_path / "none"], capture_output=True, text=True, check=False
@@ -126,7 +126,7 @@ def test_report() -> None:
         ("}", ',"more":1}'),
     ],
 )
-def test_report_that_cannot_be_believed(old: str, new: str) -> None:
+def test_contradictory_report(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
         read_report(SameBlockReport, LINE.replace(old, new), 0)
 
@@ -160,7 +160,7 @@ def test_a_tool_that_ended_without_a_report(output: str, message: str) -> None:
         parse_writers(output, "it said so")
 
 
-def test_what_is_expected() -> None:
+def test_verdicts() -> None:
     expect_written(FINE)
     with pytest.raises(ContractError, match="torn"):
         expect_written(replace(FINE, whole=False))

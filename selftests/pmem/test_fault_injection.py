@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Failures on request: the report of guest_tools/fail_nth.c, what it means, and the aim."""
+"""Fault injection: the report of guest_tools/fail_nth.c, its verdict, and aim()."""
 
 from __future__ import annotations
 
@@ -63,20 +63,20 @@ def test_report() -> None:
         ("}", ',"more":1}'),
     ],
 )
-def test_report_that_cannot_be_believed(old: str, new: str) -> None:
+def test_contradictory_report(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
         read_report(FailNthReport, LINE.replace(old, new), 0)
 
 
-def test_the_status_must_fit() -> None:
+def test_the_exit_status_must_match() -> None:
     with pytest.raises(ProbeError):
         read_report(FailNthReport, LINE, 1)
     with pytest.raises(ProbeError):
         read_report(FailNthReport, "", 4, "fail_nth: x: 2 No such file or directory\n")
 
 
-def test_what_is_expected() -> None:
-    report = read_report(FailNthReport, LINE, 0)
+def test_verdicts() -> None:
+    report = read_report(Report, LINE, 0)
     expect_errors(report, [errno.ENOMEM], optional=1)
     with pytest.raises(ContractError, match="success in spite of an injected failure: rounds"):
         expect_errors(report, [errno.ENOMEM])
@@ -97,8 +97,8 @@ def test_what_is_expected() -> None:
         )
 
 
-class Told:
-    """A guest with these symbols; it keeps what it is told."""
+class RecordingGuest:
+    """A guest with these symbols, which records its commands."""
 
     def __init__(self) -> None:
         self.commands: list[str] = []
@@ -114,8 +114,8 @@ class Told:
         )
 
 
-def test_the_aim_is_from_the_first_function_to_the_end_of_the_last() -> None:
-    guest = Told()
+def test_aim_covers_the_first_to_the_end_of_the_last_function() -> None:
+    guest = RecordingGuest()
     fault_injection.aim(cast(Guest, guest), ("last", "first"))
     assert "debug/failslab " in guest.commands[1]
     assert "echo 0xc000000000000100 > require-start" in guest.commands[1]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Regions by DRC: the parser on output recorded in guests, the script on a sysfs made by hand."""
+"""Regions by DRC: the parser on output recorded in guests, the script on a fake sysfs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 class Recorded:
-    """A guest that answers with what a real one once answered."""
+    """A guest that answers with recorded output of a real one."""
 
     def __init__(self, stdout: str, status: int = 0, stderr: str = "") -> None:
         self._answer = stdout, status, stderr
@@ -65,35 +65,43 @@ def altered(name: str, pattern: str, replacement: str) -> Guest:
 def test_recorded_regions(
     name: str, slot: int, region: str, hcall_flush: bool, deep_flush: str, mode: int
 ) -> None:
-    found = regions.find_region(recorded(name), slot)
-    assert (found.name, found.slot, found.drc) == (region, slot, 0x90000000 + slot)
-    assert (found.deep_flush, found.deep_flush_mode) == (deep_flush, mode)
-    assert found.persistence_domain == "memory_controller"
-    assert (found.size_bytes, found.read_only, found.nstype) == (512 * MIB, False, 5)
-    assert found.align_bytes == 16 * MIB
-    assert found.dimm is not None
-    assert found.dimm.name == region.replace("region", "nmem")
-    assert found.dimm.flags == frozenset({"label"})
-    assert found.dimm.papr_flags == frozenset()
-    assert found.dimm.dirty_shutdown == 0
-    node = found.node
+    recorded_region = regions.region(recorded(name), slot)
+    assert (recorded_region.name, recorded_region.slot, recorded_region.drc) == (
+        region,
+        slot,
+        0x90000000 + slot,
+    )
+    assert (recorded_region.deep_flush, recorded_region.deep_flush_mode) == (deep_flush, mode)
+    assert recorded_region.persistence_domain == "memory_controller"
+    assert (recorded_region.size_bytes, recorded_region.read_only, recorded_region.nstype) == (
+        512 * MIB,
+        False,
+        5,
+    )
+    assert recorded_region.align_bytes == 16 * MIB
+    assert recorded_region.dimm is not None
+    assert recorded_region.dimm.name == region.replace("region", "nmem")
+    assert recorded_region.dimm.flags == frozenset({"label"})
+    assert recorded_region.dimm.papr_flags == frozenset()
+    assert recorded_region.dimm.dirty_shutdown == 0
+    node = recorded_region.node
     assert node.path == f"/ibm,persistent-memory/{node_name(slot)}"
     assert node.hcall_flush_required is hcall_flush
     assert node.cache_flush_required is True
-    assert node.drc_index == found.drc
+    assert node.drc_index == recorded_region.drc
     assert (node.block_size, node.number_of_blocks) == (SCM_BLOCK_SIZE, 2)
     assert node.metadata_size == SCM_MIN_LABEL_SIZE
     assert (node.device_type, node.compatible) == ("ibm,pmemory", ("ibm,pmemory",))
     assert node.application == "operating-system"
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", node.unit_guid or "")
-    assert node.raw["reg"] == found.drc.to_bytes(4, "big")
+    assert node.raw["reg"] == recorded_region.drc.to_bytes(4, "big")
 
 
 def test_recorded_unarmed_region() -> None:
-    found = regions.find_region(recorded("unarmed"), 2)
-    assert found.read_only is True
-    assert found.dimm is not None
-    assert found.dimm.papr_flags == frozenset({"not_armed"})
+    recorded_region = regions.region(recorded("unarmed"), 2)
+    assert recorded_region.read_only is True
+    assert recorded_region.dimm is not None
+    assert recorded_region.dimm.papr_flags == frozenset({"not_armed"})
 
 
 def test_recorded_missing_region() -> None:
@@ -110,48 +118,48 @@ def test_recorded_missing_region() -> None:
     [
         ("dax-mount-xfs", 0, "xfs", "0", 65536, "dax=always"),
         ("dax-mount-ext4", 1, "ext4", "1", 65536, "dax=always"),
-        # Asked for dax=always as well: the kernel turns it off without an error.
+        # Also mounted with dax=always: the kernel turns it off without an error.
         ("xfs-4k-blocks", 2, "xfs", "0", 4096, "dax=never"),
     ],
 )
 def test_recorded_dax_mounts(
     name: str, slot: int, fstype: mounts.FsType, fua: str, block_size: int, dax: str
 ) -> None:
-    made = mounts.dax_mount(recorded(name), slot, fstype, "/mnt")
-    assert (made.page_size, made.block_size) == (65536, block_size)
-    assert (made.device.fua, made.device.dax) == (fua, "1")
-    assert made.device.write_cache == "write back"
-    assert made.device.region == made.region.name
-    assert made.device.path == made.mount.device == f"/dev/{made.device.name}"
-    assert (made.namespace.mode, made.namespace.map) == ("fsdax", "dev")
-    assert (made.device.sector_bytes, made.device.read_only) == (512, False)
-    assert 500 * MIB < made.device.size_bytes < 512 * MIB
-    assert made.mount.fstype == fstype
-    assert dax in made.mount.options
+    mounted = mounts.dax_mount(recorded(name), slot, fstype, "/mnt")
+    assert (mounted.page_size, mounted.block_size) == (65536, block_size)
+    assert (mounted.device.fua, mounted.device.dax) == (fua, "1")
+    assert mounted.device.write_cache == "write back"
+    assert mounted.device.region == mounted.region.name
+    assert mounted.device.path == mounted.mount.device == f"/dev/{mounted.device.name}"
+    assert (mounted.namespace.mode, mounted.namespace.map) == ("fsdax", "dev")
+    assert (mounted.device.sector_bytes, mounted.device.read_only) == (512, False)
+    assert 500 * MIB < mounted.device.size_bytes < 512 * MIB
+    assert mounted.mount.fstype == fstype
+    assert dax in mounted.mount.options
 
 
 def test_recorded_second_mount_of_the_same_file_system() -> None:
-    made = mounts.dax_mount(recorded("dax-mount-xfs"), 0, "xfs", "/mnt1")
+    mounted = mounts.dax_mount(recorded("dax-mount-xfs"), 0, "xfs", "/mnt1")
     again = mounts.dax_mount(recorded("dax-mount-reuse"), 0, "xfs", "/mnt1", reuse=True)
-    assert again == made
-    with pytest.raises(ValueError, match="has its block size already"):
+    assert again == mounted
+    with pytest.raises(ValueError, match="cannot be chosen"):
         mounts.dax_mount(recorded("dax-mount-reuse"), 0, "xfs", "/m", reuse=True, block_size=4096)
 
 
 def test_recorded_namespaces() -> None:
-    """One of each mode in one region, in the order of their numbers and not of ndctl's list."""
-    region = regions.find_region(recorded("namespaces"), 3)
-    found = namespaces.find_namespaces(recorded("namespaces"), region)
-    seen = [(ns.name, ns.mode, ns.map, ns.path) for ns in found]
-    assert seen == [
+    """One namespace of each mode in one region, ordered by number, unlike in ndctl's list."""
+    region = regions.region(recorded("namespaces"), 3)
+    listed = namespaces.find_namespaces(recorded("namespaces"), region)
+    rows = [(ns.name, ns.mode, ns.map, ns.path) for ns in listed]
+    assert rows == [
         ("namespace0.0", "devdax", "mem", "/dev/dax0.0"),
         ("namespace0.1", "sector", None, "/dev/pmem0.1s"),
         ("namespace0.2", "raw", None, "/dev/pmem0.2"),
         ("namespace0.3", "fsdax", "dev", "/dev/pmem0.3"),
     ]
-    assert {ns.region for ns in found} == {ns.device.region for ns in found} == {region.name}
-    assert len({ns.uuid for ns in found}) == 4
-    devdax, sector, raw, fsdax = found
+    assert {ns.region for ns in listed} == {ns.device.region for ns in listed} == {region.name}
+    assert len({ns.uuid for ns in listed}) == 4
+    devdax, sector, raw, fsdax = listed
     assert isinstance(devdax.device, namespaces.CharacterDevice)
     assert (devdax.device.size_bytes, devdax.device.align_bytes) == (62 * MIB, 2 * MIB)
     assert [ns.disk.dax for ns in (sector, raw, fsdax)] == ["0", "0", "1"]
@@ -169,12 +177,12 @@ def test_recorded_region_without_namespaces() -> None:
     assert [ns.mode for ns in namespaces.find_namespaces(recorded("devdax"), region)] == ["devdax"]
 
 
-def test_what_was_made_is_what_was_asked_for() -> None:
-    """`ndctl create-namespace` names the character device elsewhere than `ndctl list`."""
-    region = regions.find_region(recorded("devdax"), 3)
-    made = namespaces.create_namespace(recorded("devdax"), region, mode="devdax", map="mem")
-    assert made.path == "/dev/dax0.0"
-    with pytest.raises(ContractError, match="requested was devdax, map dev"):
+def test_the_created_namespace_must_be_the_requested_one() -> None:
+    """`ndctl create-namespace` prints the character device in another place than `ndctl list`."""
+    region = regions.region(recorded("devdax"), 3)
+    namespace = namespaces.create_namespace(recorded("devdax"), region, mode="devdax", map="mem")
+    assert namespace.path == "/dev/dax0.0"
+    with pytest.raises(ContractError, match="asked for was devdax, map dev"):
         namespaces.create_namespace(recorded("devdax"), region, mode="devdax", map="dev")
     with pytest.raises(ContractError, match="requested was fsdax"):
         namespaces.create_fsdax(recorded("devdax"), region)
@@ -211,23 +219,19 @@ def test_lies_about_a_region(
 
 
 DISK_LIES = [
-    # Another region's disk, and one whose name merely begins like ours.
+    # Another region's disk, and one whose name only has the same prefix.
     ("region3/pfn3.0$", "region0/pfn0.0", "is not below /sys/devices/ndbus3/region3"),
     ("ndbus3/region3/pfn3.0$", "ndbus3/region33/pfn3.0", "is not below"),
     ("ndbus3/region3/pfn3.0$", "ndbus3/region3", "is not below"),
     (r"^text pmem3/device .*\n", "", "no pmem3/device"),
     (r"^text pmem3/ro 0", "text pmem3/ro no", "pmem3/ro is 'no'"),
     (r"^text pmem3/size .*\n", "", "no pmem3/size"),
-    # What ndctl calls fsdax is a BTT, or has no personality at all.
-    (
-        "region3/pfn3.0$",
-        "region3/btt3.0",
-        "is fsdax according to ndctl, but its pmem3 is on btt3.0",
-    ),
+    # A BTT that ndctl lists as fsdax, and a raw namespace.
+    ("region3/pfn3.0$", "region3/btt3.0", "is fsdax for ndctl, but its pmem3 is on btt3.0"),
     ("region3/pfn3.0$", "region3/namespace3.0", "but its pmem3 is on namespace3.0"),
 ]
 
-# Output of ndctl that is not as every version has it, which says nothing about the kernel.
+# Unexpected output of ndctl, which is not a result of the kernel.
 OTHER_OUTPUT = [
     (r"^ 7b 0a 20", " 7c 0a 20", "ndctl's output for region3 is not as expected"),
     (r"^blob ndctl$", "blob other", "ndctl's output for region3 is not as expected"),
@@ -276,7 +280,7 @@ def test_recorded_map_sync_reports(name: str, verdict: Verdict) -> None:
 
 
 class FakeSysfs:
-    """Enough of a guest's sysfs for the script, and a guest whose shell sees it."""
+    """The parts of a guest's sysfs that the script needs, and a guest whose shell sees them."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -306,7 +310,7 @@ class FakeSysfs:
         return device
 
     def add_disk(self, name: str, parent: Path) -> None:
-        """A disk below a namespace device, as the kernel shows it."""
+        """Add a disk below a namespace device, with the kernel's layout."""
         (parent / "block" / name / "queue").mkdir(parents=True)
         for key, value in {"ro": 0, "size": 2048, "queue/logical_block_size": 512}.items():
             (parent / "block" / name / key).write_text(f"{value}\n")
@@ -350,11 +354,11 @@ def test_found_by_drc_not_by_index(sysfs: FakeSysfs, of_node: bool) -> None:
     for number, slot in enumerate((3, 1, 2, 0, 16)):
         sysfs.add(number, drc_index(slot), of_node=of_node)
     for number, slot in enumerate((3, 1, 2, 0, 16)):
-        found = regions.find_region(cast(Guest, sysfs), slot)
-        assert found.name == f"region{number}"
-        assert found.node.drc_index == drc_index(slot)
-        assert found.node.unit_guid == "a" * 300
-        assert (found.deep_flush, found.deep_flush_mode, found.dimm) == (None, None, None)
+        region = regions.region(cast(Guest, sysfs), slot)
+        assert region.name == f"region{number}"
+        assert region.node.drc_index == drc_index(slot)
+        assert region.node.unit_guid == "a" * 300
+        assert (region.deep_flush, region.deep_flush_mode, region.dimm) == (None, None, None)
 
 
 def test_a_longer_index_is_another_one(sysfs: FakeSysfs) -> None:
@@ -433,29 +437,29 @@ def test_waiting_ends(sysfs: FakeSysfs) -> None:
 _MADE = {"dev": "namespace0.0", "mode": "fsdax", "map": "dev", "uuid": "u", "blockdev": "pmem9"}
 
 
-def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path], *told: dict[str, str]) -> Path:
-    """Stand-ins that log how they were called; ndctl says what it is `told`."""
+def _with_tools(sysfs: FakeSysfs, made_on: Callable[[Path], Path], *listed: dict[str, str]) -> Path:
+    """Create stand-ins that log their arguments; ndctl prints the `listed` namespaces."""
     device = sysfs.add(0, drc_index(0))
     log = sysfs.root / "log"
     for name in ("mkfs.xfs", "mkfs.ext4", "mount", "ndctl"):
         version = '[ "$1" != -V ] || { echo mkfs.xfs version 1.0.0; exit; }; '
         sysfs.tool(name, f'{version}echo "{name} $*" >> {log}')
-    said = told or (_MADE,)
-    for entry in said:
+    entries = listed or (_MADE,)
+    for entry in entries:
         sysfs.add_disk(entry["blockdev"], made_on(device) / entry["dev"])
-    # One key a line, as ndctl prints it.
-    text = json.dumps(said if len(said) > 1 else said[0], indent=1, separators=(",", ":"))
+    # One key per line, as in ndctl's output.
+    text = json.dumps(entries if len(entries) > 1 else entries[0], indent=1, separators=(",", ":"))
     (sysfs.root / "said").write_text(text)
     sysfs.tool("ndctl", f'echo "ndctl $*" >> {log}; cat {sysfs.root}/said')
     return log
 
 
-def test_namespace_is_proven_to_be_the_regions(sysfs: FakeSysfs) -> None:
+def test_namespace_must_be_on_the_region(sysfs: FakeSysfs) -> None:
     log = _with_tools(sysfs, lambda device: device / "pfn0.0")
     guest = cast(Guest, sysfs)
-    made = namespaces.create_fsdax(guest, regions.find_region(guest, 0))
-    assert (made.name, made.path, made.region) == ("pmem9", "/dev/pmem9", "region0")
-    assert made.size_bytes == MIB
+    disk = namespaces.create_fsdax(guest, regions.region(guest, 0))
+    assert (disk.name, disk.path, disk.region) == ("pmem9", "/dev/pmem9", "region0")
+    assert disk.size_bytes == MIB
     assert log.read_text() == "ndctl create-namespace -f -r region0 -m fsdax\n"
 
 
@@ -477,7 +481,7 @@ def test_a_device_that_sysfs_does_not_have(sysfs: FakeSysfs) -> None:
         namespaces.create_fsdax(guest, regions.find_region(guest, 0))
 
 
-def test_nothing_is_made_where_a_file_system_is_to_be_found(sysfs: FakeSysfs) -> None:
+def test_reuse_creates_nothing(sysfs: FakeSysfs) -> None:
     log = _with_tools(sysfs, lambda device: device / "pfn0.0")
     with pytest.raises(ContractError, match=r"step 'mount'(.|\n)*not in /proc/self/mounts"):
         mounts.dax_mount(cast(Guest, sysfs), 0, "ext4", str(sysfs.root), reuse=True)
@@ -488,7 +492,7 @@ def test_nothing_is_made_where_a_file_system_is_to_be_found(sysfs: FakeSysfs) ->
 
 
 @pytest.mark.parametrize("count", [0, 2])
-def test_one_namespace_is_wanted_for_a_file_system(sysfs: FakeSysfs, count: int) -> None:
+def test_reuse_requires_one_namespace(sysfs: FakeSysfs, count: int) -> None:
     second = {**_MADE, "dev": "namespace0.1", "blockdev": "pmem9.1"}
     log = _with_tools(sysfs, lambda device: device / "pfn0.0", _MADE, second)
     if not count:
@@ -519,7 +523,7 @@ def test_commands_of_a_dax_mount(sysfs: FakeSysfs, tmp_path: Path) -> None:
 
 
 def _with_mount(sysfs: FakeSysfs, answers: str, log: str = "", said: str = "") -> Guest:
-    """A guest where mount(2) gives these answers, and the kernel then logs this."""
+    """A guest in which mount(2) has these results, and the kernel then logs this."""
     before = "[    1.0] of before\n"
     (sysfs.root / "dmesg").write_text(before)
     (sysfs.root / "strace").write_text(answers)
@@ -534,7 +538,7 @@ def _with_mount(sysfs: FakeSysfs, answers: str, log: str = "", said: str = "") -
 
 
 def test_a_refused_mount(sysfs: FakeSysfs, tmp_path: Path) -> None:
-    """The errno is that of the first mount(2), and only messages of meanwhile count."""
+    """The errno is that of the first mount(2), and only new messages count."""
     guest = _with_mount(
         sysfs,
         'mount("/dev/pmem0", "/m) = 0", "ext4", MS_SILENT, "dax") = -1 EINVAL (Invalid argument)\n'
@@ -544,8 +548,8 @@ def test_a_refused_mount(sysfs: FakeSysfs, tmp_path: Path) -> None:
     )
     answer = mounts.try_mount(guest, "/dev/pmem0", "ext4", str(tmp_path / "m"))
     assert answer == mounts.MountAnswer(errno_name="EINVAL", messages=("one", "two"))
-    asked = (sysfs.root / "log").read_text()
-    assert asked.endswith(f"busybox mount -t ext4 -o dax=always /dev/pmem0 {tmp_path}/m\n")
+    words = (sysfs.root / "log").read_text()
+    assert words.endswith(f"busybox mount -t ext4 -o dax=always /dev/pmem0 {tmp_path}/m\n")
 
 
 def test_a_mount_that_succeeds(sysfs: FakeSysfs, tmp_path: Path) -> None:
@@ -564,7 +568,7 @@ def test_a_mount_without_an_answer(sysfs: FakeSysfs, tmp_path: Path, answers: st
 def _disk(sysfs: FakeSysfs) -> namespaces.BlockDevice:
     return namespaces.BlockDevice(
         name="pmem9",
-        # A file in the place of the device.
+        # A file instead of the device.
         path=str(sysfs.root / "pmem9"),
         region="region0",
         size_bytes=64 * MIB,
@@ -577,7 +581,7 @@ def _disk(sysfs: FakeSysfs) -> namespaces.BlockDevice:
 
 
 def _with_partitions(sysfs: FakeSysfs, *made: tuple[int, int]) -> None:
-    """A partx that makes these, in sectors."""
+    """Create a partx that makes these partitions, in sectors."""
     for number, (start, size) in enumerate(made, 1):
         folder = sysfs.root / f"block/pmem9/pmem9p{number}"
         folder.mkdir(parents=True)
@@ -587,7 +591,7 @@ def _with_partitions(sysfs: FakeSysfs, *made: tuple[int, int]) -> None:
 
 
 def test_partitions(sysfs: FakeSysfs) -> None:
-    """The table is what the MBR's description says, read back here by its offsets."""
+    """The table has the MBR's format, checked here by its offsets."""
     _with_partitions(sysfs, (2048, 65536), (131073, 16))
     disk = _disk(sysfs)
     ranges = [(MIB, 32 * MIB), (64 * MIB + 512, 8192)]
@@ -599,8 +603,8 @@ def test_partitions(sysfs: FakeSysfs) -> None:
     table = Path(disk.path).read_bytes()
     assert (len(table), table[:446], table[510:]) == (512, bytes(446), b"\x55\xaa")
     entries = [table[at : at + 16] for at in range(446, 510, 16)]
-    seen = [(e[4], *(int.from_bytes(e[at : at + 4], "little") for at in (8, 12))) for e in entries]
-    assert seen == [(0x83, 2048, 65536), (0x83, 131073, 16), (0, 0, 0), (0, 0, 0)]
+    rows = [(e[4], *(int.from_bytes(e[at : at + 4], "little") for at in (8, 12))) for e in entries]
+    assert rows == [(0x83, 2048, 65536), (0x83, 131073, 16), (0, 0, 0), (0, 0, 0)]
 
 
 @pytest.mark.parametrize("made", [[], [(2048, 65535)], [(2048, 65536), (1, 1)]])
@@ -655,15 +659,15 @@ def test_output_that_is_cut() -> None:
 @pytest.mark.parametrize(
     ("version", "configs", "features"),
     [
-        # Of a file for each kernel, that of the newest one that is not newer than this.
+        # The file of the newest kernel that is not newer than the running one.
         ("999.1.0", ("0.9", "1.2", "2.5", "2.10", "998.0"), "lts_2.10.conf"),
         ("999.1.0", ("998.0",), None),
         ("999.1.0", (), None),
-        # Not newer than this kernel.
+        # mkfs.xfs is not newer than this kernel.
         ("0.9.0", ("0.9", "1.2"), None),
     ],
 )
-def test_features_that_the_kernel_knows(
+def test_mkfs_features_of_the_kernel(
     sysfs: FakeSysfs,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -695,8 +699,8 @@ def test_make_filesystem_alone(sysfs: FakeSysfs) -> None:
         mounts.make_filesystem(cast(Guest, sysfs), "/dev/pmem9", "ext4", 4096)
 
 
-def test_a_file_system_is_not_taken_for_a_missing_region(sysfs: FakeSysfs) -> None:
-    """Status 3 means "no region" only while the region is being looked for."""
+def test_status_3_of_mkfs_is_not_a_missing_region(sysfs: FakeSysfs) -> None:
+    """Status 3 means "no region" only in the step "find"."""
     _with_tools(sysfs, lambda device: device / "pfn0.0")
     sysfs.tool("mkfs.xfs", "exit 3")
     with pytest.raises(ContractError, match="step 'filesystem' ended with status 3") as caught:
@@ -704,7 +708,7 @@ def test_a_file_system_is_not_taken_for_a_missing_region(sysfs: FakeSysfs) -> No
     assert not isinstance(caught.value, dump.RegionError)
 
 
-def test_slots_that_no_machine_has() -> None:
+def test_slots_out_of_range() -> None:
     for slot in (-1, 32):
         with pytest.raises(ValueError, match=f"slot {slot} "):
             regions.find_region(recorded("pmem-on"), slot)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/promise.c, compiled and run on the host: it finds each thing that can be lost."""
+"""guest_tools/promise.c, compiled and run on the host: it detects each kind of loss."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _verify(binary: Path, folder: Path, *, done: int = STEPS, seed: int = SEED) 
 
 @pytest.fixture
 def folder(binary: Path, tmp_path: Path) -> Path:
-    """What STEPS steps leave."""
+    """Files after STEPS steps."""
     result = _store(binary, tmp_path / "files")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     return tmp_path / "files"
@@ -76,7 +76,7 @@ def test_compiles_for_the_guest(tmp_path: Path) -> None:
     assert is_ppc64le(compile_on_host("promise", tmp_path / "promise", compiler=FOR_THE_GUEST))
 
 
-def test_all_is_there(binary: Path, folder: Path) -> None:
+def test_nothing_is_lost(binary: Path, folder: Path) -> None:
     report = _verify(binary, folder)
     assert report.kept
     assert report.pages == report.intact > 20
@@ -95,7 +95,7 @@ def test_the_ledger_counts(binary: Path, folder: Path) -> None:
 
 @pytest.mark.parametrize("steps", range(1, 60))
 def test_any_end_of_the_plan(binary: Path, tmp_path: Path, steps: int) -> None:
-    """Wherever it stops, the last step may or may not have been counted."""
+    """At any stop, the last step may or may not have been counted."""
     _store(binary, tmp_path / "files", steps=steps)
     assert _verify(binary, tmp_path / "files", done=steps).kept
     assert _verify(binary, tmp_path / "files", done=steps - 1).kept
@@ -107,14 +107,14 @@ def test_long_plans_remove_old_files(binary: Path, tmp_path: Path) -> None:
     assert _verify(binary, tmp_path / "files", done=1200).kept
 
 
-def test_more_than_was_counted_is_strange(binary: Path, folder: Path) -> None:
-    """Two steps beyond what was counted cannot both have been under way."""
+def test_more_than_the_counted_steps_is_strange(binary: Path, folder: Path) -> None:
+    """Two steps beyond the counted ones cannot both have been in progress."""
     for done in range(STEPS - 12, STEPS - 8):
         report = _verify(binary, folder, done=done)
         assert report.strange
 
 
-def test_another_seed_is_nothing_of_ours(binary: Path, folder: Path) -> None:
+def test_data_of_another_seed_are_strange(binary: Path, folder: Path) -> None:
     report = _verify(binary, folder, seed=SEED + 1)
     assert report.strange
     assert not report.intact
@@ -154,12 +154,12 @@ def test_a_lost_extent_is_named(binary: Path, folder: Path) -> None:
     file, offset = _stored(folder)
     content = file.read_bytes()
     with file.open("r+b") as opened:
-        # Made anew with a hole, which any file system with holes takes.
+        # Rewrite the file with a hole, which works on any file system with sparse files.
         opened.truncate(offset)
         opened.seek(offset + PAGE)
         opened.write(content[offset + PAGE :])
     report = _verify(binary, folder)
-    # Pages that the plan leaves out were written too, as zeros: nothing strange.
+    # Pages outside of the plan were written, too, but as zeros: that is not strange.
     assert report.lost["extent"] == 1
     assert report.lost["file"] == report.lost["size"] == report.lost["strange"] == 0
     assert f"file {file.name}, offset {offset:#x}: no extent" in str(report)
@@ -194,8 +194,8 @@ def test_a_damaged_byte_is_strange(binary: Path, folder: Path, place: int) -> No
     assert not report.kept
 
 
-def test_what_is_behind_a_short_store_is_strange(binary: Path, folder: Path) -> None:
-    """A block that was not zeroed shows what was in it before."""
+def test_data_after_a_short_store_are_strange(binary: Path, folder: Path) -> None:
+    """A block that was not zeroed has its former content."""
     for file in sorted(folder.iterdir()):
         content = file.read_bytes()
         for at in range(0, len(content), PAGE):
@@ -226,7 +226,7 @@ def test_an_older_version_of_a_page_is_strange(binary: Path, tmp_path: Path) -> 
             ]
             if again:
                 (tmp_path / "files" / name).write_bytes(old)
-                # Two steps later than the first content was the last.
+                # Two steps after the first content was the last one.
                 assert _verify(binary, tmp_path / "files", done=steps).strange
                 return
         previous = now
@@ -234,7 +234,7 @@ def test_an_older_version_of_a_page_is_strange(binary: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("name", ["other", "f000999", "f0", "f000001x"])
-def test_a_file_that_nobody_made_is_strange(binary: Path, folder: Path, name: str) -> None:
+def test_an_unknown_file_is_strange(binary: Path, folder: Path, name: str) -> None:
     (folder / name).touch()
     assert _verify(binary, folder).lost["strange"] == 1
 
@@ -249,7 +249,7 @@ def test_files_must_be_dax(binary: Path, tmp_path: Path) -> None:
     assert (entry.state, entry.stage, entry.errno) == (ProgramState.FAILED, "not DAX", 95)
 
 
-def test_a_refused_mapping_is_told(binary: Path, tmp_path: Path) -> None:
+def test_a_refused_mapping_is_reported(binary: Path, tmp_path: Path) -> None:
     result = _store(binary, tmp_path / "files", "--any-file", "--sync=on")
     assert (result.returncode, "mmap: 95" in result.stderr) == (4, True)
     with Ledger(tmp_path / "ledger") as ledger:
@@ -259,7 +259,7 @@ def test_a_refused_mapping_is_told(binary: Path, tmp_path: Path) -> None:
 
 
 def test_a_ledger_is_used_again(binary: Path, tmp_path: Path) -> None:
-    """What an earlier run counted there is gone."""
+    """A new run overwrites the count of an earlier run."""
     _store(binary, tmp_path / "files")
     _store(binary, tmp_path / "more", steps=3)
     with Ledger(tmp_path / "ledger") as ledger:

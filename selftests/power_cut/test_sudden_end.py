@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Ledgers, reports of promise, and what many of them prove."""
+"""Ledgers, reports of promise, and the verdict on many reports."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NONCE = 0x0102030405060708
 
 
 def report(**changes: Any) -> dict[str, Any]:
-    """A report in which nothing is wrong."""
+    """A report without a loss."""
     return {
         "tool": "promise",
         "version": 1,
@@ -51,7 +51,7 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def lossy(kind: str = "extent", **changes: Any) -> dict[str, Any]:
-    """One in which one page is lost."""
+    """A report of one lost page."""
     finding = {"kind": kind, "file": 2, "offset": 65536, "expected": 0xAB, "found": 0}
     lost = {**report()["lost"], kind: 1}
     return report(intact=19, lost=lost, findings=[finding], **changes)
@@ -154,7 +154,7 @@ def test_no_reports(text: str, status: int) -> None:
 
 
 def entry(**changes: Any) -> bytes:
-    """A ledger's page, as a guest would store it."""
+    """Page of a ledger, as stored by a guest."""
     fields = {"magic": b"PAPRPROM", "nonce": NONCE, "page": 65536, "done": 7, "phase": 5}
     fields |= {"state": 1, "errno": 0, "stage": b"", **changes}
     return struct.pack("<8sQQ40xQQQQ32s", *fields.values())
@@ -162,14 +162,14 @@ def entry(**changes: Any) -> bytes:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    """A sparse file with a ledger somewhere, and others besides."""
+    """A sparse file with one valid ledger among others."""
     path = tmp_path / "dimm"
     with path.open("wb") as opened:
         opened.truncate(64 * MIB)
         for place, content in (
             (5 * MIB, entry(nonce=NONCE + 1)),
             (5 * MIB + 4096, entry(magic=b"PAPRPRON")),
-            # Not where a page begins: part of some other file, say.
+            # Not at the start of a page: for example a part of another file.
             (9 * MIB + 512, entry(done=1)),
             (33 * MIB + 8192, entry()),
         ):
@@ -180,11 +180,15 @@ def file(tmp_path: Path) -> Path:
 
 def test_a_ledger_is_found(file: Path) -> None:
     with Ledger(file) as ledger:
-        found = ledger.read(NONCE)
+        ledger_entry = ledger.read(NONCE)
         assert ledger.read(1) is None
-    assert found is not None
-    assert (found.done, found.phase, found.state) == (7, Phase.STORE, ProgramState.RUNNING)
-    assert (found.page_size, found.errno, found.stage) == (65536, 0, "")
+    assert ledger_entry is not None
+    assert (ledger_entry.done, ledger_entry.phase, ledger_entry.state) == (
+        7,
+        Phase.STORE,
+        State.RUNNING,
+    )
+    assert (ledger_entry.page_size, ledger_entry.errno, ledger_entry.stage) == (65536, 0, "")
 
 
 def test_a_ledger_is_read_while_it_is_written(file: Path) -> None:
@@ -195,16 +199,16 @@ def test_a_ledger_is_read_while_it_is_written(file: Path) -> None:
                 writer.seek(33 * MIB + (8192 if nonce == NONCE else 4096))
                 writer.write(entry(nonce=nonce, done=done, state=3, errno=28, stage=b"mmap"))
                 writer.flush()
-                found = ledger.read(nonce)
-                assert found is not None
-                assert (found.done, found.state) == (done, ProgramState.FAILED)
-                assert (found.errno, found.stage) == (28, "mmap")
+                ledger_entry = ledger.read(nonce)
+                assert ledger_entry is not None
+                assert (ledger_entry.done, ledger_entry.state) == (done, State.FAILED)
+                assert (ledger_entry.errno, ledger_entry.stage) == (28, "mmap")
 
 
 @pytest.mark.parametrize(
     "changes", [{"phase": 9}, {"state": 4}, {"stage": b"\xff"}, {"nonce": 3}, {"magic": b"other"}]
 )
-def test_a_ledger_that_cannot_be_believed(file: Path, changes: dict[str, Any]) -> None:
+def test_a_contradictory_ledger(file: Path, changes: dict[str, Any]) -> None:
     with Ledger(file) as ledger, file.open("r+b") as writer:
         assert ledger.read(NONCE) is not None
         writer.seek(33 * MIB + 8192)
@@ -223,24 +227,24 @@ def test_backing_files_have_no_name(tmp_path: Path) -> None:
         assert first.file is not None
         assert first.file.stat().st_size == dimms[0].file_bytes
         assert files.path(1).stat().st_size == dimms[1].file_bytes
-        # Another process finds it, and it stays what it was.
+        # Another process can open it, and it stays sparse.
         first.file.open("r+b").write(b"kept")
         assert os.system(f"grep -q kept {first.file}") == 0  # noqa: S605
         assert first.file.stat().st_blocks * 512 < MIB
-        gone = first.file
-    assert not gone.exists()
+        closed = first.file
+    assert not closed.exists()
 
 
-def test_backing_files_want_a_folder(tmp_path: Path) -> None:
+def test_backing_files_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="no backing files"):
         BackingFiles(tmp_path / "none", [Nvdimm()])
 
 
 def tally(side: Side, *reports: dict[str, Any]) -> Tally:
-    found = Tally()
+    total = Tally()
     for each in reports:
-        found.add(side, Phase.FAULT, parse(each))
-    return found
+        total.add(side, Phase.FAULT, parse(each))
+    return total
 
 
 def test_kept_with_force() -> None:
@@ -267,7 +271,7 @@ def test_the_control_may_lose_but_not_invent() -> None:
 
 
 def test_a_control_without_loss_has_no_force() -> None:
-    """No PASS and no FAIL: what is no ContractError ends as ERROR."""
+    """Neither PASS nor FAIL: an error other than ContractError ends as ERROR."""
     tallies = {SYNC: tally(SYNC, report()), CONTROL: tally(CONTROL, report())}
     expect_kept(tallies)
     with pytest.raises(HostError, match="xfs without MAP_SYNC: nothing was lost in 1 cuts"):
@@ -281,7 +285,7 @@ def test_nothing_promised_has_no_force() -> None:
         require_statistical_power(tallies)
 
 
-# Of 6.1, 6.12 and of one that is not there yet.
+# Messages of 6.1, of 6.12 and of a fictitious kernel.
 WELL = """\
 <6>[    0.530000] SGI XFS with security attributes, no debug enabled
 <6>[    1.000000] EXT4-fs (vda): mounted filesystem with ordered data mode. Quota mode: disabled.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QEMU is asked what it can do, once; what is no fitting QEMU is refused with a way out."""
+"""QEMU's features are queried once; an unsuitable program is refused with a hint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def program(path: Path, script: str) -> Path:
     return path
 
 
-# What answers as a QEMU does, with abilities to choose.
+# A stand-in for QEMU's monitor, with chosen features.
 FAKE = r"""
 import json, os, sys
 VERSION = {"qemu": {"major": 4, "minor": 2, "micro": 1}, "package": ""}
@@ -80,62 +80,62 @@ def fake_qemu(
 
 
 @needs_qemu
-def test_the_hosts_qemu_tells_its_abilities(cache: Cache) -> None:
-    found = resolve(cache, "auto")
-    assert found.argv_prefix == (HOST_QEMU,)
+def test_features_of_the_host_s_qemu(cache: Cache) -> None:
+    qemu = resolve(cache, "auto")
+    assert qemu.argv_prefix == (HOST_QEMU,)
     text = subprocess.run([HOST_QEMU, "--version"], capture_output=True, text=True, check=True)
-    assert ".".join(map(str, found.version)) in text.stdout
-    assert found.version_text.startswith(".".join(map(str, found.version)))
-    assert re.fullmatch(r"pseries-\d+\.\d+", found.machine)
-    assert found.has("spapr-nvdimm", "label-size")
-    assert found.has("memory-backend-file", "mem-path")
-    assert not found.has("memory-backend-ram", "mem-path")
-    assert found.has("machine", "x-vof") is found.has_vof
-    assert "power9_v2.0" in found.cpu_models
-    assert "device_add" in found.qmp_commands
-    assert "x-ignore-shared" in found.migration_capabilities
+    assert ".".join(map(str, qemu.version)) in text.stdout
+    assert qemu.version_text.startswith(".".join(map(str, qemu.version)))
+    assert re.fullmatch(r"pseries-\d+\.\d+", qemu.machine)
+    assert qemu.has("spapr-nvdimm", "label-size")
+    assert qemu.has("memory-backend-file", "mem-path")
+    assert not qemu.has("memory-backend-ram", "mem-path")
+    assert qemu.has("machine", "x-vof") is qemu.has_vof
+    assert "power9_v2.0" in qemu.cpu_models
+    assert "device_add" in qemu.qmp_commands
+    assert "x-ignore-shared" in qemu.migration_capabilities
 
 
 @needs_qemu
-def test_abilities_agree_with_the_help_text(cache: Cache) -> None:
-    found = resolve(cache, "auto")
+def test_features_agree_with_the_help_text(cache: Cache) -> None:
+    qemu = resolve(cache, "auto")
 
     def help_text(*words: str) -> str:
-        argv = [*found.argv_prefix, *words]
+        argv = [*qemu.argv_prefix, *words]
         return subprocess.run(argv, capture_output=True, text=True, check=True).stdout
 
     device = help_text("-device", "spapr-nvdimm,help")
-    assert found.has_pmem_override is ("pmem-override=" in device)
+    assert qemu.has_pmem_override is ("pmem-override=" in device)
     backend = help_text("-object", "memory-backend-file,help")
-    assert found.has_pmem is bool(re.search(r"^\s*pmem=", backend, re.MULTILINE))
-    # The help text hides what is experimental.
-    argv = [*found.argv_prefix, "-machine", "pseries,x-vof=on,dumpdtb=/dev/null"]
+    assert qemu.has_pmem is bool(re.search(r"^\s*pmem=", backend, re.MULTILINE))
+    # The help text hides experimental options.
+    argv = [*qemu.argv_prefix, "-machine", "pseries,x-vof=on,dumpdtb=/dev/null"]
     tried = subprocess.run([*argv, "-display", "none"], capture_output=True, text=True, check=False)
-    assert found.has_vof is ("x-vof" not in tried.stderr)
+    assert qemu.has_vof is ("x-vof" not in tried.stderr)
 
 
 @needs_qemu
-def test_it_is_asked_only_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_qemu_is_queried_only_once(cache: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     first = resolve(cache, "auto")
-    monkeypatch.setattr(binary, "ask", lambda *_: pytest.fail("asked again"))
+    monkeypatch.setattr(binary, "ask", lambda *_: pytest.fail("queried again"))
     assert resolve(cache, "auto") == first
 
 
-def test_unknown_type_is_a_mistake_of_ours(cache: Cache, tmp_path: Path) -> None:
-    found = resolve(cache, fake_qemu(tmp_path / "q"))
-    assert found.has("spapr-nvdimm")
-    assert not found.has("nvdimm")
+def test_unknown_type_is_a_programming_error(cache: Cache, tmp_path: Path) -> None:
+    qemu = resolve(cache, fake_qemu(tmp_path / "q"))
+    assert qemu.has("spapr-nvdimm")
+    assert not qemu.has("nvdimm")
     with pytest.raises(KeyError):
-        found.has("spapr-nvdim")
+        qemu.has("spapr-nvdim")
 
 
 def test_old_qemu_without_extras(cache: Cache, tmp_path: Path) -> None:
-    found = resolve(cache, fake_qemu(tmp_path / "q"))
-    assert (found.version, found.version_text) == ((4, 2, 1), "4.2.1")
-    assert not (found.has_pmem or found.has_pmem_override or found.has_vof)
+    qemu = resolve(cache, fake_qemu(tmp_path / "q"))
+    assert (qemu.version, qemu.version_text) == ((4, 2, 1), "4.2.1")
+    assert not (qemu.has_pmem or qemu.has_pmem_override or qemu.has_vof)
 
 
-def test_changed_binary_is_asked_again(cache: Cache, tmp_path: Path) -> None:
+def test_changed_binary_is_queried_again(cache: Cache, tmp_path: Path) -> None:
     path = fake_qemu(tmp_path / "q")
     first = resolve(cache, path)
     program(path, path.read_text() + "# rebuilt")
@@ -160,37 +160,37 @@ def test_qemu_for_another_target(cache: Cache, tmp_path: Path) -> None:
 
 @needs_qemu
 def test_this_hosts_qemu_can_run_guests(cache: Cache) -> None:
-    found = resolve(cache, "auto")
-    assert found.lacks_for_guests == ()
-    binary.require_guests(found)
+    qemu = resolve(cache, "auto")
+    assert qemu.lacks_for_guests == ()
+    binary.require_guests(qemu)
 
 
 @needs_qemu
 def test_qemu_without_libslirp(cache: Cache, tmp_path: Path) -> None:
-    # In its enumeration, and not compiled in: what "user" is there for such a QEMU.
+    # netmap is listed, but not compiled in, like "user" in a QEMU without libslirp.
     edit = '"type":"user"', '"type":"netmap","ifname":"x"'
     argv = [HOST_QEMU, "-M", "none", "-display", "none", "-netdev", "netmap,id=n,ifname=x"]
     tried = subprocess.run(argv, capture_output=True, text=True, check=False)
     if "not compiled into this" not in tried.stderr:
         pytest.skip("this QEMU has netmap")
-    found = resolve(cache, altered_qemu(tmp_path, *edit))
-    assert found.lacks_for_guests == ("-netdev user (libslirp)",)
+    qemu = resolve(cache, altered_qemu(tmp_path, *edit))
+    assert qemu.lacks_for_guests == ("-netdev user (libslirp)",)
     with pytest.raises(CapabilityError, match=r"without -netdev user .*--enable-slirp"):
-        binary.require_guests(found)
+        binary.require_guests(qemu)
 
 
 @needs_qemu
 @pytest.mark.parametrize("name", GUEST_TYPES)
 def test_qemu_without_a_device_of_guests(cache: Cache, tmp_path: Path, name: str) -> None:
-    found = resolve(cache, altered_qemu(tmp_path, f'"{name}"', f'"{name}-gone"'))
-    assert found.lacks_for_guests == (name,)
+    qemu = resolve(cache, altered_qemu(tmp_path, f'"{name}"', f'"{name}-gone"'))
+    assert qemu.lacks_for_guests == (name,)
     with pytest.raises(CapabilityError, match=f"cannot run the suite's guests: .* {name} "):
-        binary.require_guests(found)
+        binary.require_guests(qemu)
 
 
 @needs_qemu
 def test_new_qemu_without_spapr_nvdimm(cache: Cache, tmp_path: Path) -> None:
-    """As configured with --without-default-devices."""
+    """Like a QEMU configured with --without-default-devices."""
     edit = '"typename":"spapr-nvdimm"', '"typename":"gone"'
     with pytest.raises(CapabilityError, match=r"no spapr-nvdimm device \(build it with CONFIG_NV"):
         resolve(cache, altered_qemu(tmp_path, *edit))
@@ -213,17 +213,17 @@ def test_new_qemu_without_spapr_nvdimm(cache: Cache, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_does_not_answer(
+def test_programs_without_a_valid_answer(
     cache: Cache, tmp_path: Path, script: str, kind: type[Error], message: str
 ) -> None:
     path = program(tmp_path / "thing", script)
     with pytest.raises(kind, match=message):
         resolve(cache, path)
-    # Nothing wrong is remembered.
+    # A failure is not cached.
     assert list(cache.root.rglob("*.json")) == []
 
 
-def test_silent_program_is_given_up(
+def test_silent_program_times_out(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(capabilities, "_ANSWER_LIMIT_S", 2.0)
@@ -234,7 +234,7 @@ def test_silent_program_is_given_up(
     assert not Path(f"/proc/{pid}").exists(), "it was left behind"
 
 
-def test_files_that_are_no_programs(cache: Cache, tmp_path: Path) -> None:
+def test_files_that_are_not_programs(cache: Cache, tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.write_text("x")
     with pytest.raises(ConfigError, match=r"is not executable \(chmod \+x"):
@@ -261,7 +261,7 @@ def test_no_suite(cache: Cache, suite: str) -> None:
 
 
 def unpack_host_qemu(target: Path) -> None:
-    """What debian.extract would leave, made of links to the host's own QEMU."""
+    """Create the files of debian.extract, as links to the host's own QEMU."""
     assert HOST_QEMU
     ldd = subprocess.run(["ldd", HOST_QEMU], capture_output=True, text=True, check=True).stdout
     libraries = target / "usr/lib/some-arch"
@@ -291,14 +291,14 @@ def test_fetched_qemu_runs_from_the_cache(cache: Cache, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Archive, "extract", extract)
     assert not binary.is_fetched(cache, "debian:potato")
-    found = resolve(cache, "debian:potato")
+    qemu = resolve(cache, "debian:potato")
     assert binary.is_fetched(cache, "debian:potato")
-    assert found.path.is_relative_to(cache.root)
-    assert not (found.path.parents[1] / "share/doc").exists()
-    loader, option, libraries, program, *rest = found.argv_prefix
-    assert (option, program, rest[0]) == ("--library-path", str(found.path), "-L")
+    assert qemu.path.is_relative_to(cache.root)
+    assert not (qemu.path.parents[1] / "share/doc").exists()
+    loader, option, libraries, program, *rest = qemu.argv_prefix
+    assert (option, program, rest[0]) == ("--library-path", str(qemu.path), "-L")
     assert all(Path(word).is_relative_to(cache.root) for word in (loader, libraries, rest[1]))
-    version = [*found.argv_prefix, "--version"]
+    version = [*qemu.argv_prefix, "--version"]
     assert subprocess.run(version, check=False, capture_output=True).returncode == 0
     resolve(cache, "debian:potato")
     assert calls == [(["qemu-system-ppc"], "potato")]
@@ -311,7 +311,7 @@ def test_fetched_qemu_that_does_not_start_is_not_kept(
     def extract(_: Archive, _packages: list[str], *, target: Path, **__: Any) -> dict[str, str]:
         unpack_host_qemu(target)
         next((target / "usr/lib/some-arch").glob("libglib*")).unlink()
-        # The host's own copy must not help out.
+        # The host's own copy must not be used.
         monkeypatch.setenv("LD_LIBRARY_PATH", "/nonexistent")
         (target / "usr/lib/some-arch/libglib-2.0.so.0").write_text("not a library")
         return {}
@@ -322,16 +322,16 @@ def test_fetched_qemu_that_does_not_start_is_not_kept(
     assert not binary.is_fetched(cache, "debian:potato")
 
 
-def test_answers_are_remembered_by_binary(cache: Cache, tmp_path: Path) -> None:
+def test_answers_are_cached_by_binary(cache: Cache, tmp_path: Path) -> None:
     one, other = (
         resolve(cache, fake_qemu(tmp_path / "a")),
         resolve(cache, fake_qemu(tmp_path / "b")),
     )
-    asked = []
+    computed = []
 
     def compute() -> Any:
-        asked.append(1)
-        return {"dcbstps": False, "count": [len(asked)]}
+        computed.append(1)
+        return {"dcbstps": False, "count": [len(computed)]}
 
     assert binary.remember(cache, one, "isa", compute) == {"dcbstps": False, "count": [1]}
     assert binary.remember(cache, one, "isa", compute) == {"dcbstps": False, "count": [1]}
@@ -340,22 +340,22 @@ def test_answers_are_remembered_by_binary(cache: Cache, tmp_path: Path) -> None:
     assert {entry.kind for entry in cache.entries()} == {"qemu-facts"}
 
 
-def test_answer_that_fails_is_not_remembered(cache: Cache, tmp_path: Path) -> None:
-    found = resolve(cache, fake_qemu(tmp_path / "a"))
+def test_failed_answer_is_not_cached(cache: Cache, tmp_path: Path) -> None:
+    qemu = resolve(cache, fake_qemu(tmp_path / "a"))
 
     def fails() -> Any:
         raise HostError("boom")
 
     with pytest.raises(HostError, match="boom"):
-        binary.remember(cache, found, "isa", fails)
-    assert binary.remember(cache, found, "isa", lambda: 1) == 1
+        binary.remember(cache, qemu, "isa", fails)
+    assert binary.remember(cache, qemu, "isa", lambda: 1) == 1
 
 
 @pytest.fixture
 def with_kvm(cache: Cache, tmp_path: Path) -> binary.Qemu:
-    found = resolve(cache, fake_qemu(tmp_path / "q"))
-    assert found.has_kvm
-    return found
+    qemu = resolve(cache, fake_qemu(tmp_path / "q"))
+    assert qemu.has_kvm
+    return qemu
 
 
 def test_kvm_only_on_power_hosts(with_kvm: binary.Qemu) -> None:
@@ -379,20 +379,20 @@ def test_kvm_needs_a_working_device(with_kvm: binary.Qemu, tmp_path: Path) -> No
 def test_kvm_api_version(
     with_kvm: binary.Qemu, monkeypatch: pytest.MonkeyPatch, api: int, expected: str
 ) -> None:
-    asked = []
+    requests = []
 
     def ioctl(_handle: int, request: int, _argument: int) -> int:
-        asked.append(request)
+        requests.append(request)
         return api
 
     monkeypatch.setattr("fcntl.ioctl", ioctl)
     assert binary.accel("auto", with_kvm, host="ppc64", device=Path(os.devnull)) == expected
     # _IO(0xAE, 0) with powerpc's direction bits.
-    assert asked == [0x2000AE00]
+    assert requests == [0x2000AE00]
 
 
 @needs_qemu
-def test_first_question_is_quick(cache: Cache) -> None:
+def test_first_query_is_quick(cache: Cache) -> None:
     started = time.monotonic()
     resolve(cache, "auto")
     # 0.15 s on an idle machine; the margin is for a busy one.

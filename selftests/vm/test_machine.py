@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The command line is a pure function of the machine, and nonsense is refused in one sentence."""
+"""The command line is a pure function of the machine; invalid DIMMs are refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WIRING = Wiring(console_fd=5, port_fd=7, console_log=Path("/o/console.log"))
 
 
 def argv(machine: Machine, board: Board = BOARD, **files: str) -> list[str]:
-    """The command line, with /s/N behind the DIMM in slot N."""
+    """The command line, with /s/N as the file of the DIMM in slot N."""
     named = {n.slot: Path(files.get(f"slot{n.slot}", f"/s/{n.slot}")) for n in machine.nvdimms}
     return qemu_argv(("qemu",), machine, board, PAYLOAD, named, WIRING)
 
@@ -80,7 +80,7 @@ def test_a_bare_machine_has_its_dimms_and_nothing_else() -> None:
     assert [word.partition(",")[0] for word in after(words, "-device")] == ["spapr-nvdimm"]
 
 
-def test_the_memory_of_a_bare_machine_can_be_ours() -> None:
+def test_the_memory_of_a_bare_machine_can_be_a_shared_file() -> None:
     board = Board(memory_mib=256)
     words = bare_argv(("qemu",), Machine(), board, {}, program=Path("/p"), memory_fd=9)
     assert "-S" not in words
@@ -90,8 +90,8 @@ def test_the_memory_of_a_bare_machine_can_be_ours() -> None:
     ]
 
 
-def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
-    """No QEMU without libpmem can be had from Debian for this host."""
+def test_a_missing_feature_of_qemu_is_a_missing_capability() -> None:
+    """With a fake QEMU: Debian has none without libpmem for this host."""
     bare = Qemu(
         argv_prefix=("qemu",),
         path=Path("/q/qemu"),
@@ -113,19 +113,19 @@ def test_what_the_qemu_lacks_is_a_missing_capability() -> None:
         require(bare, Nvdimm(pmem_override=True))
 
 
-def test_slof_and_kvm_take_no_tcg_words() -> None:
+def test_slof_and_kvm_have_no_tcg_options() -> None:
     words = argv(Machine(), Board(firmware="slof", accel="kvm", cpu="host"))
     assert after(words, "-machine") == ["pseries"]
     assert after(words, "-accel") == ["kvm"]
 
 
-def test_words_of_the_kernel_come_before_those_of_the_machine() -> None:
+def test_kernel_words_come_before_machine_words() -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"), words=("xmon=off",))
     words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), Board(), payload, {}, WIRING)
     assert after(words, "-append")[0].endswith(" panic=-1 xmon=off xmon=on")
 
 
-def test_with_modules_the_network_is_left_to_init() -> None:
+def test_with_modules_init_configures_the_network() -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"), initrd=Path("/i"))
     words = qemu_argv(("qemu",), Machine(), Board(), payload, {}, WIRING)
     assert after(words, "-initrd") == ["/i"]
@@ -139,8 +139,8 @@ def test_override_unarmed_and_private_are_passed_on() -> None:
     assert ",share=off,pmem=on" in after(words, "-object")[-1]
 
 
-def test_pmem_off_names_no_pmem_property() -> None:
-    # A QEMU without libpmem knows neither.
+def test_pmem_off_has_no_pmem_property() -> None:
+    # A QEMU without libpmem has neither property.
     words = " ".join(argv(Machine(nvdimms=(Nvdimm(),))))
     assert "pmem=" not in words
     assert "pmem-override" not in words
@@ -155,11 +155,11 @@ def test_uuids_differ_by_slot_and_are_the_same_every_time() -> None:
     assert Nvdimm(slot=1).guid == Nvdimm(slot=1).guid != Nvdimm(slot=2).guid
 
 
-def test_hotplug_says_the_same_as_the_command_line() -> None:
+def test_hotplug_has_the_same_properties_as_the_command_line() -> None:
     nvdimm = Nvdimm(slot=2, pmem=True)
     words = after(argv(Machine(nvdimms=(nvdimm,))), "-device")[-1].split(",")[1:]
-    said = dict(word.split("=", 1) for word in words)
-    assert said == {k: str(v) for k, v in nvdimm.frontend().items() if k != "driver"}
+    properties = dict(word.split("=", 1) for word in words)
+    assert properties == {k: str(v) for k, v in nvdimm.frontend().items() if k != "driver"}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_two_dimms_in_one_slot_are_refused() -> None:
         Machine(nvdimms=(Nvdimm(slot=1), Nvdimm(slot=1)))
 
 
-def test_script_runs_as_shell_and_makes_missing_files(tmp_path: Path) -> None:
+def test_script_runs_and_creates_missing_files(tmp_path: Path) -> None:
     backing = tmp_path / "a dir" / "backing"
     text = script(["echo", "-append", "two words"], [Nvdimm()], {0: backing})
     done = subprocess.run(["sh", "-c", text], capture_output=True, text=True, check=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""host_tools/flush_shim.c, preloaded into a small program of many threads, and into a QEMU."""
+"""host_tools/flush_shim.c, preloaded into a small multithreaded program and into QEMU."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from paprscm.vm.sync_shim import FALLIBLE, Injected, Operation, Shim, WatchedFil
 PAGE = os.sysconf("SC_PAGESIZE")
 RING = 65536
 
-# Stands before the C library, and stands in for libpmem: counts what the shim lets through.
+# Preloaded before the C library and instead of libpmem: counts the calls that the shim passes on.
 REAL = """
 #define _GNU_SOURCE
 #include <stddef.h>
@@ -45,7 +45,7 @@ int msync(void *a, size_t n, int flags) { COUNT(2); return syscall(SYS_msync, a,
 void pmem_persist(const void *a, size_t n) { (void)a; (void)n; COUNT(3); }
 """
 
-# Obeys a line at a time, and answers each with a line.
+# Executes one command per line, and answers each with a line.
 PROGRAM = """
 #define _GNU_SOURCE
 #include <errno.h>
@@ -135,7 +135,7 @@ int main(void)
 			int fd = open(path, O_RDWR), prot = PROT_READ | PROT_WRITE;
 			int flags = fd < 0 ? MAP_SHARED | MAP_ANONYMOUS : MAP_SHARED;
 
-			/* The one is what QEMU calls, the other what programs do elsewhere. */
+			/* QEMU calls mmap64(); other programs call mmap(). */
 			if (address)
 				address = mmap64(address, length, prot, flags | MAP_FIXED, fd, 0);
 			else
@@ -174,7 +174,7 @@ def library(cache: Cache) -> Path:
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("program")
     (folder / "real.c").write_text(REAL)
-    # As libpmem has it.
+    # The same symbol version as in libpmem.
     (folder / "real.map").write_text("LIBPMEM_1.0 { global: pmem_persist; };\n")
     (folder / "program.c").write_text(PROGRAM)
     cc = ["cc", "-O2", "-Wall", "-Werror", "-pthread"]
@@ -188,8 +188,8 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def flushes(library: Path) -> Iterator[Shim]:
-    with Shim(library, seed=7) as made:
-        yield made
+    with Shim(library, seed=7) as shim:
+        yield shim
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def file(flushes: Shim, path: Path) -> WatchedFile:
 
 
 class Driver:
-    """The program above, as it is obeyed."""
+    """The program above, controlled by commands."""
 
     def __init__(self, *argv: str | Path, pass_fds: tuple[int, ...] = ()) -> None:
         self.process = subprocess.Popen(
@@ -216,7 +216,7 @@ class Driver:
             text=True,
             bufsize=1,
         )
-        # A call that hangs by mistake ends the test, too.
+        # Also ends a test whose call hangs by mistake.
         self._limit = threading.Timer(30, self.process.kill)
         self._limit.start()
 
@@ -245,11 +245,11 @@ class Driver:
         return self.join()
 
     def real(self) -> list[int]:
-        """How many calls were really made, by operation."""
+        """Number of real calls, by operation."""
         return [int(word) for word in self.ask("real").split()]
 
     def map(self, path: Path | str, pages: int, address: int = 0) -> int:
-        """A mapping of the file, or of memory if there is none; the address."""
+        """Map the file, or memory if it does not exist; return the address."""
         return int(self.ask(f"map {address:#x} {pages * PAGE} {path}"), 16)
 
     def unmap(self, address: int, pages: int) -> int:
@@ -262,7 +262,7 @@ class Driver:
         return int(self.ask(f"msync {address:#x} {length} {flags}"))
 
     def shell(self, command: str) -> list[str]:
-        """What a child prints."""
+        """Run a command in a child; return its output."""
         lines = [self.ask(f"sh {command}; echo end")]
         while lines[-1] != "end":
             lines.append(self.answer())
@@ -307,7 +307,7 @@ def test_each_call_is_counted_and_recorded_once(
     assert flushes.records(since=4000) == []
 
 
-def test_other_files_are_left_alone(
+def test_other_files_are_not_affected(
     flushes: Shim, file: WatchedFile, path: Path, driver: Driver, tmp_path: Path
 ) -> None:
     file.fail(errno.EIO)
@@ -317,7 +317,7 @@ def test_other_files_are_left_alone(
     other.write_bytes(bytes(PAGE))
     for operation in Operation:
         assert driver.call(operation, other, calls=3) == [0] * 3
-    # What is under the watched name now is another file; ext4 would give it the same inode.
+    # The watched name is another file now; ext4 would give it the same inode.
     path.unlink()
     path.write_bytes(bytes(PAGE))
     assert driver.call(Operation.FDATASYNC, path) == [0]
@@ -353,7 +353,7 @@ def test_a_file_is_known_under_any_name(
     assert flushes.watch(tmp_path / "hard") is file
 
 
-def test_files_are_told_apart(
+def test_files_are_distinguished(
     flushes: Shim, file: WatchedFile, driver: Driver, tmp_path: Path
 ) -> None:
     paths = [tmp_path / str(number) for number in range(63)]
@@ -399,7 +399,7 @@ def test_a_delay_comes_before_the_call(
     assert driver.real()[operation] == 1
 
 
-def test_random_delays_are_those_of_the_seed(library: Path, program: Path, path: Path) -> None:
+def test_random_delays_depend_on_the_seed(library: Path, program: Path, path: Path) -> None:
     def delays(seed: int, low_s: float = 10e-6, high_s: float = 109e-6) -> list[float]:
         with Shim(library, seed=seed) as flushes:
             file = flushes.watch(path)
@@ -442,7 +442,7 @@ def test_failures_are_exact(
     which: dict[str, int],
     failing: list[int],
 ) -> None:
-    # Counted from when the rule is made.
+    # Calls are counted from the creation of the rule.
     driver.call(operation, path, calls=2)
     file.fail(errno.EDQUOT, **which)  # type: ignore[arg-type]
     expected = [errno.EDQUOT if n in failing else 0 for n in range(1, 11)]
@@ -452,20 +452,20 @@ def test_failures_are_exact(
     records = flushes.records(since=2)
     assert [record.result for record in records] == expected
     assert [record.number - 1 for record in records if record.injected] == failing
-    # The same again begins a new count.
+    # The same rule again begins a new count.
     file.fail(errno.EIO, **which)  # type: ignore[arg-type]
     assert Counter(driver.call(operation, path, calls=10))[errno.EIO] == len(failing)
 
 
 def test_failures_are_exact_among_threads(flushes: Shim, driver: Driver) -> None:
-    # A file that takes no time to flush, so that the shim's own steps meet.
+    # A file whose flush takes no time, so that threads race in the shim itself.
     handle = os.memfd_create("memory")
     path = Path(f"/proc/{os.getpid()}/fd/{handle}")
     file = flushes.watch(path)
     for which, failing in (({"every": 2}, 40000), ({"following": 50000}, 50000)):
         file.fail(errno.EIO, **which)  # type: ignore[arg-type]
-        found = driver.call(Operation.FDATASYNC, path, threads=4, calls=20000)
-        assert Counter(found) == {0: 80000 - failing, errno.EIO: failing}
+        errors = driver.call(Operation.FDATASYNC, path, threads=4, calls=20000)
+        assert Counter(errors) == {0: 80000 - failing, errno.EIO: failing}
     counts = file.counts()
     assert (counts.begun, counts.ended, counts.failed) == (160000, 160000, 90000)
     os.close(handle)
@@ -495,7 +495,7 @@ def test_parts_of_a_rule_are_independent(
     driver.call(Operation.FDATASYNC, path)
     file.delay(0.001)
     driver.call(Operation.FDATASYNC, path)
-    # Neither of these begins the count anew.
+    # Neither of these restarts the count.
     file.delay(0.002)
     file.release()
     assert driver.call(Operation.FDATASYNC, path) == [errno.EIO]
@@ -526,35 +526,35 @@ def test_hung_calls_wait_for_their_release(
     file.wait_ended(3, 0.5)
     assert driver.join() == [0] * 3
     assert {record.result for record in flushes.records()} == {0}
-    # None is held any more.
+    # Calls are no longer held.
     assert driver.call(operation, path) == [0]
     assert file.counts(operation).most_in_flight == 3
 
 
-def test_a_release_is_for_those_that_hang_not_for_those_to_come(
+def test_a_release_is_only_for_calls_that_already_hang(
     file: WatchedFile, path: Path, driver: Driver
 ) -> None:
     file.hang()
     driver.start(Operation.FDATASYNC, path, threads=2)
     file.wait_begun(2, 5)
-    # No time for them to wake between the two.
+    # The calls have no time to wake between the two.
     file.release()
     file.hang()
     file.wait_ended(2, 0.5)
     driver.start(Operation.FDATASYNC, path)
     file.wait_begun(3, 5)
-    # Another rule for the same call does not let go of it.
+    # Another rule does not release the call.
     file.hang(operations=[Operation.FSYNC])
     file.fail(errno.EIO)
     time.sleep(0.03)
     assert file.counts().ended == 2
     file.clear()
     file.wait_ended(3, 0.5)
-    # What was decided when it began holds.
+    # The rule at the begin of a call applies.
     assert driver.join() == [0] * 3
 
 
-def test_the_end_of_the_shim_lets_go(library: Path, program: Path, path: Path) -> None:
+def test_the_end_of_the_shim_releases_calls(library: Path, program: Path, path: Path) -> None:
     with Shim(library) as flushes:
         file = flushes.watch(path)
         file.hang()
@@ -567,7 +567,9 @@ def test_the_end_of_the_shim_lets_go(library: Path, program: Path, path: Path) -
     assert flushes.records()[0].result == 0
 
 
-def test_a_new_rule_holds_from_the_next_call(file: WatchedFile, path: Path, driver: Driver) -> None:
+def test_a_new_rule_applies_from_the_next_call(
+    file: WatchedFile, path: Path, driver: Driver
+) -> None:
     for number in range(1, 300):
         file.fail(number, nth=1 + number % 2)
         expected = [0, number] if number % 2 else [number, 0]
@@ -585,17 +587,17 @@ def test_no_call_sees_half_a_rule(
         file.fail(errno.ENOSPC, operations=[Operation.FSYNC])
         file.fail(errno.EIO, operations=[Operation.FDATASYNC])
         changes += 2
-    found = driver.join()
+    errors = driver.join()
     assert changes > 20
-    assert set(found[:16000]) <= {0, errno.EIO}
-    assert set(found[16000:]) <= {0, errno.ENOSPC}
-    # Every call was under one of the two rules.
-    seen = Counter((record.operation, record.result) for record in flushes.records())
-    assert seen[Operation.FDATASYNC, errno.EIO] > 0
-    assert seen[Operation.FSYNC, errno.ENOSPC] > 0
+    assert set(errors[:16000]) <= {0, errno.EIO}
+    assert set(errors[16000:]) <= {0, errno.ENOSPC}
+    # Each call obeyed one of the two rules.
+    results = Counter((record.operation, record.result) for record in flushes.records())
+    assert results[Operation.FDATASYNC, errno.EIO] > 0
+    assert results[Operation.FSYNC, errno.ENOSPC] > 0
 
 
-def test_rules_that_make_no_sense(file: WatchedFile) -> None:
+def test_invalid_rules(file: WatchedFile) -> None:
     for times in ((-1.0, 1.0), (2.0, 1.0), (0.0, 3601.0), (float("nan"),)):
         with pytest.raises(ValueError, match="delay"):
             file.delay(*times)
@@ -615,7 +617,7 @@ def test_rules_that_make_no_sense(file: WatchedFile) -> None:
 def test_a_mapping_is_followed_to_its_end(
     file: WatchedFile, path: Path, driver: Driver, tmp_path: Path
 ) -> None:
-    """As QEMU maps: reserve more than is needed, put the file into it, trim the rest."""
+    """Like QEMU: reserve more than needed, map the file into it, unmap the rest."""
     other = tmp_path / "other"
     other.write_bytes(bytes(16 * PAGE))
 
@@ -629,16 +631,16 @@ def test_a_mapping_is_followed_to_its_end(
     assert driver.map(path, 8, start) == start
     assert driver.unmap(start + 6 * PAGE, 2) == 0
     assert [seen(start + page * PAGE) for page in range(8)] == [True] * 6 + [False] * 2
-    # Ends in it, or begins in it.
+    # Ranges that end or begin in the mapping.
     assert not seen(start - PAGE, PAGE)
     assert seen(start - PAGE, PAGE + 1)
     assert seen(start + 6 * PAGE - 1)
-    # A hole, and something else in it.
+    # A hole, then another mapping in it.
     assert driver.unmap(start + 2 * PAGE, 1) == 0
     driver.map(other, 1, start + 2 * PAGE)
     driver.map("-", 1, start + 3 * PAGE)
     assert [seen(start + page * PAGE) for page in range(6)] == [True] * 2 + [False] * 2 + [True] * 2
-    # What the kernel refuses changes nothing; a length is rounded up to pages.
+    # A refused munmap() changes nothing; a length is rounded up to pages.
     assert driver.unmap(start + 1, 1) == errno.EINVAL
     assert seen(start)
     assert int(driver.ask(f"unmap {start:#x} 1")) == 0
@@ -649,7 +651,7 @@ def test_a_mapping_is_followed_to_its_end(
     assert not seen(start, 8 * PAGE)
 
 
-def test_mappings_beyond_the_table_are_told(
+def test_mappings_beyond_the_table_are_reported(
     flushes: Shim, file: WatchedFile, path: Path, driver: Driver
 ) -> None:
     for _ in range(256):
@@ -664,7 +666,7 @@ def test_mappings_beyond_the_table_are_told(
             ask()
 
 
-def test_children_are_left_alone(file: WatchedFile, path: Path, driver: Driver) -> None:
+def test_children_are_not_affected(file: WatchedFile, path: Path, driver: Driver) -> None:
     variables = {line.partition("=")[0] for line in driver.shell("env")}
     assert "PATH" in variables
     assert not variables & {"LD_PRELOAD", "PAPRSCM_SHIM"}
@@ -684,7 +686,7 @@ def test_the_ring_keeps_the_last_calls(
     file.wait_begun(1, 5)
     driver.start(Operation.PMEM_PERSIST, path, threads=2, calls=RING // 2)
     file.wait_ended(RING, 60)
-    # Its slot is another call's now, which must not be told to have ended when it did.
+    # Its slot belongs to another call now, whose end must not be overwritten.
     slot = flushes.records(since=RING)[0]
     file.release()
     driver.join()
@@ -702,14 +704,14 @@ def test_the_ring_keeps_the_last_calls(
 def test_a_record_that_was_never_filled_in(
     flushes: Shim, file: WatchedFile, path: Path, driver: Driver
 ) -> None:
-    """As a QEMU leaves it that is killed just then."""
+    """As after a QEMU that was killed at that moment."""
     driver.call(Operation.FSYNC, path)
     flushes._page.begun += 1
     assert [record.number for record in flushes.records()] == [0]
     assert file.counts().begun == 1
 
 
-def test_waits_say_what_was_seen(file: WatchedFile, path: Path, driver: Driver) -> None:
+def test_a_failed_wait_prints_the_counts(file: WatchedFile, path: Path, driver: Driver) -> None:
     file.fail(errno.EIO, nth=1)
     driver.call(Operation.FDATASYNC, path, calls=2)
     assert file.wait_ended(2, 0).failed == 1
@@ -730,12 +732,12 @@ def test_inert_without_a_page(
     for operation in Operation:
         assert driver.call(operation, path) == [0]
     assert driver.real() == [1] * 4
-    # Its standard output is no page of ours, and stays open.
+    # Its standard output is not a page, and stays open.
     assert driver.shell("echo $PAPRSCM_SHIM") == [""]
     driver.end()
 
 
-def test_inert_with_a_file_that_is_no_page(library: Path, program: Path, path: Path) -> None:
+def test_inert_with_a_file_that_is_not_a_page(library: Path, program: Path, path: Path) -> None:
     with path.open("r+") as file:
         os.truncate(path, 0)
         variables = (f"LD_PRELOAD={library}", f"PAPRSCM_SHIM={file.fileno()}")
@@ -744,7 +746,7 @@ def test_inert_with_a_file_that_is_no_page(library: Path, program: Path, path: P
         driver.end()
 
 
-def test_inert_with_a_page_that_is_not_ours(flushes: Shim, program: Path, path: Path) -> None:
+def test_inert_with_a_page_without_our_magic(flushes: Shim, program: Path, path: Path) -> None:
     (handle,) = flushes.pass_fds
     file = flushes.watch(path)
     file.fail(errno.EIO)
@@ -769,7 +771,7 @@ def test_a_library_of_another_source_is_refused(flushes: Shim, program: Path, pa
     driver.end()
 
 
-def test_loaded_tells_the_pid(flushes: Shim, program: Path) -> None:
+def test_loaded_is_the_pid(flushes: Shim, program: Path) -> None:
     assert flushes.loaded is None
     with pytest.raises(CapabilityError, match=r"within 0\.01 s"):
         flushes.require_loaded(0.01)
@@ -779,7 +781,7 @@ def test_loaded_tells_the_pid(flushes: Shim, program: Path) -> None:
 
 
 def test_a_program_started_by_its_loader(flushes: Shim, file: WatchedFile, program: Path) -> None:
-    """As a fetched QEMU is (qemu.py)."""
+    """Like a fetched QEMU (paprscm/vm/binary.py)."""
     with program.open("rb") as binary:
         section = ELFFile(binary).get_section_by_name(".interp")
         assert section is not None
@@ -793,9 +795,9 @@ def test_a_program_started_by_its_loader(flushes: Shim, file: WatchedFile, progr
 
 
 def test_built_once(cache: Cache, library: Path) -> None:
-    made = library.stat()
+    before = library.stat()
     assert sync_shim.build(cache) == library
-    assert library.stat() == made
+    assert library.stat() == before
 
 
 def test_no_compiler(cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -804,10 +806,10 @@ def test_no_compiler(cache: Cache, monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         sync_shim.build(cache)
 
 
-def test_both_sides_have_one_layout(
+def test_both_sides_have_the_same_layout(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: Path
 ) -> None:
-    """What is said of the page in C and in Python cannot differ without notice."""
+    """Different layouts in C and Python fail at compile time."""
     assert library.exists()
     swapped = [(name, kind) for name, kind in sync_shim._RULE._fields_ if name != "hang_mask"]
     rule = sync_shim._struct(
@@ -888,7 +890,7 @@ def test_a_static_program_cannot_load_it(
 
 
 def test_a_script_that_starts_the_program(library: Path, path: Path, tmp_path: Path) -> None:
-    """The shim is loaded into its shell, and lost there."""
+    """The shim is loaded into the script's shell, but not into the program."""
     script = tmp_path / "script"
     script.write_text(f'#!/bin/sh\nexec {compiled(tmp_path)} "$@"\n')
     script.chmod(0o755)
@@ -902,8 +904,8 @@ def test_a_script_that_starts_the_program(library: Path, path: Path, tmp_path: P
         assert not file.is_mapped()
 
 
-# H_SCM_FLUSH of the DIMM in slot 0, five times; each is asked for until it is no longer busy. Then
-# H_CEDE for ever.
+# H_SCM_FLUSH of the DIMM in slot 0, five times; each is polled until it is no longer busy. Then
+# H_CEDE forever.
 FLUSHES = """
 	.globl	_start
 _start:	li	%r20, 5
@@ -976,7 +978,7 @@ def test_qemu_and_its_flushes(
     process = Process(argv, pass_fds=flushes.pass_fds)
     try:
         assert flushes.require_loaded() == process.pid
-        # Not the program that keeps it: a mapping would be in its list.
+        # The shim is mapped in QEMU, but not in its keeper.
         stat = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         assert "flush_shim" in Path(f"/proc/{process.pid}/maps").read_text()
         assert "flush_shim" not in Path(f"/proc/{stat[1]}/maps").read_text()
@@ -990,6 +992,8 @@ def test_qemu_and_its_flushes(
     records = flushes.records()
     assert [record.operation for record in records] == [operation] * 5
     assert process.pid not in {record.thread for record in records}
-    said = capfd.readouterr().err
+    output = capfd.readouterr().err
     failed = 1 if pmem == "off" else 0
-    assert said.count("Could not sync nvdimm to backend file: Input/output error") == failed, said
+    assert output.count("Could not sync nvdimm to backend file: Input/output error") == failed, (
+        output
+    )

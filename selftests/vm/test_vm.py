@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A QEMU that hangs up is judged by its end, which comes a moment later."""
+"""A QEMU that closes its monitor is judged by its exit, which follows later."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paprscm.errors import ContractError, GuestLostError, KilledError
 from paprscm.vm.backing_files import ScratchFiles
 from paprscm.vm.vm import Vm
 
-# Greets, agrees, closes its monitor, and ends half a second later, as told.
+# Greet, negotiate, close the monitor, and end half a second later in the given way.
 QEMU = """
 import json, os, socket, sys, time
 [end, _option, chardev, *_rest] = sys.argv[1:]
@@ -40,7 +40,7 @@ def with_end(folder: Path, end: str) -> Iterator[Vm]:
 @pytest.mark.parametrize(
     "end", ["os.kill(os.getpid(), 9)", "print('q: terminating on signal 15 from pid 1 (init)')"]
 )
-def test_a_signal_from_outside_is_seen_behind_a_monitor_that_hung_up(
+def test_a_signal_from_outside_is_detected_after_the_monitor_closed(
     tmp_path: Path, end: str
 ) -> None:
     with pytest.raises(KilledError, match="from outside"), with_end(tmp_path, end) as vm:
@@ -48,7 +48,7 @@ def test_a_signal_from_outside_is_seen_behind_a_monitor_that_hung_up(
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 11)", "sys.exit(1)", "sys.exit(0)"])
-def test_an_end_of_its_own_is_the_products(tmp_path: Path, end: str) -> None:
+def test_its_own_exit_is_a_contract_error(tmp_path: Path, end: str) -> None:
     with pytest.raises(ContractError) as caught, with_end(tmp_path, end) as vm:
         vm.qmp.execute("query-status")
     assert isinstance(caught.value, GuestLostError)

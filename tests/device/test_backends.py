@@ -47,21 +47,23 @@ class Backends(PaprScmTest):
         return self.boot(Machine(nvdimms=nvdimms), shim=self.watcher)
 
     def disk(self, guest: Guest, slot: int) -> str:
-        """Make a raw namespace of the whole DIMM; its disk."""
-        found = wait_for_region(guest, slot)
-        return create_namespace(guest, found, mode="raw").disk.path
+        """Create a raw namespace on the whole DIMM; return its disk."""
+        region = wait_for_region(guest, slot)
+        return create_namespace(guest, region, mode="raw").disk.path
 
     def stored(self, guest: Guest, disk: str, byte: int, syncs: WatchedFile) -> None:
         """Write a page to the start of a disk and sync it, which must succeed."""
         before = syncs.counts().ended
-        made = persist(guest, disk, f"write=0:{PAGE}:{byte}", "fsync", f"store=1:1:{byte}", "fsync")
-        self.expect("steps with an error", [str(step) for step in made if step.errno], [])
+        steps = persist(
+            guest, disk, f"write=0:{PAGE}:{byte}", "fsync", f"store=1:1:{byte}", "fsync"
+        )
+        self.expect("steps with an error", [str(step) for step in steps if step.errno], [])
         count = syncs.counts().ended - before
         self.expect("syncs of two fsyncs", count, at_least(2))
         self.usual("syncs of two fsyncs", count, 2)
 
     def begins(self, file: Path) -> set[int]:
-        """The different bytes of the first page of a file."""
+        """Distinct byte values in the first page of a file."""
         with file.open("rb") as opened:
             return set(opened.read(PAGE))
 
@@ -73,11 +75,11 @@ class Backends(PaprScmTest):
             disk = self.disk(guest, nvdimm.slot)
             self.stored(guest, disk, 0xA5, guest.vm.syncs(nvdimm.slot))
         self.expect("bytes of the control", self.begins(guest.file(GOOD.slot)), {0xA5})
-        found = self.begins(guest.file(private.slot))
+        first_bytes = self.begins(guest.file(private.slot))
         blocks = guest.file(private.slot).stat().st_blocks
         self.known_issue(
             "qemu-nvdimm-share-off",
-            shows=found != {0xA5},
+            shows=first_bytes != {0xA5},
             found=f"two fsyncs succeeded, two fdatasyncs were made, the file has {blocks} blocks",
         )
 
@@ -90,18 +92,18 @@ class Backends(PaprScmTest):
         files = [fd for fd in fds.iterdir() if "memory-backend-memfd" in str(fd.readlink())]
         if len(files) != 1:
             raise HostError(f"QEMU has {len(files)} files for one memory-backend-memfd")
-        # It is mapped already; but only msync and pmem_persist would have to know where.
+        # QEMU has mapped it already; only msync and pmem_persist would need to know the address.
         syncs = self.watcher.watch(files[0])
         guest.qmp.execute("device_add", **volatile.frontend())
         self.stored(guest, self.disk(guest, volatile.slot), 0xA5, syncs)
         fdatasyncs = syncs.counts(Operation.FDATASYNC).ended
         self.check("fdatasyncs of all syncs", fdatasyncs, syncs.counts().ended)
         self.check("bytes of the file", self.begins(files[0]), {0xA5})
-        names = files[0].stat().st_nlink
+        links = files[0].stat().st_nlink
         self.known_issue(
             "qemu-nvdimm-on-volatile-file",
-            shows=not names,
-            found=f"two fsyncs succeeded, and the file they went to has {names} names",
+            shows=not links,
+            found=f"two fsyncs succeeded, but their file has {links} links",
         )
 
     def test_file_used_twice(self) -> None:
@@ -111,20 +113,20 @@ class Backends(PaprScmTest):
         guest = self.machine(GOOD, first, second)
         good, *disks = (self.disk(guest, nvdimm.slot) for nvdimm in (GOOD, first, second))
         if guest.vm.syncs(2) is not guest.vm.syncs(3):
-            raise HostError("the shim takes one file for two")
+            raise HostError("the shim counts two DIMMs on one file as two files")
         self.stored(guest, good, 0x33, guest.vm.syncs(GOOD.slot))
         for disk, byte in zip(disks, (0xA5, 0x5A), strict=True):
             self.stored(guest, disk, byte, guest.vm.syncs(2))
         guest.succeed("echo 3 > /proc/sys/vm/drop_caches")
         read = f"read=0:{PAGE}"
-        (kept,) = persist(guest, good, read)
-        self.expect("byte of the control", kept.byte, 0x33)
-        (found,) = persist(guest, disks[0], read)
+        (control,) = persist(guest, good, read)
+        self.expect("byte of the control", control.byte, 0x33)
+        (read_back,) = persist(guest, disks[0], read)
         self.known_issue(
             "qemu-nvdimm-file-used-twice",
-            shows=found.byte != 0xA5,
+            shows=read_back.byte != 0xA5,
             found=f"0xa5 was synced to the first DIMM, 0x5a to the second; the first has "
-            f"{found.byte:#x}",
+            f"{read_back.byte:#x}",
         )
 
     def test_pmem_override(self) -> None:
@@ -143,7 +145,7 @@ class Backends(PaprScmTest):
             disk, syncs = self.disk(guest, nvdimm.slot), guest.vm.syncs(nvdimm.slot)
             hcalls = count_hcalls(guest)
             self.stored(guest, disk, 0xA5, syncs)
-            # Both ask the hypervisor.
+            # Both DIMMs are flushed by hcall.
             self.expect("hcalls of two fsyncs", count_hcalls(guest) - hcalls, at_least(4))
             ended = {o.name.lower(): syncs.counts(o).ended for o in Operation}
             counts[nvdimm] = {name: count for name, count in ended.items() if count}
@@ -153,14 +155,14 @@ class Backends(PaprScmTest):
         self.known_issue(
             "qemu-pmem-override-syncs-nothing",
             shows=set(counts[override]) == {"pmem_persist"},
-            found=f"two fsyncs succeeded, and all that QEMU called is {counts[override]}",
+            found=f"two fsyncs succeeded, but QEMU called only {counts[override]}",
         )
 
     def expect_store_to_end(self, guest: Guest, disk: str, cause: str, *steps: str) -> None:
-        """Make stores that the host cannot take; they must fail, and the machine must go on."""
-        # At the host's file these calls would be EIO or ENOSPC; here there is no call.
+        """Make stores that the host cannot back; they must fail, and QEMU must keep running."""
+        # A write(2) on the host would fail with EIO or ENOSPC; a store has no return value.
         try:
-            made = persist(guest, disk, *steps)
+            results = persist(guest, disk, *steps)
         except GuestLostError:
             status = guest.process.wait(10)
             if status is None:
@@ -168,31 +170,31 @@ class Backends(PaprScmTest):
             guest.kill()
             if status != -signal.SIGBUS:
                 raise
-            found = f"{cause}, and QEMU ended, {describe_status(status)}"
+            outcome = f"{cause}, and QEMU ended, {describe_status(status)}"
         else:
-            steps_made = ", ".join(map(str, made))
-            if not any(step.errno for step in made):
-                raise ContractError(f"{cause}, and the guest got success: {steps_made}")
-            status, found = 0, f"{cause}, and the guest got {steps_made}"
-        self.known_issue("qemu-nvdimm-sigbus", shows=status != 0, found=found)
+            in_words = ", ".join(map(str, results))
+            if not any(step.errno for step in results):
+                raise ContractError(f"{cause}, and the guest got success: {in_words}")
+            status, outcome = 0, f"{cause}, and the guest got {in_words}"
+        self.known_issue("qemu-nvdimm-sigbus", shows=status != 0, found=outcome)
 
     def test_truncated(self) -> None:
-        """A guest whose DIMM's file was truncated goes on, and its stores fail with an error."""
+        """After its DIMM's file is truncated, a guest keeps running, and its stores fail."""
         guest = self.machine(GOOD)
         disk, syncs = self.disk(guest, GOOD.slot), guest.vm.syncs(GOOD.slot)
         self.stored(guest, disk, 0xA5, syncs)
         os.truncate(guest.file(GOOD.slot), PAGE)
         self.expect("bytes of the rest", self.begins(guest.file(GOOD.slot)), {0xA5})
-        # The part that is left can still be synced.
+        # The remaining part can still be synced.
         self.stored(guest, disk, 0x5A, syncs)
         steps = f"write={SMALL // 2}:{PAGE}:1", "fsync"
         self.expect_store_to_end(guest, disk, "the file was truncated", *steps)
         self.check("bytes of the rest", self.begins(guest.file(GOOD.slot)), {0x5A})
 
     def test_full_file_system(self) -> None:
-        """A guest goes on when the host's file system is full; its stores fail with an error.
+        """When the host's file system is full, a guest keeps running, and its stores fail.
 
-        Data that were synced before are in the file.
+        Data that were synced before stay in the file.
         """
         if os.geteuid() != 0:
             raise CapabilityError("only root can mount a small file system", hint="run as root")

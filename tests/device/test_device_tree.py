@@ -12,7 +12,7 @@ from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_ON
 from paprscm.vm.machine import MIB, Machine, Nvdimm, in_words
 
-# Sizes and label sizes differ, so that one DIMM cannot be taken for another.
+# Sizes and label sizes differ, so that a test cannot confuse two DIMMs.
 KINDS = (
     PMEM_ON.at(0),
     Nvdimm(slot=1, size_bytes=768 * MIB, label_bytes=256 << 10),
@@ -46,13 +46,13 @@ class DeviceTree(PaprScmTest):
             "ibm,hcall-flush-required": (node.hcall_flush_required, by_hcall),
             "size": (region.size_bytes, nvdimm.size_bytes),
             "deep_flush": (region.deep_flush, "1" if by_hcall else "0"),
-            # Only a region with a flush of its own has a deep_flush to write to (region_visible).
+            # deep_flush is writable only for a region with a flush callback (region_visible).
             "mode of deep_flush": (region.deep_flush_mode, 0o644 if by_hcall else 0o444),
             "persistence_domain": (region.persistence_domain, "memory_controller"),
             "read_only": (region.read_only, False),
             "queue/dax": (disk.dax, "1"),
         }
-        # A disk that needs no flush may have a write cache or not.
+        # A write cache is optional for a disk that does not need flushes.
         if by_hcall:
             table["queue/write_cache"] = (disk.write_cache, "write back")
         for name, (found, expected) in table.items():

@@ -35,13 +35,13 @@ from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.machine import GIB, MIB
 
-# How many machines the properties are tried on, at least; how many QEMUs at once.
+# Minimum number of machines for the properties; number of concurrent QEMUs.
 MACHINES = 500
 AT_ONCE = 2
-# How long to look for a simpler machine that shows the same.
+# Time limit for finding a simpler machine with the same fault.
 SIMPLER_S = 60.0
 
-# What is behind the smallest DIMM.
+# Backend of the smallest DIMM.
 PLAIN = RawBackend(SCM_BLOCK_SIZE + SCM_MIN_LABEL_SIZE)
 
 UUID = "6f1c7a52-3a0e-4b43-9a1f-5a7e61f0c9%02x"
@@ -54,7 +54,7 @@ def dimms_of(
     nodes: tuple[int, ...] = (),
     distances: tuple[tuple[int, int, int], ...] = (),
 ) -> RawMachine:
-    """A machine with these DIMMs, each with its own backend and uuid, and room for all."""
+    """A machine with these DIMMs, each with its own backend and uuid, and maxmem for all."""
     backends, dimms = [], []
     for number, (backend, dimm) in enumerate(pairs):
         backends.append(backend)
@@ -73,26 +73,26 @@ def dimms_of(
 
 
 class TreeTest(QemuTest):
-    """Base of the tests of the tree: try machines, and judge their trees."""
+    """Base of the device-tree tests: try machines, and judge their trees."""
 
     timeout = 500
 
     def setUp(self) -> None:
-        """Prepare the results of the machines."""
+        """Create empty results and the thread pool."""
         super().setUp()
         self.verdicts: dict[RawMachine, str | None] = {}
-        """Faults of each machine that was tried; None: none."""
+        """Faults of each machine that was tried, or None."""
         self.outcomes: Counter[str] = Counter()
         self.unusual: set[str] = set()
-        """Messages in words that were not seen so far."""
+        """Messages of QEMU whose text differs from the known one."""
         self.end_s: float | None = None
-        """When to try no more, after something was wrong."""
-        # Avocado makes it when it is asked for, and must not be asked by two threads at once.
+        """Time after a first fault at which no more machines are tried."""
+        # Avocado creates workdir at the first access, which is not thread-safe.
         self.place = Path(self.workdir)
         self.pool = self.leave.enter_context(ThreadPoolExecutor(AT_ONCE))
 
     def attempt(self, machine: RawMachine) -> Attempt:
-        """Let QEMU make the machine, and ask it for its DIMMs."""
+        """Start the machine in QEMU, and query its DIMMs."""
         with tempfile.TemporaryDirectory(dir=self.place) as folder:
             for name, size in machine.files().items():
                 with (Path(folder) / name).open("wb") as file:
@@ -106,24 +106,24 @@ class TreeTest(QemuTest):
             )
 
     def tried(self, machine: RawMachine) -> str | None:
-        """Faults of the machine's tree, or None; the same machine is tried only once."""
+        """Faults of the machine's tree, or None; each machine is tried only once."""
         if machine not in self.verdicts:
             if self.end_s is not None and time.monotonic() > self.end_s:
                 return None
             prediction = predict(machine, has_override=self.qemu.has_pmem_override)
-            found = self.attempt(machine)
-            named = [reason.name for reason in RefusalReason if reason.is_in(found.text)]
-            self.outcomes["accepted" if found.accepted else " and ".join(named)] += 1
+            outcome = self.attempt(machine)
+            named = [reason.name for reason in RefusalReason if reason.is_in(outcome.text)]
+            self.outcomes["accepted" if outcome.accepted else " and ".join(named)] += 1
             try:
-                self.verdicts[machine] = judge_attempt(machine, prediction, found)
+                self.verdicts[machine] = judge(machine, prediction, outcome)
             except ContractError as error:
                 self.verdicts[machine] = str(error)
-            if self.verdicts[machine] is None and (other := unusual_messages(prediction, found)):
-                self.unusual.add(other)
+            if self.verdicts[machine] is None and (message := unusual(prediction, outcome)):
+                self.unusual.add(message)
         return self.verdicts[machine]
 
     def remark_unusual(self) -> None:
-        """End as WARN for messages with another text; only the first few, as numbers differ."""
+        """End as WARN if messages have another text; print the first few."""
         if self.unusual:
             first = "\n".join(sorted(self.unusual)[:5])
             self.remark(f"{len(self.unusual)} messages of QEMU, the first:\n{first}")
@@ -132,7 +132,7 @@ class TreeTest(QemuTest):
         """Try machines, several concurrently.
 
         Raises:
-            ContractError: one of them is not what it must be; with a command for a person.
+            ContractError: a machine's tree is wrong; the message has a command that reproduces it.
         """
         for machine, wrong in zip(machines, self.pool.map(self.tried, machines), strict=True):
             if wrong is not None:
@@ -152,7 +152,7 @@ class EveryKind(TreeTest):
         """All combinations that this QEMU supports, with different sizes."""
         on_off = (False, True)
         pmem = on_off if self.qemu.has_pmem else (False,)
-        found: list[tuple[RawBackend, RawDimm]] = []
+        combinations: list[tuple[RawBackend, RawDimm]] = []
         for driver, is_pmem, override, share, unarmed, label, node in itertools.product(
             ("spapr-nvdimm", "nvdimm"),
             pmem,
@@ -164,10 +164,10 @@ class EveryKind(TreeTest):
         ):
             if driver == "nvdimm" and override:
                 continue
-            blocks = 1 + len(found) % 3
+            blocks = 1 + len(combinations) % 3
             # A file has whole pages; QEMU does not use the rest of the last one.
             size = blocks * SCM_BLOCK_SIZE + -(-label // PAGESIZE) * PAGESIZE
-            found.append(
+            combinations.append(
                 (
                     RawBackend(size_bytes=size, share=share, pmem=is_pmem),
                     RawDimm(
@@ -179,13 +179,13 @@ class EveryKind(TreeTest):
                     ),
                 )
             )
-        return found
+        return combinations
 
     def machines_of(self, count: int) -> list[RawMachine]:
-        """Machines with this number of DIMMs each, which together have every combination."""
+        """Machines with `count` DIMMs each that together cover every combination."""
         kinds = self.kinds()
         nodes = (256 * MIB, 256 * MIB)
-        # The same number in each of them: the last ones begin again from the front.
+        # The last machine is filled up with the first combinations.
         starts = range(0, len(kinds), count)
         return [dimms_of((kinds + kinds)[n : n + count], nodes=nodes) for n in starts]
 
@@ -222,13 +222,13 @@ class AnyMachine(TreeTest):
     """
 
     def test_machines(self) -> None:
-        """QEMU refuses an invalid machine with the reason; the tree of a valid one is as asked."""
+        """QEMU refuses an invalid machine with the reason; a valid one has the expected tree."""
         source = self.random()
         began = time.monotonic()
-        # Of eight machines four have a flaw, a different one each, and three have none.
+        # Eight machines per batch: up to four with one flaw each, one of any kind, the rest valid.
         reasons = [reason for reason in RefusalReason if reason in FLAWS]
         groups = [reasons[n : n + 4] for n in range(0, len(reasons), 4)]
-        # The first of each group are the simplest ones, and the same as in the others.
+        # Two more, because each group begins with the same, simplest machines.
         examples = MACHINES // (8 * len(groups)) + 2
         try:
             for group in groups:
@@ -237,14 +237,14 @@ class AnyMachine(TreeTest):
             self.measure("machines", sum(self.outcomes.values()))
             self.measure("outcomes", dict(self.outcomes.most_common()))
             self.measure("duration_s", round(time.monotonic() - began, 1))
-        # Each comes alone in as many machines as there are examples, so none can be missed.
+        # Each reason is the only one in as many machines as there are examples.
         unseen = [
             r.name
             for r in reasons
-            if not any(r.name in said.split(" and ") for said in self.outcomes)
+            if not any(r.name in names.split(" and ") for names in self.outcomes)
         ]
         self.remark_unusual()
-        # A reason that was reworded cannot be recognised.
+        # A reason with another text is not recognised.
         if unseen and not self.unusual:
             raise ContractError(f"QEMU never gave the reason {', '.join(unseen)}")
         if 10 * self.outcomes["accepted"] < 3 * sum(self.outcomes.values()):
@@ -274,7 +274,7 @@ class AnyMachine(TreeTest):
         def look(machines: tuple[RawMachine, ...]) -> None:
             self.try_all(machines)
 
-        # Hypothesis keeps what it knows of Unicode there.
+        # Hypothesis stores its Unicode tables there.
         set_hypothesis_home_dir(self.place / "hypothesis")
         look()
 
@@ -297,21 +297,21 @@ class Distances(TreeTest):
                     wrong[away] = seen
         at_limits = {11: 160, 31: 160, 61: 160}
         if wrong and wrong != at_limits:
-            raise ContractError(f"by the distance that was asked for, Linux sees {wrong}")
+            raise ContractError(f"Linux's distance by configured distance: {wrong}")
         self.known_issue(
             "qemu-numa-distance-11-31-61",
             shows=bool(wrong),
-            found=f"wrong distances, by the one that was asked for: {wrong}",
+            found=f"wrong distances, by configured distance: {wrong}",
         )
 
     def distance_of(self, away: int) -> int:
-        """Linux's distance of two DIMMs whose nodes have the distance `away`."""
+        """Linux's distance between two DIMMs whose nodes have the distance `away`."""
         pairs = [(PLAIN, RawDimm(node=node)) for node in (0, 1)]
         nodes = (256 * MIB, 256 * MIB)
-        found = self.attempt(dimms_of(pairs, nodes=nodes, distances=((0, 1, away),)))
-        if not found.accepted:
-            raise ContractError(f"a distance of {away} was {found}")
-        tree = parse_tree(found.tree or b"")
+        outcome = self.attempt(dimms_of(pairs, nodes=nodes, distances=((0, 1, away),)))
+        if not outcome.accepted:
+            raise ContractError(f"a distance of {away} was {outcome}")
+        tree = parse(outcome.tree or b"")
         cells = [tree.nvdimms[drc_index(n)].cells("ibm,associativity") for n in (0, 1)]
         if [c[-1] for c in cells] != [0, 1] or list(numa_differences(tree)):
             raise ContractError(f"at a distance of {away} the nodes 0 and 1 are {cells}")

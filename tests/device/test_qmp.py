@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""NVDIMMs in QEMU's monitor: its reports, hotplug, and refused commands; no guest runs.
+"""NVDIMMs in QEMU's monitor: reports, hotplug and refused commands; no guest runs.
 
 QEMU's side is hw/mem/pc-dimm.c, hw/mem/nvdimm.c, hw/core/qdev.c and hw/ppc/spapr_nvdimm.c. The
 refusals are those of the command line (paprscm/device/refusal_rows.py), and must change nothing;
@@ -34,7 +34,7 @@ NO_UUID = "00000000-0000-0000-0000-000000000000"
 GOOD = PMEM_OFF.at(1)
 """The DIMM that is plugged, or that a changed property makes QEMU refuse."""
 
-# The row of refusal_rows.py, and what is changed of GOOD's device; None leaves a property out.
+# By row of refusal_rows.py: the changed properties of GOOD's device; None removes a property.
 BAD_DEVICES: Mapping[str, Mapping[str, str | int | None]] = {
     "slot in use": {"slot": 0},
     "slot 9 of 4": {"slot": 9},
@@ -54,9 +54,9 @@ BAD_DEVICES: Mapping[str, Mapping[str, str | int | None]] = {
     "address in use": {"addr": GIB},
     "address not in whole pages": {"addr": 2 * GIB + 1},
 }
-# The same of GOOD's backend.
+# The same for GOOD's backend.
 BAD_BACKENDS: Mapping[str, Mapping[str, str | int | None]] = {
-    # With share=on it is taken, see known_issues/qemu-nvdimm-on-volatile-file.
+    # With share=on QEMU accepts it: known_issues/qemu-nvdimm-on-volatile-file.md.
     "backend in memory": {"qom-type": "memory-backend-ram", "mem-path": None, "share": False},
     "read-only, but armed": {"readonly": True},
     "size no multiple": {"size": 300 * MIB},
@@ -81,24 +81,24 @@ FIXED: Mapping[tuple[str, str], object] = {
     ("/objects/mem0", "offset"): 4096,
     ("/objects/mem0", "rom"): "on",
 }
-"""Properties by QOM path and name, with a value that they do not have."""
+"""Properties by QOM path and name, with a value other than the current one."""
 
 
 def changed(properties: Properties, change: Mapping[str, str | int | None]) -> dict[str, Any]:
-    """The properties with some changed, and those that are None left out."""
+    """The properties with some changed; a property changed to None is removed."""
     return {name: value for name, value in {**properties, **change}.items() if value is not None}
 
 
 def state(vm: Vm) -> dict[str, Any]:
-    """The monitor's reports about memory, slots and devices."""
+    """The monitor's reports of memory, slots and devices."""
     qmp = vm.qmp
-    found = {name: qmp.execute(name) for name in ("query-memory-devices", "query-memdev")}
-    found["query-memory-size-summary"] = qmp.execute("query-memory-size-summary")
+    reports = {name: qmp.execute(name) for name in ("query-memory-devices", "query-memdev")}
+    reports["query-memory-size-summary"] = qmp.execute("query-memory-size-summary")
     for line in ("info memory_size_summary", "info ramblock"):
-        found[line] = qmp.hmp(line)
+        reports[line] = qmp.hmp(line)
     for path in ("/machine/peripheral", "/objects"):
-        found[path] = sorted(item["name"] for item in qmp.execute("qom-list", path=path))
-    return found
+        reports[path] = sorted(item["name"] for item in qmp.execute("qom-list", path=path))
+    return reports
 
 
 def plugged(vm: Vm) -> dict[str, dict[str, Any]]:
@@ -115,7 +115,7 @@ def dump_tree(vm: Vm) -> bytes:
 
 
 def reset(vm: Vm, slot: int) -> bytes:
-    """Reset the machine, and wait for the tree that has the DIMM that was plugged before.
+    """Reset the machine, and wait for a device tree with the DIMM that was plugged before.
 
     Returns: the tree.
     """
@@ -172,7 +172,7 @@ class DeviceQmp(QemuTest):
             self.remark(f"refusal of {what}: {text!r}, expected {reason_patterns(reasons)}")
 
     def check_state(self, what: str, vm: Vm, before: Mapping[str, Any]) -> None:
-        """Check that the monitor reports the same of memory, slots and devices as before."""
+        """Check that memory, slots and devices in the monitor are the same as before."""
         after = state(vm)
         for name, value in before.items():
             self.check(f"{what}: {name}", after[name], value)
@@ -199,11 +199,11 @@ class DeviceQmp(QemuTest):
         properties = [(path, name, value) for name, value in expected.items()]
         properties += [(memdev, name, value) for name, value in backend.items()]
         properties += [(memdev, "type", backend["qom-type"])]
-        for where, name, value in properties:
-            # Those of the command line only.
+        for owner, name, value in properties:
+            # These exist on the command line only.
             if name not in ("driver", "id", "qom-type"):
-                found = vm.qmp.execute("qom-get", path=where, property=name)
-                self.check(f"{where}.{name}", found, value)
+                current = vm.qmp.execute("qom-get", path=owner, property=name)
+                self.check(f"{owner}.{name}", current, value)
         names = ("memdev", "slot", "size", "node", "hotplugged", "hotpluggable")
         entry = {"kind": "nvdimm", "id": identity, **{name: expected[name] for name in names}}
         entry["addr"] = vm.qmp.execute("qom-get", path=path, property="addr")
@@ -211,7 +211,7 @@ class DeviceQmp(QemuTest):
 
     def test_told_as_asked(self) -> None:
         """Monitor and device tree report the DIMMs of the command line, also after a reset."""
-        there = (
+        at_boot = (
             Nvdimm(slot=2, size_bytes=768 * MIB, label_bytes=256 << 10, unarmed=True),
             Nvdimm(slot=0, uuid="7f9b6a0e-52f5-4d0a-8d5c-0c3f1f0b9a11"),
             PLAIN.at(1, SMALL),
@@ -222,7 +222,7 @@ class DeviceQmp(QemuTest):
             pmem_override=self.qemu.has_pmem_override,
             size_bytes=1024 * MIB,
         )
-        vm = self.vm(Machine(memory_mib=256, slots=4, nvdimms=there))
+        vm = self.vm(Machine(memory_mib=256, slots=4, nvdimms=at_boot))
         nodes = {
             nvdimm.drc: expected_node(
                 slot=nvdimm.slot,
@@ -234,11 +234,11 @@ class DeviceQmp(QemuTest):
                 size_bytes=nvdimm.size_bytes,
                 associativity=associativity(0),
             )
-            for nvdimm in (*there, later)
+            for nvdimm in (*at_boot, later)
         }
 
         def compare(tree: bytes, with_later: bool) -> None:
-            for nvdimm in (*there, later) if with_later else there:
+            for nvdimm in (*at_boot, later) if with_later else at_boot:
                 self.check_dimm(vm, nvdimm, hotplugged=nvdimm is later)
             expected = {drc: node for drc, node in nodes.items() if with_later or drc != later.drc}
             for line in judge_persistent_memory(parse_tree(tree), slots=4, nvdimms=expected):
@@ -253,9 +253,13 @@ class DeviceQmp(QemuTest):
         ranges = sorted((entry["addr"], entry["size"]) for entry in plugged(vm).values())
         for (address, size), (following, _) in itertools.pairwise((*ranges, (1 << 64, 0))):
             wrong = address < GIB or address % SCM_BLOCK_SIZE or address + size > following
-            self.check(f"{address:#x} is a wrong address in {ranges}", bool(wrong), False)
+            self.check(
+                f"{address:#x} is outside its window, unaligned or overlaps, in {ranges}",
+                bool(wrong),
+                False,
+            )
         summary = vm.qmp.execute("query-memory-size-summary")
-        total = sum(nvdimm.size_bytes for nvdimm in (*there, later))
+        total = sum(nvdimm.size_bytes for nvdimm in (*at_boot, later))
         expected = {"base-memory": 256 * MIB, "plugged-memory": total}
         self.check("query-memory-size-summary", summary, expected)
 
@@ -268,7 +272,7 @@ class DeviceQmp(QemuTest):
             for path in ("/machine/peripheral/nv0", "/objects/mem0")
         }
         for (path, name), value in FIXED.items():
-            # Some have come later, or need libpmem.
+            # Some properties are newer than QEMU 7.0, or need libpmem.
             if name not in existing[path]:
                 continue
             what, words = f"{path}.{name}", {"path": path, "property": name}
@@ -277,21 +281,23 @@ class DeviceQmp(QemuTest):
             self.check(f"{what} afterwards", vm.qmp.execute("qom-get", **words), before)
 
     def test_uuid_is_fixed(self) -> None:
-        """The uuid of a DIMM cannot be set after its creation, also not to zeros."""
+        """The uuid of a DIMM cannot be changed after its creation, not even to zeros."""
         vm = self.vm(Machine(memory_mib=256, nvdimms=(PMEM_OFF,)))
         path = "/machine/peripheral/nv0"
-        taken = []
+        accepted = []
         for uuid in ("7f9b6a0e-52f5-4d0a-8d5c-0c3f1f0b9a11", NO_UUID):
             try:
                 vm.qmp.execute("qom-set", path=path, property="uuid", value=uuid)
             except RefusedError:
                 continue
-            taken.append(uuid)
-        found = f"qom-set makes the uuid of a running DIMM {' or '.join(taken) or 'nothing else'}"
-        self.known_issue("qemu-nvdimm-uuid-settable", shows=bool(taken), found=found)
+            accepted.append(uuid)
+        found = (
+            f"qom-set makes the uuid of a running DIMM {' or '.join(accepted) or 'nothing else'}"
+        )
+        self.known_issue("qemu-nvdimm-uuid-settable", shows=bool(accepted), found=found)
 
     def test_realized_is_fixed(self) -> None:
-        """A DIMM cannot be removed by its property realized."""
+        """A DIMM cannot be removed by setting its property realized to off."""
         vm = self.vm(Machine(memory_mib=256, nvdimms=(PMEM_OFF,)))
         issue, path = "qemu-nvdimm-unrealize-by-qom-set", "/machine/peripheral/nv0"
         try:
@@ -304,8 +310,8 @@ class DeviceQmp(QemuTest):
             vm.qmp.execute("qom-set", path=path, property="realized", value=True)
         except GuestLostError:
             status = vm.process.wait(5)
-            how = "is stuck" if status is None else describe_status(status)
-            found += f"; realized=on again: QEMU {how}:\n{vm.says()}"
+            end = "is stuck" if status is None else describe_status(status)
+            found += f"; realized=on again: QEMU {end}:\n{vm.says()}"
         self.known_issue(issue, shows=True, found=found)
 
     def test_hotplug_refusals(self) -> None:
@@ -349,7 +355,9 @@ class DeviceQmp(QemuTest):
         except RefusedError as error:
             self.check_reason("device_add", error.text, [RefusalReason.NO_SPACE])
         else:
-            raise ContractError(f"QEMU finds room for {SCM_BLOCK_SIZE} bytes more than there is")
+            raise ContractError(
+                f"QEMU accepts a DIMM of {SCM_BLOCK_SIZE} bytes more than maxmem leaves"
+            )
         self.check_state("after the refusal", vm, before)
         self.checkpoint()
         vm.plug(PMEM_OFF.at(1, room))
@@ -360,9 +368,9 @@ class DeviceQmp(QemuTest):
         with file.open("wb") as opened:
             opened.truncate(GOOD.file_bytes)
         commands = (("object-add", GOOD.backend(file)), ("device_add", GOOD.frontend()))
-        found = attempt(self.qemu, board(), machine="nvdimm=off", commands=commands)
-        found.returned(0)
-        self.check_answer("device_add", found.answers[1], [RefusalReason.NVDIMM_OFF])
+        outcome = attempt(self.qemu, board(), machine="nvdimm=off", commands=commands)
+        outcome.returned(0)
+        self.check_answer("device_add", outcome.answers[1], [RefusalReason.NVDIMM_OFF])
 
     def test_unplug(self) -> None:
         """device_del of a DIMM is always refused, and the DIMM stays."""
@@ -380,7 +388,7 @@ class DeviceQmp(QemuTest):
         """32 DIMMs can be plugged, each in its slot; a 33rd is refused."""
         commands: list[tuple[str, Mapping[str, Any]]] = []
         for number in range(MAX_SLOTS + 1):
-            # There is no Nvdimm for a 33rd slot; QEMU chooses here.
+            # Nvdimm does not allow a 33rd slot, so QEMU chooses the slots.
             nvdimm = PMEM_OFF.at(number % MAX_SLOTS, SMALL)
             file = Path(self.workdir) / f"file{number}"
             with file.open("wb") as opened:
@@ -391,12 +399,12 @@ class DeviceQmp(QemuTest):
             commands.append(("device_add", changed(nvdimm.frontend(), names)))
         commands.append(("query-memory-devices", {}))
         memory = f"256M,slots={MAX_SLOTS},maxmem=16G"
-        found = attempt(self.qemu, board(memory=memory), commands=commands)
-        self.measure("duration_s", found.duration_s)
+        outcome = attempt(self.qemu, board(memory=memory), commands=commands)
+        self.measure("duration_s", outcome.duration_s)
         for number in range(len(commands) - 2):
-            found.returned(number)
-        self.check_answer("33rd device_add", found.answers[-2], [RefusalReason.NO_FREE_SLOT])
-        entries = [entry["data"] for entry in found.returned(len(commands) - 1)]
+            outcome.returned(number)
+        self.check_answer("33rd device_add", outcome.answers[-2], [RefusalReason.NO_FREE_SLOT])
+        entries = [entry["data"] for entry in outcome.returned(len(commands) - 1)]
         dimms = sorted((entry["slot"], entry["id"], entry["addr"]) for entry in entries)
         expected = [(n, f"nv{n}", GIB + n * SCM_BLOCK_SIZE) for n in range(MAX_SLOTS)]
         self.check("slot, id and address of each DIMM", dimms, expected)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""QEMU refuses invalid command lines of NVDIMMs with a reason; no guest runs.
+"""QEMU refuses invalid NVDIMM command lines with a reason; no guest runs.
 
-Most of it is hw/ppc/spapr_nvdimm.c (spapr_nvdimm_validate), hw/mem/nvdimm.c and hw/mem/pc-dimm.c;
-the command lines are in paprscm/device/refusal_rows.py, QEMU's reasons in refusals.py. The contract
-is an orderly refusal (exit status 1) with a message; another reason than expected ends a test as
-WARN.
+The checks are mostly in hw/ppc/spapr_nvdimm.c (spapr_nvdimm_validate), hw/mem/nvdimm.c and
+hw/mem/pc-dimm.c; the command lines are in paprscm/device/refusal_rows.py, QEMU's reasons in
+refusals.py. The contract is an orderly refusal (exit status 1) with a message; a refusal for
+another reason than expected ends a test as WARN.
 """
 
 import mmap
@@ -45,7 +45,7 @@ class Validation(QemuTest):
 
     def setUp(self) -> None:
         super().setUp()
-        # QEMU names a file as the kernel does.
+        # QEMU prints the resolved path.
         self.places = make_files(Path(self.workdir).resolve())
 
     def attempt(self, words: Sequence[str], *, machine: str = "") -> Attempt:
@@ -68,12 +68,12 @@ class Validation(QemuTest):
 
     def pin(self, issue: str, cases: Mapping[str, Sequence[str]]) -> None:
         """Each command line should be refused, but a known issue lets some of them pass."""
-        found = {name: self.attempt(words) for name, words in cases.items()}
-        for name, outcome in found.items():
+        outcomes = {name: self.attempt(words) for name, words in cases.items()}
+        for name, outcome in outcomes.items():
             self.expect_end(name, outcome)
-        taken = [name for name, outcome in found.items() if outcome.accepted]
-        words = f"QEMU takes {', '.join(taken)}" if taken else "QEMU refuses all of it"
-        self.conclude(issue, shows=bool(taken), found=words)
+        accepted = [name for name, outcome in outcomes.items() if outcome.accepted]
+        text = f"QEMU accepts {', '.join(accepted)}" if accepted else "QEMU refuses all of them"
+        self.conclude(issue, shows=bool(accepted), found=text)
 
     def expect_end(self, what: str, outcome: Attempt, *, accepted: bool = True) -> None:
         """End the test unless QEMU refuses the command line, or (if `accepted`) accepts it."""
@@ -81,7 +81,7 @@ class Validation(QemuTest):
             raise ContractError(f"{what}: {outcome}")
 
     def conclude(self, issue: str, *, shows: bool, found: str) -> None:
-        """Report whether a known issue shows; a QEMU that refuses everything is not fixed."""
+        """Report whether a known issue shows; a QEMU that refuses a good DIMM is an error."""
         if not shows:
             control = self.attempt(LIMITS["label of 128K"])
             if not control.accepted:
@@ -133,18 +133,18 @@ class Validation(QemuTest):
                 pass
             else:
                 raise CapabilityError(f"{file} is persistent memory")
-        found = self.attempt(board(*on(more="share=on,pmem=on")))
-        wanted = (
+        outcome = self.attempt(board(*on(more="share=on,pmem=on")))
+        warning = (
             f"Warning: requesting persistence across crashes for backend file {file} failed. "
             "Proceeding without persistence, data might become corrupted in case of host crash.\n"
             "warning: Using non DAX backing file with 'pmem=on' option is deprecated"
         )
-        if not (found.accepted or found.refused) or not found.text:
-            raise ContractError(f"neither a warning nor a refusal: {found}")
-        self.usual("accepted, message", (found.accepted, found.text), (True, wanted))
+        if not (outcome.accepted or outcome.refused) or not outcome.text:
+            raise ContractError(f"neither a warning nor a refusal: {outcome}")
+        self.usual("accepted, message", (outcome.accepted, outcome.text), (True, warning))
 
     def test_private_mapping(self) -> None:
-        """A backend that keeps the guest's writes from the file is refused."""
+        """A private mapping, which keeps the guest's writes from the file, is refused."""
         cases = {"share=off, the default": board(*on(more=""))}
         if self.qemu.has_pmem:
             cases["share=off,pmem=on"] = board(*on(more="share=off,pmem=on"))
@@ -155,7 +155,7 @@ class Validation(QemuTest):
         self.pin("qemu-nvdimm-share-off", cases)
 
     def test_volatile_file(self) -> None:
-        """A backend with a file that cannot be opened again is refused."""
+        """A backend whose file cannot be opened again is refused."""
         self.pin(
             "qemu-nvdimm-on-volatile-file",
             {
@@ -195,39 +195,39 @@ class Validation(QemuTest):
     def test_label_beyond_32_bits(self) -> None:
         """A label area that does not fit into ibm,metadata-size is refused."""
         size = 256 * MIB + 4 * GIB
-        found = self.attempt(
+        outcome = self.attempt(
             board(*backend(path="{label4g}", size=size), *device(label_size=str(4 * GIB)))
         )
-        if found.tree is None:
+        if outcome.tree is None:
             reported = None
-            self.expect_end("a label area of 4 GiB", found, accepted=False)
+            self.expect_end("a label area of 4 GiB", outcome, accepted=False)
         else:
-            reported = parse_tree(found.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
+            reported = parse(outcome.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
         self.conclude(
             "qemu-nvdimm-label-size-truncated",
             shows=reported is not None,
-            found=f"of a label area of 4 GiB the guest is told {reported} bytes",
+            found=f"ibm,metadata-size of a label area of 4 GiB is {reported} bytes",
         )
 
     def test_read_only_and_preallocated(self) -> None:
-        """Preallocating a read-only file does not end QEMU by a signal."""
-        found = self.attempt(
+        """prealloc=on with a read-only file does not kill QEMU by a signal."""
+        outcome = self.attempt(
             board(*backend(more="share=on,readonly=on,prealloc=on"), *device(unarmed="on"))
         )
-        self.conclude("qemu-prealloc-read-only-crash", shows=found.status < 0, found=str(found))
+        self.conclude("qemu-prealloc-read-only-crash", shows=outcome.status < 0, found=str(outcome))
 
     def test_read_only_and_absent(self) -> None:
-        """With readonly=on, an absent file is not created."""
-        found = self.attempt(
+        """With readonly=on, QEMU does not create a missing file."""
+        outcome = self.attempt(
             board(*backend(path="{absent}", more="share=on,readonly=on"), *device(unarmed="on"))
         )
-        made = Path(self.places["absent"]).exists()
-        if not made:
-            self.expect_end("an absent file", found, accepted=False)
-        self.conclude("qemu-readonly-makes-file", shows=made, found=str(found))
+        created = Path(self.places["absent"]).exists()
+        if not created:
+            self.expect_end("an absent file", outcome, accepted=False)
+        self.conclude("qemu-readonly-makes-file", shows=created, found=str(outcome))
 
     def test_numbers_in_messages(self) -> None:
-        """A number in a refusal is the number of the command line that is wrong."""
+        """A refusal prints the wrong value of the command line, not another number."""
         cases = {
             "slot=0 without slots": (
                 board(*dimm(slot="0"), memory="256M,maxmem=8G"),
@@ -240,22 +240,22 @@ class Validation(QemuTest):
             "-m 64M": (board(memory="64M"), "80ldMiB"),
             "size=2^64-1": (board(*backend(size=(1 << 64) - 1), *device()), "size 0x0"),
         }
-        shown = []
+        wrong = []
         for name, (words, number) in cases.items():
-            found = self.attempt(words)
-            self.expect_end(name, found, accepted=False)
-            if number in found.text:
-                shown.append(f"{name} is refused because of {number}")
-        self.conclude("qemu-refusals-with-wrong-numbers", shows=bool(shown), found="; ".join(shown))
+            outcome = self.attempt(words)
+            self.expect_end(name, outcome, accepted=False)
+            if number in outcome.text:
+                wrong.append(f"{name} is refused because of {number}")
+        self.conclude("qemu-refusals-with-wrong-numbers", shows=bool(wrong), found="; ".join(wrong))
 
     def test_dumpdtb_option(self) -> None:
         """The machine option dumpdtb= writes the device tree, as the monitor's command does."""
         file = Path(self.workdir) / "tree"
         words = board(*dimm())
-        asked, option = self.attempt(words), self.attempt(words, machine=f"dumpdtb={file}")
-        if not asked.accepted:
-            raise ContractError(f"with the monitor's dumpdtb: {asked}")
-        written = option.status == 0 and file.exists()
-        if written and drc_index(0) not in parse_tree(file.read_bytes()).nvdimms:
-            raise ContractError(f"the tree that dumpdtb= wrote has no DIMM: {option}")
-        self.conclude("qemu-pseries-dumpdtb-option", shows=not written, found=str(option))
+        by_monitor, by_option = self.attempt(words), self.attempt(words, machine=f"dumpdtb={file}")
+        if not by_monitor.accepted:
+            raise ContractError(f"with the monitor's dumpdtb: {by_monitor}")
+        written = by_option.status == 0 and file.exists()
+        if written and drc_index(0) not in parse(file.read_bytes()).nvdimms:
+            raise ContractError(f"the tree that dumpdtb= wrote has no DIMM: {by_option}")
+        self.conclude("qemu-pseries-dumpdtb-option", shows=not written, found=str(by_option))

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The number of flushes is the same in the guest, at its hypervisor calls, and on the host.
 
-A write of 1 to a region's deep_flush calls nvdimm_flush (drivers/nvdimm/region_devs.c), that calls
-papr_scm_pmem_flush where the DIMM wants it (ibm,hcall-flush-required), that makes H_SCM_FLUSH
-until it has ended (papr_scm.c, 75b7c05ebf90), and QEMU syncs the backing file once for each
-(spapr_nvdimm.c, b5513584a08d). None may be lost, and no two may be merged.
+A write of 1 to a region's deep_flush calls nvdimm_flush (drivers/nvdimm/region_devs.c). With
+ibm,hcall-flush-required that calls papr_scm_pmem_flush, which repeats H_SCM_FLUSH until the flush
+has ended (papr_scm.c, 75b7c05ebf90). QEMU syncs the backing file once for each flush
+(spapr_nvdimm.c, b5513584a08d). No flush may be lost, and no two may be merged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from paprscm.vm.sync_shim import Operation
 
 
 class FlushAccounting(PaprScmTest):
-    """Base of these tests."""
+    """Base of the accounting tests."""
 
     def machine(self, *nvdimms: Nvdimm) -> Guest:
         """Boot a guest with these DIMMs, and count its flushes."""
@@ -37,7 +37,7 @@ class FlushAccounting(PaprScmTest):
         return guest
 
     def attribute(self, region: Region) -> str:
-        """The file that flushes the whole region."""
+        """The sysfs file that flushes the whole region."""
         if (region.deep_flush, region.deep_flush_mode) != ("1", 0o644):
             raise ContractError(f"{region.name} has no deep_flush that can be written to: {region}")
         return f"{region.device}/deep_flush"
@@ -45,15 +45,16 @@ class FlushAccounting(PaprScmTest):
     def deep_flush(self, guest: Guest, slots: Sequence[int], threads: int, count: int) -> Account:
         """Flush from several threads, `count` times each, and compare the counts; return them."""
         targets = [self.attribute(self.regions[slot]) for slot in slots]
-        made = run_flush_load(guest, "deep_flush", targets, threads=threads, count=count)
-        made.expect_success()
+        result = load(guest, "deep_flush", targets, threads=threads, count=count)
+        result.expect_success()
         account = self.accounts.take()
-        asked = {slot: len(made.on(number)) for number, slot in enumerate(slots)}
-        if sum(asked.values()) != threads * count:
+        expected = {slot: len(result.on(number)) for number, slot in enumerate(slots)}
+        if sum(expected.values()) != threads * count:
             raise ContractError(
-                f"{asked} flushes of {threads} times {count} in {made.duration_s} s"
+                f"{threads} threads with {count} flushes each made {expected} by slot in "
+                f"{result.duration_s} s"
             )
-        account.expect(asked)
+        account.expect(expected)
         flushes = account.all()
         expect_protocol(flushes)
         waits = sorted(wait for flush in flushes for wait in flush.waits_us)
@@ -62,8 +63,8 @@ class FlushAccounting(PaprScmTest):
             {
                 "flushes": account.count,
                 "hcalls": account.calls,
-                "flushes_per_s": account.count / made.duration_s,
-                "p50_ms": statistics.median(call.duration_s for call in made.calls) * 1000,
+                "flushes_per_s": account.count / result.duration_s,
+                "p50_ms": statistics.median(call.duration_s for call in result.calls) * 1000,
                 "wait_ms": [waits[0] / 1000, statistics.median(waits) / 1000, waits[-1] / 1000],
             },
         )
@@ -80,8 +81,8 @@ class DeepFlush(FlushAccounting):
     def test_one_thread(self) -> None:
         """Fifty sequential flushes are fifty H_SCM_FLUSH, each polled to its end, and fifty syncs.
 
-        The driver asks again 10 ms later, as the answer said, and not very much later: msleep(10)
-        takes a jiffy more, of 10 ms at most.
+        The driver polls again after the 10 ms of the answer's hint, and not much later: msleep(10)
+        takes at most one jiffy longer, and a jiffy is at most 10 ms.
         """
         guest = self.machine(PMEM_OFF.at(3, SMALL))
         account = self.deep_flush(guest, [3], threads=1, count=50)
@@ -118,7 +119,7 @@ class NothingToFlush(FlushAccounting):
         other = PMEM_OFF.at(5, SMALL)
         guest = self.machine(nvdimm, other)
         region = self.regions[nvdimm.slot]
-        # region_devs.c:region_visible: it is there to be read, not to be written.
+        # region_devs.c:region_visible: the file is readable, but not writable.
         attribute = f"{region.device}/deep_flush"
         result = guest.run(f"cat {attribute}; stat -c %a {attribute}; echo 1 > {attribute}")
         if result.stdout.split() != ["0", "444"] or not result.status:
@@ -143,7 +144,7 @@ class NothingToFlush(FlushAccounting):
 
 class Override(FlushAccounting):
     """
-    A DIMM on pmem=on that asks for flushes by hcall anyway.
+    A DIMM on pmem=on with pmem-override=on, which requires flushes by hcall.
 
     :avocado: tags=flush
     """
@@ -152,10 +153,10 @@ class Override(FlushAccounting):
         """With pmem-override on pmem=on each flush is one pmem_persist, and never an fdatasync."""
         guest = self.machine(OVERRIDE.at(1, SMALL))
         attribute = self.attribute(self.regions[1])
-        # The first writes back every cache line of the DIMM: seconds.
-        made = run_flush_load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
-        made.expect_success()
+        # The first pmem_persist writes back every cache line of the DIMM, which takes seconds.
+        result = load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
+        result.expect_success()
         account = self.accounts.take()
         account.expect({1: 20}, Operation.PMEM_PERSIST)
         expect_protocol(account.all())
-        self.measure("slowest_s", max(call.duration_s for call in made.calls))
+        self.measure("slowest_s", max(call.duration_s for call in result.calls))

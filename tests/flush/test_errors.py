@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Failing syncs on the host: errors in the guest, file systems, and the data afterwards.
 
-QEMU answers H_HARDWARE whatever the errno was (hw/ppc/spapr_nvdimm.c, flush_worker_cb). Linux logs
-it and turns it into EIO (arch/powerpc/platforms/pseries/papr_scm.c, papr_scm_pmem_flush;
-drivers/nvdimm/region_devs.c, nvdimm_flush). The caller of the flush gets it as the end of a bio
+QEMU answers H_HARDWARE for every errno (hw/ppc/spapr_nvdimm.c, flush_worker_cb). Linux logs it and
+turns it into EIO (arch/powerpc/platforms/pseries/papr_scm.c, papr_scm_pmem_flush;
+drivers/nvdimm/region_devs.c, nvdimm_flush). The caller of the flush gets EIO as the status of a bio
 (drivers/nvdimm/pmem.c, pmem_submit_bio) or from blkdev_issue_flush.
 
-Each failure is counted twice: by the shim in QEMU, and by what the driver logs.
+Each failure is counted twice: by the shim in QEMU, and in the driver's log.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from paprscm.vm.machine import Machine, Nvdimm
 
 ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 PAGE = 65536
-# "flush error: -1", of which kmsg.py makes a driver's error.
+# kmsg.py takes "flush error: -1" for a driver's error.
 FLUSH_ERROR = r"papr_scm \S+: flush error: -1$"
 DIMM, OTHER = PMEM_OFF.at(3, SMALL), PMEM_OFF.at(1, SMALL)
 LARGE = PMEM_OFF.at(3, FOR_XFS)
@@ -49,7 +49,7 @@ class FlushErrors(PaprScmTest):
         return self.boot(Machine(nvdimms=nvdimms), allowed=[FLUSH_ERROR], shim=self.shim())
 
     def logged(self, guest: Guest, nvdimm: Nvdimm) -> int:
-        """The number of flush errors that the driver has logged for this DIMM."""
+        """Number of flush errors that the driver has logged for this DIMM."""
         line = rf"papr_scm \S*pmemory@{nvdimm.drc:x}: flush error: -1$"
         return len(re.findall(line, guest.succeed("dmesg"), re.MULTILINE))
 
@@ -60,12 +60,12 @@ class FlushErrors(PaprScmTest):
         number: int,
         path: str,
         *steps: str,
-    ) -> tuple[Syscall, ...]:
-        """Make steps while syncs fail with this errno; their results."""
+    ) -> tuple[Step, ...]:
+        """Run steps while syncs fail with this errno; return their results."""
         syncs = guest.vm.syncs(nvdimm.slot)
         logged, before = self.logged(guest, nvdimm), syncs.counts()
         syncs.fail(number)
-        made = persist(guest, path, *steps)
+        results = persist(guest, path, *steps)
         syncs.clear()
         after = syncs.counts()
         failed = after.failed - before.failed
@@ -73,29 +73,29 @@ class FlushErrors(PaprScmTest):
         self.expect("syncs, of which all must fail", after.begun - before.begun, failed)
         if (lines := self.logged(guest, nvdimm) - logged) != failed:
             self.remark(f"the driver logged {lines} flush errors of {failed}")
-        return made
+        return results
 
-    def expect_eio(self, made: tuple[Syscall, ...]) -> None:
-        """Check that steps which promise durability got EIO, and the others no error."""
-        for step in made:
+    def expect_eio(self, results: tuple[Step, ...]) -> None:
+        """Check that steps that promise durability failed with EIO, and the others succeeded."""
+        for step in results:
             expected = 0 if step.step in ("write", "store", "read") else errno.EIO
             self.check(f"errno of {step.step}", step.errno, expected)
 
-    def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Syscall, ...]:
-        """Make steps that must succeed; each flush must reach the host's sync."""
+    def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Step, ...]:
+        """Run steps that must succeed; each flush must reach the host's sync."""
         syncs = guest.vm.syncs(nvdimm.slot)
         before = syncs.counts()
-        made = persist(guest, path, *steps)
+        results = persist(guest, path, *steps)
         after = syncs.counts()
-        self.expect("steps with an error", [str(step) for step in made if step.errno], [])
-        asked = sum(step.step not in ("write", "store", "read") for step in made)
-        self.check("syncs", after.begun - before.begun, at_least(asked))
-        found = (after.ended, after.failed)
-        self.check("syncs that ended and failed", found, (after.begun, before.failed))
-        return made
+        self.expect("steps with an error", [str(step) for step in results if step.errno], [])
+        flushes = sum(step.step not in ("write", "store", "read") for step in results)
+        self.check("syncs", after.begun - before.begun, at_least(flushes))
+        outcome = (after.ended, after.failed)
+        self.check("syncs that ended and failed", outcome, (after.begun, before.failed))
+        return results
 
     def test_region(self) -> None:
-        """deep_flush gets EIO for EIO, ENOSPC and EDQUOT on the host; other flushes succeed."""
+        """deep_flush fails with EIO for EIO, ENOSPC, EDQUOT on the host; other flushes succeed."""
         guest = self.machine(DIMM, OTHER)
         paths = {n: f"{find_region(guest, n.slot).device}/deep_flush" for n in (DIMM, OTHER)}
         flush = "dwrite=0:1:49"
@@ -103,14 +103,14 @@ class FlushErrors(PaprScmTest):
             self.expect_eio(self.failing(guest, DIMM, number, paths[DIMM], flush, flush))
             self.synced(guest, OTHER, paths[OTHER], flush)
             self.synced(guest, DIMM, paths[DIMM], flush)
-        # Exactly those fail whose syncs failed.
+        # A flush fails if and only if its sync failed.
         syncs, hcalls = guest.vm.syncs(DIMM.slot), count_hcalls(guest)
         before = syncs.counts()
         syncs.fail(errno.EIO, every=3)
-        made = persist(guest, paths[DIMM], *[flush] * 12)
+        results = persist(guest, paths[DIMM], *[flush] * 12)
         syncs.clear()
         after = syncs.counts()
-        self.check("errnos", [step.errno for step in made], [0, 0, errno.EIO] * 4)
+        self.check("errnos", [step.errno for step in results], [0, 0, errno.EIO] * 4)
         figures = (after.begun - before.begun, after.failed - before.failed)
         self.check("syncs, and those that failed", figures, (12, 4))
         self.check("hcalls of 12 flushes", count_hcalls(guest) - hcalls, at_least(2 * 12))
@@ -120,7 +120,7 @@ class FlushErrors(PaprScmTest):
             self.check("QEMU's output", output, containing(text))
 
     def test_block_device(self) -> None:
-        """On /dev/pmemN fsync, fdatasync, msync and O_DSYNC get EIO until the host's sync works."""
+        """On /dev/pmemN, fsync, fdatasync, msync and O_DSYNC return EIO while host syncs fail."""
         guest = self.machine(DIMM)
         namespace = create_namespace(guest, find_region(guest, DIMM.slot), mode="raw")
         path = namespace.disk.path
@@ -128,12 +128,12 @@ class FlushErrors(PaprScmTest):
             steps = [f"write=0:{PAGE}:{byte}", "fsync", "fsync", "fdatasync"]
             steps += [f"dwrite={PAGE}:{PAGE}:{byte}", f"store=0:{PAGE}:{byte}", f"msync=0:{PAGE}"]
             self.expect_eio(self.failing(guest, DIMM, number, path, *steps))
-            *_, found = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
-            self.check("byte on the disk", found.byte, byte)
+            *_, after_sync = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
+            self.check("byte on the disk", after_sync.byte, byte)
 
-    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Nmem:
-        """The DIMM as the guest has it."""
-        dimm = find_region(guest, nvdimm.slot).dimm
+    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Dimm:
+        """The DIMM in the guest's sysfs."""
+        dimm = region(guest, nvdimm.slot).dimm
         if dimm is None:
             raise ContractError(f"the region of slot {nvdimm.slot} has no DIMM")
         return dimm
@@ -142,15 +142,15 @@ class FlushErrors(PaprScmTest):
         """A DIMM whose flushes fail is not reported as healthy."""
         unarmed = Nvdimm(slot=5, size_bytes=SMALL, unarmed=True)
         guest = self.machine(DIMM, OTHER, unarmed)
-        found = {nvdimm: find_region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
-        path = f"{found[DIMM].device}/deep_flush"
+        regions = {nvdimm: region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
+        path = f"{regions[DIMM].device}/deep_flush"
         self.expect_eio(self.failing(guest, DIMM, errno.EIO, path, *["dwrite=0:1:49"] * 5))
-        # The flags are those of a minute ago (papr_scm.c, MIN_HEALTH_QUERY_INTERVAL), so ndctl
-        # asks first: PAPR_PDSM_HEALTH makes a new H_SCM_HEALTH.
+        # papr_scm caches the flags for a minute (papr_scm.c, MIN_HEALTH_QUERY_INTERVAL); ndctl
+        # refreshes them: PAPR_PDSM_HEALTH makes a new H_SCM_HEALTH.
         listed = json.loads(guest.succeed("ndctl list -DH"))
         health = {dimm["dev"]: dimm["health"] for dimm in listed}
-        flags = {nvdimm: self.dimm(guest, nvdimm).papr_flags for nvdimm in found}
-        # The control: a flag that QEMU does report arrives.
+        flags = {nvdimm: self.dimm(guest, nvdimm).papr_flags for nvdimm in regions}
+        # The control: a flag that QEMU does set is visible.
         self.check("flags of the DIMM with unarmed=on", flags[unarmed], {"not_armed"})
         report = health[self.dimm(guest, DIMM).name]
         self.measure("health after failed flushes", report)
@@ -164,20 +164,20 @@ class FlushErrors(PaprScmTest):
         )
 
     def mounted(self, guest: Guest, fstype: FsType) -> DaxMount:
-        """Mount a file system that writes its log almost only on request."""
+        """Mount a file system whose periodic log writes are minutes apart."""
         options = {"xfs": "dax=always", "ext4": "dax=always,errors=remount-ro,commit=300"}
         if fstype == "xfs":
             guest.succeed("echo 720000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
         return dax_mount(guest, LARGE.slot, fstype, "/mnt/pm", options=options[fstype])
 
-    def mounted_anew(self, guest: Guest, found: DaxMount) -> None:
+    def mounted_anew(self, guest: Guest, mounted: DaxMount) -> None:
         """Unmount, drop the caches, and mount again."""
-        fstype: FsType = "xfs" if found.mount.fstype == "xfs" else "ext4"
+        fstype: FsType = "xfs" if mounted.mount.fstype == "xfs" else "ext4"
         guest.succeed("umount /mnt/pm && dmesg -C && echo 3 > /proc/sys/vm/drop_caches")
-        mount(guest, found.device, fstype, "/mnt/pm")
+        mount(guest, mounted.device, fstype, "/mnt/pm")
 
     def opened(self, guest: Guest, file: str) -> str:
-        """Open a file and close it; the failure, or "opened"."""
+        """Open and close a file; return the failure, or "opened"."""
         try:
             persist(guest, file)
         except GuestLostError:
@@ -191,24 +191,28 @@ class FlushErrors(PaprScmTest):
         self.check("complaints in the log", complaints(guest.succeed("dmesg")), other_than([]))
 
     def overwritten(self, fstype: FsType) -> None:
-        """Let the flush of overwritten data fail in each way, with each errno."""
+        """Let the flush of overwritten data fail with each errno, in each sync call."""
         guest, file = self.machine(LARGE.holding(fstype)), "/mnt/pm/file"
-        found = self.mounted(guest, fstype)
+        mounted = self.mounted(guest, fstype)
         self.synced(guest, LARGE, file, f"write=0:{4 * PAGE}:9", "fsync")
-        ways: tuple[Callable[[int, int], list[str]], ...] = (
+        sync_calls: tuple[Callable[[int, int], list[str]], ...] = (
             lambda at, byte: [f"write={at}:{PAGE}:{byte}", "fdatasync"],
             lambda at, byte: [f"store={at}:{PAGE}:{byte}", f"msync={at}:{PAGE}"],
             lambda at, byte: [f"dwrite={at}:{PAGE}:{byte}"],
         )
         for byte, number in enumerate(ERRORS, 1):
-            steps = [step for place, way in enumerate(ways) for step in way(place * PAGE, byte)]
+            steps = [
+                step
+                for place, sync_call in enumerate(sync_calls)
+                for step in sync_call(place * PAGE, byte)
+            ]
             self.expect_eio(self.failing(guest, LARGE, number, file, *steps))
-            # A clean page cache must not be reported as success.
+            # The first sync after a failure must flush, although the page cache is clean.
             self.synced(guest, LARGE, file, "fdatasync", f"msync=0:{PAGE}", "fsync")
-        self.mounted_anew(guest, found)
-        made = persist(guest, file, f"read=0:{3 * PAGE}", f"read={3 * PAGE}:{PAGE}")
-        self.check("bytes after a remount", [step.byte for step in made], [len(ERRORS), 9])
-        check_offline(guest, [found.mount])
+        self.mounted_anew(guest, mounted)
+        results = persist(guest, file, f"read=0:{3 * PAGE}", f"read={3 * PAGE}:{PAGE}")
+        self.check("bytes after a remount", [step.byte for step in results], [len(ERRORS), 9])
+        check_offline(guest, [mounted.mount])
 
     def test_overwritten_xfs(self) -> None:
         """On XFS, fdatasync, msync and O_DSYNC fail with EIO when a flush fails, then retry."""
@@ -221,48 +225,48 @@ class FlushErrors(PaprScmTest):
     def test_log_xfs(self) -> None:
         """XFS shuts down when its log cannot be flushed; synced data survive."""
         guest, file = self.machine(LARGE.holding("xfs")), "/mnt/pm/file"
-        found = self.mounted(guest, "xfs")
+        mounted = self.mounted(guest, "xfs")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
         steps = f"write={PAGE}:{PAGE}:2", "fsync", "fsync", "fdatasync"
         self.expect_eio(self.failing(guest, LARGE, errno.ENOSPC, file, *steps))
         self.expect_complaint(guest)
-        # The host is well again; that does not bring it back.
+        # The host's syncs work again; the file system stays shut down.
         self.check("opening a file", self.opened(guest, file), containing("cannot be opened: EIO"))
-        self.mounted_anew(guest, found)
-        made = self.synced(guest, LARGE, file, f"read=0:{PAGE}", f"write=0:{PAGE}:3", "fsync")
-        self.check("byte after a remount", made[0].byte, 1)
-        check_offline(guest, [found.mount])
+        self.mounted_anew(guest, mounted)
+        results = self.synced(guest, LARGE, file, f"read=0:{PAGE}", f"write=0:{PAGE}:3", "fsync")
+        self.check("byte after a remount", results[0].byte, 1)
+        check_offline(guest, [mounted.mount])
 
     def test_journal_ext4(self) -> None:
         """ext4 aborts its journal and becomes read-only; synced data survive."""
         guest, file = self.machine(LARGE.holding("ext4")), "/mnt/pm/file"
-        found = self.mounted(guest, "ext4")
+        mounted = self.mounted(guest, "ext4")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:1", "fsync")
-        made = self.failing(guest, LARGE, errno.EDQUOT, file, f"write={PAGE}:{PAGE}:2", "fsync")
-        self.expect_eio(made)
+        results = self.failing(guest, LARGE, errno.EDQUOT, file, f"write={PAGE}:{PAGE}:2", "fsync")
+        self.expect_eio(results)
         self.expect_complaint(guest)
-        # errors=remount-ro: what changes the file system next is refused. /proc/mounts need not
+        # errors=remount-ro: the next change of the file system is refused. /proc/mounts need not
         # show it, since commit d3476f3dad4a ("ext4: don't set SB_RDONLY after filesystem errors")
         # (in v6.12). Files that were already open: flush/test_promises.py.
         refused = guest.fail("mkdir /mnt/pm/folder")
         self.check("mkdir's error", refused.stderr, containing("Read-only file system"))
-        # Linux 6.1.176 opens the file for writing; then fsync decides which data must be there.
+        # Linux 6.1.176 opens the file for writing; then fsync decides which data must survive.
         allowed = {1}
         try:
-            made = persist(guest, file, f"write=0:{PAGE}:4", "fsync")
+            results = persist(guest, file, f"write=0:{PAGE}:4", "fsync")
         except ContractError as error:
             self.expect("opening a file", str(error), matching("cannot be opened: (EIO|EROFS)"))
         else:
-            allowed = {1, 4} if any(step.errno for step in made) else {4}
-        self.mounted_anew(guest, found)
+            allowed = {1, 4} if any(step.errno for step in results) else {4}
+        self.mounted_anew(guest, mounted)
         (step,) = persist(guest, file, f"read=0:{PAGE}")
-        found_bytes = (step.result, step.byte)
-        self.check("length and byte after a remount", found_bytes, (PAGE, one_of(*allowed)))
-        # The file system remembers that there was an error (s_state, EXT4_ERROR_FS).
-        superblock = guest.succeed(f"umount /mnt/pm && dumpe2fs -h {found.device.path}")
+        content = (step.result, step.byte)
+        self.check("length and byte after a remount", content, (PAGE, one_of(*allowed)))
+        # The superblock records the error (s_state, EXT4_ERROR_FS).
+        superblock = guest.succeed(f"umount /mnt/pm && dumpe2fs -h {mounted.device.path}")
         state = matching(r"Filesystem state: .*with errors")
         self.check("dumpe2fs", superblock, state)
-        guest.succeed(f"dmesg -C; e2fsck -fy {found.device.path}; [ $? -le 1 ]")
-        mount(guest, found.device, "ext4", "/mnt/pm")
+        guest.succeed(f"dmesg -C; e2fsck -fy {mounted.device.path}; [ $? -le 1 ]")
+        mount(guest, mounted.device, "ext4", "/mnt/pm")
         self.synced(guest, LARGE, file, f"write=0:{PAGE}:3", "fsync")
-        check_offline(guest, [found.mount])
+        check_offline(guest, [mounted.mount])

@@ -2,10 +2,10 @@
 """A sync on the host hangs while the machine is reset, ended or powered down.
 
 A reset waits in spapr_nvdimm_finish_flushes (QEMU hw/ppc/spapr_nvdimm.c) until no flush is pending.
-The end of QEMU does not. A powerdown is done by the guest, whose nd_pmem flushes each DIMM that
-has a namespace before the power goes (Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown).
+QEMU's exit does not wait. A powerdown is carried out by the guest: its nd_pmem first flushes each
+DIMM that has a namespace (Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown).
 
-Every hang is bounded: the shim lets go of it in the end, and QEMU must end.
+Every hang is bounded: the shim finally releases the sync, and QEMU must exit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from paprscm.vm.machine import Machine
 
 DIMM = PMEM_OFF.at(2, SMALL)
 HELD_S = 2.0
-"""Duration for which a hang is watched."""
+"""Duration for which a hang is observed."""
 SOON_S = 30.0
-"""Within this, on a busy host, what does not hang has happened."""
+"""Time limit, on a busy host, for an action that does not hang."""
 
 
 class FlushHang(PaprScmTest):
     """
-    The end of a machine while a flush hangs.
+    Reset, exit and powerdown of a machine while a flush hangs.
 
     :avocado: tags=flush
     """
@@ -43,11 +43,11 @@ class FlushHang(PaprScmTest):
     def hanging(self, *, namespace: bool = False) -> Guest:
         """Boot a guest with one hanging flush, of a DIMM with or without a namespace."""
         guest = self.boot(Machine(nvdimms=(DIMM,)), shim=self.shim())
-        found, syncs = find_region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
+        dimm_region, syncs = region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
         if namespace:
-            create_namespace(guest, found, mode="raw")
-        # The control: it is this flush that hangs, not flushing.
-        path = f"{found.device}/deep_flush"
+            create_namespace(guest, dimm_region, mode="raw")
+        # The control: a flush succeeds before the shim holds syncs.
+        path = f"{dimm_region.device}/deep_flush"
         (step,) = persist(guest, path, "dwrite=0:1:49")
         self.expect("errno of the control", step.errno, 0)
         self.begun = syncs.counts().ended
@@ -57,13 +57,13 @@ class FlushHang(PaprScmTest):
         return guest
 
     def expect_end(self, guest: Guest, limit_s: float) -> float:
-        """Wait until QEMU has ended with status 0; the duration, s."""
+        """Wait until QEMU has ended with status 0; return the duration, s."""
         began = time.monotonic()
         status = guest.process.wait(limit_s)
         took_s = time.monotonic() - began
         self.expect(f"QEMU's exit status after {took_s:.1f} s", status, 0)
         self.check("trouble on the console", guest.console.trouble, None)
-        # It is gone, as it should be.
+        # Records that the guest has ended as expected.
         guest.kill()
         return round(took_s, 3)
 
@@ -72,13 +72,13 @@ class FlushHang(PaprScmTest):
         return "reboot: Power down" in "\n".join(guest.console.lines)
 
     def begin_reset(self, guest: Guest, pool: ThreadPoolExecutor) -> Future[object]:
-        """Reset the machine, which may take as long as the flush."""
+        """Begin a reset of the machine, which may take as long as the flush."""
         # The suite's guests end with the first reset (-no-reboot).
         guest.qmp.execute("set-action", reboot="reset")
 
         def reset() -> None:
             guest.qmp.execute("system_reset")
-            # It is done when the main loop comes to it; so is this, before or after.
+            # The main loop runs the reset later; these queries wait for it.
             for _ in range(3):
                 guest.qmp.execute("query-status")
 
@@ -104,7 +104,7 @@ class FlushHang(PaprScmTest):
         )
 
     def test_reset(self) -> None:
-        """A reset while a flush hangs is done when the flush ends, and the guest starts again."""
+        """A reset while a flush hangs completes when the flush ends, and the guest boots again."""
 
         def then(guest: Guest, done: Future[object]) -> None:
             began, printed = time.monotonic(), len(guest.console.lines)
@@ -117,16 +117,16 @@ class FlushHang(PaprScmTest):
                 raise ContractError("the guest did not start again within 120 s")
             guest.connect()
             self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
-            # Not persist, which would have to be compiled anew.
-            guest.succeed(f"echo 1 > {find_region(guest, DIMM.slot).device}/deep_flush")
+            # Not by persist, which would have to be compiled again.
+            guest.succeed(f"echo 1 > {region(guest, DIMM.slot).device}/deep_flush")
             counts = guest.vm.syncs(DIMM.slot).counts()
-            found = (counts.begun, counts.ended)
-            self.check("syncs that began and ended", found, (self.begun + 1, self.begun + 1))
+            outcome = (counts.begun, counts.ended)
+            self.check("syncs that began and ended", outcome, (self.begun + 1, self.begun + 1))
 
         self.with_reset(then)
 
     def test_reset_then_terminate(self) -> None:
-        """SIGTERM after a reset while a flush hangs ends QEMU when the flush ends."""
+        """SIGTERM after a reset during a hanging flush ends QEMU when the flush ends."""
 
         def then(guest: Guest, done: Future[object]) -> None:
             guest.process.send_signal(signal.SIGTERM)
@@ -135,7 +135,7 @@ class FlushHang(PaprScmTest):
             self.expect("the reset ended with QEMU", done.done(), early)
             guest.vm.syncs(DIMM.slot).release()
             self.measure("ended after release, s", self.expect_end(guest, SOON_S))
-            # Its answer may not have made it.
+            # The reset's answer may have been lost.
             if done.exception(SOON_S) is not None:
                 lost = isinstance(done.exception(), GuestLostError)
                 self.check(f"QEMU's end ends the reset: {done.exception()!r}", lost, True)
@@ -146,7 +146,7 @@ class FlushHang(PaprScmTest):
         """quit ends QEMU immediately while a flush hangs."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
-        # As much as the monitor says goodbye, or does not.
+        # The monitor may close before it answers.
         began = time.monotonic()
         with ThreadPoolExecutor(1) as pool:
             pool.submit(guest.qmp.execute, "quit")
@@ -158,16 +158,16 @@ class FlushHang(PaprScmTest):
         self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown(self) -> None:
-        """A guest whose DIMM has no namespace powers down while a flush of it hangs."""
+        """A guest whose DIMM has no namespace powers down while a flush of the DIMM hangs."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
         self.measure("ended, s", self.expect_end(guest, SOON_S))
-        self.usual("the kernel's last word", self.powered_down(guest), True)
+        self.usual("the kernel prints 'Power down'", self.powered_down(guest), True)
         self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown_with_namespace(self) -> None:
-        """A guest does not power down before a DIMM with a namespace is flushed, however long."""
+        """A guest does not power down before a DIMM with a namespace is flushed."""
         guest = self.hanging(namespace=True)
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
@@ -182,4 +182,4 @@ class FlushHang(PaprScmTest):
         self.measure("ended after release, s", self.expect_end(guest, SOON_S))
         counts = syncs.counts()
         self.check("syncs that ended", counts.ended, counts.begun)
-        self.usual("flushes of a power-down", counts.begun - self.begun, 1)
+        self.usual("flushes of a powerdown", counts.begun - self.begun, 1)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Kprobes, with which the suite counts flushes: a probe does not change how the kernel works.
+"""Kprobes, which the suite uses to count flushes, do not change the kernel's behaviour.
 
-A kprobe is a trap. Some time after it is set the kernel replaces the trap by a branch to a copy of
+A kprobe is a trap. Later the kernel replaces the trap by a branch to a copy of
 optprobe_template_entry (arch/powerpc/kernel/optprobes_head.S), unless
-/proc/sys/debug/kprobes-optimization is 0, as FlushTrace sets it. On an entry that ftrace knows,
-ftrace calls the probe instead.
+/proc/sys/debug/kprobes-optimization is 0; FlushTrace sets it to 0. At a function entry that ftrace
+knows, ftrace calls the probe instead.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from paprscm.testcase import PaprScmTest
 ISSUE = "linux-kprobe-restores-paca"
 MOVES = 200
 LIMIT_S = 60.0
-"""A guest that printed neither its end nor an error after so long hangs; 200 moves take 1 s."""
+"""Time without an end or an error after which the guest hangs; 200 moves take 1 s."""
 END = re.compile(r"moved: status (\d+)$")
-# What was seen of a CPU that works with the data of another.
+# Messages of a kernel in which a CPU uses the per-CPU data of another.
 LOST = re.compile(r"\bBUG[: ]|Oops: |Unable to handle kernel |rethook: |Kernel panic|INFO: .*stall")
 
 OPTIMIZATION = "/proc/sys/debug/kprobes-optimization"
@@ -41,13 +41,13 @@ class Kprobes(PaprScmTest):
     """
 
     def test_process_that_moves(self) -> None:
-        """A process that is moved to another CPU inside a probe's code continues there."""
+        """A process that is moved to another CPU inside a probe's code keeps running."""
         self.require_kernel("CONFIG_KPROBE_EVENTS", "CONFIG_OPTPROBES", "CONFIG_PREEMPTION")
         self.require_cpus(2)
         guest = self.boot(allowed=[LOST.pattern])
         probe = guest.succeed(SET)
         if "[FTRACE]" not in probe:
-            self.expect("trouble while the probe is a trap", self.move(guest), "")
+            self.expect("kernel message while the probe is a trap", self.move(guest), "")
             guest.succeed(f"echo 1 > {OPTIMIZATION}")
             probe = guest.wait_until(f"{LIST} | grep OPTIMIZED")
         end = self.move(guest)
@@ -63,17 +63,17 @@ class Kprobes(PaprScmTest):
         )
 
     def move(self, guest: Guest) -> str:
-        """Move the process; the first message of a lost kernel, or ""."""
+        """Move the process; return the first message of a broken kernel, or ""."""
         console, tool = guest.console, compile_tool(guest, "moved")
         start = len(console.lines)
         guest.succeed(
             f"setsid sh -c '{tool} {MOVES}; echo \"<1>moved: status $?\" > /dev/kmsg' "
             "> /dev/null 2>&1 < /dev/null &"
         )
-        found = console.wait_for(
+        match = console.wait_for(
             {"end": END, "lost": LOST}, timeout_s=LIMIT_S, silence_s=float("inf"), start=start
         )
-        if found is None:
+        if match is None:
             return f"the guest hangs for {LIMIT_S:.0f} s"
-        _name, line, _when = found
+        _name, line, _when = match
         return "" if line.endswith("moved: status 0") else (line.partition("] ")[2] or line).strip()

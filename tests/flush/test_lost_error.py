@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """A bio with a flush before and a flush after its data, of which only the first fails.
 
-File systems write their journal so, with REQ_PREFLUSH | REQ_FUA: the data of the files must be
-durable before the record that says so. When that first flush fails, they must be told
-(Documentation/block/writeback_cache_control.rst); if they are not, fsync(2) returns 0 for data
-that the host has lost, for it says so only once, too: the next fdatasync of the host succeeds.
+File systems write their journals with REQ_PREFLUSH | REQ_FUA: file data must be durable before the
+record that refers to them. If the first flush fails, the bio must fail
+(Documentation/block/writeback_cache_control.rst). Otherwise fsync(2) returns 0 for data that the
+host has lost: the host reports a failed write-back once, and its next fdatasync succeeds.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class LostError(PaprScmTest):
         """Let only the first flush fail; fsync must fail with EIO."""
         nvdimm = PMEM_OFF.at(SLOT, FOR_XFS).holding(fstype)
         guest = self.boot(Machine(nvdimms=(nvdimm,)), allowed=MESSAGES, shim=self.shim())
-        # Neither file system writes its log unasked meanwhile.
+        # No periodic log write happens meanwhile.
         options = "dax=always" + (",commit=600" if fstype == "ext4" else "")
         dax_mount(guest, SLOT, fstype, "/mnt/a", options=options)
         accounts = FlushAccounts(guest, [SLOT])
         command = "xfs_io -f -c 'pwrite -q 0 64k' -c fsync /mnt/a/file"
         guest.succeed(f"{command} && sync")
         syncs = guest.vm.syncs(SLOT)
-        # The control: that the time stamp changes makes the journal be written, by one such bio.
+        # The control: the changed time stamp makes fsync write the journal, by one such bio.
         guest.succeed(f"sleep 0.1; {command}")
         if (count := accounts.take().count) < 2:
-            raise HostError(f"{count} flushes: there was no bio with two")
+            raise HostError(f"{count} flushes: no bio had two flushes")
         syncs.fail(errno.EIO, nth=1)
         result = guest.run(f"sleep 0.1; {command}")
         syncs.clear()
@@ -59,7 +59,7 @@ class LostError(PaprScmTest):
         if syncs.counts().failed != 1 or not codes or codes[0] == 0:
             raise HostError(f"the first flush did not fail: {codes}")
         if result.status and "Input/output error" not in result.stderr:
-            raise ContractError(f"fsync fails, and not with EIO: {result}")
+            raise ContractError(f"fsync fails, but not with EIO: {result}")
         self.known_issue(
             "linux-pmem-loses-preflush-error",
             shows=result.status == 0,
@@ -68,9 +68,9 @@ class LostError(PaprScmTest):
         )
 
     def test_xfs(self) -> None:
-        """On XFS, fsync fails with EIO when the flush before the log's record failed."""
+        """On XFS, fsync fails with EIO when the flush before the log record fails."""
         self.judge("xfs")
 
     def test_ext4(self) -> None:
-        """On ext4, fsync fails with EIO when the flush before the commit record failed."""
+        """On ext4, fsync fails with EIO when the flush before the commit record fails."""
         self.judge("ext4")

@@ -3,8 +3,8 @@
 
 fsync(2), fdatasync(2), msync(2) with MS_SYNC, syncfs(2), and writes with O_DSYNC return when the
 data are on stable storage, "so that all changed information can be retrieved even if the system
-crashes". On pmem=off that is when a sync of the backing file has ended that began after the data
-were stored; the host knows when that was.
+crashes". On pmem=off the data are durable when a sync of the backing file has ended that began
+after the store; the host records both times.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = {DISK: SMALL, XFS: FOR_XFS, EXT4: SMALL}
 CONTENTS = {DISK: "fsdax", XFS: "xfs", EXT4: "ext4"}
 THREADS = 12
 CALLS = 30
-"""Of each thread."""
+"""Calls per thread."""
 
 SYNC_LOW_S, SYNC_HIGH_S = 0.008, 0.04
 """Injected sync latency; a call that returns sooner cannot have waited for a flush."""
@@ -38,8 +38,8 @@ class FlushOrder(PaprScmTest):
     :avocado: tags=flush
     """
 
-    def compare(self, guest: Guest) -> ClockOffset:
-        """Measure the difference of the clocks, accurate enough for the comparison."""
+    def compare(self, guest: Guest) -> Offset:
+        """Measure the clock offset of guest and host, accurate enough for the comparison."""
         offset = compare_clocks(guest, self.region, self.device)
         for _ in range(4):
             if offset.width_ns < SYNC_LOW_S * 1e9 / 4:
@@ -52,7 +52,7 @@ class FlushOrder(PaprScmTest):
         """On a disk, XFS and ext4, data are synced before the call that promises it returns."""
         random = self.random()
         dimms = [PMEM_OFF.at(slot, SIZES[slot]).holding(CONTENTS[slot]) for slot in SIZES]
-        # It is never flushed, so nothing here depends on flushes.
+        # A plain nvdimm is never flushed, so the clock comparison does not depend on flushes.
         dimms.append(PLAIN.at(CLOCK, SMALL))
         shim = self.shim()
         guest = self.boot(Machine(nvdimms=tuple(dimms)), shim=shim)
@@ -68,21 +68,21 @@ class FlushOrder(PaprScmTest):
         before = self.compare(guest)
         for slot in SIZES:
             guest.vm.syncs(slot).delay(SYNC_LOW_S, SYNC_HIGH_S)
-        made = run_flush_load(
+        result = load(
             guest, "mixed", targets, threads=THREADS, count=CALLS, seed=random.getrandbits(60)
         )
         for slot in SIZES:
             guest.vm.syncs(slot).clear()
-        made.expect_success()
+        result.expect_success()
         offset = before.narrowed(self.compare(guest))
         if offset.width_ns > SYNC_LOW_S * 1e9 / 2:
             raise HostError(f"the clocks could be compared to {offset.width_ns} ns only")
         records = shim.records()
         for slot in SIZES:
             path = guest.vm.syncs(slot).path
-            expect_durable(made.on(slot), [r for r in records if r.path == path], offset)
+            expect_durable(result.on(slot), [r for r in records if r.path == path], offset)
         kinds: dict[str, int] = {}
-        for call in made.calls:
+        for call in result.calls:
             kinds[call.operation] = kinds.get(call.operation, 0) + 1
         self.measure("calls", kinds)
         self.measure("syncs", len(records))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Slow and hanging syncs on the host: what waits for them in the guest, and what goes on.
+"""Slow and hanging syncs on the host: callers that must wait, and work that must continue.
 
-papr_scm_pmem_flush (arch/powerpc/platforms/pseries/papr_scm.c) asks again and again until the
-hypervisor has another answer than H_LONG_BUSY; in between it sleeps for as long as that says, 10 ms
-with QEMU. There is no limit, no signal is looked at, and no lock is held.
+papr_scm_pmem_flush (arch/powerpc/platforms/pseries/papr_scm.c) repeats the hcall until the
+hypervisor no longer answers H_LONG_BUSY. Between two calls it sleeps for the time of the hint, 10
+ms with QEMU. It has no time limit, ignores signals, and holds no lock.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGE = PMEM_OFF.at(2, FOR_XFS)
 FLUSH = "dwrite=0:1:49"
 """The step of persist that writes "1" to deep_flush."""
 POLL_S = 0.010
-# Linux 7.2 adds " in I/O wait" after "blocked" where that is so.
+# Linux 7.2 adds " in I/O wait" after "blocked" for such a task.
 HUNG_TASK = r"INFO: task \S+:\d+ blocked.* for more than"
 # include/uapi/asm-generic/signal.h; bit 8 of a mask is SIGKILL's.
 SIGKILL_MASK = 1 << 8
@@ -51,19 +51,19 @@ class FlushSlow(PaprScmTest):
         return self.boot(Machine(nvdimms=nvdimms), allowed=allowed, shim=self.watcher)
 
     def deep_flush(self, guest: Guest, nvdimm: Nvdimm) -> str:
-        """The file that flushes a region."""
-        return f"{find_region(guest, nvdimm.slot).device}/deep_flush"
+        """The sysfs file that flushes a region."""
+        return f"{region(guest, nvdimm.slot).device}/deep_flush"
 
     def begin(self, guest: Guest, name: str, path: str, *steps: str) -> int:
-        """Begin steps in the background; the pid. Their report will be in /tmp/NAME."""
+        """Begin steps in the background, with the report in /tmp/NAME; return the pid."""
         words = shlex.join([str(compile_tool(guest, "persist")), path, *steps])
         return int(guest.succeed(f"{words} > /tmp/{name} 2>&1 < /dev/null & echo $!"))
 
     def state(self, guest: Guest, pid: int) -> tuple[str, int]:
         """The state of a process, and its pending signals."""
         lines = guest.succeed(f"cat /proc/{pid}/status")
-        found = dict(line.split(":\t", 1) for line in lines.splitlines() if ":\t" in line)
-        return found["State"][0], int(found["SigPnd"], 16) | int(found["ShdPnd"], 16)
+        status = dict(line.split(":\t", 1) for line in lines.splitlines() if ":\t" in line)
+        return status["State"][0], int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
 
     def test_waited_for(self) -> None:
         """fsync polls the flush, and returns after a sync of 1 ms, 50 ms or 1 s, never before."""
@@ -73,18 +73,18 @@ class FlushSlow(PaprScmTest):
         for delay_s, count in ((0.001, 8), (0.05, 4), (1.0, 2)):
             syncs.delay(delay_s)
             before, since = count_hcalls(guest), len(self.watcher.records())
-            made = persist(guest, disk.path, *["fsync"] * count)
+            steps = persist(guest, disk.path, *["fsync"] * count)
             hcalls, records = count_hcalls(guest) - before, self.watcher.records(since)
             what = f"sync of {delay_s:g} s"
-            self.expect(f"{what}: errnos", [step.errno for step in made], [0] * count)
+            self.expect(f"{what}: errnos", [step.errno for step in steps], [0] * count)
             self.expect(f"{what}: results", [record.result for record in records], [0] * count)
-            for step, record in zip(made, records, strict=True):
+            for step, record in zip(steps, records, strict=True):
                 if record.duration_s is None:
                     raise ContractError(f"{what}: fsync returned before the sync ended: {step}")
                 self.check(f"{what}: its duration, s", record.duration_s, at_least(delay_s))
                 self.check(f"{what}: fsync, s", step.duration_s, at_least(record.duration_s))
-            # One call to begin with and one at least to ask; no two within the 10 ms of the hint.
-            took_s = sum(step.duration_s for step in made)
+            # One call begins a flush, at least one polls it; calls are 10 ms or more apart (hint).
+            took_s = sum(step.duration_s for step in steps)
             self.check(f"{what}: hcalls", hcalls, at_least(2 * count))
             self.check(f"{what}: hcalls", hcalls, at_most(2 * count + took_s / POLL_S))
             polls[delay_s] = hcalls / count - 1
@@ -97,7 +97,7 @@ class FlushSlow(PaprScmTest):
     def test_others_go_on(self) -> None:
         """During a slow sync, other flushes of its DIMM and of others end, and timers fire.
 
-        -p sync_s=N is how long it takes, s.
+        -p sync_s=N is the duration of the sync, s.
         """
         sync_s = float(self.params.get("sync_s", default="10"))
         if not 5 <= sync_s <= 200:
@@ -108,11 +108,11 @@ class FlushSlow(PaprScmTest):
         syncs.delay(sync_s)
         pid = self.begin(guest, "slow", paths[1], FLUSH)
         syncs.wait_begun(1)
-        # It stays delayed; those after it are not.
+        # The first sync stays delayed; later ones are not.
         syncs.clear()
         quick, ticks, rounds = [], [], 0
         while True:
-            made = [step for path in paths for step in persist(guest, path, *[FLUSH] * 3)]
+            steps = [step for path in paths for step in persist(guest, path, *[FLUSH] * 3)]
             began, ended = guest.succeed(
                 "cut -d ' ' -f 1 /proc/uptime; sleep 1; cut -d ' ' -f 1 /proc/uptime"
             ).split()
@@ -120,8 +120,8 @@ class FlushSlow(PaprScmTest):
             if counts.begun - counts.ended != 1:
                 break
             rounds += 1
-            self.expect("errnos meanwhile", [step.errno for step in made], [0] * len(made))
-            quick += [step.duration_s for step in made]
+            self.expect("errnos meanwhile", [step.errno for step in steps], [0] * len(steps))
+            quick += [step.duration_s for step in steps]
             ticks.append(float(ended) - float(began))
         figures = {
             "rounds": rounds,
@@ -144,11 +144,11 @@ class FlushSlow(PaprScmTest):
     def test_hung_task_watcher(self) -> None:
         """The hung-task watcher reports a task that waits for a hanging flush.
 
-        Behind is an fsync on ext4, which waits for the journal's thread.
+        The control is an fsync on ext4, which waits for the journal's thread.
         """
         self.require_kernel("CONFIG_DETECT_HUNG_TASK")
         guest = self.machine(LARGE.holding("ext4"), allowed=(HUNG_TASK,))
-        found = dax_mount(guest, LARGE.slot, "ext4", "/mnt/pm")
+        mounted = dax_mount(guest, LARGE.slot, "ext4", "/mnt/pm")
         persist(guest, "/mnt/pm/file", f"write=0:{PAGE}:1", "fsync")
         guest.succeed(
             "echo 2 > /proc/sys/kernel/hung_task_timeout_secs && "
@@ -156,39 +156,39 @@ class FlushSlow(PaprScmTest):
         )
         syncs = guest.vm.syncs(LARGE.slot)
         syncs.hang()
-        path = f"{found.region.device}/deep_flush"
+        path = f"{mounted.region.device}/deep_flush"
         waits = self.begin(guest, "waits", path, FLUSH)
         behind = self.begin(guest, "behind", "/mnt/pm/file", f"write={PAGE}:{PAGE}:2", "fsync")
         syncs.wait_begun(syncs.counts().ended + 2)
         # The control: a task that the watcher does report.
         guest.wait_until(f"dmesg | grep 'INFO: task persist.*:{behind} blocked'", timeout_s=30)
-        said = guest.succeed("sleep 5; dmesg")
+        log = guest.succeed("sleep 5; dmesg")
         states = {pid: self.state(guest, pid)[0] for pid in (waits, behind)}
         syncs.release()
         guest.wait_until(f"! test -d /proc/{waits} && ! test -d /proc/{behind}")
         self.expect("the tasks' states", states, {waits: "D", behind: "D"})
         for name, steps in (("waits", (FLUSH,)), ("behind", ("write", "fsync"))):
-            made = parse_persist(guest.succeed(f"cat /tmp/{name}"), 0, steps)
-            self.expect(f"errnos, {name}", [step.errno for step in made], [0] * len(steps))
-        check_offline(guest, [found.mount])
+            results = parse_persist(guest.succeed(f"cat /tmp/{name}"), 0, steps)
+            self.expect(f"errnos, {name}", [step.errno for step in results], [0] * len(steps))
+        check_offline(guest, [mounted.mount])
         counts = syncs.counts()
         self.check("syncs that ended and failed", (counts.ended, counts.failed), (counts.begun, 0))
-        reported = {int(pid) for pid in re.findall(r"INFO: task \S+:(\d+) blocked", said)}
+        reported = {int(pid) for pid in re.findall(r"INFO: task \S+:(\d+) blocked", log)}
         self.known_issue(
             "linux-hung-task-misses-flush",
             shows=waits not in reported,
-            found="with a limit of 2 s, of a task that waits for a flush for 7 s the watcher says "
-            + ("nothing" if waits not in reported else "that it hangs"),
+            found="with a limit of 2 s, a task that waits for a flush for 7 s is "
+            + ("not reported" if waits not in reported else "reported"),
         )
 
     def test_killed(self) -> None:
-        """A process that was killed while it waited for a flush leaves nothing behind.
+        """A process that is killed while it waits for a flush leaves nothing behind.
 
-        So far it cannot be killed earlier: there is no way out of the loop in papr_scm_pmem_flush
-        but an answer of the hypervisor.
+        So far it ends only when the flush ends: the loop in papr_scm_pmem_flush does not check for
+        signals.
         """
         guest = self.machine(LARGE.holding("xfs"))
-        found, file = dax_mount(guest, LARGE.slot, "xfs", "/mnt/pm"), "/mnt/pm/file"
+        mounted, file = dax_mount(guest, LARGE.slot, "xfs", "/mnt/pm"), "/mnt/pm/file"
         persist(guest, file, f"write=0:{PAGE}:1", "fsync")
         syncs = guest.vm.syncs(LARGE.slot)
         before = syncs.counts()
@@ -208,18 +208,18 @@ class FlushSlow(PaprScmTest):
         self.expect("syncs that ended", syncs.counts().ended, before.ended)
         syncs.release()
         guest.wait_until(f"! test -d /proc/{pid}")
-        # It was killed on its way out of the kernel, before it could print anything.
+        # It dies when it returns from the kernel, before it can print anything.
         self.check("output of the killed process", guest.succeed("cat /tmp/killed"), "")
         after = syncs.counts()
         self.check("syncs that ended and failed", (after.ended, after.failed), (after.begun, 0))
         self.usual("flushes of the killed fdatasync", after.begun - before.begun, 1)
         polls = count_hcalls(guest)
-        self.check("hcalls, of which no more are made", count_hcalls(guest), polls)
+        self.check("hcalls after the flush has ended", count_hcalls(guest), polls)
         # The file system still works, and the killed process's write survived.
         guest.succeed("umount /mnt/pm && echo 3 > /proc/sys/vm/drop_caches")
-        mount(guest, found.device, "xfs", "/mnt/pm")
-        made = persist(guest, file, f"read=0:{PAGE}", f"write={PAGE}:{PAGE}:3", "fsync")
-        found_after = (made[0].byte, [step.errno for step in made])
-        self.check("byte and errnos after a remount", found_after, (2, [0] * 3))
+        mount(guest, mounted.device, "xfs", "/mnt/pm")
+        results = persist(guest, file, f"read=0:{PAGE}", f"write={PAGE}:{PAGE}:3", "fsync")
+        outcome = (results[0].byte, [step.errno for step in results])
+        self.check("byte and errnos after a remount", outcome, (2, [0] * 3))
         expect_no_complaints(guest.succeed(KERNEL_LOG))
-        check_offline(guest, [found.mount])
+        check_offline(guest, [mounted.mount])

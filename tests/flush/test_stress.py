@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Flushes from many threads on several DIMMs, during hotplug and other changes.
 
-papr_scm_pmem_flush holds no lock and sleeps between its hypervisor calls; QEMU has up to 64
-threads that sync, which its disks share. What may go wrong is lost or merged flushes, a token of
-one DIMM taken for another's, a sleep in atomic context, leaked memory or threads.
+papr_scm_pmem_flush holds no lock and sleeps between its hcalls; QEMU syncs in up to 64 threads,
+which its disks share. Possible faults: lost or merged flushes, a token used for another DIMM, a
+sleep in atomic context, leaked memory or threads.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ DIMMS = (
 )
 
 SLOW_S = 0.02
-"""A sync takes up to so long."""
+"""Longest injected sync latency."""
 LOAD_S = 6
 
-# Threads of QEMU's pool that have nothing to do end after 10 s (util/thread-pool.c). Of many that
-# time out at once some are told by a newer C library that they were woken, and wait anew; with
-# QEMU 11.1 that took three rounds.
+# Idle threads of QEMU's pool end after 10 s (util/thread-pool.c). When many time out together, a
+# newer C library reports some of them as woken, and they wait again; with QEMU 11.1 that took three
+# rounds.
 POOL_LIMIT_S = 90.0
 MANY = 16_000
 
-# The rounds of each are counted, and every command must succeed.
-BESIDE = {
+# Changes that run during the flushes; rounds are counted, and every command must succeed.
+CHANGES = {
     "hotplug": "echo 0 > $C/online && echo 1 > $C/online",
     "namespace": "ndctl disable-namespace $N && ndctl enable-namespace $N && "
     "echo $P > $B/unbind && echo $P > $B/bind",
@@ -83,34 +83,34 @@ class FlushStress(PaprScmTest):
         return guest
 
     def deep(self) -> list[str]:
-        """The regions' attributes."""
+        """The regions' deep_flush files."""
         return [f"{self.regions[slot].device}/deep_flush" for slot in FLUSHED]
 
     def mixed(self) -> list[str]:
         """The disk and the mount points for a mixture of calls."""
         return [self.disk, *(mount.mountpoint for mount in self.mounts)]
 
-    def judge(self, name: str, made: FlushLoadReport, slots: Sequence[int] = FLUSHED) -> None:
-        """Check that all calls succeeded, and that the counts of the DIMMs agree."""
-        made.expect_success()
+    def judge(self, name: str, result: FlushLoad, slots: Sequence[int] = FLUSHED) -> None:
+        """Check that all calls succeeded, and that the flush counts of each DIMM agree."""
+        result.expect_success()
         account = self.accounts.take(limit_s=15)
         expect_protocol(account.all())
         flushes = {slot: len(found) for slot, found in account.flushes.items()}
         account.expect(flushes)
-        durations = sorted(call.duration_s for call in made.calls)
+        durations = sorted(call.duration_s for call in result.calls)
         self.measure(
             name,
             {
-                "calls": len(made.calls),
+                "calls": len(result.calls),
                 "flushes": flushes,
                 "hcalls": account.calls,
-                "flushes_per_s": account.count / made.duration_s,
+                "flushes_per_s": account.count / result.duration_s,
                 "p50_ms": durations[len(durations) // 2] * 1000,
                 "max_ms": durations[-1] * 1000,
             },
         )
-        if never := [slot for slot in slots if not flushes[slot]]:
-            raise HostError(f"nothing was flushed in the slots {never}: the load was none")
+        if unflushed := [slot for slot in slots if not flushes[slot]]:
+            raise HostError(f"the load did not flush the slots {unflushed}")
 
     def finish(self, guest: Guest) -> None:
         """Check that no file system reports an error, online or offline."""
@@ -127,22 +127,22 @@ class FlushStress(PaprScmTest):
         kinds += [("msync", [mount.mountpoint for mount in self.mounts])]
         for kind, targets in kinds:
             seed = self.seeds.getrandbits(60)
-            made = run_flush_load(guest, kind, targets, threads=48, count=6, seed=seed)  # type: ignore[arg-type]
-            self.judge(kind, made, FLUSHED if kind != "msync" else (XFS, EXT4))
+            result = load(guest, kind, targets, threads=48, count=6, seed=seed)  # type: ignore[arg-type]
+            self.judge(kind, result, FLUSHED if kind != "msync" else (XFS, EXT4))
         self.finish(guest)
 
     def test_beside_everything(self) -> None:
-        """While a CPU, a namespace and a driver come and go, no flush and no thread is lost."""
+        """During hotplug of CPU, namespace and driver, no flush is lost and no thread leaks."""
         guest = self.machine()
         for slot in FLUSHED:
             guest.vm.syncs(slot).delay(0, SLOW_S)
         self.begin(guest)
-        made = self.load(guest, LOAD_S)
+        result = self.load(guest, LOAD_S)
         rounds = self.end(guest)
         self.measure("beside", rounds)
-        self.judge("beside everything", made)
+        self.judge("beside everything", result)
         if idle := [name for name, count in rounds.items() if not count]:
-            raise HostError(f"beside the flushes there never was: {', '.join(idle)}")
+            raise HostError(f"changes without a complete round: {', '.join(idle)}")
         self.finish(guest)
         expect_threads_end(guest.vm.process.pid)
 
@@ -154,7 +154,7 @@ class FlushStress(PaprScmTest):
         )
 
     def begin(self, guest: Guest) -> None:
-        """Begin the changes that go on meanwhile."""
+        """Begin the changes in the background."""
         region = self.regions[BUSY]
         values = {
             "C": f"/sys/devices/system/cpu/cpu{self.settings.smp - 1}",
@@ -169,28 +169,30 @@ class FlushStress(PaprScmTest):
             f"( n=0; while [ -e /tmp/go ]; do {{ {what}; }} > /tmp/{name}.log 2>&1 || "
             f"{{ echo failed > /tmp/{name}; exit; }}; n=$((n + 1)); done; "
             f"echo $n > /tmp/{name} ) < /dev/null > /dev/null 2>&1 &"
-            for name, what in BESIDE.items()
+            for name, what in CHANGES.items()
         ]
         guest.succeed("\n".join([f"touch /tmp/go; {settings}", *loops]))
 
     def end(self, guest: Guest) -> dict[str, int]:
-        """End the changes; the number of rounds of each."""
+        """End the changes; return the number of rounds of each."""
         guest.succeed("rm /tmp/go")
         rounds = {}
-        for name in BESIDE:
-            said = guest.wait_until(f"[ -s /tmp/{name} ] && cat /tmp/{name}", timeout_s=30)
-            if not re.fullmatch(r"\d+", said):
+        for name in CHANGES:
+            text = guest.wait_until(f"[ -s /tmp/{name} ] && cat /tmp/{name}", timeout_s=30)
+            if not re.fullmatch(r"\d+", text):
                 raise ContractError(f"{name} failed: {guest.succeed(f'cat /tmp/{name}.log')}")
-            rounds[name] = int(said)
+            rounds[name] = int(text)
         return rounds
 
 
 def expect_threads_end(pid: int) -> None:
-    """Check that the threads of a QEMU's pool end when there is nothing to sync."""
+    """Check that the threads of a QEMU's pool end when no sync is pending."""
     deadline = time.monotonic() + POOL_LIMIT_S
     while workers := _workers(pid):
         if time.monotonic() > deadline:
-            raise ContractError(f"{len(workers)} threads of QEMU's pool do not end")
+            raise ContractError(
+                f"{len(workers)} idle threads of QEMU's pool after {POOL_LIMIT_S:g} s"
+            )
         time.sleep(0.2)
 
 
@@ -204,8 +206,8 @@ class FlushMemory(QemuTest):
     def test_nothing_is_kept(self) -> None:
         """Thousands of completed flushes leave neither memory nor a thread behind in QEMU.
 
-        A guest with an operating system cannot show that: for what it executes the first time QEMU
-        keeps some MiB, and a flush is a hundred bytes (spapr_nvdimm.c).
+        A guest with an operating system is too noisy: QEMU keeps some MiB of translated code, and
+        a flush takes a hundred bytes (spapr_nvdimm.c).
         """
         nvdimm = PMEM_OFF.at(0, SMALL)
         bare = self.bare(Machine(nvdimms=(nvdimm,), smp=1, memory_mib=256))
@@ -220,7 +222,7 @@ class FlushMemory(QemuTest):
                 self.expect("codes of 1000 flushes", codes, {ReturnCode.H_SUCCESS})
             grown.append(_own_kib(pid) - before)
         self.measure("grown_kib", grown)
-        # The first fill what is kept for later ones. Each that is not forgotten takes 60 bytes.
+        # The first round fills QEMU's caches. Each flush that is kept takes 60 bytes.
         if grown[1] * 1024 > MANY * 32:
             raise ContractError(f"QEMU's memory grew by {grown[1]} KiB in {MANY} flushes")
         expect_threads_end(pid)
@@ -228,17 +230,17 @@ class FlushMemory(QemuTest):
 
 def _own_kib(pid: int) -> int:
     """QEMU's anonymous resident memory, KiB."""
-    rollup = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"^RssAnon:\s+(\d+) kB", rollup, re.MULTILINE)
-    if found is None:
+    status = Path(f"/proc/{pid}/status").read_text()
+    match = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    if match is None:
         raise HostError(f"/proc/{pid}/status has no RssAnon")
-    return int(found[1])
+    return int(match[1])
 
 
 def _workers(pid: int) -> list[int]:
     """The threads of a QEMU's pool (util/thread-pool.c names them)."""
-    found = []
+    pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         if (task / "comm").read_text().strip() == "worker":
-            found.append(int(task.name))
-    return found
+            pids.append(int(task.name))
+    return pids

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Number of flushes of each operation in the guest, on pmem=off.
 
-A flush is what blkdev_issue_flush, REQ_PREFLUSH and REQ_FUA come down to (drivers/nvdimm/pmem.c:
-pmem_submit_bio), so a bio with both makes two; info blocks and BTTs are written by
-nsio_rw_bytes (claim.c), which flushes each time. A number too small loses data, and a number too
-large costs 13 ms each. What is pinned was measured on Linux 6.12; another kernel may do with less
-or need more, which is reported and no failure, as long as what must be durable is flushed at all.
+blkdev_issue_flush, REQ_PREFLUSH and REQ_FUA each cause a flush (drivers/nvdimm/pmem.c:
+pmem_submit_bio), so a bio with both flags makes two. Info blocks and BTTs are written by
+nsio_rw_bytes (claim.c), which flushes each time. Too few flushes lose data; each superfluous one
+costs 13 ms. The pinned numbers were measured on Linux 6.12. On another kernel a difference is only
+reported, as long as every operation that promises durability flushes at least once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
 
 PINNED = "6.12."
-"""The kernel whose numbers these are."""
+"""Kernel of the pinned numbers."""
 SLOT = 2
 
 
@@ -37,8 +37,8 @@ class Row:
     Attributes:
         name: of the operation.
         command: shell, with $D for the disk, $F for a file, $P for the page size.
-        flushes: how many it makes; None: that depends on what was written back before.
-        durable: it promises durability, so there must be one at least.
+        flushes: pinned number; None: it depends on earlier write-back.
+        durable: the operation promises durability, so it must flush at least once.
     """
 
     name: str
@@ -68,12 +68,12 @@ DISK = (
     Row("sync() with a dirty disk", "xfs_io -c 'pwrite -q -b 64k 0 64k' -c '!sync' $D", 0),
     Row("BLKFLSBUF", "blockdev --flushbufs $D", 0),
     Row(
-        "fsync where write_cache says write through",
+        "fsync with write_cache=write through",
         "c=/sys/block/${D#/dev/}/queue/write_cache; echo write through > $c; "
         "xfs_io -c fsync $D; s=$?; echo write back > $c; exit $s",
         0,
     ),
-    Row("fsync where it says write back again", "xfs_io -c fsync $D", 1, durable=True),
+    Row("fsync with write_cache=write back again", "xfs_io -c fsync $D", 1, durable=True),
 )
 
 FILES = (
@@ -81,7 +81,7 @@ FILES = (
         "fsync of a new file", "xfs_io -f -c 'pwrite -q -b 64k 0 64k' -c fsync $F", 2, durable=True
     ),
     Row("fsync of an overwrite", "xfs_io -c 'pwrite -q -b 64k 0 64k' -c fsync $F", 2, durable=True),
-    Row("fsync of what is clean", "xfs_io -c fsync $F", 1),
+    Row("fsync of a clean file", "xfs_io -c fsync $F", 1),
     Row(
         "fdatasync of an overwrite",
         "xfs_io -c 'pwrite -q -b 64k 0 64k' -c fdatasync $F",
@@ -94,7 +94,7 @@ FILES = (
         1,
         durable=True,
     ),
-    Row("msync(MS_SYNC) of what is clean", "xfs_io -c 'mmap -rw 0 64k' -c 'msync -s 0 64k' $F", 1),
+    Row("msync(MS_SYNC) of a clean file", "xfs_io -c 'mmap -rw 0 64k' -c 'msync -s 0 64k' $F", 1),
     Row(
         "msync(MS_ASYNC)",
         "xfs_io -c 'mmap -rw 0 64k' -c 'mwrite 0 64k' -c 'msync -a 0 64k' $F",
@@ -155,7 +155,7 @@ class FlushTable(PaprScmTest):
             allowed=allowed,
         )
         region = wait_for_region(guest, SLOT)
-        # XFS writes its log every 30 s unasked.
+        # By default XFS writes its log every 30 s.
         guest.succeed("mkdir -p /mnt/a; echo 72000 > /proc/sys/fs/xfs/xfssyncd_centisecs")
         return guest, region
 
@@ -167,26 +167,24 @@ class FlushTable(PaprScmTest):
         disk: str = "",
         accounts: FlushAccounts | None = None,
     ) -> None:
-        """Make the operations of the rows, and compare the flushes of each."""
+        """Run the operations of the rows, and compare the flushes of each."""
         accounts = accounts or FlushAccounts(guest, [SLOT])
-        settings = (
-            f"D={disk} F=/mnt/a/file P={read_page_size(guest)} R={region.device} N={region.name}"
-        )
-        found: dict[str, int] = {}
+        settings = f"D={disk} F=/mnt/a/file P={page_size(guest)} R={region.device} N={region.name}"
+        counts: dict[str, int] = {}
         for row in rows:
             guest.succeed(f"{settings}\n{row.command}")
             account = accounts.take()
             account.expect({SLOT: account.count})
             expect_protocol(account.all())
-            found[row.name] = account.count
-        self.measure("flushes", found)
-        lost = [row.name for row in rows if row.durable and not found[row.name]]
+            counts[row.name] = account.count
+        self.measure("flushes", counts)
+        lost = [row.name for row in rows if row.durable and not counts[row.name]]
         if lost:
             raise ContractError(f"not flushed at all: {', '.join(lost)}")
         differ = [
-            f"{row.name}: {found[row.name]} flushes, pinned {row.flushes}"
+            f"{row.name}: {counts[row.name]} flushes, pinned {row.flushes}"
             for row in rows
-            if row.flushes not in (None, found[row.name])
+            if row.flushes not in (None, counts[row.name])
         ]
         if differ:
             release = self.environment.kernel.release
@@ -216,7 +214,7 @@ class FlushTable(PaprScmTest):
         self.judge(guest, region, NAMESPACES)
 
     def test_sector(self) -> None:
-        """A BTT is flushed with each write of its own: four for each sector."""
+        """A BTT flushes after each of its own writes: four flushes for each sector."""
         guest, region = self.machine(SMALL, allowed=[SLEEPS.pattern])
         accounts = FlushAccounts(guest, [SLOT])
         self.judge(guest, region, SECTOR[:1], accounts=accounts)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every branch of every hcall of storage class memory, made from bare metal, against a model.
+"""Every branch of every storage class memory hcall, from bare metal, compared with a model.
 
-No kernel takes part: every difference is QEMU's (hw/ppc/spapr_nvdimm.c). The model is
-paprscm/device/hcall_model.py; its docstrings say where each rule is from.
+No kernel runs: every difference is QEMU's (hw/ppc/spapr_nvdimm.c). The model is
+paprscm/device/hcall_model.py; its docstrings cite the source of each rule.
 """
 
 import itertools
@@ -25,14 +25,14 @@ KINDS = (
 )
 EMPTY_SLOT = 5
 
-# Where 32 and 64 bits end, and what is negative to one who forgets that they are unsigned.
+# Limits of 32 and 64 bits, and values that are negative as signed numbers.
 EDGES = (
     *(0, 1, 2, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 32, (1 << 32) + 1),
     *((1 << 63) - 1, 1 << 63, (1 << 64) - 2, (1 << 64) - 1),
 )
 
-# Connectors of a CPU core, a PCI host bridge, a PCI slot and memory, which exist or may exist, and
-# numbers of which there is none (QEMU spapr_drc.h:SpaprDRConnectorTypeShift).
+# DRC indices of a CPU core, a PCI host bridge, a PCI slot and memory, which may exist, and indices
+# of no connector (QEMU spapr_drc.h:SpaprDRConnectorTypeShift).
 NO_NVDIMMS = (
     drc_index(EMPTY_SLOT),
     *(drc_index(0) + 8, drc_index(0) + 0x0FFFFFFF),
@@ -42,7 +42,7 @@ NO_NVDIMMS = (
 
 
 def around(value: int, by: int = 9) -> range:
-    """The numbers near `value`, none of them negative."""
+    """The non-negative numbers near `value`."""
     return range(max(0, value - by), value + by + 1)
 
 
@@ -50,13 +50,13 @@ class HcallTest(QemuTest):
     """Base of the tests of hcalls."""
 
     def judge(self, *kinds: Nvdimm) -> ScmJudge:
-        """A bare machine with those of these DIMMs that it can have, and its judge."""
+        """Start a bare machine with the DIMMs that this QEMU supports; return its judge."""
         able = self.possible(kinds)
         bare = self.bare(Machine(nvdimms=able, smp=1, memory_mib=256))
         return ScmJudge(bare, able)
 
     def dies_of(self, signal: str, judge: ScmJudge, *requests: Request) -> str:
-        """QEMU's end by this signal during the calls; empty if they return."""
+        """Make the calls; return the message of QEMU's death by this signal, or ""."""
         try:
             judge.make(*requests)
         except GuestLostError as error:
@@ -66,7 +66,7 @@ class HcallTest(QemuTest):
         return ""
 
     def covers(self, judge: ScmJudge, *calls: Hcall, without: Iterable[str] = ()) -> None:
-        """Check that these calls took every branch; else the test is weaker than it looks."""
+        """Check that the test took every branch of these calls."""
         self.measure("hcalls", judge.calls)
         self.measure("branches", counts_by_name(judge.model.covered))
         if missing := judge.missing(calls, without=without):
@@ -117,8 +117,8 @@ class Metadata(HcallTest):
             request(Hcall.H_SCM_READ_METADATA, drc, 0, 4),
         )
         issue = "qemu-read-metadata-sign-extends"
-        found = judge.known_wrong.get(issue)
-        self.known_issue(issue, shows=bool(found), found=found or f"r4 is {word:#x}")
+        wrong = judge.known_wrong.get(issue)
+        self.known_issue(issue, shows=bool(wrong), found=wrong or f"r4 is {word:#x}")
 
     def test_write(self) -> None:
         """H_SCM_WRITE_METADATA changes exactly the named bytes of the backing file."""
@@ -188,7 +188,7 @@ class Binding(HcallTest):
                 *(request(call, drc, a, n, anywhere, 0) for a in blocks for n in blocks),
                 *(request(call, drc, 0, 1, a, 0) for a in (*EDGES, dimm.address)),
                 *(request(call, drc, 0, 1, anywhere, token) for token in EDGES),
-                # Which of two errors is returned is part of the contract: the first one.
+                # With two wrong arguments, the error of the first one is part of the contract.
                 *(request(call, drc, 99, 99, 0, token) for token in (0, 1)),
                 *(request(call, other, 0, 1, anywhere, 0) for other in NO_NVDIMMS),
             )
@@ -207,7 +207,7 @@ class Binding(HcallTest):
             counts = (*range(dimm.blocks + 2), (1 << 36) - 1, 1 << 36, (1 << 36) + 1, *EDGES)
             requests = [request(call, drc, start, n, 0) for start in starts for n in counts]
             judge.make(
-                *(made for made in requests if not unbind_wraps(made)),
+                *(each for each in requests if not unbind_wraps(each)),
                 *(request(call, drc, dimm.address, 1, token) for token in EDGES),
                 *(request(call, drc, 1, 0, token) for token in (0, 1)),
                 *(request(call, other, dimm.address, 1, 0) for other in NO_NVDIMMS),
@@ -239,7 +239,7 @@ class Binding(HcallTest):
 
 class Others(HcallTest):
     """
-    H_SCM_HEALTH, DRC indices, and what QEMU does not implement.
+    H_SCM_HEALTH, DRC indices, and hcalls that QEMU does not implement.
 
     :avocado: tags=hcall
     """
@@ -252,7 +252,7 @@ class Others(HcallTest):
         self.covers(judge, Hcall.H_SCM_HEALTH)
 
     def test_not_implemented(self) -> None:
-        """The queries of bindings and of statistics return H_FUNCTION, as Linux expects."""
+        """Queries of bindings and of statistics return H_FUNCTION, as Linux expects."""
         judge = self.judge(*KINDS)
         calls = (
             Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING,
@@ -264,7 +264,7 @@ class Others(HcallTest):
         self.covers(judge, *calls)
 
     def test_drc_index_has_32_bits(self) -> None:
-        """The upper half of the register with the DRC index is ignored by every call."""
+        """Every call ignores the upper 32 bits of the DRC index."""
         judge = self.judge(*KINDS)
         drcs = [high << 32 | drc_index(0) for high in (1, 0x90000000, 0xFFFFFFFF)]
         judge.make(
@@ -279,7 +279,7 @@ class Others(HcallTest):
         self.check("token of the last flush", judge.model.dimms[0].last_token, len(drcs))
 
     def test_other_connectors_are_no_nvdimms(self) -> None:
-        """A DRC of ordinary memory, of a core or of a host bridge is refused as not an NVDIMM's."""
+        """The DRC index of memory, a core or a host bridge is refused, because it has no NVDIMM."""
         judge = self.judge(*KINDS)
         qmp = judge.bare.qmp
         qmp.execute("object-add", qom_type="memory-backend-ram", id="ram1", size=256 * MIB)

@@ -36,12 +36,12 @@ class FlushTest(QemuTest):
     """Base of the tests of H_SCM_FLUSH."""
 
     def judge(self, *nvdimms: Nvdimm, smp: int = 1) -> ScmJudge:
-        """A bare machine whose syncs are watched, and its judge."""
+        """Start a bare machine whose syncs are counted; return its judge."""
         machine = Machine(nvdimms=nvdimms, smp=smp, memory_mib=256)
         return ScmJudge(self.bare(machine, shim=self.shim()), nvdimms)
 
     def counts(self, judge: ScmJudge, slot: int) -> dict[str, int]:
-        """The number of syncs of the file behind a DIMM, by operation."""
+        """Number of syncs of a DIMM's backing file, by operation."""
         syncs = judge.bare.vm.syncs(slot)
         ended = {operation.name.lower(): syncs.counts(operation).ended for operation in Operation}
         return {name: count for name, count in ended.items() if count}
@@ -55,7 +55,7 @@ class Tokens(FlushTest):
     """
 
     def test_life(self) -> None:
-        """A flush is long-busy first, keeps its token, and reports its end exactly once."""
+        """A flush is first long-busy, keeps its token, and reports its end exactly once."""
         judge = self.judge(FIRST)
         for number in range(1, 21):
             (begun,) = judge.make(request(FLUSH, FIRST.drc, 0))
@@ -66,7 +66,7 @@ class Tokens(FlushTest):
         self.measure("branches", counts_by_name(judge.model.covered))
 
     def test_tokens_are_the_devices_own(self) -> None:
-        """Each DIMM counts its own tokens; that of another, or one never given, is H_P2."""
+        """Each DIMM counts its own tokens; a token of another DIMM, or an unused one, is H_P2."""
         judge = self.judge(FIRST, SECOND)
         judge.make(*(request(FLUSH, FIRST.drc, 0) for _ in range(3)))
         judge.make(request(FLUSH, SECOND.drc, 0))
@@ -91,19 +91,21 @@ class Tokens(FlushTest):
         self.check("syncs", self.counts(judge, 0), {"fdatasync": 1000})
 
     def test_four_processors(self) -> None:
-        """Flushes that four vCPUs begin concurrently have a token each, and end once each."""
+        """Flushes that four vCPUs begin concurrently get distinct tokens, and each ends once."""
         judge = self.judge(FIRST, smp=4)
         bare, each = judge.bare, 250
         bare.start_cpus(4)
         begun = bare.together({cpu: [Call(FLUSH, (FIRST.drc, 0))] * each for cpu in range(4)})
-        answers = [answer for made in begun.values() for answer in made]
+        answers = [answer for results in begun.values() for answer in results]
         self.expect("codes of the flushes", {answer.code for answer in answers}, {BUSY})
         tokens = sorted(answer.outputs[0] for answer in answers)
         self.expect("the tokens count from 1", tokens == list(range(1, 4 * each + 1)), True)
-        # Every vCPU polls every token: exactly one of them must get the flush's end.
+        # Every vCPU polls every token: exactly one vCPU must get the flush's end.
         polls = [Call(FLUSH, (FIRST.drc, token), 100_000, True, 100) for token in tokens]
         ended = bare.together(dict.fromkeys(range(4), polls), timeout_s=60)
-        codes = {tuple(sorted(made[n].code for made in ended.values())) for n in range(len(tokens))}
+        codes = {
+            tuple(sorted(results[n].code for results in ended.values())) for n in range(len(tokens))
+        }
         once = (ReturnCode.H_P2,) * 3 + (ReturnCode.H_SUCCESS,)
         self.check("the vCPUs' codes for a token", codes, {once})
         self.check("syncs", self.counts(judge, 0), {"fdatasync": 4 * each})
@@ -133,7 +135,7 @@ class Syncs(FlushTest):
     """
 
     def test_each_kind(self) -> None:
-        """A flush of pmem=off calls fdatasync, of pmem-override pmem_persist; others refuse it."""
+        """A flush calls fdatasync on pmem=off, pmem_persist on pmem-override; others refuse it."""
         nvdimms = self.possible((FIRST, PERSISTENT, OVERRIDDEN, OLD))
         judge = self.judge(*nvdimms)
         for _ in range(5):
@@ -146,7 +148,7 @@ class Syncs(FlushTest):
         self.measure("branches", counts_by_name(judge.model.covered))
 
     def test_no_other_call_syncs(self) -> None:
-        """Calls that write labels or bind memory do not sync; only a flush does."""
+        """Only H_SCM_FLUSH syncs; calls that write labels or bind memory do not."""
         judge = self.judge(FIRST, OLD)
         for nvdimm in (FIRST, OLD):
             drc, address = nvdimm.drc, judge.model.dimms[nvdimm.slot].address
@@ -160,12 +162,12 @@ class Syncs(FlushTest):
             )
             codes = {answer.code for answer in answers}
             self.check(f"codes of {in_words(nvdimm)}", codes, {ReturnCode.H_SUCCESS})
-            # Nor does a poll for a flush that was never begun.
+            # A poll with an unused token does not sync, either.
             judge.make(request(FLUSH, drc, 99))
             self.check(f"syncs of {in_words(nvdimm)}", self.counts(judge, nvdimm.slot), {})
 
     def stored_and_flushed(self, nvdimm: Nvdimm) -> bytes:
-        """Store eight bytes at a DIMM's begin, flush, and return the first bytes of its file."""
+        """Store eight bytes at a DIMM's start, flush, and return the first bytes of its file."""
         judge = self.judge(nvdimm)
         address = judge.model.dimms[nvdimm.slot].address
         stored = judge.bare.call(H_LOGICAL_CI_STORE, 8, address, PATTERN)
@@ -178,22 +180,22 @@ class Syncs(FlushTest):
             return file.read(8)
 
     def test_what_was_stored_is_in_the_file(self) -> None:
-        """When a flush has ended, the data that were stored before it are in the file."""
+        """When a flush has ended, data stored before it are in the file."""
         content = self.stored_and_flushed(FIRST)
         self.check("the file's first bytes", content, PATTERN.to_bytes(8, "big"))
 
     def test_a_private_mapping_loses_what_was_stored(self) -> None:
         """With share=off, too, H_SUCCESS of a flush means that the data are in the file."""
-        found = self.stored_and_flushed(dataclasses.replace(FIRST, share=False))
-        lost = found != PATTERN.to_bytes(8, "big")
+        content = self.stored_and_flushed(dataclasses.replace(FIRST, share=False))
+        lost = content != PATTERN.to_bytes(8, "big")
         self.known_issue(
             "qemu-nvdimm-share-off",
             shows=lost,
-            found=f"after H_SUCCESS of a flush the file holds {found.hex()}",
+            found=f"after H_SUCCESS of a flush the file holds {content.hex()}",
         )
 
     def test_told_only_after_its_sync(self) -> None:
-        """While a sync hangs, each poll is long-busy, and other DIMMs can be flushed."""
+        """While a sync hangs, each poll returns long-busy, and other DIMMs can be flushed."""
         judge = self.judge(FIRST, SECOND)
         held = judge.bare.vm.syncs(0)
         held.hang()
@@ -225,7 +227,7 @@ class Syncs(FlushTest):
             self.check("duration of a flush, s", duration_s, at_least(0.05))
 
     def test_a_failed_sync_is_told(self) -> None:
-        """When the host's sync fails its flush ends with H_HARDWARE, and no other flush does."""
+        """When a host sync fails, its flush ends with H_HARDWARE, and no other flush does."""
         judge = self.judge(FIRST, SECOND)
         syncs, first = judge.bare.vm.syncs(0), judge.model.dimms[0]
         for number in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
@@ -245,7 +247,7 @@ class Syncs(FlushTest):
             self.check("QEMU's output", output, containing(message))
 
     def test_one_of_many_fails(self) -> None:
-        """Of a hundred concurrent flushes exactly those fail whose syncs failed."""
+        """Of a hundred concurrent flushes, exactly those with a failed sync fail."""
         judge = self.judge(FIRST)
         syncs = judge.bare.vm.syncs(0)
         syncs.fail(errno.EIO, every=7)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """The host's cost of a guest that begins flushes without limit and never polls them.
 
-H_SCM_FLUSH has no limit of flushes that are outstanding, and hands each to the thread pool of
-QEMU's main loop, which disks use too (hw/ppc/spapr_nvdimm.c:h_scm_flush; util/thread-pool.c).
+H_SCM_FLUSH does not limit outstanding flushes, and hands each to the thread pool of QEMU's main
+loop, which disks use too (hw/ppc/spapr_nvdimm.c:h_scm_flush; util/thread-pool.c).
 """
 
 import time
@@ -30,8 +30,8 @@ class Hostile(QemuTest):
     :avocado: tags=hcall,flush,hostile
     """
 
-    def machine(self) -> BareMachine:
-        """Start a machine with four vCPUs, one DIMM whose syncs are watched, and another disk."""
+    def machine(self) -> Bare:
+        """Start a machine with four vCPUs, one DIMM whose syncs are counted, and another disk."""
         machine = Machine(nvdimms=(DIMM,), smp=4, memory_mib=256)
         bare = self.bare(machine, shim=self.shim())
         bare.start_cpus(4)
@@ -61,12 +61,12 @@ class Hostile(QemuTest):
         """Write 4 KiB to the other disk, through the thread pool as a guest's request does."""
         self.disk.write_bytes(bytes(4096))
         bare.qmp.hmp('qemu-io disk "write -P 0xa5 0 4096"')
-        # What qemu-io says of it goes to QEMU's stdout.
+        # qemu-io prints its errors to QEMU's stdout, so check the file.
         if self.disk.read_bytes() != b"\xa5" * 4096:
             raise HostError("the other disk was not written to")
 
     def never_polled(self, count: int, sync_s: float) -> None:
-        """Begin `count` flushes that take `sync_s` each, and poll each of them once."""
+        """Begin `count` flushes of `sync_s` each, and poll each flush after it has ended."""
         bare = self.machine()
         syncs = bare.vm.syncs(0)
         idle = self.cost(bare)
@@ -74,12 +74,12 @@ class Hostile(QemuTest):
         self.begin(bare, count)
         outstanding = count - syncs.counts().ended
         loaded = self.cost(bare)
-        # Far above what is usual: this is for what has no bound, not for a slow day.
+        # Far above usual values: a limit for unbounded growth, not for a slow host.
         limits = {
             "anonymous_kib": idle["anonymous_kib"] + 64 * 1024,
             "threads": POOL_THREADS + 32,
             "monitor_s": 5.0,
-            # Its turn comes when those before it in the queue have ended.
+            # The write waits in the queue for the flushes before it.
             "disk_write_s": count * sync_s / POOL_THREADS + 10.0,
         }
         self.measure("idle", idle)
@@ -98,7 +98,7 @@ class Hostile(QemuTest):
         self.check("codes of the second poll", {answer.code for answer in again}, {ReturnCode.H_P2})
 
     def test_64_outstanding(self) -> None:
-        """With 64 concurrent flushes, monitor and disks respond, and each end is reported once."""
+        """With 64 concurrent flushes, monitor and disk respond, and each end is reported once."""
         self.never_polled(64, 0.2)
 
     def test_4096_outstanding(self) -> None:
@@ -106,7 +106,7 @@ class Hostile(QemuTest):
         self.never_polled(4096, 0.01)
 
     def test_without_end(self) -> None:
-        """The host's memory for flushes that are never polled has a limit."""
+        """QEMU's memory for flushes that are never polled is limited."""
         bare = self.machine()
         syncs, first, more = bare.vm.syncs(0), 20_000, 200_000
         self.begin(bare, first)
@@ -115,7 +115,7 @@ class Hostile(QemuTest):
         self.begin(bare, more)
         syncs.wait_ended(first + more, 120)
         after = self.cost(bare)
-        # One call walks all that ended, and holds QEMU's lock meanwhile.
+        # One call walks the list of ended flushes while it holds the big QEMU lock.
         unknown = bare.call(FLUSH, DIMM.drc, 1 << 40)
         self.measure("before", before)
         self.measure("after", after)
@@ -124,22 +124,22 @@ class Hostile(QemuTest):
         self.known_issue(
             "qemu-flushes-without-limit",
             shows=each >= 32,
-            found=f"{more} flushes that nobody polls keep {each:.0f} bytes each; then one call "
+            found=f"{more} flushes that are never polled keep {each:.0f} bytes each; one call "
             f"with an unknown token takes {unknown.duration_s * 1000:.0f} ms",
         )
 
     def test_held_flushes_and_another_disk(self) -> None:
-        """Hanging flushes, of any number, do not block another disk of the machine."""
+        """Any number of hanging flushes does not block another disk of the machine."""
         bare = self.machine()
         syncs = bare.vm.syncs(0)
         syncs.hang()
-        # The control: with a thread left the write must end, and it does while the flushes hang.
+        # The control: with idle threads in the pool the write ends while the flushes hang.
         self.begin(bare, POOL_THREADS - 4)
         syncs.wait_begun(POOL_THREADS - 4)
         blocked = self.blocks(lambda: self.write_disk(bare), 20, syncs.release)
-        self.expect("with a thread left, a write blocks", blocked, False)
+        self.expect("with idle threads, a write blocks", blocked, False)
         self.expect("syncs that ended", syncs.counts().ended, 0)
-        # The pool starts no thread while it believes one to be idle: it may take some more.
+        # The pool starts a thread only if it counts none as idle: more flushes may be needed.
         for _ in range(100):
             self.begin(bare, 4)
             if syncs.counts().begun >= POOL_THREADS:
@@ -168,7 +168,7 @@ class Hostile(QemuTest):
 
         def reset() -> None:
             bare.qmp.execute("system_reset")
-            # It is done when the main loop comes to it; so is this, before or after.
+            # The main loop runs the reset later; these queries wait for it.
             for _ in range(3):
                 bare.qmp.execute("query-status")
 
@@ -183,9 +183,9 @@ class Hostile(QemuTest):
     def blocks(
         self, action: Callable[[], object], limit_s: float, free: Callable[[], None]
     ) -> bool:
-        """True if the action does not end within `limit_s`; then it is freed and awaited.
+        """True if the action does not end within `limit_s`; then call `free` and wait for it.
 
-        Raises the action's exception: a failed action did not block, but did not work either.
+        Raises the action's exception: a failed action is neither blocked nor complete.
         """
         with ThreadPoolExecutor(1) as pool:
             done = pool.submit(action)
@@ -197,7 +197,7 @@ class Hostile(QemuTest):
 
 
 def timed(action: Callable[[], object]) -> float:
-    """The longest of five times, s."""
+    """The longest of five durations, s."""
     durations = []
     for _ in range(5):
         began = time.monotonic()

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Random sequences of hcalls on several DIMMs, compared with the model call by call.
 
-Hypothesis makes the sequences and shrinks one that goes wrong to the shortest that does. They all
-run on one machine: what a sequence leaves behind (labels, outstanding flushes) is removed before
-the next, and what cannot be removed (the number of tokens given so far) does not count.
+Hypothesis generates the sequences and shrinks a failing one to the shortest that fails. All run on
+one machine: the state that a sequence leaves (labels, outstanding flushes) is removed before the
+next; the last token cannot be reset, so arguments are relative to it.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ DIMMS = (
     Nvdimm(slot=4, size_bytes=SMALL, unarmed=True),
 )
 MOST_HELD = 16
-"""Limit of flushes that a sequence holds back; QEMU has 64 threads for them."""
+"""Limit of hanging flushes in a sequence; QEMU syncs in up to 64 threads."""
 
 
 class Token(NamedTuple):
-    """A token relative to the last one that this DIMM, or another, gave."""
+    """A token relative to the last one of this DIMM or another."""
 
     slot: int
     back: int
 
 
 class Address(NamedTuple):
-    """An address in the guest's memory: blocks from where the DIMM begins, and some bytes more."""
+    """A guest address: blocks from the start of the DIMM, plus some bytes."""
 
     blocks: int
     more: int
 
 
 class Make(NamedTuple):
-    """A call; its arguments are numbers, or relative to a token or an address."""
+    """A call; each argument is a number, or relative to a token or an address."""
 
     call: Hcall
     slot: int
@@ -59,7 +59,7 @@ class Make(NamedTuple):
 
 
 class Control(NamedTuple):
-    """An action on the machine: "hold", "release", "fail", "mend", "reset"."""
+    """An action on the machine: "hold", "release", "fail", "clear", "reset"."""
 
     verb: str
     slot: int
@@ -69,17 +69,17 @@ Value = int | Token | Address
 
 
 def weighed(*choices: tuple[int, st.SearchStrategy[Value]]) -> st.SearchStrategy[Value]:
-    """Any of these, with the number as its weight; one_of() would drop repetitions."""
+    """Choose one of the strategies by weight; one_of() would drop repetitions."""
     picks = [strategy for weight, strategy in choices for _ in range(weight)]
     return st.integers(0, len(picks) - 1).flatmap(lambda number: picks[number])
 
 
 slots = st.sampled_from([0, 0, 1, 1, 2, 3, 4, 5])
 words = st.one_of(st.integers(0, 16), st.integers(0, (1 << 64) - 1))
-# The edges of registers, of label areas, and of what the DIMMs have.
+# Limits of registers and of the DIMMs' label areas.
 edges = st.sampled_from([128 << 10, 256 << 10, 1 << 64])
 offsets = weighed(
-    # Few enough that what is read has often been written.
+    # A small range, so that reads often hit earlier writes.
     (3, st.integers(0, 16)),
     (1, st.integers(0, (256 << 10) + 16)),
     (2, edges.flatmap(lambda edge: st.integers(edge - 9, edge - 1))),
@@ -100,7 +100,7 @@ def call(which: Hcall, *arguments: st.SearchStrategy[Value]) -> st.SearchStrateg
     return st.builds(Make, st.just(which), slots, st.tuples(*arguments))
 
 
-# Most of the state is that of flushes, so most of the calls are.
+# Flushes have most of the state, so most calls are flushes.
 KINDS = [
     *[call(Hcall.H_SCM_FLUSH, tokens)] * 6,
     *[call(Hcall.H_SCM_READ_METADATA, offsets, lengths)] * 2,
@@ -114,13 +114,13 @@ KINDS = [
 controls = st.builds(
     Control,
     # A reset takes longer than a thousand calls.
-    st.sampled_from([*["hold", "release", "fail", "mend"] * 16, "reset"]),
+    st.sampled_from([*["hold", "release", "fail", "clear"] * 16, "reset"]),
     st.integers(0, 1),
 )
 steps = st.integers(0, len(KINDS) + 3).flatmap(
     lambda number: KINDS[number] if number < len(KINDS) else controls
 )
-# A list of lists is longer than a list, and can be shrunk as far.
+# A list of lists generates longer sequences than a list, and shrinks as well.
 sequences = st.lists(st.lists(steps, min_size=1, max_size=20), min_size=1, max_size=20)
 
 
@@ -132,11 +132,11 @@ class Model(QemuTest):
     timeout = 600
 
     def test_random_sequences(self) -> None:
-        """In any order of any calls, the machine returns the same as the model."""
+        """For any sequence of calls, the machine returns the same results as the model."""
         count = int(self.params.get("sequences", default=500))
         machine = Machine(nvdimms=self.possible(DIMMS), smp=1, memory_mib=256)
         self.done: list[str] = []
-        self.found, self.shortest = ContractError(""), self.done
+        self.failure, self.shortest = ContractError(""), self.done
         self.judge = self.new_judge(machine)
         total: Counter[str] = Counter()
 
@@ -156,20 +156,20 @@ class Model(QemuTest):
                 self.run_one([step for part in sequence for step in part])
             except ContractError as error:
                 total["hcalls"] += self.judge.calls
-                self.found, self.shortest = error, self.done
+                self.failure, self.shortest = error, self.done
                 self.recover(machine)
                 raise
 
-        # Hypothesis keeps what it knows of constants there.
+        # Hypothesis stores its constants there.
         set_hypothesis_home_dir(self.workdir)
         try:
             run()
         except (ContractError, Flaky) as error:
-            # A race does not fail every time: then this is the last sequence that failed.
-            sometimes = " that was found, and not every time" if isinstance(error, Flaky) else ""
-            way = "\n  ".join(self.shortest)
+            # A race does not fail in each run: then this is the last sequence that failed.
+            flaky = " (it does not fail in each run)" if isinstance(error, Flaky) else ""
+            steps_taken = "\n  ".join(self.shortest)
             raise ContractError(
-                f"{self.found.message}\n  the shortest way there{sometimes}:\n  {way}"
+                f"{self.failure.message}\n  the shortest sequence{flaky}:\n  {steps_taken}"
             ) from None
         finally:
             total["hcalls"] += self.judge.calls
@@ -179,11 +179,11 @@ class Model(QemuTest):
         self.log.info("%d hcalls in %d sequences", total["hcalls"], total["sequences"])
 
     def new_judge(self, machine: Machine) -> ScmJudge:
-        """Start a machine for the sequences; its judge."""
+        """Start a machine for the sequences; return its judge."""
         return ScmJudge(self.bare(machine, shim=self.shim()), machine.nvdimms)
 
     def recover(self, machine: Machine) -> None:
-        """Bring the machine into a known state again, or start a new one."""
+        """Bring the machine back into a known state, or start a new one."""
         old = self.judge
         try:
             for slot in old.model.dimms:
@@ -207,12 +207,12 @@ class Model(QemuTest):
         waiting: list[Request] = []
         for step in sequence:
             if isinstance(step, Make):
-                made = self.request(judge, step)
-                if made is None:
+                call_request = self.request(judge, step)
+                if call_request is None:
                     continue
-                waiting.append(made)
-                self.done.append(str(made))
-                # What a later step means may depend on the token that this one gives.
+                waiting.append(call_request)
+                self.done.append(str(call_request))
+                # The arguments of a later step may depend on the token that this call returns.
                 if step.call is not Hcall.H_SCM_FLUSH:
                     continue
             judge.make(*waiting)
@@ -225,7 +225,7 @@ class Model(QemuTest):
         judge.poll_to_the_end()
 
     def clean(self, judge: ScmJudge) -> None:
-        """Bring the machine into its first state: empty labels, no rule of the shim, no flush."""
+        """Bring the machine into its initial state: empty labels, no shim rules, no flushes."""
         for slot, dimm in judge.model.dimms.items():
             judge.bare.vm.syncs(slot).clear()
             judge.model.release(slot)
@@ -238,7 +238,7 @@ class Model(QemuTest):
         judge.poll_to_the_end()
 
     def request(self, judge: ScmJudge, step: Make) -> Request | None:
-        """The call with absolute numbers; None if it would hold too many flushes."""
+        """Request with absolute numbers; None if too many flushes would hang, or a range wraps."""
 
         def number(value: Value) -> int:
             if isinstance(value, int):
@@ -253,18 +253,18 @@ class Model(QemuTest):
         arguments = tuple(map(number, step.arguments))
         if step.call is Hcall.H_SCM_UNBIND_ALL:
             return Request(step.call, (1 + step.slot % 3, drc_index(step.slot), *arguments))
-        made = Request(step.call, (drc_index(step.slot), *arguments))
-        if step.call is Hcall.H_SCM_UNBIND_MEM and unbind_wraps(made):
+        call_request = Request(step.call, (drc_index(step.slot), *arguments))
+        if step.call is Hcall.H_SCM_UNBIND_MEM and unbind_wraps(call_request):
             return None
         dimm = judge.model.dimms.get(step.slot)
         held = dimm is not None and dimm.held and len(dimm.outstanding) >= MOST_HELD
-        return None if held and step.call is Hcall.H_SCM_FLUSH else made
+        return None if held and step.call is Hcall.H_SCM_FLUSH else call_request
 
     def control(self, judge: ScmJudge, step: Control) -> None:
-        """Do something to the machine, and to the model."""
+        """Apply an action to the machine and to the model."""
         dimm, syncs = judge.model.dimms[step.slot], judge.bare.vm.syncs(step.slot)
-        if step.verb in ("fail", "mend"):
-            # The end of a flush that is under way cannot be predicted.
+        if step.verb in ("fail", "clear"):
+            # The result of a flush in flight cannot be predicted.
             if dimm.held:
                 return
             judge.poll_to_the_end(step.slot)

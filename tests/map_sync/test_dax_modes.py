@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """MAP_SYNC needs a DAX file; mount option, inode flag and block size decide which files are DAX.
 
-A file is DAX (S_DAX) or not from the moment that its inode is loaded until it is evicted; what
-decides is fs/xfs/xfs_iops.c:xfs_inode_should_enable_dax and fs/ext4/inode.c:ext4_should_enable_dax
+A file's DAX state (S_DAX) is fixed from the load of its inode until its eviction. It is decided by
+fs/xfs/xfs_iops.c:xfs_inode_should_enable_dax and fs/ext4/inode.c:ext4_should_enable_dax
 (Documentation/filesystems/dax.rst). A file that is not DAX fails with the same EOPNOTSUPP as one on
-a DIMM that must be flushed by hcall: the probe tells them apart.
+a DIMM that must be flushed by hcall; the probe distinguishes the two.
 """
 
 import errno
@@ -29,20 +29,20 @@ FIEMAP_EXTENT_SHARED = 0x2000
 
 
 def flag(fstype: FsType, path: str, sign: str = "+") -> str:
-    """Shell that sets or clears the inode's DAX flag, and proves by lsattr that it did."""
-    # FS_IOC_FSSETXATTR by xfs_io, FS_IOC_SETFLAGS by chattr: each file system has both.
+    """Shell command that sets or clears the inode's DAX flag, and checks the result by lsattr."""
+    # FS_IOC_FSSETXATTR by xfs_io, FS_IOC_SETFLAGS by chattr: both file systems have both ioctls.
     tool = f"xfs_io -c 'chattr {sign}x'" if fstype == "xfs" else f"chattr {sign}x"
-    wanted = "*x*" if sign == "+" else "*[!x]"
+    pattern = "*x*" if sign == "+" else "*[!x]"
     path = shlex.quote(path)
     return (
         f"{tool} {path}; set -- $(lsattr -d {path}); "
-        f'case $1 in {wanted}) ;; *) echo "flags are $1" >&2; exit 1 ;; esac'
+        f'case $1 in {pattern}) ;; *) echo "flags are $1" >&2; exit 1 ;; esac'
     )
 
 
-# Opened by the shell itself: a program in the background would do so at some later time.
+# The shell itself opens the file: a background program would open it at some later time.
 HOLD = "exec 3< file; sleep 600 <&3 > /dev/null 2>&1 & echo $! > /tmp/holder; exec 3<&-"
-"""Keeps the file open, and so its inode in memory."""
+"""Shell command that keeps the file open, and so its inode in memory."""
 
 RELEASE = "read -r pid < /tmp/holder; kill $pid; while [ -e /proc/$pid ]; do :; done"
 
@@ -52,11 +52,11 @@ class Row:
     """One step.
 
     Attributes:
-        what: the name in reports.
+        what: name in reports.
         dax: the file is DAX after the step.
-        path: the file that is probed, below the mount point.
-        mount: options to mount the file system with, anew; None: it stays mounted.
-        before: shell, before the probe; "FLAG path" and "UNFLAG path" stand for `flag`.
+        path: file to probe, below the mount point.
+        mount: options of a new mount; None: the file system stays mounted.
+        before: shell commands before the probe; "FLAG path" and "UNFLAG path" stand for `flag`.
     """
 
     what: str
@@ -87,7 +87,7 @@ class DaxModes(PaprScmTest):
     """
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType) -> None:
-        """Take all steps, and compare the verdict after each."""
+        """Run all steps, and compare the verdict after each."""
         guest = self.boot(Machine(nvdimms=(nvdimm.holding(fstype),)))
         first, *rows = ROWS
         disk = dax_mount(guest, nvdimm.slot, fstype, "/mnt", options=first.mount or "").device.path
@@ -103,7 +103,7 @@ class DaxModes(PaprScmTest):
                 steps.append(flag(fstype, path, signs[word]) if word in signs else step)
             if len(steps) > 1:
                 guest.succeed("set -e\n" + "\n".join(steps))
-            # A file that is there keeps its inode; a new one is made by the probe.
+            # An existing file must keep its inode; the probe creates a new file.
             new = row is first or row.path != "file"
             report = map_sync(guest, f"/mnt/{row.path}", truncate=new)
             self.measure(row.what, report.line)
@@ -131,7 +131,7 @@ MODES = ("always", "inode", "never")
 
 
 def dax_options(line: str) -> list[str]:
-    """The options about DAX in a line of /proc/self/mounts."""
+    """The dax= options in a line of /proc/self/mounts."""
     return [option for option in line.split()[3].split(",") if option.startswith("dax=")]
 
 
@@ -147,13 +147,13 @@ done
 
 @dataclass(frozen=True)
 class RemountResult:
-    """One remount with another DAX mode.
+    """Result of a remount with another DAX mode.
 
     Attributes:
         mode: of the option dax=.
-        complaints: number of the kernel's messages about it.
+        complaints: number of kernel messages about the remount.
         message: of mount; "" if it succeeded.
-        options: the options about DAX afterwards.
+        options: the dax= options afterwards.
     """
 
     mode: str
@@ -174,8 +174,8 @@ def remount(guest: Guest, disk: str, mountpoint: str) -> list[RemountResult]:
     return remounts
 
 
-# With "" for no option at all, ext4 has none of its three bits: even dax=inode, which means the
-# same, is a change (ext4_check_opt_consistency; EXT4_MOUNT2_DAX_INODE is "strictly for printing").
+# Without a dax= option, ext4 sets none of its three bits: even dax=inode, which means the same, is
+# a change (ext4_check_opt_consistency; EXT4_MOUNT2_DAX_INODE is "strictly for printing").
 ALLOWED = {("always", "always"), ("inode", "inode"), ("never", "never")}
 
 
@@ -187,7 +187,7 @@ class Remount(PaprScmTest):
     """
 
     def test_dax_stays(self) -> None:
-        """A remount, refused or not, does not change the DAX mode: options and MAP_SYNC stay.
+        """A remount, refused or not, changes neither the DAX option nor the MAP_SYNC result.
 
         So far ext4 refuses, with EINVAL and a message (fs/ext4/super.c, ext4_check_opt_consistency:
         "can't change dax mount option while remounting"), and XFS ignores what it cannot change
@@ -200,7 +200,7 @@ class Remount(PaprScmTest):
         self.judge(guest, 1, "ext4")
 
     def judge(self, guest: Guest, slot: int, fstype: FsType) -> None:
-        """Mount with each mode, and try all changes from there."""
+        """Mount with each mode, and try to remount with all modes."""
         mountpoint = f"/mnt/{fstype}"
         disk = dax_mount(guest, slot, fstype, mountpoint).device.path
         for first in (*MODES, ""):
@@ -233,7 +233,7 @@ class BlockSize(PaprScmTest):
     """
 
     def test_small_blocks(self) -> None:
-        """A file with blocks smaller than a page is not DAX so far; if it is, it has MAP_SYNC.
+        """A file with blocks smaller than a page is not DAX so far; if it is, it grants MAP_SYNC.
 
         fs/xfs/xfs_super.c, xfs_setup_dax_always: dax=always becomes dax=never, and the mount
         succeeds. fs/ext4/super.c, ext4_check_feature_compatibility: EINVAL; without the option it
@@ -273,13 +273,13 @@ class BlockSize(PaprScmTest):
         self.probe(guest, "ext4", "ext4, dax=inode, flag set")
 
     def mount_flagged(self, guest: Guest, fstype: FsType, disk: BlockDevice) -> None:
-        """Mount with dax=inode, and set the flag of a file before its inode is loaded again."""
+        """Mount with dax=inode, set the flag of a file, and mount again to reload its inode."""
         mount(guest, disk, fstype, "/mnt", options="dax=inode")
         guest.succeed("set -e; cd /mnt; touch file\n" + flag(fstype, "file"))
         guest.succeed(f"umount /mnt && mount -o dax=inode {disk.path} /mnt")
 
     def probe(self, guest: Guest, fstype: FsType, what: str) -> None:
-        """Check that the file is not DAX; or, since the DIMM has pmem=on, has MAP_SYNC."""
+        """Check that the file is not DAX or, as the DIMM has pmem=on, grants MAP_SYNC."""
         report = map_sync(guest, "/mnt/file")
         self.measure(what, report.line)
         verdict = judge_map_sync(report).verdict
@@ -307,12 +307,12 @@ class Reflink(PaprScmTest):
         always = try_mount(guest, part, "xfs", "/mnt", options="dax=always")
         self.usual("dax=always on a partition with reflink", always.errno_name, "EINVAL")
         name = f"XFS ({part.removeprefix('/dev/')})"
-        said = f"{name}: DAX and reflink cannot work with multi-partitions!"
-        self.usual(f"in the log: {said}", said in always.messages, True)
+        message = f"{name}: DAX and reflink cannot work with multi-partitions!"
+        self.usual(f"in the log: {message}", message in always.messages, True)
         if always.errno_name is None:
             self.probe(guest, nvdimm, "/mnt/new", truncate=True)
             guest.succeed("umount /mnt")
-        # Only dax=always is checked at mount: a flagged file is DAX anyway.
+        # Only dax=always is checked at mount; a flagged file is DAX in any case.
         mount(guest, part, "xfs", "/mnt", options="dax=inode")
         guest.succeed("cd /mnt; mkdir dir; " + flag("xfs", "dir"))
         self.probe(guest, nvdimm, "/mnt/dir/file", truncate=True)
@@ -327,9 +327,9 @@ class Reflink(PaprScmTest):
         # The flags of each extent (include/uapi/linux/fiemap.h).
         flags = [int(word, 16) for line in before for word in line.split()[-1:] if word[:2] == "0x"]
         if not flags:
-            raise HostError(f"xfs_io prints no flags: {before}")
+            raise HostError(f"no flags in the output of xfs_io: {before}")
         if not flags[0] & FIEMAP_EXTENT_SHARED:
-            raise ContractError(f"the clone shares no blocks: {before}")
+            raise ContractError(f"the clone does not share blocks: {before}")
         self.probe(guest, nvdimm, "/mnt/file", truncate=False)
         after = guest.succeed("cd /mnt; cksum < clone; cksum < file").splitlines()
         self.check("clone's checksum after a store into the file", after[0], before[0])
@@ -343,7 +343,7 @@ class Reflink(PaprScmTest):
         self.check_map_sync(path, report, on_dax_file(nvdimm), fstype="xfs")
 
     def test_pmem_on(self) -> None:
-        """XFS on pmem=on grants MAP_SYNC on a clone; on a partition too, where it has DAX.
+        """XFS on pmem=on grants MAP_SYNC on a clone, and on a partition if it has DAX there.
 
         fs/xfs/xfs_super.c, xfs_setup_dax_always: so far dax=always is EINVAL on a partition, unless
         mkfs had reflink=0. The store's fault copies the shared block (xfs_dax_write_iomap_ops).

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Page faults under load: threads map, store, truncate, punch holes and rename concurrently.
 
-A DAX mapping is of the file system's own blocks. Where a truncation or a hole frees one, it must
-first be taken out of every mapping (fs/dax.c, dax_layout_busy_page; mm/truncate.c,
-truncate_pagecache), while other threads fault their pages in (mapping->invalidate_lock); what is
-left of a page must be zeroed in place (dax_truncate_page). A mistake is a store that lands in
-another file's block, or a block that is never freed.
+A DAX mapping maps the file system's own blocks. Before a truncation or a hole frees a block, the
+block must be removed from every mapping (fs/dax.c, dax_layout_busy_page; mm/truncate.c,
+truncate_pagecache), while other threads fault pages in (mapping->invalidate_lock). The rest of a
+page must be zeroed in place (dax_truncate_page). A fault here is a store into another file's block,
+or a block that is never freed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from paprscm.vm.machine import Machine, Nvdimm
 
 THREADS = 8
 OPERATIONS = 250
-"""Of each thread."""
+"""Operations per thread."""
 LIMIT_S = 30
 
 
@@ -50,7 +50,7 @@ class Faults(PaprScmTest):
         load = read_report(FaultLoadReport, result.stdout, result.status, result.stderr)
         self.measure(f"load {fstype}", result.stdout)
         expect_load(load)
-        # Nothing of it is left in memory then.
+        # Nothing of the load is left in memory then.
         guest.succeed(
             f"umount {mounted.mountpoint} && echo 3 > /proc/sys/vm/drop_caches && "
             f"mount -o dax=always {mounted.device} {mounted.mountpoint}"
@@ -69,11 +69,11 @@ class Faults(PaprScmTest):
         return guest
 
     def test_map_sync_xfs(self) -> None:
-        """On XFS with MAP_SYNC, eight threads lose no byte and store nothing behind EOF."""
+        """On XFS with MAP_SYNC, eight threads lose no byte and store nothing beyond EOF."""
         self.judge(self.machine(PMEM_ON.holding("xfs")), 0, "xfs", sync=True)
 
     def test_map_sync_ext4(self) -> None:
-        """On ext4 with MAP_SYNC, eight threads lose no byte and store nothing behind EOF."""
+        """On ext4 with MAP_SYNC, eight threads lose no byte and store nothing beyond EOF."""
         self.judge(self.machine(PMEM_ON.holding("ext4")), 0, "ext4", sync=True)
 
     def test_flushed_by_hcall(self) -> None:

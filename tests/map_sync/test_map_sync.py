@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """MAP_SYNC is granted on a synchronous backend and refused where the guest must flush by hcall.
 
-Linux decides it in drivers/nvdimm/pmem.c (pmem_attach_disk: set_dax_synchronous), from what
-papr_scm read in the device tree (ibm,hcall-flush-required), which QEMU wrote from the backend's
-pmem= and the device's pmem-override= (hw/ppc/spapr_nvdimm.c, spapr_dt_nvdimm).
+Linux decides it in drivers/nvdimm/pmem.c (pmem_attach_disk: set_dax_synchronous) from
+ibm,hcall-flush-required in the device tree, which papr_scm reads. QEMU sets the property from the
+backend's pmem= and the device's pmem-override= (hw/ppc/spapr_nvdimm.c, spapr_dt_nvdimm).
 """
 
 from paprscm.guest.guest import Guest
@@ -23,7 +23,7 @@ class OneDimm(PaprScmTest):
     """
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType, verdict: Verdict) -> None:
-        """Start with one DIMM with a DAX file system, and compare the probe's verdict."""
+        """Boot with a DAX file system on one DIMM, and compare the probe's verdict."""
         guest = self.boot(Machine(nvdimms=(nvdimm.holding(fstype),)))
         dax_mount(guest, nvdimm.slot, fstype, "/mnt")
         report = map_sync(guest, "/mnt/file")
@@ -57,8 +57,8 @@ class OneDimm(PaprScmTest):
     def test_plain_nvdimm_xfs(self) -> None:
         """On XFS over a plain nvdimm, MAP_SYNC succeeds though the file behind it is ordinary.
 
-        The device of before spapr-nvdimm (QEMU 7.0) never asks for H_SCM_FLUSH: a known hole, kept
-        for the guests that were created with it.
+        The device model older than spapr-nvdimm (QEMU 7.0) never requires H_SCM_FLUSH: a known
+        hole, kept for existing guests.
         """
         self.judge(PLAIN, "xfs", Verdict.ACCEPTED)
 
@@ -75,7 +75,7 @@ class TwoDimms(PaprScmTest):
     """
 
     def judge(self, fstype: FsType, *, on_slot: int, off_slot: int) -> None:
-        """/mnt1 is on the DIMM with pmem=on, /mnt2 on the one with pmem=off, in any slot order."""
+        """Mount pmem=on on /mnt1 and pmem=off on /mnt2, in any slot order, and judge both."""
         dimms = (PMEM_ON.at(on_slot), PMEM_OFF.at(off_slot))
         guest = self.boot(Machine(nvdimms=tuple(dimm.holding(fstype) for dimm in dimms)))
         for mountpoint, slot, verdict in (
@@ -120,7 +120,7 @@ class EachKind(PaprScmTest):
     """
 
     def judge(self, guest: Guest, fstype: FsType) -> None:
-        """Each DIMM has the verdict of its kind."""
+        """Check that each DIMM has the verdict of its kind."""
         for nvdimm, verdict in CASES:
             mountpoint = f"/mnt/{nvdimm.slot}"
             dax_mount(guest, nvdimm.slot, fstype, mountpoint)
@@ -166,17 +166,17 @@ class NotDax(PaprScmTest):
     """
 
     def judge(self, guest: Guest, path: str, fstype: str, expected: Verdict) -> None:
-        """Compare the verdict of a file that is on that file system, not on the tmpfs below it."""
+        """Compare the verdict of a file, and check that it is on this type of file system."""
         report = map_sync(guest, path)
         self.measure("probe", report.line)
         self.check_map_sync(path, report, expected, fstype=fstype)
 
     def test_xfs_with_small_blocks(self) -> None:
-        """XFS with blocks smaller than a page silently turns DAX off, so far: judged not DAX.
+        """On XFS with blocks smaller than a page, a file is not DAX so far, or grants MAP_SYNC.
 
-        fs/xfs/xfs_super.c, xfs_setup_dax_always: it mounts with dax=always and a warning. On a
-        kernel with 4 KiB pages, blocks of 1 KiB do the same. A kernel whose files are DAX there
-        must grant MAP_SYNC, for the DIMM has pmem=on.
+        fs/xfs/xfs_super.c, xfs_setup_dax_always: the mount with dax=always succeeds with a warning,
+        and DAX is off. On a kernel with 4 KiB pages the blocks have 1 KiB. A kernel whose files are
+        DAX there must grant MAP_SYNC, as the DIMM has pmem=on.
         """
         guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
         line = guest.succeed("grep -m 1 KernelPageSize /proc/self/smaps")

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Sector mode on a DIMM that is flushed by hcall: the flush sleeps, so it must not be atomic.
+"""Sector mode on a DIMM that is flushed by hcall: the flush sleeps, so no caller may be atomic.
 
-drivers/nvdimm/btt.c writes a block as data, log and map. Behind each is nsio_rw_bytes
-(drivers/nvdimm/claim.c), which flushes the region: on pmem=off that is papr_scm_pmem_flush, which
-sleeps 10 ms between two hcalls. A spinlock held meanwhile, or disabled preemption, is always a bug;
-the kernel's configuration decides which message reports it.
+drivers/nvdimm/btt.c writes a block as data, log and map. Each write goes through nsio_rw_bytes
+(drivers/nvdimm/claim.c), which flushes the region. On pmem=off that is papr_scm_pmem_flush, which
+sleeps 10 ms between two hcalls. A held spinlock or disabled preemption is always a bug there; the
+kernel's configuration decides which message reports it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from paprscm.vm.machine import Machine
 
 THREADS = 4
 LIMIT_S = 8
-"""Duration of the writes; a stuck CPU has always shown after 4 s."""
+"""Duration of the writes; so far a stuck CPU was always reported within 4 s."""
 WATCHDOG_S = 2
-"""A CPU that runs nothing else for twice as long is reported."""
+"""Watchdog threshold; a CPU that is stuck for twice as long is reported."""
 
 
 class Btt(PaprScmTest):
@@ -49,12 +49,12 @@ class Btt(PaprScmTest):
     """
 
     def disk(self, guest: Guest) -> BlockDevice:
-        """A sector namespace of the whole DIMM."""
+        """Create a sector namespace on the whole DIMM; return its disk."""
         region = wait_for_region(guest, 0)
         return create_namespace(guest, region, mode="sector").disk
 
     def require_sleep_reports(self) -> None:
-        """CANCEL unless the kernel reports a task that sleeps in atomic context."""
+        """CANCEL unless the kernel reports a sleep in atomic context."""
         self.require_kernel("CONFIG_PREEMPT_COUNT", hint="take -p kernel=debug")
 
     def test_one_write_off(self) -> None:
@@ -79,7 +79,7 @@ class Btt(PaprScmTest):
         guest.succeed(f"dd if=/dev/zero of={disk.path} bs=4096 count=1 oflag=direct")
 
     def start(self, guest: Guest, *, seconds: int) -> None:
-        """Start the writers; their progress is on the console."""
+        """Start the writers, which print their progress on the console."""
         disk = self.disk(guest)
         limit = "/proc/sys/kernel/watchdog_thresh"
         guest.succeed(f"[ ! -e {limit} ] || echo {WATCHDOG_S} > {limit}")
@@ -88,24 +88,24 @@ class Btt(PaprScmTest):
         )
 
     def ended(self, guest: Guest, after_s: float) -> int:
-        """The number of writes of threads that must have ended, from their report.
+        """Check that all writer threads have ended; return the number of writes.
 
         Args:
-            guest: where.
+            guest: guest of the writers.
             after_s: time since their start, s.
         """
-        found = read_writers(guest)
-        if isinstance(found, RunningWriters):
+        outcome = state(guest)
+        if isinstance(outcome, Running):
             guest.check()
             raise ContractError(
-                f"{len(found.states)} of {THREADS} writer threads still running after "
-                f"{after_s:g} s, states {' '.join(found.states)}, "
+                f"{len(outcome.states)} of {THREADS} writer threads still running after "
+                f"{after_s:g} s, states {' '.join(outcome.states)}, "
                 f"{_writes(guest.console.lines)} writes; no CPU is reported as stuck"
             )
-        self.measure("writes", sum(found.writes))
-        self.measure("duration_s", found.duration_ns / 1e9)
-        expect_written(found)
-        return sum(found.writes)
+        self.measure("writes", sum(outcome.writes))
+        self.measure("duration_s", outcome.duration_ns / 1e9)
+        expect_written(outcome)
+        return sum(outcome.writes)
 
     def test_same_block_off(self) -> None:
         """On pmem=off, four threads that write one block on two CPUs all end."""
@@ -115,20 +115,20 @@ class Btt(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(PMEM_OFF,)), allowed=allowed)
         self.start(guest, seconds=LIMIT_S)
         limit_s = LIMIT_S + 20
-        found = guest.console.wait_for(
+        match = guest.console.wait_for(
             {"sleeps": SLEEPS, "stuck": SOFT_LOCKUP, "done": DONE},
             timeout_s=limit_s,
             silence_s=float("inf"),
         )
-        if found is not None and found[0] == "sleeps":
-            # It is reported before a CPU can get stuck; after it preempt_count is wrong.
+        if match is not None and match[0] == "sleeps":
+            # This is reported before a CPU can get stuck; later messages are meaningless.
             guest.console.settle(0.5, 3.0)
             trace = traces(guest.console.lines, SLEEPS)[0]
             guest.kill()
             self.measure("first message", trace)
             self.known_issue(BTT_ISSUE, shows=True, found=btt_sleep(trace))
             return
-        if found is None or found[0] == "done":
+        if match is None or match[0] == "done":
             writes = self.ended(guest, limit_s)
             guest.check()
             self.known_issue(BTT_ISSUE, shows=False, found=f"{writes} writes of one block")
@@ -139,7 +139,7 @@ class Btt(PaprScmTest):
         """Prove that a CPU is stuck: it is reported again, and no thread has written meanwhile.
 
         Raises:
-            ContractError: it is something else.
+            ContractError: the report has another cause.
         """
         console = guest.console
         console.settle(0.5, 3.0)
@@ -151,7 +151,7 @@ class Btt(PaprScmTest):
         later = stuck_s
         while later < stuck_s + 2 * WATCHDOG_S and time.monotonic() < deadline:
             time.sleep(0.2)
-            later = max(int(one[1]) for line in console.lines if (one := again.search(line)))
+            later = max(int(match[1]) for line in console.lines if (match := again.search(line)))
         status = guest.qmp.execute("query-status")["status"]
         lines = console.lines
         now = _writes(lines)
@@ -160,10 +160,10 @@ class Btt(PaprScmTest):
         self.measure("writes", now)
         self.measure("trace", trace)
         if not spins(trace) or not has_frame(trace, *WRITE_PATH):
-            raise ContractError(f"a CPU is stuck, not in a writer of the BTT:\n{trace}")
+            raise ContractError(f"a CPU is stuck outside the BTT's write path:\n{trace}")
         if later == stuck_s or now != writes or status != "running":
             raise ContractError(
-                f"CPU {cpu} was stuck for {later} s, then not; {writes} and then {now} writes; "
+                f"CPU {cpu} was stuck for {later} s, but recovered; {writes}, then {now} writes; "
                 f"QEMU is {status}"
             )
         return (
@@ -176,11 +176,11 @@ class Btt(PaprScmTest):
         self.require_cpus(2)
         guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
         self.start(guest, seconds=LIMIT_S // 2)
-        # The message's line counts, also on a slow host.
+        # Wait for the message instead of a fixed time: the host may be slow.
         guest.console.wait_for({"done": DONE}, timeout_s=60, silence_s=float("inf"))
         self.ended(guest, 60)
 
 
 def _writes(lines: list[str]) -> int:
-    """The number of writes that the threads have reported."""
-    return max((int(one[1]) for line in lines if (one := PROGRESS.search(line))), default=0)
+    """Number of writes that the threads have reported."""
+    return max((int(match[1]) for line in lines if (match := PROGRESS.search(line))), default=0)

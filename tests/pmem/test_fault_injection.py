@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Failures in the guest's kernel: each allocation of papr_scm and libnvdimm in turn, and bios.
+"""Fault injection in the guest's kernel: each allocation of papr_scm and libnvdimm, and bios.
 
-A call is repeated, and another allocation fails each time, until none is left. It must return an
-error, must not hang, and must work when nothing fails. The kernel messages that this allows are
-listed here; lockdep, KFENCE and the list checks report everything else. At the end, kmemleak must
-not find a leak.
+A call is repeated, and each time the next allocation fails, until a call makes no further
+allocation. A failed call must return an error and must not hang, and the last one must succeed.
+Allowed kernel messages are listed here; lockdep, KFENCE and the list checks report other faults. At
+the end, kmemleak must not find a leak.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ ANNOUNCED = (
     r"probe with driver \w+ failed with error -\d+",
     r"could not reserve region",
 )
-# drivers/nvdimm/namespace_devs.c, __reserve_free_pmem and grow_dpa_allocation, which is inlined: a
-# WARNING is more than a lack of memory deserves; an error comes out.
+# drivers/nvdimm/namespace_devs.c, __reserve_free_pmem and grow_dpa_allocation, which is inlined:
+# they WARN for a failed allocation, but also return the error.
 RESERVE = (r"WARNING: .* (?:__reserve_free_pmem|grow_dpa_allocation|size_store)\+",)
-# drivers/nvdimm/dimm.c, nvdimm_probe; region.c, nd_region_probe: what makes a DIMM unusable.
+# drivers/nvdimm/dimm.c, nvdimm_probe; region.c, nd_region_probe: messages of a disabled DIMM.
 DISABLED = (r"probe with driver \w+ failed with error -\d+", r"nmem\d+: is disabled, failing probe")
-# What a driver's probe may say: no memory is also no device, and no room.
+# Errors of a driver's probe for a failed allocation: some drivers replace ENOMEM.
 PROBE_ERRORS = (errno.ENOMEM, errno.ENXIO, errno.ENODEV, errno.EBUSY)
 
 
@@ -60,37 +60,37 @@ class FaultInjection(PaprScmTest):
             self.require_kernel(*fault_injection.OPTIONS, hint=fault_injection.DEBUG_KERNEL)
 
     def start(self, *allowed: str) -> tuple[Guest, Region]:
-        """Boot a guest with its DIMM; leaks count from now on."""
+        """Boot a guest with its DIMM; forget earlier leaks."""
         guest = self.boot(Machine(nvdimms=(PMEM_OFF.at(SLOT),)), allowed=allowed)
         region = wait_for_region(guest, SLOT)
         fault_injection.clear_leaks(guest)
         return guest, region
 
-    def judge(self, what: str, report: FailNthReport, *allowed: int, optional: int = 0) -> None:
-        """Check the errors that the calls returned."""
-        longest = max(one.duration_us for one in report.rounds)
+    def judge(self, what: str, report: Report, *allowed: int, optional: int = 0) -> None:
+        """Check that the calls returned only allowed errors."""
+        longest = max(round_.duration_us for round_ in report.rounds)
         self.measure(what, {"answers": report.answers, "longest_us": longest})
         expect_errors(report, allowed or [errno.ENOMEM], optional=optional)
 
     def works(self, guest: Guest) -> None:
-        """Check that the DIMM still works, and that nothing has leaked."""
+        """Check that the DIMM still works, and that no memory has leaked."""
         region = wait_for_region(guest, SLOT)
         guest.succeed(f"echo 1 > {region.device}/deep_flush")
-        made = create_namespace(guest, region, mode="fsdax")
+        path = create_namespace(guest, region, mode="fsdax").path
         guest.succeed(
             f"dd if=/dev/urandom of=/tmp/data bs=64k count=4 2>&1 && "
-            f"dd if=/tmp/data of={made.path} bs=64k oflag=direct conv=fsync 2>&1 && "
-            f"dd if={made.path} bs=64k count=4 iflag=direct 2> /dev/null | cksum > /tmp/read && "
+            f"dd if=/tmp/data of={path} bs=64k oflag=direct conv=fsync 2>&1 && "
+            f"dd if={path} bs=64k count=4 iflag=direct 2> /dev/null | cksum > /tmp/read && "
             f'[ "$(cksum < /tmp/data)" = "$(cat /tmp/read)" ]'
         )
-        found = fault_injection.read_leaks(guest)
-        ours = [one for one in found if any(word in one for word in ("papr_scm", "nvdimm", "nd_"))]
-        self.measure("leaks", {"ours": len(ours), "others": len(found) - len(ours)})
+        leaks = fault_injection.leaks(guest)
+        ours = [one for one in leaks if any(word in one for word in ("papr_scm", "nvdimm", "nd_"))]
+        self.measure("leaks", {"ours": len(ours), "others": len(leaks) - len(ours)})
         if ours:
             raise ContractError(f"{len(ours)} objects have leaked, the first:\n{ours[0]}")
 
     def test_driver_of_the_dimm(self) -> None:
-        """Each allocation of papr_scm's probe can fail: bind fails then, and works afterwards."""
+        """When any allocation of papr_scm's probe fails, bind fails; the next bind works."""
         guest, region = self.start(*ANNOUNCED)
         name = guest.succeed(f"ls {PLATFORM} | grep {region.drc:x}")
         aim(guest, ("papr_scm_probe",))
@@ -102,7 +102,7 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_driver_of_the_region(self) -> None:
-        """Each allocation of nd_region's probe can fail: bind fails then, and works afterwards."""
+        """When any allocation of nd_region's probe fails, bind fails; the next bind works."""
         guest, region = self.start(*ANNOUNCED)
         drivers = f"{ND}/drivers/nd_region"
         aim(guest, LIBNVDIMM)
@@ -118,20 +118,24 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_driver_of_the_disk(self) -> None:
-        """Each allocation of nd_pmem's probe can fail: bind fails then, and works afterwards."""
+        """When any allocation of nd_pmem's probe fails, bind fails; the next bind works."""
         guest, region = self.start(*ANNOUNCED)
-        made = create_namespace(guest, region, mode="raw", size_bytes=64 * MIB)
+        namespace = create_namespace(guest, region, mode="raw", size_bytes=64 * MIB)
         drivers = f"{ND}/drivers/nd_pmem"
         aim(guest, ("nd_pmem_probe",))
-        guest.succeed(f"echo {made.name} > {drivers}/unbind")
+        guest.succeed(f"echo {namespace.name} > {drivers}/unbind")
         report = fail_each(
-            guest, "write", f"{drivers}/bind", made.name, undo=[(f"{drivers}/unbind", made.name)]
+            guest,
+            "write",
+            f"{drivers}/bind",
+            namespace.name,
+            undo=[(f"{drivers}/unbind", namespace.name)],
         )
         self.judge("bind nd_pmem", report, *PROBE_ERRORS, optional=99)
         self.works(guest)
 
     def test_namespace(self) -> None:
-        """Each allocation can fail: a namespace gets its size and labels, or the write an error."""
+        """When any allocation fails, a namespace gets its size and labels, or the write fails."""
         guest, region = self.start(*RESERVE, *DISABLED)
         seed = guest.succeed(f"cat {region.device}/namespace_seed")
         folder = f"{ND}/devices/{seed}"
@@ -147,16 +151,16 @@ class FaultInjection(PaprScmTest):
             *(errno.ENOMEM, errno.ENOSPC, errno.ENXIO),
             optional=99,
         )
-        # The labels' content: the drivers read them anew.
+        # Bind the drivers again, so that they read the labels from the DIMM.
         name = guest.succeed(f"ls {PLATFORM} | grep {region.drc:x}")
         before = guest.succeed(f"cat {folder}/uuid {size}")
         guest.succeed(f"cd {PLATFORM} && echo {name} > unbind && echo {name} > bind")
         try:
             region = wait_for_region(guest, SLOT)
         except RegionError:
-            said = guest.succeed("dmesg | grep -F 'error -16'")
+            log = guest.succeed("dmesg | grep -F 'error -16'")
             self.known_issue(
-                "linux-label-slots-leak", shows=True, found=f"the DIMM is disabled: {said}"
+                "linux-label-slots-leak", shows=True, found=f"the DIMM is disabled: {log}"
             )
             return
         after = guest.succeed(
@@ -167,16 +171,16 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_ioctls(self) -> None:
-        """Each allocation can fail: the ioctls for health and labels work, or return ENOMEM."""
+        """When any allocation fails, the health and label ioctls either work or return ENOMEM."""
         guest, region = self.start()
         if region.dimm is None:
             raise ContractError(f"{region.name} has no DIMM")
         node = f"/dev/{region.dimm.name}"
-        # The label area is the kernel's own while the region is there.
+        # The kernel locks the label area while the region is active.
         guest.succeed(f"echo {region.name} > {ND}/drivers/nd_region/unbind")
         before = guest.succeed(f"ndctl read-labels {region.dimm.name} | cksum")
         for words in (("health", node), ("label", node)):
-            # The second comes on top: vmalloc() takes whole pages.
+            # fail_page_alloc in addition to failslab: vmalloc() takes whole pages.
             for attribute in ATTRIBUTES:
                 aim(guest, LIBNVDIMM, attribute=attribute)
                 report = fail_each(guest, *words)
@@ -187,10 +191,10 @@ class FaultInjection(PaprScmTest):
         self.works(guest)
 
     def test_bios(self) -> None:
-        """A failed bio is EIO for the caller that wrote, read or flushed; the next one works."""
+        """A failed bio is EIO for the write, read or fsync that caused it; the next one works."""
         guest, region = self.start()
-        made = create_namespace(guest, region, mode="raw", size_bytes=64 * MIB)
-        disk = made.disk
+        namespace = create_namespace(guest, region, mode="raw", size_bytes=64 * MIB)
+        disk = namespace.disk
         aim(guest, ("nd_pmem_probe",))
         folder = f"{fault_injection.DEBUGFS}/fail_make_request"
         guest.succeed(
@@ -201,7 +205,7 @@ class FaultInjection(PaprScmTest):
         for words in (("pwrite", disk.path), ("fsync", disk.path)):
             self.judge(words[0], fail_each(guest, *words), errno.EIO)
         guest.succeed(f"dd if=/tmp/old of={disk.path} bs=4k oflag=direct 2>&1")
-        # All of them, as if a cable were pulled.
+        # All bios fail, as after a surprise removal.
         guest.succeed(f"cd {folder} && echo -1 > times && echo 100 > probability")
         for command in (
             f"dd if=/dev/zero of={disk.path} bs=4k count=1 oflag=direct",
@@ -211,12 +215,12 @@ class FaultInjection(PaprScmTest):
             reason = guest.fail(command).stderr
             self.expect(f"error of {command}", reason, containing("Input/output error"))
         guest.succeed(f"echo 0 > {folder}/probability")
-        # What could not be written back is still in the page cache, and is not what is on the disk.
+        # The page cache still has the data that could not be written back; compare the disk.
         guest.succeed(
             f"blockdev --flushbufs {disk.path}; echo 3 > /proc/sys/vm/drop_caches; "
             f"dd if={disk.path} bs=4k count=1 iflag=direct 2> /dev/null | cksum > /tmp/read && "
             f'[ "$(cksum < /tmp/old)" = "$(cat /tmp/read)" ] && '
             f"echo 0 > /sys/block/{disk.name}/make-it-fail"
         )
-        guest.succeed(f"ndctl destroy-namespace -f {made.name}")
+        guest.succeed(f"ndctl destroy-namespace -f {namespace.name}")
         self.works(guest)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Namespaces: each mode, several on one DIMM, after a reboot, partitioned, and in a dm-linear.
 
-The disk below a file system decides whether its files are DAX; the backend behind the disk decides
-whether they get MAP_SYNC. The first is drivers/nvdimm/pmem.c:pmem_attach_disk (BLK_FEAT_DAX only
-with page structures), drivers/nvdimm/btt.c and drivers/dax/super.c:fs_dax_get_by_bdev; the second
-is pmem_attach_disk again (set_dax_synchronous), and drivers/md/dm-table.c for what is made of
-several.
+The disk of a file system decides whether its files can be DAX: drivers/nvdimm/pmem.c,
+pmem_attach_disk (BLK_FEAT_DAX only with page structures), drivers/nvdimm/btt.c, and
+drivers/dax/super.c, fs_dax_get_by_bdev. The backend of the disk decides whether they get MAP_SYNC:
+pmem_attach_disk again (set_dax_synchronous), and drivers/md/dm-table.c for combined disks.
 """
 
 import uuid
@@ -36,7 +35,7 @@ from paprscm.vm.machine import GIB, MIB, Machine, Nvdimm
 
 class NamespaceTest(PaprScmTest):
     """
-    Base of these tests.
+    Base of the namespace tests.
 
     :avocado: disable
     """
@@ -44,7 +43,7 @@ class NamespaceTest(PaprScmTest):
     def probe(
         self, guest: Guest, what: str, path: str, fstype: FsType, expected: Verdict, **options: Any
     ) -> None:
-        """Probe a file that is on this file system, and compare the verdict."""
+        """Probe a file, check its type of file system, and compare the verdict."""
         report = map_sync(guest, path, **options)
         self.measure(what, report.line)
         self.check_map_sync(what, report, expected, fstype=fstype)
@@ -58,7 +57,7 @@ class Partitions(NamespaceTest):
     """
 
     def judge(self, nvdimm: Nvdimm) -> None:
-        """Make four partitions that differ in their begin and end."""
+        """Make four partitions that differ in start and size, and judge each."""
         guest = self.boot(Machine(nvdimms=(nvdimm.holding("fsdax"),)))
         disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
         page = read_page_size(guest)
@@ -82,11 +81,11 @@ class Partitions(NamespaceTest):
                 self.check(f"mount of the partition that {what}", always.errno_name, None)
             else:
                 self.usual(f"mount of the partition that {what}", always.errno_name, "EINVAL")
-                said = (
+                messages = (
                     f"{name}: error: unaligned partition for dax",
                     f"EXT4-fs ({name}): DAX unsupported by block device.",
                 )
-                self.usual(f"log of the partition that {what}", always.messages, said)
+                self.usual(f"log of the partition that {what}", always.messages, messages)
                 if always.errno_name is not None:
                     mount(guest, path, "ext4", "/mnt", options="")
             expected = on_dax_file(nvdimm) if dax else Verdict.NOT_DAX
@@ -94,14 +93,14 @@ class Partitions(NamespaceTest):
             guest.succeed("umount /mnt")
 
     def test_pmem_on(self) -> None:
-        """On pmem=on, a partition in whole pages has MAP_SYNC; another one does not have DAX.
+        """On pmem=on, a page-aligned partition grants MAP_SYNC; an unaligned one does not have DAX.
 
         drivers/dax/super.c, fs_dax_get_by_bdev; so far ext4 refuses dax=always there with EINVAL.
         """
         self.judge(PMEM_ON)
 
     def test_pmem_off(self) -> None:
-        """On pmem=off, a partition in whole pages has DAX without MAP_SYNC; another has no DAX."""
+        """On pmem=off, a page-aligned partition has only DAX; an unaligned one not even that."""
         self.judge(PMEM_OFF)
 
 
@@ -124,31 +123,35 @@ class Modes(NamespaceTest):
             *([("sector", None)] if sector else []),  # type: ignore[list-item]
             ("devdax", "dev"),
         ]
-        made = []
-        for mode, where in kinds:
-            namespace = create_namespace(guest, region, mode=mode, map=where, size_bytes=64 * MIB)
-            made.append(namespace)
+        namespaces = []
+        for mode, location in kinds:
+            namespace = create_namespace(
+                guest, region, mode=mode, map=location, size_bytes=64 * MIB
+            )
+            namespaces.append(namespace)
             if mode == "devdax":
                 self.devdax(guest, namespace, nvdimm)
             else:
                 self.disk(guest, namespace, page, nvdimm)
-        self.check("the region's namespaces", find_namespaces(guest, region), tuple(made))
-        self.check("the number of uuids", len({namespace.uuid for namespace in made}), len(kinds))
+        self.check("the region's namespaces", find_namespaces(guest, region), tuple(namespaces))
+        self.check(
+            "the number of uuids", len({namespace.uuid for namespace in namespaces}), len(kinds)
+        )
 
     def disk(self, guest: Guest, namespace: Namespace, page: int, nvdimm: Nvdimm) -> None:
         """Judge a block device: its properties, and an ext4 on it."""
         disk, what = namespace.disk, f"{namespace.mode} {namespace.map or ''}".strip()
         is_dax = namespace.mode == "fsdax"
         self.check(f"{what}: queue/dax", disk.dax, str(int(is_dax)))
-        # ndctl chooses it.
+        # ndctl chooses the sector size.
         sectors = 4096 if namespace.mode == "sector" else 512
         self.usual(f"{what}: sector", disk.sector_bytes, sectors)
-        # A BTT is a disk of its own, without a write cache.
+        # A BTT is a separate disk, without a write cache.
         if namespace.mode == "sector":
             self.usual(f"{what}: write cache", disk.write_cache, "write through")
         else:
             self.check(f"{what}: write cache", disk.write_cache, "write back")
-        # Its page structures are on the DIMM with map=dev only; 64 bytes for each page.
+        # Page structures take 64 bytes for each page, and are on the DIMM only with map=dev.
         whole = namespace.map != "dev" and namespace.mode != "sector"
         spare = 64 * MIB - disk.size_bytes
         self.check(f"{what}: all but the info block", spare <= 2 * MIB and whole, whole)
@@ -158,24 +161,24 @@ class Modes(NamespaceTest):
             self.check(f"{what}: mount", always.errno_name, None)
         else:
             self.usual(f"{what}: mount", always.errno_name, "EINVAL")
-            said = (f"EXT4-fs ({disk.name}): DAX unsupported by block device.",)
-            self.usual(f"{what}: the log", always.messages, said)
+            messages = (f"EXT4-fs ({disk.name}): DAX unsupported by block device.",)
+            self.usual(f"{what}: the log", always.messages, messages)
             if always.errno_name is not None:
                 mount(guest, disk, "ext4", "/mnt", options="")
         expected = on_dax_file(nvdimm) if is_dax else Verdict.NOT_DAX
         self.probe(guest, what, "/mnt/file", "ext4", expected)
         guest.succeed("umount /mnt")
-        # The block device itself is mapped through the page cache (block/fops.c), DAX or not.
+        # A mapping of the block device itself always uses the page cache (block/fops.c).
         report = map_sync(guest, disk.path, truncate=False, length=page)
         self.measure(f"{disk.path}, {what}", report.line)
         kind = report.file.type if report.file else "absent"
-        found = (kind, judge_map_sync(report).verdict, report.mapping.errno_name)
-        self.check(f"{disk.path}, {what}", found, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
+        outcome = (kind, judge(report).verdict, report.mapping.errno_name)
+        self.check(f"{disk.path}, {what}", outcome, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
 
     def devdax(self, guest: Guest, namespace: Namespace, nvdimm: Nvdimm) -> None:
-        """A character device, which cannot be mounted and grants MAP_SYNC where pmem=on.
+        """Judge a character device, which grants MAP_SYNC on pmem=on.
 
-        So far also where pmem=off, which tests/map_sync/test_devdax.py judges
+        So far it does on pmem=off, too; tests/map_sync/test_devdax.py judges that
         (known_issues/linux-devdax-grants-map-sync.md).
         """
         report = map_sync(guest, namespace.path, truncate=False, length=2 * MIB)
@@ -195,8 +198,8 @@ class Modes(NamespaceTest):
     def test_pmem_off(self) -> None:
         """On pmem=off, only fsdax has DAX, and MAP_SYNC is refused there.
 
-        Without a sector namespace: its 1038 flushes take ten seconds (drivers/nvdimm/claim.c,
-        nsio_rw_bytes, flushes at each write), and nothing in it depends on the backend.
+        Sector mode is left out: its 1038 flushes take ten seconds (drivers/nvdimm/claim.c,
+        nsio_rw_bytes, flushes at each write), and its result does not depend on the backend.
         """
         self.judge(PMEM_OFF, sector=False)
 
@@ -209,7 +212,7 @@ class Several(NamespaceTest):
     """
 
     def judge(self, nvdimm: Nvdimm) -> None:
-        """Mount an XFS and an ext4 at the same time, and judge both."""
+        """Mount an XFS and an ext4 concurrently, and judge both."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         region = wait_for_region(guest, nvdimm.slot)
         page = read_page_size(guest)
@@ -227,7 +230,7 @@ class Several(NamespaceTest):
         for fstype, _size in kinds:
             expected = on_dax_file(nvdimm)
             self.probe(guest, fstype, f"/mnt/{fstype}/file", fstype, expected, pages=4)
-        # Each stored in its own, and the second did not overwrite the first.
+        # Stores to the second file system must not overwrite the first.
         sums = guest.succeed(
             "set -e; sync; cd /mnt; cksum < xfs/file; umount /mnt/ext4; cksum < xfs/file; "
             f"umount /mnt/xfs; mount -o dax=always {disks[0].path} /mnt/xfs; cksum < xfs/file"
@@ -245,18 +248,18 @@ class Several(NamespaceTest):
 
 class Kept(NamespaceTest):
     """
-    A namespace and its file system in the next guest, on the same file with another backend.
+    A namespace and its file system in the next boot, on the same file with another backend.
 
     :avocado: tags=map_sync
     """
 
     def judge(self, first: Nvdimm, second: Nvdimm, fstype: FsType) -> None:
-        """Make a namespace in one boot, and compare it with that of the next boot."""
+        """Make a namespace in one boot, and compare it with the namespace in the next boot."""
         file = self.keep(first).path(first.slot)
-        # The same device for the guest, in any slot and with any backend.
+        # The uuid identifies the device for the guest, in any slot and with any backend.
         first, second = (replace(nvdimm, file=file, uuid=UUID) for nvdimm in (first, second))
         before, region, namespace, label = self.first_boot(first, fstype)
-        # The label area is the file's end; a label has its namespace's uuid in binary
+        # The label area is at the end of the file; a label has its namespace's uuid in binary
         # (drivers/nvdimm/label.h, struct nvdimm_efi_label).
         self.check("the uuid in the labels", label.bytes in labels(first), True)
 
@@ -275,31 +278,31 @@ class Kept(NamespaceTest):
     def first_boot(
         self, nvdimm: Nvdimm, fstype: FsType
     ) -> tuple[str, Region, Namespace, uuid.UUID]:
-        """Make a file with a known content: its checksum, region, namespace and label's uuid."""
+        """Make a file; return its checksum, the region, the namespace and the label's uuid."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
-        made = dax_mount(guest, nvdimm.slot, fstype, "/mnt")
+        mounted = dax_mount(guest, nvdimm.slot, fstype, "/mnt")
         self.probe(guest, "first boot", "/mnt/kept", fstype, on_dax_file(nvdimm), pages=4)
         checksum = guest.succeed("cksum < /mnt/kept && umount /mnt")
-        label = label_uuid(guest, made.namespace)
+        label = label_uuid(guest, mounted.namespace)
         guest.kill()
-        return checksum, made.region, made.namespace, label
+        return checksum, mounted.region, mounted.namespace, label
 
     def test_other_uuid(self) -> None:
         """A namespace belongs to its DIMM's uuid: with another uuid it is hidden, but not lost.
 
-        papr_scm gives the uuid to the region as its cookie (papr_scm_nvdimm_init), which is in each
-        label, and drivers/nvdimm/namespace_devs.c takes only labels that have it.
+        papr_scm makes the region's cookie from the uuid (papr_scm_nvdimm_init). Each label has the
+        cookie, and drivers/nvdimm/namespace_devs.c accepts only labels with the region's cookie.
         """
         (other,) = self.keep(PMEM_OFF).nvdimms()
         own = replace(other, uuid=UUID)
         guest = self.boot(Machine(nvdimms=(own,)))
-        made = create_namespace(guest, wait_for_region(guest, 0), mode="fsdax")
+        namespace = create_namespace(guest, wait_for_region(guest, 0), mode="fsdax")
         guest.kill()
         before = labels(own)
-        for nvdimm, there in ((other, ()), (own, (made,))):
+        for nvdimm, expected in ((other, ()), (own, (namespace,))):
             guest = self.boot(Machine(nvdimms=(nvdimm,)))
-            found = find_namespaces(guest, wait_for_region(guest, 0))
-            self.check(f"with {nvdimm.guid}, the namespace", found, there)
+            namespaces = find_namespaces(guest, wait_for_region(guest, 0))
+            self.check(f"with {nvdimm.guid}, the namespace", namespaces, expected)
             guest.kill()
         self.check("the label area", labels(own) == before, True)
 
@@ -316,14 +319,14 @@ UUID = "3b0c7f0e-9d3b-4a53-8f2e-6a1d5c0f7e21"
 
 
 def labels(nvdimm: Nvdimm) -> bytes:
-    """The label area, in the backing file."""
+    """Content of the label area in the backing file."""
     with nvdimm.file.open("rb") as content:  # type: ignore[union-attr]
         content.seek(nvdimm.size_bytes)
         return content.read()
 
 
 def label_uuid(guest: Guest, namespace: Namespace) -> uuid.UUID:
-    """The uuid in a namespace's label; ndctl prints that of the pfn device inside."""
+    """The uuid in a namespace's label; ndctl prints the uuid of the pfn device instead."""
     return uuid.UUID(guest.succeed(f"cat /sys/bus/nd/devices/{namespace.name}/uuid"))
 
 
@@ -344,17 +347,17 @@ class DmLinear(NamespaceTest):
     def test_sync_and_async(self) -> None:
         """A dm-linear grants MAP_SYNC only if all its DIMMs have pmem=on.
 
-        drivers/md/dm-table.c, dm_table_set_restrictions: device_not_dax_synchronous_capable. DAX
-        it has in any case (device_not_dax_capable), and a file wholly on the synchronous part is
-        refused like any other.
+        drivers/md/dm-table.c, dm_table_set_restrictions: device_not_dax_synchronous_capable. The
+        device has DAX in any case (device_not_dax_capable), and MAP_SYNC is refused even for a file
+        that lies completely on the synchronous part.
         """
         dimms = tuple(
             dimm.holding("fsdax") for dimm in (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
         )
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
-        page = read_page_size(guest)
-        # All exist at the same time: a device of one does not become a device of another
+        page = page_size(guest)
+        # All devices exist concurrently, so that none reuses the dax_device of another
         # (known_issues/linux-dax-device-inherits-flags.md).
         cases = (
             ("on+off", (0, 1), Verdict.REFUSED),
@@ -388,18 +391,18 @@ class DmLinear(NamespaceTest):
         )
         report = map_sync(guest, "/mnt/after")
         self.measure("after", report.line)
-        found = judge_map_sync(report)
+        outcome = judge(report)
         self.known_issue(
             "linux-dm-stays-synchronous",
-            shows=found.verdict is Verdict.ACCEPTED,
-            found=f"a dm-linear with a part on pmem=off: {found.verdict.value}",
+            shows=outcome.verdict is Verdict.ACCEPTED,
+            found=f"a dm-linear with a part on pmem=off: {outcome.verdict.value}",
         )
-        if found.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED):
-            raise ContractError(str(found))
+        if outcome.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED):
+            raise ContractError(str(outcome))
 
 
 def rows_of(disks: list[BlockDevice], *, at_mib: int) -> str:
-    """A table of dm-linear: 32 MiB of each disk."""
+    """Table of a dm-linear: 32 MiB of each disk."""
     count = 32 * MIB // 512
     return "\n".join(
         f"{index * count} {count} linear {disk.path} {at_mib * MIB // 512}"
@@ -408,28 +411,29 @@ def rows_of(disks: list[BlockDevice], *, at_mib: int) -> str:
 
 
 def linear(guest: Guest, name: str, disks: list[BlockDevice], *, at_mib: int) -> str:
-    """Make a dm-linear; its path, without udev's help."""
+    """Create a dm-linear; return its path, which works without udev."""
     node = guest.succeed(
         f"dmsetup create {name} <<'E' && dmsetup info -c --noheadings -o blkdevname {name}\n"
         f"{rows_of(disks, at_mib=at_mib)}\nE"
     )
     if not node.startswith("dm-") or not node[3:].isdecimal():
-        raise HostError(f"dmsetup names {node!r}")
+        raise HostError(f"dmsetup printed {node!r}, not the name of a dm device")
     return f"/dev/{node}"
 
 
 class Inherited(NamespaceTest):
     """
-    Namespaces in the place of former ones.
+    Namespaces that replace others.
 
     :avocado: tags=map_sync
     """
 
     def test_devdax_then_fsdax(self) -> None:
-        """On pmem=off, an fsdax namespace that was devdax before refuses MAP_SYNC.
+        """On pmem=off, an fsdax namespace refuses MAP_SYNC, also if it was devdax before.
 
-        drivers/dax/super.c, dax_dev_get: a new dax_device must not have the flags of the one whose
-        memory it got. Which memory it gets is chance, so there are several tries on one CPU.
+        drivers/dax/super.c, dax_dev_get: a new dax_device must not inherit the flags of a former
+        one whose memory it reuses. The reuse depends on chance, so there are several tries on one
+        CPU.
         """
         guest = self.boot(Machine(nvdimms=(PMEM_OFF,)))
         region = wait_for_region(guest, 0)

@@ -2,16 +2,15 @@
 """A DIMM that cannot persist writes is read-only for region, disk, mount and mmap().
 
 QEMU sets the "unarmed" bit of H_SCM_HEALTH for unarmed=on (hw/ppc/spapr_nvdimm.c, h_scm_health),
-and demands it for a backend with readonly=on. papr_scm makes it NDD_UNARMED (papr_scm.c,
-papr_scm_nvdimm_init), with which the region becomes read-only (drivers/nvdimm/region_devs.c,
-nd_region_create) and so does each disk on it (drivers/nvdimm/bus.c, nvdimm_check_and_set_ro, called
+and requires unarmed=on for a backend with readonly=on. papr_scm turns the bit into NDD_UNARMED
+(papr_scm.c, papr_scm_nvdimm_init). Then the region is read-only (drivers/nvdimm/region_devs.c,
+nd_region_create), and so is each disk on it (drivers/nvdimm/bus.c, nvdimm_check_and_set_ro, called
 by drivers/nvdimm/pmem.c, pmem_attach_disk).
 
-The namespaces are made in a boot before, on the same files with writable DIMMs. On a read-only
-backend they could not be made: a label that is written ends QEMU 7 (known_issues/
-qemu-label-write-to-read-only-backend.md). Nothing here writes one. They are made with map=mem: with
-map=dev the kernel keeps its page structures on the DIMM, and may write to it anyway
-(known_issues/linux-page-structures-on-read-only-dimm.md).
+The namespaces are created in an earlier boot, on the same files with writable DIMMs: a label write
+to a read-only backend kills QEMU 7 (known_issues/qemu-label-write-to-read-only-backend.md). They
+have map=mem: with map=dev the kernel keeps its page structures on the DIMM, and may write to it
+anyway (known_issues/linux-page-structures-on-read-only-dimm.md).
 """
 
 import hashlib
@@ -35,18 +34,18 @@ from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Machine, Nvdimm
 
 _CHUNK = 1 << 16
-# drivers/nvdimm/pfn.h: the info block has 4 KiB, behind as many.
+# drivers/nvdimm/pfn.h: the info block has 4 KiB, at offset 4 KiB.
 _INFO_BLOCK_END = 8192
 
 
 def digest(file: Path, begin: int = 0) -> str:
-    """Checksum of a sparse file; holes and written zeros are the same.
+    """Checksum of a sparse file; a hole counts as zeros.
 
     Args:
         file: the file.
-        begin: where to begin in it, a multiple of 64 KiB.
+        begin: start offset, a multiple of 64 KiB.
     """
-    found, size = hashlib.sha256(), file.stat().st_size
+    checksum, size = hashlib.sha256(), file.stat().st_size
     with file.open("rb", buffering=0) as content:
         at = begin
         while at < size:
@@ -56,13 +55,13 @@ def digest(file: Path, begin: int = 0) -> str:
                 break
             data = os.pread(content.fileno(), _CHUNK, at)
             if data.strip(b"\0"):
-                found.update(at.to_bytes(8, "big") + data)
+                checksum.update(at.to_bytes(8, "big") + data)
             at += _CHUNK
-    return found.hexdigest()
+    return checksum.hexdigest()
 
 
 def fate(report: MapSyncReport) -> str:
-    """The result of a mapping for which judge_map_sync() has no verdict."""
+    """Result of a mapping for which judge() has no verdict."""
     mapping = report.mapping
     flags = mapping.vm_flags or frozenset()
     return f"{mapping.result} {mapping.errno_name or ('sf' if 'sf' in flags else 'no sf')}"
@@ -95,14 +94,14 @@ class ReadOnly(PaprScmTest):
         )
 
     def prepare(self) -> tuple[list[Namespace], list[str]]:
-        """Boot with writable DIMMs; return the namespaces, and the checksum of a file on each."""
+        """Boot with writable DIMMs; return new namespaces, and the checksum of a file on each."""
         guest = self.boot(Machine(nvdimms=self.on_files()))
-        made = []
+        namespaces = []
         for nvdimm, fstype in zip(self.dimms, self.fstypes, strict=True):
             region = wait_for_region(guest, nvdimm.slot)
-            made.append(create_namespace(guest, region, mode="fsdax", map="mem"))
-            make_filesystem(guest, made[-1].disk, fstype, read_page_size(guest))
-            mount(guest, made[-1].disk, fstype, f"/mnt/{fstype}")
+            namespaces.append(create_namespace(guest, region, mode="fsdax", map="mem"))
+            make_filesystem(guest, namespaces[-1].disk, fstype, page_size(guest))
+            mount(guest, namespaces[-1].disk, fstype, f"/mnt/{fstype}")
         sums = [
             guest.succeed(
                 f"set -e; cd /mnt/{fstype}; dd if=/dev/urandom of=file bs=64k count=2 status=none; "
@@ -111,13 +110,13 @@ class ReadOnly(PaprScmTest):
             for fstype in self.fstypes
         ]
         guest.kill()
-        return made, sums
+        return namespaces, sums
 
-    def judge(self, guest: Guest, made: list[Namespace], sums: list[str]) -> None:
-        """Check everything that must be read-only, and everything that must still work."""
+    def judge(self, guest: Guest, namespaces: list[Namespace], sums: list[str]) -> None:
+        """Check that region, disk and mount are read-only, and that reading still works."""
         log = guest.succeed("dmesg -t").splitlines()
         for nvdimm, fstype, before, checksum in zip(
-            self.dimms, self.fstypes, made, sums, strict=True
+            self.dimms, self.fstypes, namespaces, sums, strict=True
         ):
             what = f"{fstype}, pmem={'on' if nvdimm.pmem else 'off'}"
             region = wait_for_region(guest, nvdimm.slot)
@@ -125,13 +124,13 @@ class ReadOnly(PaprScmTest):
             flags = region.dimm.papr_flags if region.dimm else None
             self.check(f"{what}: not_armed in papr/flags", "not_armed" in (flags or ()), True)
             self.usual(f"{what}: papr/flags", flags, {"not_armed"})
-            (found,) = find_namespaces(guest, region)
-            self.check(f"{what}: uuid", found.uuid, before.uuid)
-            disk = found.disk
+            (namespace,) = find_namespaces(guest, region)
+            self.check(f"{what}: uuid", namespace.uuid, before.uuid)
+            disk = namespace.disk
             self.check(f"{what}: disk read-only", disk.read_only, True)
-            said = f"{region.name} read-only, marking {disk.name} read-only"
-            self.usual(f"{what}: '{said}'", any(line.endswith(said) for line in log), True)
-            # A disk that is not read-only must not be written to: the rest depends on its content.
+            message = f"{region.name} read-only, marking {disk.name} read-only"
+            self.usual(f"{what}: '{message}'", any(line.endswith(message) for line in log), True)
+            # Stop here if a disk is writable: the rest depends on its content.
             self.checkpoint()
             # Some versions of dd print their statistics after the reason.
             dd = "dd if=/dev/zero bs=4096 count=1 oflag=direct status=none"
@@ -140,11 +139,13 @@ class ReadOnly(PaprScmTest):
             reason = result.stderr.strip().rpartition(": ")[2]
             self.usual(f"{what}: a write to the disk", reason, "Operation not permitted")
 
-            # fs/super.c, setup_bdev_super: EACCES; mount programs then try again with ro.
-            for how in ("rw", "remount,rw"):
-                answer = try_mount(guest, disk, fstype, "/mnt", options=f"{how},dax=always")
-                self.check(f"{what}: mount with {how} succeeds", answer.errno_name is None, False)
-                self.usual(f"{what}: mount with {how}", answer.errno_name, "EACCES")
+            # fs/super.c, setup_bdev_super: EACCES, after which mount programs retry with ro.
+            for option in ("rw", "remount,rw"):
+                answer = try_mount(guest, disk, fstype, "/mnt", options=f"{option},dax=always")
+                self.check(
+                    f"{what}: mount with {option} succeeds", answer.errno_name is None, False
+                )
+                self.usual(f"{what}: mount with {option}", answer.errno_name, "EACCES")
             guest.succeed("umount /mnt")
             mounted = mount(guest, disk, fstype, "/mnt", options="ro,dax=always")
             self.check(f"{what}: mounted", mounted.options[0], "ro")
@@ -157,34 +158,34 @@ class ReadOnly(PaprScmTest):
         path = "/mnt/file"
         write = map_sync(guest, path, truncate=False)
         self.check(f"{what}: open read-write", fate(write), "error EROFS")
-        self.check(f"{what}: where that failed", write.mapping.stage, "open")
+        self.check(f"{what}: stage of the failure", write.mapping.stage, "open")
         store = map_sync(guest, path, truncate=False, read_only=True)
-        # Before MAP_SYNC is looked at, or after: the file is open for reading only.
+        # Refused before or after the check of MAP_SYNC, because the file is open for reading only.
         self.check(f"{what}: a shared mapping to store into", fate(store), "refused EACCES")
         load = map_sync(guest, path, truncate=False, read_only=True, prot="r")
         self.measure(what, [report.line for report in (write, store, load)])
         dax = load.file.dax if load.file else None
         self.check(f"{what}: DAX", dax, True)
-        wanted = "mapped sf" if nvdimm.pmem else "refused EOPNOTSUPP"
-        self.check(f"{what}: a MAP_SYNC mapping to load from", fate(load), wanted)
+        expected = "mapped sf" if nvdimm.pmem else "refused EOPNOTSUPP"
+        self.check(f"{what}: a MAP_SYNC mapping to load from", fate(load), expected)
         control = load.control.result if load.control else None
         self.check(f"{what}: the same without MAP_SYNC", control, "mapped")
 
     def unchanged(self, before: list[str]) -> None:
-        """Check that the files have the same content as before."""
-        for file, nvdimm, wanted in zip(self.files, self.dimms, before, strict=True):
-            self.check(f"the bytes behind slot {nvdimm.slot}", digest(file), wanted)
+        """Check that the backing files have the same content as before."""
+        for file, nvdimm, expected in zip(self.files, self.dimms, before, strict=True):
+            self.check(f"the bytes behind slot {nvdimm.slot}", digest(file), expected)
 
     def test_unarmed(self) -> None:
         """With unarmed=on, region, disk and mount are read-only, and mmap() cannot store.
 
-        The region's flag is the only reason: when it is cleared by hand (regionN/read_only), the
-        disk can be written, and the backend decides about MAP_SYNC.
+        Only the region's flag causes this: after it is cleared by hand (regionN/read_only), the
+        disk is writable, and the backend decides about MAP_SYNC.
         """
-        made, sums = self.prepare()
+        namespaces, sums = self.prepare()
         before = [digest(file) for file in self.files]
         guest = self.boot(Machine(nvdimms=self.on_files(unarmed=True)))
-        self.judge(guest, made, sums)
+        self.judge(guest, namespaces, sums)
         self.unchanged(before)
         self.checkpoint()
         for nvdimm, fstype in zip(self.dimms, self.fstypes, strict=True):
@@ -197,19 +198,19 @@ class ReadOnly(PaprScmTest):
             guest.succeed("umount /mnt")
 
     def test_read_only(self) -> None:
-        """With readonly=on, all is as with unarmed=on, and the backing files do not change."""
-        made, sums = self.prepare()
+        """With readonly=on, results are as with unarmed=on, and backing files do not change."""
+        namespaces, sums = self.prepare()
         before = [digest(file) for file in self.files]
         guest = self.boot(Machine(nvdimms=self.on_files(unarmed=True, read_only=True)))
-        self.judge(guest, made, sums)
+        self.judge(guest, namespaces, sums)
         guest.kill()
         self.unchanged(before)
 
     def test_page_structures(self) -> None:
         """The kernel does not store its page structures on a read-only DIMM.
 
-        With map=dev, where a writable DIMM has them, between the namespace's info block and its
-        data: drivers/nvdimm/pfn_devs.c, __nvdimm_setup_pfn. The data are not touched.
+        With map=dev, a writable DIMM has them between the namespace's info block and its data
+        (drivers/nvdimm/pfn_devs.c, __nvdimm_setup_pfn). The data must not change in any case.
         """
         armed = self.on_files()[0]
         file = self.files[0]
@@ -220,7 +221,7 @@ class ReadOnly(PaprScmTest):
         places = f"{region.device}/resource", f"/sys/block/{disk.name}/device/resource"
         start, data = (int(line, 16) for line in guest.succeed("cat " + " ".join(places)).split())
         guest.kill()
-        # In a boot like the one before, the structures may come out as they are there already.
+        # Overwrite the old page structures: a similar boot could write the same content again.
         with file.open("r+b") as content:
             content.seek(_INFO_BLOCK_END)
             content.write(b"\xa5" * (data - start - _INFO_BLOCK_END))
@@ -228,15 +229,15 @@ class ReadOnly(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(replace(armed, unarmed=True),)))
         region = wait_for_region(guest, 0)
         self.check("region read_only", region.read_only, True)
-        (found,) = find_namespaces(guest, region)
-        self.check("map", (found.map, found.disk.read_only), ("dev", True))
-        page = read_page_size(guest)
+        (namespace,) = find_namespaces(guest, region)
+        self.check("map", (namespace.map, namespace.disk.read_only), ("dev", True))
+        page = page_size(guest)
         guest.kill()
         self.check("the data", digest(file, data - start), before[1])
         self.checkpoint()
         shows = digest(file) != before[0]
         if not shows and page != 4096:
-            # With larger pages the few structures are in memory, which proves nothing.
+            # With larger pages the few structures are in memory, so this run proves nothing.
             return
         self.known_issue(
             "linux-page-structures-on-read-only-dimm",

@@ -7,10 +7,9 @@ same offset even after the system crashes or is rebooted". In Linux the first wr
 whose extent is not yet durable returns VM_FAULT_NEEDDSYNC, and dax_finish_sync_fault (fs/dax.c)
 forces the journal before it makes the page writable.
 
-Here the machine ends between two instructions: QEMU is killed with SIGKILL. What its guest had
-stored to a DIMM is in the page cache of the host, which TCG's guest shares; what the guest's
-kernel still had in its own memory is lost. So it cannot be seen here whether the program flushed
-its caches.
+Here the machine ends between two instructions: QEMU is killed with SIGKILL. Stores to a DIMM are
+in the host's page cache, which a TCG guest shares; data in the guest kernel's own memory are lost.
+So this test cannot detect a missing flush of the CPU's caches.
 """
 
 from __future__ import annotations
@@ -58,14 +57,14 @@ SIZES = {0: FOR_XFS, 1: FOR_XFS, 2: SMALL, 3: SMALL, LEDGER_SLOT: SMALL}
 
 START_LIMIT_S = 60.0
 MORE = 10
-"""Additional cuts for a control that has not lost anything yet."""
+"""Additional cuts while a control has not lost anything."""
 RENEWED = 8
-"""One cut in so many, file systems are made anew instead of being used again."""
+"""On average, one cut in this many makes the file systems again instead of reusing them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One run of the program on one side, and its progress when it was killed."""
+    """One run of the program on one side, and its progress at the kill."""
 
     seed: int
     nonce: int
@@ -84,10 +83,10 @@ class Promise(PaprScmTest):
     def test_sudden_end(self) -> None:
         """With MAP_SYNC, flushed stores survive a sudden end; without MAP_SYNC, some are lost.
 
-        pmem=on, XFS and ext4, files that grow, sparse and allocated ones: existence, size, extents
-        and bytes. The control without MAP_SYNC has file systems of its own, because a MAP_SYNC
-        fault forces the whole journal. -p cuts=N is how often QEMU is killed, which is a cut for
-        both file systems; a few more are made where a control has lost nothing by then.
+        On pmem=on, with XFS and ext4, for growing, sparse and allocated files: existence, size,
+        extents and bytes. The control without MAP_SYNC has its own file systems, because a MAP_SYNC
+        fault forces the whole journal. -p cuts=N is the number of kills of QEMU, each a cut for
+        both file systems; a few more follow while a control has lost nothing.
         """
         cuts, dice = self.cuts(), self.random()
         dimms = [PMEM_ON.at(slot, size) for slot, size in SIZES.items()]
@@ -101,10 +100,10 @@ class Promise(PaprScmTest):
             for side, report in self.verify(guest, runs).items():
                 tallies[side].add(side, runs[side].phase, report)
             self.measure("sides", {str(side): tally.figures() for side, tally in tallies.items()})
-            # Immediately: after a few more cuts the cause could not be found.
+            # Check after each cut: more cuts would hide the cause.
             expect_kept(tallies)
-            if cut >= cuts + MORE or (cut >= cuts and not underpowered(tallies)):
-                check_offline(guest, [found.mount for found in mounts.values()])
+            if cut >= cuts + MORE or (cut >= cuts and not without_force(tallies)):
+                check_offline(guest, [mounted.mount for mounted in mounts.values()])
                 break
             self.renew(guest, mounts, dice)
             runs = self.start(guest, cut, runs, dice)
@@ -113,16 +112,16 @@ class Promise(PaprScmTest):
         require_statistical_power(tallies)
 
     def cuts(self) -> int:
-        """The number of kills of QEMU."""
+        """Number of kills of QEMU, from -p cuts=N."""
         text = str(self.params.get("cuts", default="2"))
         if not text.isdecimal() or not int(text):
             raise ConfigError(f"cuts={text} is not a number of cuts")
         return int(text)
 
     def mount(self, guest: Guest, *, again: bool) -> dict[int, DaxMount]:
-        """Mount all file systems by slot, which replays their journals; the first time, make them.
+        """Mount all file systems, which replays their journals; the first time, create them.
 
-        The program is compiled once, and kept beside the ledger.
+        The program is compiled once, and stored next to the ledger. Returns the mounts by slot.
         """
         mounts = {
             side.slot: dax_mount(guest, side.slot, side.fstype, side.mountpoint, reuse=again)
@@ -134,7 +133,7 @@ class Promise(PaprScmTest):
         return mounts
 
     def renew(self, guest: Guest, mounts: dict[int, DaxMount], dice: random.Random) -> None:
-        """Sometimes, make both file systems of a kind again."""
+        """At random, make both file systems of a type again."""
         for fstype in ("xfs", "ext4"):
             if dice.randrange(RENEWED):
                 continue
@@ -148,7 +147,7 @@ class Promise(PaprScmTest):
     def start(
         self, guest: Guest, cut: int, old: dict[Side, Run], dice: random.Random
     ) -> dict[Side, Run]:
-        """Start the program on all sides, in new folders; remove the old ones meanwhile."""
+        """Start the program on all sides, in new folders; remove the old folders concurrently."""
         runs = {
             side: Run(
                 seed=dice.getrandbits(62),
@@ -160,7 +159,7 @@ class Promise(PaprScmTest):
         lines = [
             "set -e",
             f"mkdir {' '.join(run.folder for run in runs.values())}",
-            # The folders themselves are not what is promised.
+            # The existence of the folders is not part of the contract.
             "sync",
         ]
         lines += [
@@ -178,7 +177,7 @@ class Promise(PaprScmTest):
     def kill(
         self, guest: Guest, ledger: Ledger, runs: dict[Side, Run], dice: random.Random
     ) -> dict[Side, Run]:
-        """Kill QEMU when a random side has done some more steps; the runs with their progress."""
+        """Kill QEMU after some more steps of a random side; return the runs with their progress."""
         chosen, more = dice.choice(SIDES), int(2 ** (dice.random() * 10))
         delay_s = dice.random() * 0.01
         deadline = time.monotonic() + START_LIMIT_S
@@ -193,7 +192,7 @@ class Promise(PaprScmTest):
                 break
             if time.monotonic() > deadline:
                 raise self.stalled(guest, entries)
-            # There is no event to wait for: the guest stores to the file, and that is all.
+            # The guest's stores to the mapped file cause no event on the host, so poll.
             time.sleep(0.001)
         time.sleep(delay_s)
         guest.kill()
@@ -209,17 +208,17 @@ class Promise(PaprScmTest):
             ended[side] = dataclasses.replace(run, done=entry.done, phase=entry.phase)
         return ended
 
-    def stalled(self, guest: Guest, entries: dict[Side, LedgerCounts | None]) -> Error:
-        """The error for programs of which not all have made a step: theirs, or the kernel's."""
+    def stalled(self, guest: Guest, entries: dict[Side, Entry | None]) -> Error:
+        """Build the error for programs without progress: their own error, or a stuck guest."""
         for side in [side for side, entry in entries.items() if entry is None]:
-            # Its output is its errors; the ledger has the rest.
-            if said := guest.succeed(f"cat /tmp/store{side.slot}"):
-                return HostError(f"{side}: promise could not start: {said}")
+            # The program prints only errors; its progress is in the ledger.
+            if output := guest.succeed(f"cat /tmp/store{side.slot}"):
+                return HostError(f"{side}: promise could not start: {output}")
         steps = ", ".join(f"{side}: {e.done if e else 'none'}" for side, e in entries.items())
         return GuestLostError(f"after {START_LIMIT_S:g} s not every program made a step: {steps}")
 
-    def entry(self, ledger: Ledger, side: Side, run: Run) -> LedgerCounts | None:
-        """The progress of one side."""
+    def entry(self, ledger: Ledger, side: Side, run: Run) -> Entry | None:
+        """Progress of one side, or None before its first entry."""
         entry = ledger.read(run.nonce)
         if entry is None or entry.state in (ProgramState.STARTING, ProgramState.RUNNING):
             return entry
@@ -229,7 +228,7 @@ class Promise(PaprScmTest):
         )
 
     def verify(self, guest: Guest, runs: dict[Side, Run]) -> dict[Side, PromiseReport]:
-        """Verify the files after the journals' replay, which must not report an error."""
+        """Verify the files after the journal replay, which must not report an error."""
         lines = [
             f"echo side {side.slot}; {TOOL} verify --seed={run.seed} --done={run.done} "
             f"{run.folder}; echo status $?"
@@ -238,14 +237,15 @@ class Promise(PaprScmTest):
         printed = guest.succeed("\n".join([*lines, "echo kernel", KERNEL_LOG]))
         parts, _, messages = printed.partition("kernel\n")
         expect_no_complaints(messages)
-        found = re.findall(r"side (\d+)\n(.*\n)status (\d+)\n", parts)
+        matches = re.findall(r"side (\d+)\n(.*\n)status (\d+)\n", parts)
         reports = {
-            int(slot): read_report(PromiseReport, line, int(status)) for slot, line, status in found
+            int(slot): read_report(PromiseReport, line, int(status))
+            for slot, line, status in matches
         }
         if [side.slot for side in runs] != list(reports):
-            raise HostError(f"promise printed what it should not:\n{parts}")
+            raise HostError(f"unexpected output of promise:\n{parts}")
         for side, run in runs.items():
-            answer = reports[side.slot].seed, reports[side.slot].done
-            if answer != (run.seed, run.done):
-                raise HostError(f"{side}: promise answers {answer}, asked for was {run}")
+            verified = reports[side.slot].seed, reports[side.slot].done
+            if verified != (run.seed, run.done):
+                raise HostError(f"{side}: promise verified {verified}, expected {run}")
         return {side: reports[side.slot] for side in runs}
