@@ -24,29 +24,29 @@ def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
 
 STATES = {
     # Releases, and builds of them.
-    "5.2.21": State.BEFORE,
-    "5.3.0-paprscm": State.PRESENT,
-    "6.1.192": State.PRESENT,
-    "6.12.111": State.PRESENT,
-    "6.12.112": State.FIXED,
-    "6.12.117-paprscm": State.FIXED,
-    "6.13.9": State.PRESENT,
-    "6.19.300": State.PRESENT,
-    "7.2.5": State.PRESENT,
-    "7.2.6-mine": State.FIXED,
-    "7.3.0": State.FIXED,
-    "7.10.0": State.FIXED,
-    "10.0.0": State.FIXED,
+    "5.2.21": IssueState.BEFORE,
+    "5.3.0-paprscm": IssueState.PRESENT,
+    "6.1.192": IssueState.PRESENT,
+    "6.12.111": IssueState.PRESENT,
+    "6.12.112": IssueState.FIXED,
+    "6.12.117-paprscm": IssueState.FIXED,
+    "6.13.9": IssueState.PRESENT,
+    "6.19.300": IssueState.PRESENT,
+    "7.2.5": IssueState.PRESENT,
+    "7.2.6-mine": IssueState.FIXED,
+    "7.3.0": IssueState.FIXED,
+    "7.10.0": IssueState.FIXED,
+    "10.0.0": IssueState.FIXED,
     # Release candidates are before the release, and may have the fix.
-    "5.3.0-rc1": State.PRESENT,
-    "6.12.0-rc3-00123-gabcdef": State.PRESENT,
-    "v7.2-rc1-5-gdeadbeef": State.PRESENT,
-    "6.12.112-rc1": State.UNCERTAIN,
-    "6.12.113-rc1": State.FIXED,
-    "7.3.0-rc2+": State.UNCERTAIN,
-    "7.3-rc2": State.UNCERTAIN,
-    "7.4-rc1": State.FIXED,
-    "7.2.0-rc7-next-20260812": State.UNCERTAIN,
+    "5.3.0-rc1": IssueState.PRESENT,
+    "6.12.0-rc3-00123-gabcdef": IssueState.PRESENT,
+    "v7.2-rc1-5-gdeadbeef": IssueState.PRESENT,
+    "6.12.112-rc1": IssueState.UNCERTAIN,
+    "6.12.113-rc1": IssueState.FIXED,
+    "7.3.0-rc2+": IssueState.UNCERTAIN,
+    "7.3-rc2": IssueState.UNCERTAIN,
+    "7.4-rc1": IssueState.FIXED,
+    "7.2.0-rc7-next-20260812": IssueState.UNCERTAIN,
     # Development after a release.
     "6.12.110-00300-gabcdef0": IssueState.PRESENT,
     "6.12.111-00300-gabcdef0": IssueState.UNCERTAIN,
@@ -90,7 +90,7 @@ def test_a_linux_version_is_compared_with_since_and_fixed_in(tmp_path: Path, ver
     ],
 )
 def test_a_qemu_version_is_compared_with_since_and_fixed_in(
-    tmp_path: Path, version: str, state: State
+    tmp_path: Path, version: str, state: IssueState
 ) -> None:
     assert issue(tmp_path, "QEMU 7.0", "7.2.19, 10.0").state(version) is state
 
@@ -98,10 +98,10 @@ def test_a_qemu_version_is_compared_with_since_and_fixed_in(
 def test_the_next_release_bounds_a_development_version(tmp_path: Path) -> None:
     known = issue(tmp_path, "QEMU 7.0", "11.1.3, 12.0")
     # A development version is not on the stable branch 11.1.
-    assert known.state("11.1.50") is State.PRESENT
-    assert known.state("11.2.50") is State.UNCERTAIN
-    assert known.state("11.2.91") is State.UNCERTAIN
-    assert known.state("11.1.4") is State.FIXED
+    assert known.state("11.1.50") is IssueState.PRESENT
+    assert known.state("11.2.50") is IssueState.UNCERTAIN
+    assert known.state("11.2.91") is IssueState.UNCERTAIN
+    assert known.state("11.1.4") is IssueState.FIXED
     known = issue(tmp_path, "QEMU 7.0", "12.0-rc2")
     assert known.state("11.2.91 (v12.0.0-rc1)") is IssueState.UNCERTAIN
     assert known.state("11.2.92 (v12.0.0-rc2)") is IssueState.FIXED

@@ -472,7 +472,7 @@ def test_unpacking_skips_files_that_powerpc_does_not_need(
 ) -> None:
     kbuild.build_default(Archive(cache), settings())
     archive = next((cache.root / "kernel-source").glob("*/linux.tar.xz"))
-    kernel_source.unpack(archive, tmp_path / "unpacked")
+    kernel_source.unpack_source(archive, tmp_path / "unpacked")
     names = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
     assert {"Makefile", "arch/powerpc/Kconfig", "arch/x86/Kconfig", "drivers/gpu/drm/Makefile"} < (
         names

@@ -222,11 +222,11 @@ def test_the_next_suite_replaces_an_incomplete_one(
     monkeypatch.setattr(Archive, "download", refuse)
     obtained = rootfs.obtain_userland(Archive(cache), ["trixie", "forky"])
     assert isinstance(obtained, Download)
-    userland = rootfs.build(cache, obtained, boot_test=None)
+    userland = rootfs.build_rootfs(cache, obtained, boot_test=None)
     assert userland.suite == "forky"
     # A cached userland is used before anything is fetched.
     monkeypatch.setattr(Archive, "download", download)
-    assert rootfs.obtain(Archive(cache), ["trixie", "forky"]) == userland
+    assert rootfs.obtain_userland(Archive(cache), ["trixie", "forky"]) == userland
     assert [suite for _, suite in extracted] == ["forky"]
 
 

@@ -136,7 +136,7 @@ def test_without_symbols_scans_executable_sections(assemble: Assemble, tmp_path:
     source = assemble(CODE, link=True)
     subprocess.run([TOOLS + "strip", source], check=True)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_ALL)
-    assert report.how == "sections"
+    assert report.scope == "sections"
     # The two words outside of the functions are no longer distinguishable from code; .rodata is.
     assert report.functions == {".text": 7}
     assert words(tmp_path / "fixed", ".rodata") == [0x7CC020AC]
@@ -149,7 +149,7 @@ def test_without_sections_scans_executable_segments(assemble: Assemble, tmp_path
     data[0x3C:0x40] = bytes(4)  # e_shnum, e_shstrndx
     source.write_bytes(data)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_DCBF)
-    assert report.how == "segments"
+    assert report.scope == "segments"
     # The linker puts .rodata into the executable segment, and .data into a separate one.
     assert report.sites == 6
     assert (tmp_path / "fixed").read_bytes().count(bytes.fromhex("ac20c07c")) == 1

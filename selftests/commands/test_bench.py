@@ -125,9 +125,9 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
     assert report["found"]["statuses"]["warm"] == [{"PASS": 2, "CANCEL": 1}] * 2
     assert report["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
     assert report["environment"]["side_by_side"] == "3"
-    rows = [line for line in printed(bench_suite.table(series)).splitlines() if "│" in line]
-    assert [word in rows[0] for word in ("cold, one at a time", "35.0", "30.0-40.0")] == [True] * 3
-    assert "warm, 3 side by side" in rows[2]
+    rows = [line for line in printed(bench_suite.suite_table(series)).splitlines() if "│" in line]
+    assert [word in rows[0] for word in ("cold, sequential", "35.0", "30.0-40.0")] == [True] * 3
+    assert "warm, 3 concurrent" in rows[2]
     assert "2 PASS, 1 CANCEL" in rows[2]
 
 
@@ -206,7 +206,7 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "job-2026").mkdir()
     (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
-    job = bench_suite.read(tmp_path, "warm", 5.0)
+    job = bench_suite.read_job(tmp_path, "warm", 5.0)
     assert job.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
     assert job.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
     assert (job.restored, job.booted) == (1, 1)
@@ -214,7 +214,7 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
 
 
 def test_a_job_without_tests_shows_avocado_s_output(tmp_path: Path) -> None:
-    (tmp_path / "avocado.log").write_text("there can be no guests; no test was started\n")
+    (tmp_path / "avocado.log").write_text("guests cannot be prepared; no test was started\n")
     with pytest.raises(HostError, match="no test was started"):
         bench_suite.read_job(tmp_path, "cold", 1.0)
 

@@ -110,7 +110,7 @@ def test_the_plot_has_its_labels(threads: tuple[int, ...], tmp_path: Path) -> No
     assert [words for words in labels if words not in text] == []
     assert "<text" not in text
     first = svg.read_bytes()
-    flush_plot.draw(series, svg)
+    flush_plot.draw_plot(series, svg)
     assert svg.read_bytes() == first, "the same series gives a different file"
 
 
@@ -201,7 +201,7 @@ def test_missing_matplotlib_is_reported_before_the_measurement(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
     error = capsys.readouterr().err
-    assert "there is no matplotlib" in error
+    assert "matplotlib, which draws the plot, is not installed" in error
     assert "tools/setup installs it" in error
 
 

@@ -118,7 +118,7 @@ def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
     assert findings["python"].grade == "ok"
     assert "spapr-nvdimm" in findings["QEMU"].text
     assert findings["userland"].text == "Debian trixie can be fetched, 125 MB"
-    assert not doctor.broken(list(findings.values()))
+    assert not doctor.is_broken(list(findings.values()))
     # It creates nothing except the record of QEMU's facts.
     assert {path.name for path in chosen.cache_dir.iterdir()} <= {"qemu-facts", "locks"}
 
@@ -142,13 +142,13 @@ def test_mirror_that_does_not_answer(chosen: Settings) -> None:
 
 
 def test_a_qemu_of_debian_is_not_fetched(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu="debian:trixie")))
+    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu="debian:trixie")))
     assert findings["QEMU"].grade == "note"
     assert "will be fetched" in findings["QEMU"].text
 
 
 def test_a_wrong_qemu_is_reported(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
+    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu="/bin/false")))
     assert findings["QEMU"].grade == "missing"
     assert "is not a QEMU" in findings["QEMU"].text
 
@@ -162,13 +162,13 @@ def test_missing_features_of_a_qemu_are_noted(chosen: Settings, tmp_path: Path) 
 
 
 def test_unavailable_kvm_is_reported(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, accel="kvm")))
+    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, accel="kvm")))
     assert findings["accelerator"].grade == "missing"
 
 
 def test_number_of_concurrent_tests(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "resources", lambda: Resources(4, 8192))
-    findings = by_subject(doctor.doctor(chosen))
+    findings = by_subject(doctor.inspect_host(chosen))
     assert findings["machine"] == Finding("ok", "machine", "4 CPUs, 8.0 GiB of memory available")
     assert findings["concurrency"].grade == "ok"
     assert findings["concurrency"].text.startswith("4: 1 for each of 4 CPUs")

@@ -53,7 +53,9 @@ def start(qemu: Qemu, hcalls: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def bare(qemu: Qemu, hcalls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+def bare(
+    qemu: Qemu, hcalls: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BareMachine]:
     """A machine for tests that do not change it."""
     folder = tmp_path_factory.mktemp("bare")
     nvdimms = (Nvdimm(slot=0), Nvdimm(slot=1, unarmed=True))
@@ -79,8 +81,8 @@ def test_registers_go_in_and_come_out(bare: BareMachine) -> None:
     patterns = tuple(0x0123456789ABCDEF * factor & (1 << 64) - 1 for factor in range(1, 10))
     answer = bare.call(UNKNOWN, *patterns)
     assert (answer.code, answer.outputs) == (ReturnCode.H_FUNCTION, patterns)
-    assert (answer.made, answer.busy) == (1, 0)
-    assert 0 < answer.began < answer.ended
+    assert (answer.count, answer.busy) == (1, 0)
+    assert 0 < answer.begin_ticks < answer.end_ticks
     # A missing argument is 0; a negative one is taken modulo 2^64.
     assert bare.call(UNKNOWN, -2).outputs == ((1 << 64) - 2, 0, 0, 0, 0, 0, 0, 0, 0)
 
@@ -119,7 +121,7 @@ def test_a_call_is_repeated(bare: BareMachine) -> None:
     assert (answer.code, answer.count, answer.busy) == (9901, 3, 3)
 
 
-def test_a_poll_continues_with_the_token_until_the_end(bare: Bare) -> None:
+def test_a_poll_continues_with_the_token_until_the_end(bare: BareMachine) -> None:
     flush = (drc_index(0), 0)
     pause_us = 3000.0
     first, whole, other = bare.batch(
@@ -136,7 +138,7 @@ def test_a_poll_continues_with_the_token_until_the_end(bare: Bare) -> None:
     assert (other.code, other.count) == (ReturnCode.H_FUNCTION, 1)
 
 
-def test_vcpus_work_concurrently(bare: Bare) -> None:
+def test_vcpus_work_concurrently(bare: BareMachine) -> None:
     work = {cpu: [Call(UNKNOWN, (cpu,), times=300_000)] for cpu in range(4)}
     answers = {cpu: found[0] for cpu, found in bare.together(work).items()}
     assert {cpu: answer.outputs[0] for cpu, answer in answers.items()} == {n: n for n in range(4)}
@@ -288,7 +290,8 @@ def test_an_exception_in_the_machine_is_our_fault(start: Start) -> None:
     # QEMU itself clears the program's page, so that it notices the changed code.
     page = bare._boxes[0].entry & ~0xFFF
     message = (
-        rf"vCPU 0 got exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, .* hypervisor call 0x2c"
+        rf"vCPU 0 took exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, "
+        r".* hypervisor call 0x2c"
     )
     with pytest.raises(HostError, match=message):
         bare.call(H_PAGE_INIT, H_ZERO_PAGE, page)
@@ -322,7 +325,7 @@ def test_a_machine_on_which_the_program_cannot_run(qemu: Qemu, tmp_path: Path) -
         (Machine(memory_mib=256, smp=33), "33 vCPUs are too many"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Bare(qemu, tmp_path / "none", machine, folder=tmp_path, scratch_dir=tmp_path)
+            BareMachine(qemu, tmp_path / "none", machine, folder=tmp_path, scratch_dir=tmp_path)
 
 
 def test_a_program_that_does_not_start(

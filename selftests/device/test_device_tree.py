@@ -214,13 +214,13 @@ def test_the_expected_node() -> None:
     ],
 )
 def test_a_wrong_tree_is_named(nodes: dict[str, dict[str, bytes]], message: str) -> None:
-    tree = Tree(parse(blob_of({**GOOD, **nodes})).nodes)
+    tree = DeviceTree(parse_tree(blob_of({**GOOD, **nodes})).nodes)
     messages = judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()})
     assert any(message in word for word in messages), messages
 
 
 def test_a_missing_node_is_named() -> None:
-    tree = parse(blob_of({path: GOOD[path] for path in list(GOOD)[:2]}))
+    tree = parse_tree(blob_of({path: GOOD[path] for path in list(GOOD)[:2]}))
     messages = judge_persistent_memory(tree, slots=2, nvdimms={0x90000001: node_of()})
     assert messages == ["ibm,pmemory@90000001 is missing"]
     with pytest.raises(ContractError, match="has no /ibm,persistent-memory"):
@@ -358,7 +358,7 @@ def test_attempts_are_judged(machine: RawMachine, found: Attempt, message: str |
 def test_other_messages_are_unusual(
     machine: RawMachine, found: Attempt, message: str | None
 ) -> None:
-    other = unusual(predict(machine), found)
+    other = unusual_messages(predict(machine), found)
     if message is None:
         assert other is None
     else:

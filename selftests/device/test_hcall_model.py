@@ -217,7 +217,7 @@ def test_the_known_bug_sets_the_upper_half() -> None:
 
 def test_a_difference_is_reported_with_names() -> None:
     expected = model().allowed(BIND, (DRC, 0, 1, BIND_ANY_ADDRESS, 0))
-    assert describe(-55, (DRC, 0, 1), expected) == (
+    assert describe_answer(-55, (DRC, 0, 1), expected) == (
         "answered H_P2 r4=0x90000000 r5=0x0 r6=0x1, "
         "expected H_SUCCESS r4=0x90000000 r5=0x40000000 r6=0x1 (bound)"
     )

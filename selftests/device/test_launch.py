@@ -39,7 +39,9 @@ def test_a_refused_machine_has_a_reason_without_qemu_s_name(qemu: Qemu) -> None:
     outcome = attempt(qemu, ["-m", "256M", "-device", "spapr-nvdimm"])
     assert (outcome.accepted, outcome.refused, outcome.tree) == (False, True, None)
     assert outcome.text == "-device spapr-nvdimm: 'memdev' property must be set"
-    with pytest.raises(ContractError, match=r"was not made: exit status 1.*\n.*'memdev'"):
+    with pytest.raises(
+        ContractError, match=r"did not create the machine: exit status 1.*\n.*'memdev'"
+    ):
         outcome.returned(0)
 
 

@@ -52,7 +52,7 @@ def test_all_placeholders_are_filled(tmp_path: Path) -> None:
     ],
 )
 def test_a_message_matches_its_own_reason_only(text: str, reason: str) -> None:
-    reasons = find(reason).reasons
+    reasons = find_row(reason).reasons
     assert names_one(text, reasons)
     assert {other for other in RefusalReason if other.is_in(text)} == set(reasons)
     assert not names_one("no", reasons)

@@ -41,9 +41,12 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_report() -> None:
-    load_report = read_report(FlushLoad, json.dumps(report()), 0)
+    load_report = read_report(FlushLoadReport, json.dumps(report()), 0)
     assert load_report.duration_s == 2
-    assert load_report.calls == (Call(0, "fsync", 5, 9, 0), Call(1, "deep_flush", 6, 7, 5))
+    assert load_report.calls == (
+        DurableCall(0, "fsync", 5, 9, 0),
+        DurableCall(1, "deep_flush", 6, 7, 5),
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,13 +115,13 @@ def test_a_call_waits_for_a_sync(syncs: list[Record], holds: bool) -> None:
 
 
 def test_the_uncertainty_of_the_clocks_is_tolerated() -> None:
-    expect_durable([call(100, 200)], [sync(1100, 1250)], Offset(1000, 1050))
+    expect_durable([call(100, 200)], [sync(1100, 1250)], ClockOffset(1000, 1050))
     with pytest.raises(ContractError, match=r"ended 0\.000 ms too late"):
         expect_durable([call(100, 200)], [sync(1100, 1251)], ClockOffset(1000, 1050))
 
 
 def test_a_failed_call_promises_nothing() -> None:
-    expect_durable([call(100, 200, errno=5)], [], Offset(0, 0))
+    expect_durable([call(100, 200, errno=5)], [], ClockOffset(0, 0))
 
 
 def test_clocks_that_drift() -> None:
@@ -160,7 +163,7 @@ def test_the_protocol_kept() -> None:
         ([flush(hcall(0, 5, BUSY), hcall(5, 0, -1))], "H_HARDWARE"),
     ],
 )
-def test_the_protocol_broken(flushes: list[Flush], what: str) -> None:
+def test_the_protocol_broken(flushes: list[TracedFlush], what: str) -> None:
     with pytest.raises(ContractError, match=what):
         expect_protocol(flushes)
 
@@ -298,7 +301,7 @@ def test_a_flush_that_has_not_ended(guest: Guest) -> None:
 def test_a_flush_of_no_dimm(guest: Guest) -> None:
     accounts = FlushAccounts(guest, [1])  # type: ignore[arg-type]
     guest.flush(2)
-    with pytest.raises(ContractError, match="drc 0x90000000, which no DIMM has"):
+    with pytest.raises(ContractError, match="drc 0x90000000, which is not a DIMM"):
         accounts.take(limit_s=0)
 
 

@@ -196,7 +196,7 @@ def test_nothing_starts_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) 
         Process(["true"])
     message = f"cannot start true: process {os.getpid()} of this run has ended"
     assert caught.value.message == message
-    assert caught.value.hint == "if it was of another run, unset PAPRSCM_RUN"
+    assert caught.value.hint == "if it belonged to another run, unset PAPRSCM_RUN"
 
 
 @pytest.mark.parametrize("value", ["1", "make", "1:2:3", "1:2 x"])
@@ -371,7 +371,7 @@ def test_descriptors_are_passed_and_no_others() -> None:
 
 
 def test_concurrent_task() -> None:
-    with process.beside(lambda _: 7) as task:
+    with process.run_in_background(lambda _: 7) as task:
         assert task.result() == 7
         task.check()
 

@@ -212,7 +212,7 @@ def suites(*, every: dict[str, object], each: list[dict[str, object]]) -> list[i
 
 
 def test_avocado_s_default_is_the_budget(project: Path) -> None:
-    assert configured() == budget(resources(), Settings()).tests
+    assert configured() == compute_budget(read_resources(), Settings()).tests
     assert configured("taskset", "-c", str(min(os.sched_getaffinity(0)))) == 1
     (project / "avocado.cfg").write_text(f"[paprscm]\nmemory_mib = {TOO_MUCH}\n")
     assert configured() == 1

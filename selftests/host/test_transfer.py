@@ -81,7 +81,7 @@ def test_import_gives_the_same_entries(entries: list[CacheEntry], other: Cache, 
 
 
 def test_identity_depends_on_the_content(
-    cache: Cache, entries: list[Entry], other: Cache, file: Path, tmp_path: Path
+    cache: Cache, entries: list[CacheEntry], other: Cache, file: Path, tmp_path: Path
 ) -> None:
     transfer.restore(other, file)
     disk = Path("userland", entries[0].key, "disk.img")
@@ -185,6 +185,6 @@ def test_file_that_does_not_exist(other: Cache, tmp_path: Path) -> None:
         transfer.restore(other, tmp_path / "text")
 
 
-def test_export_to_a_file_that_cannot_be_written(entries: list[Entry]) -> None:
+def test_export_to_a_file_that_cannot_be_written(entries: list[CacheEntry]) -> None:
     with pytest.raises(HostError, match="cannot be written"):
         transfer.export(entries, Path("/proc/cache.tar.zst"))

@@ -44,7 +44,7 @@ PLAIN = Cell(type="shared_validate")
 Try = Callable[..., tuple[CellReport, ...]]
 
 
-def changed(mapping: Mapping, **changes: Any) -> Mapping:
+def changed(mapping: MappingFacts, **changes: Any) -> MappingFacts:
     """A mapping with changed fields, without checks of their consistency."""
     result = copy.copy(mapping)
     for name, value in changes.items():
@@ -120,8 +120,10 @@ def test_this_kernels_file_without_dax(attempt: Try, tmp_path: Path) -> None:
 def test_another_kind_of_file_has_differences(
     on_tmpfs: tuple[CellReport, ...], kind: FileKind
 ) -> None:
-    other = [c for c in ALL if expected(c, kind)[0] != expected(c, FileKind.UNAWARE)[0]]
-    texts = differences(on_tmpfs, kind)
+    other = [
+        c for c in ALL if expected_answer(c, kind)[0] != expected_answer(c, FileKind.UNAWARE)[0]
+    ]
+    texts = table_differences(on_tmpfs, kind)
     if kind is not FileKind.DEVICE:
         assert [text.partition(":")[0] for text in texts] == [str(cell) for cell in other]
     else:

@@ -227,7 +227,7 @@ def test_broken(mapping: Raw, control: Raw | None, reason: str) -> None:
     [(GOOD, CONTROL), (REFUSED, CONTROL), (REFUSED, None), *[case[1:3] for case in BROKEN_CASES]],
 )
 def test_a_file_that_is_not_dax_is_always_not_dax(mapping: Raw, control: Raw | None) -> None:
-    judgement = judge(_parse(_report(mapping, control, dax=False)))
+    judgement = judge_map_sync(_parse(_report(mapping, control, dax=False)))
     assert judgement.verdict is Verdict.NOT_DAX
     assert "xfs" in judgement.reason
 
@@ -235,7 +235,7 @@ def test_a_file_that_is_not_dax_is_always_not_dax(mapping: Raw, control: Raw | N
 @pytest.mark.parametrize("mapping", [GOOD, REFUSED])
 def test_dax_unknown_is_not_dax_proven(mapping: Raw) -> None:
     """A kernel without STATX_ATTR_DAX (before 5.8) allows no verdict."""
-    assert judge(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
+    assert judge_map_sync(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
     no_statx = {**_file(None), "statx": None, "statx_errno": 38, "statx_errno_name": "ENOSYS"}
     report = _parse(_report(mapping, CONTROL, file=no_statx))
     assert judge_map_sync(report).verdict is Verdict.BROKEN

@@ -76,7 +76,7 @@ def test_the_exit_status_must_match() -> None:
 
 
 def test_verdicts() -> None:
-    report = read_report(Report, LINE, 0)
+    report = read_report(FailNthReport, LINE, 0)
     expect_errors(report, [errno.ENOMEM], optional=1)
     with pytest.raises(ContractError, match="success in spite of an injected failure: rounds"):
         expect_errors(report, [errno.ENOMEM])

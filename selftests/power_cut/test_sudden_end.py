@@ -186,7 +186,7 @@ def test_a_ledger_is_found(file: Path) -> None:
     assert (ledger_entry.done, ledger_entry.phase, ledger_entry.state) == (
         7,
         Phase.STORE,
-        State.RUNNING,
+        ProgramState.RUNNING,
     )
     assert (ledger_entry.page_size, ledger_entry.errno, ledger_entry.stage) == (65536, 0, "")
 
@@ -201,7 +201,7 @@ def test_a_ledger_is_read_while_it_is_written(file: Path) -> None:
                 writer.flush()
                 ledger_entry = ledger.read(nonce)
                 assert ledger_entry is not None
-                assert (ledger_entry.done, ledger_entry.state) == (done, State.FAILED)
+                assert (ledger_entry.done, ledger_entry.state) == (done, ProgramState.FAILED)
                 assert (ledger_entry.errno, ledger_entry.stage) == (28, "mmap")
 
 

@@ -115,10 +115,12 @@ class TreeTest(QemuTest):
             named = [reason.name for reason in RefusalReason if reason.is_in(outcome.text)]
             self.outcomes["accepted" if outcome.accepted else " and ".join(named)] += 1
             try:
-                self.verdicts[machine] = judge(machine, prediction, outcome)
+                self.verdicts[machine] = judge_attempt(machine, prediction, outcome)
             except ContractError as error:
                 self.verdicts[machine] = str(error)
-            if self.verdicts[machine] is None and (message := unusual(prediction, outcome)):
+            if self.verdicts[machine] is None and (
+                message := unusual_messages(prediction, outcome)
+            ):
                 self.unusual.add(message)
         return self.verdicts[machine]
 
@@ -311,7 +313,7 @@ class Distances(TreeTest):
         outcome = self.attempt(dimms_of(pairs, nodes=nodes, distances=((0, 1, away),)))
         if not outcome.accepted:
             raise ContractError(f"a distance of {away} was {outcome}")
-        tree = parse(outcome.tree or b"")
+        tree = parse_tree(outcome.tree or b"")
         cells = [tree.nvdimms[drc_index(n)].cells("ibm,associativity") for n in (0, 1)]
         if [c[-1] for c in cells] != [0, 1] or list(numa_differences(tree)):
             raise ContractError(f"at a distance of {away} the nodes 0 and 1 are {cells}")

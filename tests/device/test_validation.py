@@ -202,7 +202,7 @@ class Validation(QemuTest):
             reported = None
             self.expect_end("a label area of 4 GiB", outcome, accepted=False)
         else:
-            reported = parse(outcome.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
+            reported = parse_tree(outcome.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
         self.conclude(
             "qemu-nvdimm-label-size-truncated",
             shows=reported is not None,
@@ -256,6 +256,6 @@ class Validation(QemuTest):
         if not by_monitor.accepted:
             raise ContractError(f"with the monitor's dumpdtb: {by_monitor}")
         written = by_option.status == 0 and file.exists()
-        if written and drc_index(0) not in parse(file.read_bytes()).nvdimms:
+        if written and drc_index(0) not in parse_tree(file.read_bytes()).nvdimms:
             raise ContractError(f"the tree that dumpdtb= wrote has no DIMM: {by_option}")
         self.conclude("qemu-pseries-dumpdtb-option", shows=not written, found=str(by_option))

@@ -45,7 +45,7 @@ class FlushAccounting(PaprScmTest):
     def deep_flush(self, guest: Guest, slots: Sequence[int], threads: int, count: int) -> Account:
         """Flush from several threads, `count` times each, and compare the counts; return them."""
         targets = [self.attribute(self.regions[slot]) for slot in slots]
-        result = load(guest, "deep_flush", targets, threads=threads, count=count)
+        result = run_flush_load(guest, "deep_flush", targets, threads=threads, count=count)
         result.expect_success()
         account = self.accounts.take()
         expected = {slot: len(result.on(number)) for number, slot in enumerate(slots)}
@@ -154,7 +154,7 @@ class Override(FlushAccounting):
         guest = self.machine(OVERRIDE.at(1, SMALL))
         attribute = self.attribute(self.regions[1])
         # The first pmem_persist writes back every cache line of the DIMM, which takes seconds.
-        result = load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
+        result = run_flush_load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
         result.expect_success()
         account = self.accounts.take()
         account.expect({1: 20}, Operation.PMEM_PERSIST)

@@ -60,7 +60,7 @@ class FlushErrors(PaprScmTest):
         number: int,
         path: str,
         *steps: str,
-    ) -> tuple[Step, ...]:
+    ) -> tuple[Syscall, ...]:
         """Run steps while syncs fail with this errno; return their results."""
         syncs = guest.vm.syncs(nvdimm.slot)
         logged, before = self.logged(guest, nvdimm), syncs.counts()
@@ -75,13 +75,13 @@ class FlushErrors(PaprScmTest):
             self.remark(f"the driver logged {lines} flush errors of {failed}")
         return results
 
-    def expect_eio(self, results: tuple[Step, ...]) -> None:
+    def expect_eio(self, results: tuple[Syscall, ...]) -> None:
         """Check that steps that promise durability failed with EIO, and the others succeeded."""
         for step in results:
             expected = 0 if step.step in ("write", "store", "read") else errno.EIO
             self.check(f"errno of {step.step}", step.errno, expected)
 
-    def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Step, ...]:
+    def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Syscall, ...]:
         """Run steps that must succeed; each flush must reach the host's sync."""
         syncs = guest.vm.syncs(nvdimm.slot)
         before = syncs.counts()
@@ -131,9 +131,9 @@ class FlushErrors(PaprScmTest):
             *_, after_sync = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
             self.check("byte on the disk", after_sync.byte, byte)
 
-    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Dimm:
+    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Nmem:
         """The DIMM in the guest's sysfs."""
-        dimm = region(guest, nvdimm.slot).dimm
+        dimm = find_region(guest, nvdimm.slot).dimm
         if dimm is None:
             raise ContractError(f"the region of slot {nvdimm.slot} has no DIMM")
         return dimm
@@ -142,7 +142,7 @@ class FlushErrors(PaprScmTest):
         """A DIMM whose flushes fail is not reported as healthy."""
         unarmed = Nvdimm(slot=5, size_bytes=SMALL, unarmed=True)
         guest = self.machine(DIMM, OTHER, unarmed)
-        regions = {nvdimm: region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
+        regions = {nvdimm: find_region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
         path = f"{regions[DIMM].device}/deep_flush"
         self.expect_eio(self.failing(guest, DIMM, errno.EIO, path, *["dwrite=0:1:49"] * 5))
         # papr_scm caches the flags for a minute (papr_scm.c, MIN_HEALTH_QUERY_INTERVAL); ndctl

@@ -52,7 +52,7 @@ class FlushSlow(PaprScmTest):
 
     def deep_flush(self, guest: Guest, nvdimm: Nvdimm) -> str:
         """The sysfs file that flushes a region."""
-        return f"{region(guest, nvdimm.slot).device}/deep_flush"
+        return f"{find_region(guest, nvdimm.slot).device}/deep_flush"
 
     def begin(self, guest: Guest, name: str, path: str, *steps: str) -> int:
         """Begin steps in the background, with the report in /tmp/NAME; return the pid."""

@@ -90,7 +90,7 @@ class FlushStress(PaprScmTest):
         """The disk and the mount points for a mixture of calls."""
         return [self.disk, *(mount.mountpoint for mount in self.mounts)]
 
-    def judge(self, name: str, result: FlushLoad, slots: Sequence[int] = FLUSHED) -> None:
+    def judge(self, name: str, result: FlushLoadReport, slots: Sequence[int] = FLUSHED) -> None:
         """Check that all calls succeeded, and that the flush counts of each DIMM agree."""
         result.expect_success()
         account = self.accounts.take(limit_s=15)
@@ -127,7 +127,7 @@ class FlushStress(PaprScmTest):
         kinds += [("msync", [mount.mountpoint for mount in self.mounts])]
         for kind, targets in kinds:
             seed = self.seeds.getrandbits(60)
-            result = load(guest, kind, targets, threads=48, count=6, seed=seed)  # type: ignore[arg-type]
+            result = run_flush_load(guest, kind, targets, threads=48, count=6, seed=seed)  # type: ignore[arg-type]
             self.judge(kind, result, FLUSHED if kind != "msync" else (XFS, EXT4))
         self.finish(guest)
 

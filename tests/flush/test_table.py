@@ -169,7 +169,9 @@ class FlushTable(PaprScmTest):
     ) -> None:
         """Run the operations of the rows, and compare the flushes of each."""
         accounts = accounts or FlushAccounts(guest, [SLOT])
-        settings = f"D={disk} F=/mnt/a/file P={page_size(guest)} R={region.device} N={region.name}"
+        settings = (
+            f"D={disk} F=/mnt/a/file P={read_page_size(guest)} R={region.device} N={region.name}"
+        )
         counts: dict[str, int] = {}
         for row in rows:
             guest.succeed(f"{settings}\n{row.command}")

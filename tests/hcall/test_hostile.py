@@ -30,7 +30,7 @@ class Hostile(QemuTest):
     :avocado: tags=hcall,flush,hostile
     """
 
-    def machine(self) -> Bare:
+    def machine(self) -> BareMachine:
         """Start a machine with four vCPUs, one DIMM whose syncs are counted, and another disk."""
         machine = Machine(nvdimms=(DIMM,), smp=4, memory_mib=256)
         bare = self.bare(machine, shim=self.shim())

@@ -104,7 +104,7 @@ class Devdax(PaprScmTest):
             if expected_answer(r.cell, FileKind.DEVICE)[0] == SF and not r.mapped_bytes % align
         ]
         rest = [r for r in reports if r not in by_sync]
-        faults = differences(rest, FileKind.DEVICE, align_bytes=align)
+        faults = table_differences(rest, FileKind.DEVICE, align_bytes=align)
         # dax_fops has no fsync: fs/sync.c, vfs_fsync_range.
         faults += [
             f"{r.cell}: expected fsync() to fail with EINVAL, found {r.fsync_errno}"
@@ -130,7 +130,7 @@ class Devdax(PaprScmTest):
         A private or unaligned mapping is refused with EINVAL, and so is fsync().
         """
         by_sync, align = self.judge(PMEM_ON)
-        if faults := differences(by_sync, FileKind.DEVICE, align_bytes=align):
+        if faults := table_differences(by_sync, FileKind.DEVICE, align_bytes=align):
             raise ContractError("MAP_SYNC:\n  " + "\n  ".join(faults))
 
     def test_pmem_off(self) -> None:
@@ -178,12 +178,12 @@ class Devdax(PaprScmTest):
             control, report = map_sync_cells(guest, device.path, (whole, half), pages=None)
         prove((control, report))
         on_host = OnHost(guest, region, device)
-        if faults := differences([control], FileKind.DEVICE, align_bytes=align):
+        if faults := table_differences([control], FileKind.DEVICE, align_bytes=align):
             raise ContractError("the control:\n  " + "\n  ".join(faults))
         if on_host.absent(control):
             raise ContractError(f"the control's stores are not in the backing file: {control.cell}")
         mapping = report.mapping
-        if mapping.result is Result.REFUSED and mapping.errno == errno.EINVAL:
+        if mapping.result is MapResult.REFUSED and mapping.errno == errno.EINVAL:
             shows, outcome = False, "the mapping is refused"
         elif not mapping.store_in_mapping:
             raise ContractError(f"{report.cell}: expected EINVAL, found {mapping}")

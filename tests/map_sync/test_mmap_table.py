@@ -63,7 +63,7 @@ class Cells(PaprScmTest):
     def judge(self, reports: Sequence[CellReport], kind: FileKind) -> None:
         """Compare all cells with the column of the table."""
         self.measure("cells", {str(r.cell): str(r.mapping) for r in reports})
-        if faults := differences(reports, kind):
+        if faults := table_differences(reports, kind):
             raise ContractError(f"{len(faults)} of {len(reports)} cells:\n  " + "\n  ".join(faults))
         if other := as_documented(reports, kind):
             self.remark(

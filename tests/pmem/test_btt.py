@@ -94,8 +94,8 @@ class Btt(PaprScmTest):
             guest: guest of the writers.
             after_s: time since their start, s.
         """
-        outcome = state(guest)
-        if isinstance(outcome, Running):
+        outcome = read_writers(guest)
+        if isinstance(outcome, RunningWriters):
             guest.check()
             raise ContractError(
                 f"{len(outcome.states)} of {THREADS} writer threads still running after "

@@ -172,7 +172,7 @@ class Modes(NamespaceTest):
         report = map_sync(guest, disk.path, truncate=False, length=page)
         self.measure(f"{disk.path}, {what}", report.line)
         kind = report.file.type if report.file else "absent"
-        outcome = (kind, judge(report).verdict, report.mapping.errno_name)
+        outcome = (kind, judge_map_sync(report).verdict, report.mapping.errno_name)
         self.check(f"{disk.path}, {what}", outcome, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
 
     def devdax(self, guest: Guest, namespace: Namespace, nvdimm: Nvdimm) -> None:
@@ -356,7 +356,7 @@ class DmLinear(NamespaceTest):
         )
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
-        page = page_size(guest)
+        page = read_page_size(guest)
         # All devices exist concurrently, so that none reuses the dax_device of another
         # (known_issues/linux-dax-device-inherits-flags.md).
         cases = (
@@ -391,7 +391,7 @@ class DmLinear(NamespaceTest):
         )
         report = map_sync(guest, "/mnt/after")
         self.measure("after", report.line)
-        outcome = judge(report)
+        outcome = judge_map_sync(report)
         self.known_issue(
             "linux-dm-stays-synchronous",
             shows=outcome.verdict is Verdict.ACCEPTED,

@@ -100,7 +100,7 @@ class ReadOnly(PaprScmTest):
         for nvdimm, fstype in zip(self.dimms, self.fstypes, strict=True):
             region = wait_for_region(guest, nvdimm.slot)
             namespaces.append(create_namespace(guest, region, mode="fsdax", map="mem"))
-            make_filesystem(guest, namespaces[-1].disk, fstype, page_size(guest))
+            make_filesystem(guest, namespaces[-1].disk, fstype, read_page_size(guest))
             mount(guest, namespaces[-1].disk, fstype, f"/mnt/{fstype}")
         sums = [
             guest.succeed(
@@ -231,7 +231,7 @@ class ReadOnly(PaprScmTest):
         self.check("region read_only", region.read_only, True)
         (namespace,) = find_namespaces(guest, region)
         self.check("map", (namespace.map, namespace.disk.read_only), ("dev", True))
-        page = page_size(guest)
+        page = read_page_size(guest)
         guest.kill()
         self.check("the data", digest(file, data - start), before[1])
         self.checkpoint()
