@@ -167,7 +167,7 @@ def test_unavailable_kvm_is_reported(chosen: Settings) -> None:
 
 
 def test_number_of_concurrent_tests(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "resources", lambda: Resources(4, 8192))
+    monkeypatch.setattr(doctor, "read_resources", lambda: Resources(4, 8192))
     findings = by_subject(doctor.inspect_host(chosen))
     assert findings["machine"] == Finding("ok", "machine", "4 CPUs, 8.0 GiB of memory available")
     assert findings["concurrency"].grade == "ok"
