@@ -285,7 +285,7 @@ def test_download_that_is_cut_continues_where_it_was(
     archive.server.cut = True  # type: ignore[attr-defined]
     with pytest.raises(HostError, match="was interrupted") as caught:
         download(mirror, ["libfirst"], alone=alone)
-    assert "run it again, it continues" in str(caught.value.hint)
+    assert "run it again to continue" in str(caught.value.hint)
     archive.server.cut = False  # type: ignore[attr-defined]
     sent: list[tuple[str, int]] = archive.server.sent  # type: ignore[attr-defined]
     sent.clear()

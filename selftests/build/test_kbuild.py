@@ -651,5 +651,5 @@ def test_explain(tmp_path: Path) -> None:
     reasons = kconfig.explain(["A", "E", "F", "G"], {"D": "y"}, tmp_path)
     assert reasons["A"] == "depends on B, not set"
     assert reasons["E"] == "it cannot be set directly, other options select it"
-    assert reasons["F"] == "it came out as n"
+    assert reasons["F"] == "it became n"
     assert reasons["G"] == "this kernel has no such option"
