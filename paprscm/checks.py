@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Differences between an observation and the contract, and expected values that are not one value.
+"""Differences from the contract, and matchers for expected values that are not a single value.
 
 self.check("syncs of two fsyncs", count, at_least(2))
 self.check("begun, failed", (counts.begun, counts.failed), (at_least(1), 0))
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 _WIDE = 60
-"""Columns that a value can have in a table."""
+"""Maximum width of a value in a table, columns."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,20 @@ class Difference:
 
     def __str__(self) -> str:
         detail = f" ({self.detail})" if self.detail else ""
-        return f"{self.what}: {_shown(self.found)}, expected {_shown(self.expected)}{detail}"
+        return f"{self.what}: {_format(self.found)}, expected {_format(self.expected)}{detail}"
 
 
 def differ(found: object, expected: object) -> bool:
-    """Compare; the expected value goes first, so that a Matcher in it decides."""
+    """Compare; the expected value is the left operand, so that a Matcher in it decides."""
     return bool(expected != found)
 
 
 def describe(differences: Sequence[Difference]) -> str:
-    """One difference as a sentence, several as a table, or as a list where the values are long."""
+    """One difference as a sentence; several as a table, or as a list if the values are long."""
     if len(differences) == 1:
         return str(differences[0])
     rows = [("", "found", "expected")]
-    rows += [(d.what, _shown(d.found), _shown(d.expected)) for d in differences]
+    rows += [(d.what, _format(d.found), _format(d.expected)) for d in differences]
     first, second = (max(len(row[column]) for row in rows) for column in (0, 1))
     if second <= _WIDE and not any("\n" in cell for row in rows for cell in row):
         lines = [
@@ -60,17 +60,17 @@ def describe(differences: Sequence[Difference]) -> str:
     return f"{len(differences)} differences:\n" + textwrap.indent("\n".join(lines), "  ")
 
 
-def _shown(value: object) -> str:
-    """The value in a report; text with several lines as it is."""
+def _format(value: object) -> str:
+    """The value as printed in a report; multi-line text stays unquoted."""
     return value if isinstance(value, str) and "\n" in value else repr(value)
 
 
 class Matcher:
-    """An expected value that several values equal, alone or inside a tuple, list or dict.
+    """An expected value that equals several values, alone or inside a tuple, list or dict.
 
     Args:
-        words: the name in reports: "at least 2".
-        accepts: decides about a value.
+        words: the name in reports, such as "at least 2".
+        accepts: returns True for a value that matches.
     """
 
     def __init__(self, words: str, accepts: Callable[[Any], bool]) -> None:
@@ -86,22 +86,22 @@ class Matcher:
 
 
 def at_least(limit: float) -> Matcher:
-    """Equals each number that is not below the limit."""
+    """Equals every number >= limit."""
     return Matcher(f"at least {limit}", lambda value: value >= limit)
 
 
 def at_most(limit: float) -> Matcher:
-    """Equals each number that is not above the limit."""
+    """Equals every number <= limit."""
     return Matcher(f"at most {limit}", lambda value: value <= limit)
 
 
 def above(limit: float) -> Matcher:
-    """Equals each greater number."""
+    """Equals every number > limit."""
     return Matcher(f"more than {limit}", lambda value: value > limit)
 
 
 def below(limit: float) -> Matcher:
-    """Equals each smaller number."""
+    """Equals every number < limit."""
     return Matcher(f"less than {limit}", lambda value: value < limit)
 
 
@@ -121,5 +121,5 @@ def one_of(*values: object) -> Matcher:
 
 
 def matching(pattern: str) -> Matcher:
-    """Equals each text in which the regular expression is found."""
+    """Equals each text that the regular expression matches somewhere."""
     return Matcher(f"matching {pattern!r}", lambda text: re.search(pattern, text) is not None)

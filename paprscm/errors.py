@@ -8,11 +8,11 @@ CAPABILITY_STATUS = 3
 
 
 class Error(Exception):
-    """Something went wrong, said in one sentence, with a way out where one is known.
+    """Base of all errors of the suite: one sentence, and a hint where a remedy is known.
 
     Args:
-        message: what is wrong, for a person, without a trailing full stop.
-        hint: what to do about it, or None.
+        message: the object, the fact and the limit, without a trailing full stop.
+        hint: the remedy, or None.
     """
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
@@ -25,27 +25,27 @@ class Error(Exception):
 
 
 class ConfigError(Error):
-    """A setting, option or file that the user gave cannot be used."""
+    """A setting, option or file from the user cannot be used."""
 
 
 class HostError(Error):
-    """This machine or our own machinery failed; says nothing about the product (ERROR)."""
+    """The host or the suite itself failed; the product is not judged (ERROR)."""
 
 
 class KilledError(HostError):
-    """A program of ours was ended from outside: by the kernel's OOM killer, by a person."""
+    """A program of the suite was ended from outside: by the OOM killer or by a person."""
 
 
 class CapabilityError(Error):
-    """The QEMU, kernel or host lacks something that was asked of it (CANCEL)."""
+    """The QEMU, kernel or host lacks a required capability (CANCEL)."""
 
 
 class ContractError(Error, AssertionError):
     """The kernel or the QEMU under test broke its contract (FAIL).
 
-    It is an AssertionError because Avocado calls every other exception in a test body an ERROR.
+    It is an AssertionError because Avocado reports every other exception in a test body as ERROR.
     """
 
 
 class GuestLostError(ContractError):
-    """The guest panicked, hung, or its QEMU went away; nothing more can be asked of it."""
+    """The guest panicked or hung, or its QEMU ended; it accepts no further commands."""

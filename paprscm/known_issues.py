@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Known issues: one file each, with the versions of a product that brought and fixed the bug."""
+"""Known issues: one file each, with the versions that introduced and fixed the bug."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from paprscm.errors import ConfigError, HostError
 from paprscm.paths import KNOWN_ISSUES
 
 PRODUCTS = ("QEMU", "Linux", "Avocado")
-"""Products whose bugs have a file."""
+"""Products with files of known issues."""
 
 FOLDER = KNOWN_ISSUES
 
-RECORD = "known issue "
-"""Prefix of the measurements that QemuTest.known_issue() makes; the issue's name follows."""
+RECORD_PREFIX = "known issue "
+"""Prefix of the measurements of QemuTest.known_issue(); the issue's name follows."""
 
 _RELEASE = 1000
 _LAST_MINOR = {"Linux": 19, "QEMU": 2}
@@ -30,8 +30,8 @@ _DEVELOPMENT = re.compile(r"(-g[0-9a-f]{6,}|\+|-dirty)$")
 _DISTRIBUTION = re.compile(r"\+deb|[-.]\d")
 
 
-class Number(NamedTuple):
-    """Point in a product's history; numbers of one branch compare as it went on."""
+class VersionNumber(NamedTuple):
+    """Version of a product; within one branch, numbers compare in chronological order."""
 
     major: int
     minor: int
@@ -44,8 +44,8 @@ class Number(NamedTuple):
         return f"{self.major}.{self.minor}{patch}" + (f"-rc{self.rc}" * (self.rc < _RELEASE))
 
 
-class State(enum.Enum):
-    """A file's statement about one version."""
+class IssueState(enum.Enum):
+    """State of a known issue in one version, according to its file."""
 
     BEFORE = "before 'Since'"
     PRESENT = "has it"
@@ -61,17 +61,17 @@ class KnownIssue:
         name: its file's name without the suffix.
         title: its first line.
         product: one of PRODUCTS.
-        since: versions that brought it.
+        since: versions that introduced it.
         fixed_in: versions that fixed it; empty if no fix is known.
     """
 
     name: str
     title: str
     product: str
-    since: tuple[Number, ...]
-    fixed_in: tuple[Number, ...]
+    since: tuple[VersionNumber, ...]
+    fixed_in: tuple[VersionNumber, ...]
 
-    def state(self, version: str) -> State:
+    def state(self, version: str) -> IssueState:
         """State of the bug in a version of the product.
 
         Args:
@@ -82,53 +82,53 @@ class KnownIssue:
         """
         first, last = bounds(self.product, version)
         if reached(self.fixed_in, first):
-            return State.FIXED
+            return IssueState.FIXED
         if last is None or reached(self.fixed_in, last):
-            return State.UNCERTAIN
-        return State.PRESENT if reached(self.since, last) else State.BEFORE
+            return IssueState.UNCERTAIN
+        return IssueState.PRESENT if reached(self.since, last) else IssueState.BEFORE
 
 
-def reached(listed: Iterable[Number], version: Number) -> bool:
-    """Return True if a version has a change that is in the listed ones.
+def reached(listed: Iterable[VersionNumber], version: VersionNumber) -> bool:
+    """Return True if a version contains a change that went into the listed versions.
 
-    A stable release (6.12.113) counts for its own branch, a mainline one (7.0) for each later
-    version: 6.13.9 has neither, though its number is above 6.12.113.
+    A stable release (6.12.113) counts for its own branch, a mainline release (7.0) for every later
+    version: 6.13.9 contains neither, although it is greater than 6.12.113.
     """
     return any(
         version >= number and (not number.patch or version[:2] == number[:2]) for number in listed
     )
 
 
-def bounds(product: str, version: str) -> tuple[Number, Number | None]:
-    """Bounds of the changes in a version: those up to the first, and none beyond the second.
+def bounds(product: str, version: str) -> tuple[VersionNumber, VersionNumber | None]:
+    """Bounds of a version: it contains every change up to the first, none after the second.
 
-    Both are the same for a release ("7.2.13", "6.12.117-paprscm", "10.0.13 (Debian …)"). A
+    Both are equal for a release ("7.2.13", "6.12.117-paprscm", "10.0.13 (Debian …)"). A
     development version ("7.3-rc2+", "6.12.0-00123-gabcdef", QEMU's "11.1.50" and "11.1.92") is
-    bounded by the release that it leads to. A distribution's kernel ("6.12.117+deb13-powerpc64le",
-    "5.14.0-503.el9.ppc64le") may have any fix of a later version: there is no second bound.
+    bounded by the release that follows it. A distribution's kernel ("6.12.117+deb13-powerpc64le",
+    "5.14.0-503.el9.ppc64le") may contain any later fix: there is no second bound.
 
     Args:
         product: one of PRODUCTS.
-        version: of a kernel its release, of QEMU its version, with or without what follows it.
+        version: the kernel's release or QEMU's version, with or without a suffix.
 
     Raises:
-        HostError: it does not begin with two numbers.
+        HostError: the version does not begin with two numbers.
     """
     match = _VERSION.match(version)
     if match is None:
         raise HostError(f"{version!r} is not a version of {product}")
     major, minor, patch = int(match[1]), int(match[2]), int(match[3] or 0)
     suffix = match[5]
-    mainline = Number(major, minor)
+    mainline = VersionNumber(major, minor)
     following = (
-        Number(major + 1, 0)
+        VersionNumber(major + 1, 0)
         if minor >= _LAST_MINOR.get(product, minor + 1)
-        else Number(major, minor + 1)
+        else VersionNumber(major, minor + 1)
     )
     if product == "QEMU" and patch >= 50:
-        # VERSION in QEMU's tree: x.y.50 once x.y is released, x.y.9N is -rcN of the next release.
+        # VERSION in QEMU's tree: x.y.50 after the release of x.y; x.y.9N is -rcN of the next one.
         return (following._replace(rc=patch - 90) if patch >= 90 else mainline), following
-    release = Number(major, minor, patch)
+    release = VersionNumber(major, minor, patch)
     if match[4]:
         last = following if "-next-" in suffix else release
         return release._replace(rc=int(match[4])), last
@@ -143,21 +143,21 @@ def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
     """Requests to update files of known issues, one sentence each.
 
     Args:
-        records: measurements of each test of a job. An issue that one test shows is not gone in
-            that version, though another test may not show it.
+        records: measurements of each test of a job. An issue that shows in one test is not gone in
+            that version, even if it does not show in another.
     """
     verdicts = [
         (name, verdict)
         for record in records
         for name, verdict in record.items()
-        if name.startswith(RECORD)
+        if name.startswith(RECORD_PREFIX)
     ]
-    shown = {(name, verdict["version"]) for name, verdict in verdicts if verdict["shows"]}
+    showing = {(name, verdict["version"]) for name, verdict in verdicts if verdict["shows"]}
     return sorted(
         {
             verdict["update"]
             for name, verdict in verdicts
-            if verdict["update"] and (verdict["shows"] or (name, verdict["version"]) not in shown)
+            if verdict["update"] and (verdict["shows"] or (name, verdict["version"]) not in showing)
         }
     )
 
@@ -169,8 +169,8 @@ def read_issue(name: str, *, folder: Path = FOLDER) -> KnownIssue:
         name: the file's name without ".md".
 
     Raises:
-        ConfigError: there is no such file, or its lines "Since" and "Fixed in" cannot be read, as
-            in "- **Since:** Linux 5.3" and "- **Fixed in:** 6.12.112, 7.1" (or "none").
+        ConfigError: the file does not exist, or its lines "- **Since:** Linux 5.3" and
+            "- **Fixed in:** 6.12.112, 7.1" (or "none") cannot be parsed.
     """
     file = folder / f"{name}.md"
     try:
@@ -197,16 +197,18 @@ def _line(file: Path, text: str, name: str) -> str:
     return str(lines[0])
 
 
-def _numbers(file: Path, text: str) -> tuple[Number, ...]:
-    """Read a list of versions, of which each counts for a branch of its own."""
-    numbers: list[Number] = []
+def _numbers(file: Path, text: str) -> tuple[VersionNumber, ...]:
+    """Parse a list of versions, each for a branch of its own."""
+    numbers: list[VersionNumber] = []
     for word in text.split(", "):
         match = _LISTED.fullmatch(word)
         if match is None:
             raise ConfigError(
                 f"{file}: '{word}' is not a version such as 7.0 or 6.12.113", hint=_HINT
             )
-        number = Number(int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or _RELEASE))
+        number = VersionNumber(
+            int(match[1]), int(match[2]), int(match[3] or 0), int(match[4] or _RELEASE)
+        )
         for other in numbers:
             if (
                 reached([other], number)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Progress on the terminal: nested, timed steps, and bars where the work can be counted."""
+"""Progress on the terminal: nested, timed steps, and bars for countable work."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-# Avocado's runner forwards the loggers below "avocado." into a test's own log.
+# Avocado's runner forwards loggers whose names begin with "avocado." to the test's own log.
 logger = logging.getLogger("avocado.paprscm")
 
 _depth: ContextVar[int] = ContextVar("depth", default=0)
@@ -31,7 +31,7 @@ _background: ContextVar[bool] = ContextVar("background", default=False)
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):
-    """Writes to what sys.stderr is now: while a bar is shown, that prints lines above it."""
+    """Writes to the current sys.stderr; while a bar is shown, that prints lines above it."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -53,7 +53,7 @@ def to_terminal(*, verbose: bool = False) -> None:
 
 @contextmanager
 def step(text: str) -> Iterator[None]:
-    """Log that `text` begins and, if it took long enough to matter, how long it took."""
+    """Log the start of a step, and its end with the duration."""
     indent = "  " * _depth.get()
     logger.info("%s%s", indent, text)
     token = _depth.set(_depth.get() + 1)
@@ -71,7 +71,7 @@ def step(text: str) -> Iterator[None]:
 
 @contextmanager
 def in_background() -> Iterator[None]:
-    """Within, bars are lines in the log: a terminal shows one bar, that of the foreground."""
+    """Log bars as lines within the block: a terminal shows only the foreground's bar."""
     token = _background.set(True)
     try:
         yield
@@ -81,7 +81,7 @@ def in_background() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Within, only warnings are logged: for many equal steps that a bar shows better."""
+    """Log only warnings within the block, for many equal steps that a bar summarizes."""
     before = logger.level
     logger.setLevel(logging.WARNING)
     try:
@@ -91,12 +91,12 @@ def quiet() -> Iterator[None]:
 
 
 class Bar:
-    """One countable piece of work, as a bar on a terminal and as ten lines in a log.
+    """Progress of countable work: a bar on a terminal, ten lines in a log.
 
     Args:
-        title: what is being done.
-        total: how many units there are, or None while that is unknown.
-        unit: "bytes", or the plural of what is counted.
+        title: name of the work.
+        total: number of units, or None while it is unknown.
+        unit: "bytes", or the plural name of a unit.
     """
 
     def __init__(self, title: str, total: int | None, unit: str) -> None:
@@ -107,7 +107,7 @@ class Bar:
         self._done = 0
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        # Avocado puts an object in the place of a test's stderr that is no file.
+        # Avocado replaces a test's stderr with an object that is not a file.
         if getattr(sys.stderr, "isatty", bool)() and not _background.get():
             count: ProgressColumn = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
             columns = (TextColumn("{task.description:<24}"), BarColumn(), count)
@@ -118,7 +118,7 @@ class Bar:
             self._task = self._progress.add_task(title, total=total)
 
     def update(self, done: int, total: int | None = None) -> None:
-        """Say that `done` units of `total` (where it is known by now) are finished."""
+        """Set the number of finished units, and the total once it is known."""
         self._done = done
         if total is not None:
             self._total = total
@@ -131,7 +131,7 @@ class Bar:
                 logger.info("%s%s: %s", "  " * _depth.get(), self._title, self._amount())
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop updating the bar; it stays on the terminal."""
         if self._progress is not None:
             self._progress.stop()
 
@@ -143,7 +143,7 @@ class Bar:
 
 @contextmanager
 def progress(title: str, total: int | None = None, unit: str = "files") -> Iterator[Bar]:
-    """Show how far a countable piece of work is; `with progress(...) as bar: bar.update(n)`."""
+    """Show the progress of countable work: `with progress(...) as bar: bar.update(n)`."""
     bar = Bar(title, total, unit)
     try:
         yield bar
@@ -152,6 +152,6 @@ def progress(title: str, total: int | None = None, unit: str = "files") -> Itera
 
 
 def quoted(text: str, *, last: int = 20) -> str:
-    """The last lines of an output, indented, without what a terminal would obey."""
+    """The last lines of an output, indented, without terminal control characters."""
     clean = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
     return "\n".join(f"    {line}" for line in clean.splitlines()[-last:]) or "    (nothing)"

@@ -69,10 +69,10 @@ LONG_BUSY_MS: Final = {
 
 
 def return_code_name(value: int) -> str:
-    """The name of a return code, for a message: "H_P2"; a number not listed stays a number.
+    """The name of a return code, such as "H_P2"; an unlisted code stays a number.
 
     Args:
-        value: as the hypervisor left it in r3; an unsigned 64-bit register value is understood.
+        value: r3 after the hcall, signed or as an unsigned 64-bit register value.
     """
     signed = value - (1 << 64) if value >= 1 << 63 else value
     try:
@@ -83,6 +83,9 @@ def return_code_name(value: int) -> str:
 
 DRC_TYPE_PMEM: Final = 9
 """The type number of a persistent memory connector (QEMU spapr_drc.h:SpaprDRConnectorTypeShift)."""
+
+HCALL_REGISTERS: Final = 9
+"""Number of arguments of an hcall, and of outputs in addition to its return code: r4 to r12."""
 
 MAX_SLOTS: Final = 32
 """Number of memory slots that a pseries machine can have (QEMU spapr.h:SPAPR_MAX_RAM_SLOTS)."""
@@ -122,7 +125,7 @@ BIND_ANY_ADDRESS: Final = (1 << 64) - 1
 """The address argument of H_SCM_BIND_MEM that leaves the choice to the hypervisor (papr_scm.c)."""
 
 PARENT_NODE: Final = "ibm,persistent-memory"
-"""The device tree node below the root that holds all nvdimms; there even without any."""
+"""Device tree node below the root that holds all nvdimms; it exists even without any."""
 
 NODE: Final = "ibm,pmemory"
 """Name, device_type and compatible of one nvdimm's node; its unit address is the DRC index."""
@@ -147,7 +150,7 @@ class Property(StrEnum):
     METADATA_SIZE = "ibm,metadata-size"
     APPLICATION = "ibm,pmem-application"
     CACHE_FLUSH_REQUIRED = "ibm,cache-flush-required"
-    """Empty; without it Linux takes the memory for volatile (papr_scm.c:papr_scm_probe)."""
+    """Empty; without it Linux treats the memory as volatile (papr_scm.c:papr_scm_probe)."""
     HCALL_FLUSH_REQUIRED = "ibm,hcall-flush-required"
     """Empty; with it the guest must flush by H_SCM_FLUSH, and MAP_SYNC is refused."""
     PERSISTENCE_FAILED_COUNT = "ibm,persistence-failed-count"

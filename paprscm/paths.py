@@ -9,7 +9,7 @@ _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent
 
 ROOT = _CHECKOUT if (_CHECKOUT / "guest_tools").is_dir() else _PACKAGE / "data"
-"""The checkout, or the copies of its folders that tools/wheel_data.py puts into the wheel."""
+"""The checkout; in a wheel, the copies of its folders made by tools/wheel_data.py."""
 
 GUEST_TOOLS = ROOT / "guest_tools"
 HOST_TOOLS = ROOT / "host_tools"
@@ -17,7 +17,7 @@ IMAGES = ROOT / "images"
 KNOWN_ISSUES = ROOT / "known_issues"
 TESTS = ROOT / "tests"
 AVOCADO_CFG = ROOT / "avocado.cfg"
-"""Avocado's settings on which a run of the suite relies."""
+"""Avocado settings that a run of the suite requires."""
 
 SUITE_VARIABLE = "PAPRSCM_SUITE"
-"""Environment variable under which Avocado reads AVOCADO_CFG in any folder."""
+"""Environment variable with which Avocado reads AVOCADO_CFG in any folder."""

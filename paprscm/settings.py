@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Every setting of the suite: its name, its default, its meaning, and where it is read from.
+"""Settings of the suite: name, default, meaning, and sources.
 
-The order is: default, the `[paprscm]` section of `avocado.cfg`, `-p name=value` of Avocado or an
-option of the `paprscm` command.
+Sources, each overriding the one before: the default, the `[paprscm]` section of `avocado.cfg`,
+`-p name=value` of Avocado or an option of the `paprscm` command.
 """
 
 from __future__ import annotations
@@ -62,19 +62,21 @@ class Settings:
     accel: str = _setting("auto", "'auto' (KVM only where a ppc64 host has it), 'tcg' or 'kvm'")
     cpu: str = _setting("auto", "-cpu model; 'auto' is POWER9 under TCG, 'host' under KVM")
     start: str = _setting(
-        "auto", "'auto' (guests are restored from a snapshot where that works) or 'cold' (booted)"
+        "auto", "'auto' (guests are restored from a snapshot if that works) or 'cold' (booted)"
     )
     firmware: str = _setting("vof", "'vof' (boots in 2 s) or 'slof'")
     smp: int = _setting(2, "vCPUs of a guest")
-    memory_mib: int = _setting(1024, "guest memory without its DIMMs, MiB")
+    memory_mib: int = _setting(1024, "guest memory without the DIMMs, MiB")
     kernel: str = _setting(
         "default",
-        "'default' (built from Debian's source), 'debug' (the same, and watches itself: slower) or "
+        "'default' (built from Debian's source), 'debug' (the same with debug options: slower) or "
         "a vmlinux",
     )
-    modules: Path | None = _setting(None, "folder as modules_install leaves it, for that kernel")
-    page_size: str = _setting("64k", "pages of the default or debug kernel: '64k' or '4k'")
-    kernel_source: str = _setting("linux-source-6.12", "Debian package of these two kernels")
+    modules: Path | None = _setting(
+        None, "INSTALL_MOD_PATH of `make modules_install` for that kernel"
+    )
+    page_size: str = _setting("64k", "page size of the default or debug kernel: '64k' or '4k'")
+    kernel_source: str = _setting("linux-source-6.12", "Debian source package of these two kernels")
     kernel_suite: str = _setting(
         "auto", "Debian suite of kernel_source; 'auto' is the first of a list that has it"
     )
@@ -82,16 +84,16 @@ class Settings:
         "auto", "Debian suite of the userland; 'auto' is the first of a list that is complete"
     )
     mirror: str = _setting("auto", "Debian mirror; 'auto' is the one that the host's apt uses")
-    offline: bool = _setting(False, "'yes': never ask the network; what is missing is named")
-    cache_dir: Path = _setting(_default_cache_dir, "where everything built or fetched is kept")
+    offline: bool = _setting(False, "'yes': never use the network; name the missing parts")
+    cache_dir: Path = _setting(_default_cache_dir, "folder for everything built or fetched")
     scratch_dir: Path = _setting(
         lambda: Path(os.environ.get("TMPDIR") or "/var/tmp"),  # noqa: S108
-        "where the backing files of DIMMs are made (sparse)",
+        "folder for the backing files of DIMMs (sparse)",
     )
     silence_limit_s: float = _setting(
-        30.0, "a booting guest that prints nothing for so long is hung, s"
+        30.0, "a booting guest that prints nothing for this long is hung, s"
     )
-    boot_limit_s: float = _setting(180.0, "a guest that is not up after so long is hung, s")
+    boot_limit_s: float = _setting(180.0, "a guest that has not booted after this long is hung, s")
     command_limit_s: float = _setting(60.0, "default time limit of a command in the guest, s")
 
     def __post_init__(self) -> None:
@@ -107,8 +109,8 @@ class Settings:
                 )
         if self.page_size != "64k" and self.kernel not in OWN_KERNELS:
             raise ConfigError(
-                f"page_size={self.page_size} is for the default and the debug kernel only",
-                hint=f"{self.kernel} has the page size that it was built with",
+                f"page_size={self.page_size} applies to the default and the debug kernel only",
+                hint=f"{self.kernel} has the page size of its build",
             )
         for name, low, high in (("smp", 1, 64), ("memory_mib", 512, 1 << 20)):
             if not low <= getattr(self, name) <= high:
@@ -126,7 +128,7 @@ def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all settings, in the order in which they are declared."""
+    """The names of all settings, in the order of their declaration."""
     return tuple(f.name for f in dataclasses.fields(Settings))
 
 
@@ -144,8 +146,8 @@ def load(
     """Read the settings.
 
     Args:
-        overrides: values given on a command line; None means "not given".
-        config: the ini file with a `[paprscm]` section; it need not exist.
+        overrides: values from a command line; None means "not given".
+        config: the ini file with a `[paprscm]` section; may be absent.
 
     Raises:
         ConfigError: a name is not known, or a value does not fit.
@@ -153,7 +155,7 @@ def load(
     values = _from_file(config)
     for name, value in (overrides or {}).items():
         if value is not None:
-            _known(name, "the command line")
+            _check_name(name, "the command line")
             values[name] = value
     return Settings(**{name: _convert(name, value) for name, value in values.items()})
 
@@ -168,15 +170,15 @@ def _from_file(config: Path) -> dict[str, str]:
         return {}
     values = dict(parser.items(SECTION))
     for name in values:
-        _known(name, f"{config} [{SECTION}]")
+        _check_name(name, f"{config} [{SECTION}]")
     return values
 
 
-def _known(name: str, where: str) -> None:
+def _check_name(name: str, source: str) -> None:
     if name not in names():
         close = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {close[0]}?" if close else "one of " + ", ".join(names())
-        raise ConfigError(f"there is no setting '{name}' ({where})", hint=hint)
+        raise ConfigError(f"there is no setting '{name}' ({source})", hint=hint)
 
 
 def _convert(name: str, text: str) -> Any:

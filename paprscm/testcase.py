@@ -19,13 +19,13 @@ from avocado.core.exceptions import TestCancel, TestWarn
 from paprscm import settings
 from paprscm.build.debian import Archive
 from paprscm.checks import Difference, describe, differ
-from paprscm.device.bare_metal import Bare, program
+from paprscm.device.bare_metal import BareMachine, compile_program
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
-from paprscm.known_issues import RECORD, State, read_issue
-from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge
+from paprscm.known_issues import RECORD_PREFIX, IssueState, read_issue
+from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge_map_sync
 from paprscm.vm import binary
 from paprscm.vm.argv import bare_argv, script
 from paprscm.vm.backing_files import BackingFiles, ScratchFiles
@@ -41,21 +41,21 @@ def _with_guests(method: Callable[[QemuTest], None]) -> Callable[[QemuTest], Non
     def wrapped(self: QemuTest) -> None:
         with self.verdict(), self.leave:
             method(self)
-        if self.shown:
-            # Not log.warning(), which ends as WARN too, but in words that say nothing.
-            raise TestWarn("; ".join(self.shown))
+        if self.warnings:
+            # Not log.warning(), which also ends as WARN, but without the reason.
+            raise TestWarn("; ".join(self.warnings))
 
     return wrapped
 
 
-def _ended(error: Exception, differences: Sequence[Difference]) -> Exception:
-    """The exception that a test ends with: its own, with the differences that it had collected.
+def _final_error(error: Exception, differences: Sequence[Difference]) -> Exception:
+    """The final exception of a test: its own, and the differences that it had collected.
 
-    The class stays, and so the status, with one exception: a missing capability does not turn
+    It keeps the class, and so the status, with one exception: a missing capability does not turn
     differences into a CANCEL.
     """
     if type(error) is AssertionError:
-        # Avocado would call it a FAIL; but an `assert` guards our own code.
+        # Avocado would report FAIL, but an `assert` checks our own code.
         *_, frame = traceback.extract_tb(error.__traceback__)
         error = HostError(
             f"an assertion of the test's own code failed, {Path(frame.filename).name}, line "
@@ -75,23 +75,23 @@ def _ended(error: Exception, differences: Sequence[Difference]) -> Exception:
 
 
 class QemuTest(Test):
-    """Base of tests that judge QEMU alone: they need neither kernel nor userland.
+    """Base of tests that judge QEMU alone, without kernel and userland.
 
     A difference (`check`, `expect`) or a ContractError is a FAIL, a missing capability
-    (`require_…`, CapabilityError) a CANCEL, every other exception an ERROR: a bare `assert`, too.
+    (`require_…`, CapabilityError) a CANCEL, every other exception, also of an `assert`, an ERROR.
     """
 
     # For unittest's own assert methods.
     failureException = ContractError
 
-    # A test takes seconds. Nothing else notices a killed test process: Avocado's runner waits for
-    # ever.
+    # A test takes seconds. Only this limit detects a killed test process: Avocado's runner waits
+    # for ever.
     timeout = 300
 
     def __init_subclass__(cls) -> None:
-        """Wrap each test, so that its guests end, and are judged, as a part of it.
+        """Wrap each test, so that ending and judging its guests is part of the test.
 
-        An exception of tearDown is an ERROR for Avocado, and hides the test's own failure.
+        Avocado reports an exception of tearDown as ERROR, which hides the test's own failure.
         """
         super().__init_subclass__()
         for name, method in list(vars(cls).items()):
@@ -99,27 +99,27 @@ class QemuTest(Test):
                 setattr(cls, name, _with_guests(method))
 
     def setUp(self) -> None:
-        """Read the settings, and prepare what the test needs."""
+        """Read the settings, and find or prepare QEMU, kernel and userland."""
         self.leave = contextlib.ExitStack()
         """Closed at the end of the test."""
-        self.shown: list[str] = []
+        self.warnings: list[str] = []
         """Reasons to end as WARN."""
         self.differences: list[Difference] = []
-        """Collected by `check`, for the end of the test."""
+        """Differences collected by `check`, raised at the end of the test."""
         self._started = 0
         self._metrics: dict[str, Any] = {}
         with self.verdict():
-            given = {name: self.params.get(name) for name in settings.names()}
-            # A varianter's values need not be strings.
-            words = {name: str(value) for name, value in given.items() if value is not None}
-            self.settings = settings.load(words)
+            parameters = {name: self.params.get(name) for name in settings.names()}
+            # Values of a varianter may have other types than str.
+            texts = {name: str(value) for name, value in parameters.items() if value is not None}
+            self.settings = settings.load(texts)
             self.qemu = self.find_qemu()
 
     def find_qemu(self) -> Qemu:
         """The QEMU under test."""
-        found = binary.resolve(Archive.of(self.settings), self.settings.qemu)
-        self.measure("environment", {"qemu": found.version_text, "qemu_path": str(found.path)})
-        return found
+        qemu = binary.resolve(Archive.of(self.settings), self.settings.qemu)
+        self.measure("environment", {"qemu": qemu.version_text, "qemu_path": str(qemu.path)})
+        return qemu
 
     def tearDown(self) -> None:
         """End the processes of a timed-out test, whose thread still runs."""
@@ -128,7 +128,7 @@ class QemuTest(Test):
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
 
     def folder(self, name: str) -> Path:
-        """The folder for the files of one QEMU: data/guest, then data/guest2, …"""
+        """The folder for the files of the next QEMU: data/guest, then data/guest2, …"""
         self._started += 1
         return Path(self.outputdir) / (name if self._started == 1 else f"{name}{self._started}")
 
@@ -139,7 +139,7 @@ class QemuTest(Test):
         return replace(board, firmware="vof", cpu=Board().cpu if board.cpu == "host" else board.cpu)
 
     def vm(self, machine: Machine | None = None) -> Vm:
-        """A machine with its DIMMs that is stopped before its first instruction.
+        """A machine with its DIMMs, stopped before its first instruction.
 
         Args:
             machine: its slots, DIMMs and memory; None: no DIMM, and 256 MiB.
@@ -153,18 +153,18 @@ class QemuTest(Test):
         vm = Vm(argv, files, folder=self.folder("qemu"), by_hand=by_hand)
         return self.leave.enter_context(vm)
 
-    def bare(self, machine: Machine, *, shim: Shim | None = None) -> Bare:
+    def bare(self, machine: Machine, *, shim: Shim | None = None) -> BareMachine:
         """A machine that makes hypervisor calls; it ends with the test.
 
         Args:
             machine: its DIMMs, processors and memory (256 MiB or more).
-            shim: goes into its QEMU, to watch and to disturb the syncs of backing files.
+            shim: loaded into its QEMU, to trace, delay and fail the syncs of backing files.
         """
         self.require_qemu(*machine.nvdimms)
         return self.leave.enter_context(
-            Bare(
+            BareMachine(
                 self.qemu,
-                program(Cache(self.settings.cache_dir)),
+                compile_program(Cache(self.settings.cache_dir)),
                 machine,
                 folder=self.folder("qemu"),
                 scratch_dir=self.settings.scratch_dir,
@@ -178,13 +178,13 @@ class QemuTest(Test):
         return self.leave.enter_context(BackingFiles(self.settings.scratch_dir, nvdimms))
 
     def shim(self) -> Shim:
-        """A flush shim for one QEMU of this test; CANCEL where it cannot be loaded."""
+        """A flush shim for one QEMU of this test; CANCEL if QEMU cannot load it."""
         before = sanitizers(self.qemu.path)
         library = build(Cache(self.settings.cache_dir))
         return self.leave.enter_context(Shim(library, before=before))
 
     def check(self, what: str, found: object, expected: object, *, detail: str = "") -> bool:
-        """Compare, and go on: the end of the test reports all differences together (FAIL).
+        """Compare and continue: the end of the test reports all differences together (FAIL).
 
         Args:
             what: the name of the value, for a report.
@@ -199,12 +199,12 @@ class QemuTest(Test):
             return True
         difference = Difference(what, found, expected, detail)
         self.differences.append(difference)
-        # At once, for a test that is interrupted.
+        # Logged at once, in case the test is interrupted.
         self.log.info("difference: %s", difference)
         return False
 
     def expect(self, what: str, found: object, expected: object) -> None:
-        """Compare, as `check`, and end the test at a difference: the rest depends on this value."""
+        """Compare, as `check`, but end the test at a difference: the rest depends on this value."""
         if not self.check(what, found, expected):
             self.checkpoint()
 
@@ -221,74 +221,74 @@ class QemuTest(Test):
 
     def possible(self, nvdimms: Iterable[Nvdimm]) -> tuple[Nvdimm, ...]:
         """The DIMMs that this QEMU supports; the number of the others is a measurement."""
-        wanted = tuple(nvdimms)
-        able = tuple(n for n in wanted if self.qemu.has_pmem or not (n.pmem or n.pmem_override))
-        self.measure("DIMMs left out for want of libpmem", len(wanted) - len(able))
+        requested = tuple(nvdimms)
+        able = tuple(n for n in requested if self.qemu.has_pmem or not (n.pmem or n.pmem_override))
+        self.measure("DIMMs left out for want of libpmem", len(requested) - len(able))
         return able
 
     def random(self) -> random.Random:
-        """A source of random numbers whose seed is logged, and can be given: -p seed=N."""
+        """A random number generator; its seed is logged and can be set with -p seed=N."""
         seed = int(self.params.get("seed", default=random.getrandbits(32)))
-        self.log.info("random numbers are those of -p seed=%d", seed)
+        self.log.info("seed of random numbers: -p seed=%d", seed)
         self.measure("seed", seed)
         return random.Random(seed)  # noqa: S311
 
     def measure(self, name: str, value: Any) -> None:
-        """Keep a value in the test's whiteboard, as JSON."""
+        """Record a value in the test's whiteboard, as JSON."""
         self._metrics[name] = value
 
     def versions(self) -> dict[str, str]:
-        """The version under test of each product whose known issues this test may show."""
+        """The version of each product under test, for known issues."""
         return {"QEMU": ".".join(map(str, self.qemu.version))}
 
     def known_issue(self, issue: str, *, shows: bool, found: str) -> None:
-        """Report that a known issue shows, or that the test looked and it is not there.
+        """Report that a known issue shows, or that the test looked for it and it does not show.
 
-        The file of the issue decides about the version under test. Listed as fixed, an issue that
-        shows is a regression (FAIL); else the test ends as WARN. An issue that is gone where no
-        fix is listed, or shows before its 'Since', is named at the end of the job: its file wants
-        an update.
+        The file of the issue lists the versions. In a version listed as fixed, an issue that shows
+        is a regression (FAIL); else the test ends as WARN. If the issue does not show in a version
+        without a listed fix, or shows before its 'Since', the end of the job asks for an update of
+        its file.
 
         Args:
             issue: the name of its file in known_issues/, without the suffix.
-            shows: whether this QEMU or kernel has it.
+            shows: this QEMU or kernel has the bug.
             found: the observation, in one sentence.
 
         Raises:
             ContractError: it shows, and is listed as fixed.
         """
-        known = read_issue(issue)
-        number = self.versions()[known.product]
-        version = f"{known.product} {number}"
-        state = known.state(number)
+        bug = read_issue(issue)
+        number = self.versions()[bug.product]
+        version = f"{bug.product} {number}"
+        state = bug.state(number)
         file = f"known_issues/{issue}.md"
         update = None
-        if shows and state is State.BEFORE:
+        if shows and state is IssueState.BEFORE:
             update = f"known issue {issue} shows on {version}: update 'Since' of {file}"
-        elif not shows and state is State.PRESENT:
+        elif not shows and state is IssueState.PRESENT:
             update = (
                 f"known issue {issue} no longer shows on {version}: if it is fixed there, update "
                 f"'Fixed in' of {file}"
             )
-        self.measure(RECORD + issue, {"version": version, "shows": shows, "update": update})
+        self.measure(RECORD_PREFIX + issue, {"version": version, "shows": shows, "update": update})
         self.log.info("known issue %s %s: %s", issue, "shows" if shows else "does not show", found)
         if not shows:
             return
-        if state is State.FIXED:
-            fixed_in = ", ".join(map(str, known.fixed_in))
+        if state is IssueState.FIXED:
+            fixed_in = ", ".join(map(str, bug.fixed_in))
             raise ContractError(
-                f"{found}: {known.title}",
+                f"{found}: {bug.title}",
                 hint=f"a regression on {version}: {file} lists it as fixed in {fixed_in}",
             )
-        self.shown.append(f"known issue {issue}: {found}")
+        self.warnings.append(f"known issue {issue}: {found}")
 
     def remark(self, found: str) -> None:
-        """Let the test end as WARN, for a change that does not break the contract."""
+        """End the test as WARN, for a change that does not break the contract."""
         self.log.info("%s", found)
-        self.shown.append(found)
+        self.warnings.append(found)
 
     def usual(self, what: str, found: object, usual: object) -> None:
-        """Let the test end as WARN if a value that no contract fixes differs from earlier versions.
+        """End the test as WARN if a value that no contract fixes differs from earlier versions.
 
         Args:
             what: the name of a text, a count or a state of QEMU or Linux.
@@ -296,15 +296,15 @@ class QemuTest(Test):
             usual: its value on those versions.
         """
         if found != usual:
-            self.remark(f"{what}: {found!r}, so far it was {usual!r}")
+            self.remark(f"{what}: {found!r}, in earlier versions {usual!r}")
 
     @contextlib.contextmanager
     def verdict(self) -> Iterator[None]:
-        """Turn exceptions within into the test's end, and report what `check` has collected."""
+        """Convert exceptions into the test's verdict, and raise the differences of `check`."""
         try:
             yield
         except Exception as error:
-            end = _ended(error, self.differences)
+            end = _final_error(error, self.differences)
             if end is error:
                 raise
             raise end from error
@@ -312,12 +312,12 @@ class QemuTest(Test):
 
 
 class PaprScmTest(QemuTest):
-    """Base of tests with a guest: boots it, ends it with the test, and keeps its logs."""
+    """Base of tests with guests, which end with the test; their logs are kept."""
 
     environment: Environment
 
     def find_qemu(self) -> Qemu:
-        """The QEMU under test, and everything that guests need."""
+        """Prepare everything that guests need; return the QEMU under test."""
         self.environment = prepare(self.settings)
         self.measure("environment", self.environment.describe())
         return self.environment.qemu
@@ -327,7 +327,7 @@ class PaprScmTest(QemuTest):
         return {**super().versions(), "Linux": self.environment.kernel.release}
 
     def require_cpus(self, count: int) -> None:
-        """CANCEL the test unless guests have so many vCPUs."""
+        """CANCEL the test unless guests have at least `count` vCPUs."""
         smp = self.settings.smp
         if smp < count:
             raise CapabilityError(f"the test needs {count} vCPUs, not {smp}", hint=f"smp={count}")
@@ -336,8 +336,8 @@ class PaprScmTest(QemuTest):
         """CANCEL the test unless the guest's kernel was built with each option.
 
         Args:
-            options: "CONFIG_KPROBES"; a kernel whose configuration is unknown lacks it.
-            hint: a kernel that has it, where the one of `paprscm kernel build` does not.
+            options: such as "CONFIG_KPROBES"; a kernel of unknown configuration lacks them all.
+            hint: a kernel with it, if that of `paprscm kernel build` lacks it.
         """
         for option in options:
             self.environment.kernel.require_option(option.removeprefix("CONFIG_"), hint=hint)
@@ -351,10 +351,10 @@ class PaprScmTest(QemuTest):
             what: the name of the file, for a report.
             report: of the probe.
             expected: the contract's verdict.
-            fstype: the file system that the file must be on, and not below a mount point where
-                nothing is mounted: there, every file is "not DAX".
+            fstype: the file system that must hold the file. Below a mount point without a mount,
+                every file would be "not DAX".
         """
-        judgement = judge(report)
+        judgement = judge_map_sync(report)
         fs_name = report.file.fs_name if report.file else None
         if fstype is not None and fs_name != fstype:
             self.check(f"{what}: file system of {report.path}", fs_name, fstype)
@@ -368,15 +368,15 @@ class PaprScmTest(QemuTest):
         allowed: Iterable[str] = (),
         shim: Shim | None = None,
     ) -> Guest:
-        """Boot a guest with its DIMMs; it ends with the test.
+        """Start a guest with its DIMMs; it ends with the test.
 
-        It may have been booted or restored from a snapshot, with the DIMMs plugged before it ran.
+        It is booted, or restored from a snapshot with the DIMMs plugged before it runs.
 
         Args:
             machine: its DIMMs and words for the kernel; None: no DIMM.
-            cold: boot it, with the DIMMs present when its kernel starts.
+            cold: boot it; the DIMMs are present when its kernel starts.
             allowed: kernel messages that the test expects (regular expressions).
-            shim: goes into its QEMU, to watch and to disturb the syncs of the backing files.
+            shim: loaded into its QEMU, to trace, delay and fail the syncs of backing files.
         """
         machine = machine or Machine()
         self.require_qemu(*machine.nvdimms)

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from paprscm.errors import ConfigError, ContractError, HostError
-from paprscm.known_issues import FOLDER, KnownIssue, State, read_issue, updates
+from paprscm.known_issues import FOLDER, IssueState, KnownIssue, read_issue, updates
 from paprscm.testcase import QemuTest
 
 
@@ -24,46 +24,46 @@ def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
 
 STATES = {
     # Releases, and builds of them.
-    "5.2.21": State.BEFORE,
-    "5.3.0-paprscm": State.PRESENT,
-    "6.1.192": State.PRESENT,
-    "6.12.111": State.PRESENT,
-    "6.12.112": State.FIXED,
-    "6.12.117-paprscm": State.FIXED,
-    "6.13.9": State.PRESENT,
-    "6.19.300": State.PRESENT,
-    "7.2.5": State.PRESENT,
-    "7.2.6-mine": State.FIXED,
-    "7.3.0": State.FIXED,
-    "7.10.0": State.FIXED,
-    "10.0.0": State.FIXED,
+    "5.2.21": IssueState.BEFORE,
+    "5.3.0-paprscm": IssueState.PRESENT,
+    "6.1.192": IssueState.PRESENT,
+    "6.12.111": IssueState.PRESENT,
+    "6.12.112": IssueState.FIXED,
+    "6.12.117-paprscm": IssueState.FIXED,
+    "6.13.9": IssueState.PRESENT,
+    "6.19.300": IssueState.PRESENT,
+    "7.2.5": IssueState.PRESENT,
+    "7.2.6-mine": IssueState.FIXED,
+    "7.3.0": IssueState.FIXED,
+    "7.10.0": IssueState.FIXED,
+    "10.0.0": IssueState.FIXED,
     # Release candidates are before the release, and may have the fix.
-    "5.3.0-rc1": State.PRESENT,
-    "6.12.0-rc3-00123-gabcdef": State.PRESENT,
-    "v7.2-rc1-5-gdeadbeef": State.PRESENT,
-    "6.12.112-rc1": State.UNCERTAIN,
-    "6.12.113-rc1": State.FIXED,
-    "7.3.0-rc2+": State.UNCERTAIN,
-    "7.3-rc2": State.UNCERTAIN,
-    "7.4-rc1": State.FIXED,
-    "7.2.0-rc7-next-20260812": State.UNCERTAIN,
+    "5.3.0-rc1": IssueState.PRESENT,
+    "6.12.0-rc3-00123-gabcdef": IssueState.PRESENT,
+    "v7.2-rc1-5-gdeadbeef": IssueState.PRESENT,
+    "6.12.112-rc1": IssueState.UNCERTAIN,
+    "6.12.113-rc1": IssueState.FIXED,
+    "7.3.0-rc2+": IssueState.UNCERTAIN,
+    "7.3-rc2": IssueState.UNCERTAIN,
+    "7.4-rc1": IssueState.FIXED,
+    "7.2.0-rc7-next-20260812": IssueState.UNCERTAIN,
     # Development after a release.
-    "6.12.110-00300-gabcdef0": State.PRESENT,
-    "6.12.111-00300-gabcdef0": State.UNCERTAIN,
-    "6.12.111+": State.UNCERTAIN,
-    "6.12.0-dirty": State.PRESENT,
-    "7.1.0-00300-gabcdef0": State.PRESENT,
-    "7.2.0-mine-00300-gabcdef0": State.UNCERTAIN,
-    "7.2.0-00300-gabcdef0-dirty": State.UNCERTAIN,
-    "7.2.0+": State.UNCERTAIN,
-    "7.3.0-00300-gabcdef0": State.FIXED,
+    "6.12.110-00300-gabcdef0": IssueState.PRESENT,
+    "6.12.111-00300-gabcdef0": IssueState.UNCERTAIN,
+    "6.12.111+": IssueState.UNCERTAIN,
+    "6.12.0-dirty": IssueState.PRESENT,
+    "7.1.0-00300-gabcdef0": IssueState.PRESENT,
+    "7.2.0-mine-00300-gabcdef0": IssueState.UNCERTAIN,
+    "7.2.0-00300-gabcdef0-dirty": IssueState.UNCERTAIN,
+    "7.2.0+": IssueState.UNCERTAIN,
+    "7.3.0-00300-gabcdef0": IssueState.FIXED,
     # A distribution's kernel may have any fix.
-    "5.14.0-503.el9.ppc64le": State.UNCERTAIN,
-    "6.4.0-150600.23-default": State.UNCERTAIN,
-    "6.8.0-45-generic": State.UNCERTAIN,
-    "5.15.153.1-microsoft-standard": State.UNCERTAIN,
-    "6.1.192+deb12-powerpc64le": State.UNCERTAIN,
-    "6.12.117+deb13-powerpc64le": State.FIXED,
+    "5.14.0-503.el9.ppc64le": IssueState.UNCERTAIN,
+    "6.4.0-150600.23-default": IssueState.UNCERTAIN,
+    "6.8.0-45-generic": IssueState.UNCERTAIN,
+    "5.15.153.1-microsoft-standard": IssueState.UNCERTAIN,
+    "6.1.192+deb12-powerpc64le": IssueState.UNCERTAIN,
+    "6.12.117+deb13-powerpc64le": IssueState.FIXED,
 }
 
 
@@ -77,20 +77,20 @@ def test_a_linux_version_is_compared_with_since_and_fixed_in(tmp_path: Path, ver
 @pytest.mark.parametrize(
     ("version", "state"),
     [
-        ("7.2.18", State.PRESENT),
-        ("7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", State.FIXED),
-        ("8.2.4", State.PRESENT),
-        ("9.2.4", State.PRESENT),
-        ("9.2.50", State.UNCERTAIN),
-        ("9.2.92 (v10.0.0-rc2)", State.UNCERTAIN),
-        ("v10.0.0-rc2", State.UNCERTAIN),
-        ("10.0.0", State.FIXED),
-        ("10.0.13 (Debian 1:10.0.13+ds-0+deb13u1)", State.FIXED),
-        ("11.1.50 (v11.1.0-1234-gabcdef)", State.FIXED),
+        ("7.2.18", IssueState.PRESENT),
+        ("7.2.22 (Debian 1:7.2+dfsg-7+deb12u18)", IssueState.FIXED),
+        ("8.2.4", IssueState.PRESENT),
+        ("9.2.4", IssueState.PRESENT),
+        ("9.2.50", IssueState.UNCERTAIN),
+        ("9.2.92 (v10.0.0-rc2)", IssueState.UNCERTAIN),
+        ("v10.0.0-rc2", IssueState.UNCERTAIN),
+        ("10.0.0", IssueState.FIXED),
+        ("10.0.13 (Debian 1:10.0.13+ds-0+deb13u1)", IssueState.FIXED),
+        ("11.1.50 (v11.1.0-1234-gabcdef)", IssueState.FIXED),
     ],
 )
 def test_a_qemu_version_is_compared_with_since_and_fixed_in(
-    tmp_path: Path, version: str, state: State
+    tmp_path: Path, version: str, state: IssueState
 ) -> None:
     assert issue(tmp_path, "QEMU 7.0", "7.2.19, 10.0").state(version) is state
 
@@ -98,28 +98,28 @@ def test_a_qemu_version_is_compared_with_since_and_fixed_in(
 def test_the_next_release_bounds_a_development_version(tmp_path: Path) -> None:
     known = issue(tmp_path, "QEMU 7.0", "11.1.3, 12.0")
     # A development version is not on the stable branch 11.1.
-    assert known.state("11.1.50") is State.PRESENT
-    assert known.state("11.2.50") is State.UNCERTAIN
-    assert known.state("11.2.91") is State.UNCERTAIN
-    assert known.state("11.1.4") is State.FIXED
+    assert known.state("11.1.50") is IssueState.PRESENT
+    assert known.state("11.2.50") is IssueState.UNCERTAIN
+    assert known.state("11.2.91") is IssueState.UNCERTAIN
+    assert known.state("11.1.4") is IssueState.FIXED
     known = issue(tmp_path, "QEMU 7.0", "12.0-rc2")
-    assert known.state("11.2.91 (v12.0.0-rc1)") is State.UNCERTAIN
-    assert known.state("11.2.92 (v12.0.0-rc2)") is State.FIXED
+    assert known.state("11.2.91 (v12.0.0-rc1)") is IssueState.UNCERTAIN
+    assert known.state("11.2.92 (v12.0.0-rc2)") is IssueState.FIXED
     known = issue(tmp_path, "Linux 5.3", "7.0-rc2")
-    assert known.state("6.18.0-00300-gabcdef0") is State.PRESENT
-    assert known.state("6.19.0-00300-gabcdef0") is State.UNCERTAIN
-    assert known.state("7.0.0-rc1") is State.UNCERTAIN
-    assert known.state("7.0.0-rc2") is State.FIXED
+    assert known.state("6.18.0-00300-gabcdef0") is IssueState.PRESENT
+    assert known.state("6.19.0-00300-gabcdef0") is IssueState.UNCERTAIN
+    assert known.state("7.0.0-rc1") is IssueState.UNCERTAIN
+    assert known.state("7.0.0-rc2") is IssueState.FIXED
 
 
 def test_a_bug_that_came_with_a_backport_and_has_no_fix(tmp_path: Path) -> None:
     known = issue(tmp_path, "Linux 6.12.112, 7.3", "none")
     assert known.fixed_in == ()
-    assert known.state("6.12.111") is State.BEFORE
-    assert known.state("6.12.112") is State.PRESENT
-    assert known.state("7.2.13") is State.BEFORE
-    assert known.state("9.0.0") is State.PRESENT
-    assert known.state("5.14.0-503.el9.ppc64le") is State.UNCERTAIN
+    assert known.state("6.12.111") is IssueState.BEFORE
+    assert known.state("6.12.112") is IssueState.PRESENT
+    assert known.state("7.2.13") is IssueState.BEFORE
+    assert known.state("9.0.0") is IssueState.PRESENT
+    assert known.state("5.14.0-503.el9.ppc64le") is IssueState.UNCERTAIN
 
 
 @pytest.mark.parametrize("version", ["next-20261122", "7", "v7.x", ""])
@@ -202,7 +202,7 @@ class _Test:
     log = logging.getLogger("paprscm")
 
     def __init__(self, **versions: str) -> None:
-        self.shown: list[str] = []
+        self.warnings: list[str] = []
         self.measured: dict[str, Any] = {}
         self._versions = versions
 
@@ -224,7 +224,7 @@ def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
     # QEMU's version does not matter for a Linux issue.
     test = _Test(QEMU="99.0.0", Linux="6.12.107-paprscm")
     assert test.says(shows=True) is None
-    assert test.shown == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
+    assert test.warnings == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
     (verdict,) = test.measured.values()
     assert verdict["version"] == "Linux 6.12.107-paprscm"
 
@@ -238,7 +238,7 @@ def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> 
         f"a regression on Linux {release}: known_issues/linux-pmem-loses-preflush-error.md lists "
         "it as fixed in 6.12.112, 7.2.6, 7.3"
     )
-    assert test.shown == []
+    assert test.warnings == []
     assert next(iter(test.measured.values()))["shows"]
 
 
@@ -251,7 +251,7 @@ def test_a_known_issue_does_not_show() -> None:
     for release in ("6.12.117", "7.3.0-rc2", "5.14.0-503.el9.ppc64le", "5.2.0"):
         test = _Test(Linux=release)
         assert test.says(shows=False) is None
-        assert test.shown == []
+        assert test.warnings == []
 
 
 def test_a_known_issue_shows_before_its_since() -> None:
@@ -259,7 +259,7 @@ def test_a_known_issue_shows_before_its_since() -> None:
     update = test.says(shows=True)
     assert update is not None
     assert "shows on Linux 5.2.21: update 'Since'" in update
-    assert len(test.shown) == 1
+    assert len(test.warnings) == 1
 
 
 def test_updates_of_a_job() -> None:

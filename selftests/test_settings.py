@@ -49,7 +49,7 @@ def test_own_kernels_have_pages_of_either_size(tmp_path: Path, kernel: str) -> N
         ("smp = 0", "smp=0 is out of range"),
         ("firmware = uefi", "one of vof, slof"),
         ("page_size = 16k", "one of 64k, 4k"),
-        ("page_size = 4k\nkernel = /boot/vmlinux", "page_size=4k is for the default and the "),
+        ("page_size = 4k\nkernel = /boot/vmlinux", "page_size=4k applies to the default and the "),
         ("command_limit_s = 0", "command_limit_s must be more than 0"),
     ],
 )

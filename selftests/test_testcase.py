@@ -105,7 +105,7 @@ def test_a_verdict_requires_its_file_system(tmp_path: Path, fs_type: int) -> Non
     else:
         assert end.reason == "x: file system of /mnt/x: 'tmpfs', expected 'xfs'"
     end = run(lambda test: test.check_map_sync("x", report, Verdict.REFUSED), tmp_path)
-    assert end.reason.startswith("x: 'not DAX', expected 'MAP_SYNC refused' (statx says so")
+    assert end.reason.startswith("x: 'not DAX', expected 'MAP_SYNC refused' (statx reports no DAX")
 
 
 def test_expect_ends_the_test_with_all_differences(tmp_path: Path) -> None:

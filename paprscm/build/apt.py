@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One suite and architecture of a Debian mirror, asked by the host's apt without root.
+"""One suite and architecture of a Debian mirror, read by the host's apt without root.
 
-Configuration, index and package folder are its own, below the cache.
+Configuration, index and package folder are separate from the host's, below the cache.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from paprscm.host.cache import Cache
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 """The archive's public keys, as package debian-archive-keyring installs them."""
 
-FOLDER = "downloads"
-"""Folder below the cache's root: package indexes, and packages that are not unpacked yet."""
+DOWNLOADS = "downloads"
+"""Folder below the cache's root for package indexes and packages that are not yet unpacked."""
 
 _OTHER_HINT = "set another suite or mirror="
-# How this host reaches the network is its apt's business.
+# Network options are taken from the host's apt.
 _NETWORK_OPTIONS = ("Acquire::http", "Acquire::ForceIP", "Acquire::Retries", "Acquire::Check-Date")
 _REFRESH_S = 0.2
 _ASK_LIMIT_S = 20.0
 _ASK_THREADS = 8
-_NAMED = 12
+_LISTED = 12
 
 
 class UnavailableError(HostError):
@@ -44,8 +44,8 @@ class UnavailableError(HostError):
 
 
 @dataclass(frozen=True)
-class File:
-    """One package file that apt would download.
+class PackageFile:
+    """One package file to download.
 
     Attributes:
         uri: its address on the mirror.
@@ -68,7 +68,7 @@ class File:
         return unquote(self.name.split("_")[1])
 
 
-class Source:
+class AptSource:
     """One suite and architecture of a mirror.
 
     Args:
@@ -76,8 +76,8 @@ class Source:
         mirror: URI of the mirror.
         suite: codename or suite name ("trixie", "sid").
         arch: Debian architecture ("ppc64el").
-        title: what is fetched, for messages and the progress bar.
-        proceed: called several times a second; ends what runs by raising.
+        title: name of the download, for messages and the progress bar.
+        proceed: called several times a second; may raise to end the download.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class Source:
         self._arch = arch
         self._title = title
         self._proceed = proceed
-        self._index = cache.root / FOLDER / f"index-{self.key(())}"
+        self._index = cache.root / DOWNLOADS / f"index-{self.key(())}"
 
     def key(self, packages: Sequence[str]) -> str:
         """Name of the folder for these packages of this source."""
@@ -103,7 +103,7 @@ class Source:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def update(self) -> None:
-        """Fetch the package index, or what has changed of it."""
+        """Fetch the package index, or its changes."""
         with self._locked():
             for name in ("lists/partial", "etc/apt.conf.d", "etc/preferences.d", "cache"):
                 (self._index / name).mkdir(parents=True, exist_ok=True)
@@ -113,24 +113,29 @@ class Source:
             (self._index / "apt.conf").write_text(self._configuration())
             self._apt("update")
 
-    def plan(self, packages: Sequence[str], *, alone: bool = False) -> tuple[File, ...]:
-        """The files of the packages and of all their dependencies; alone: without those."""
+    def plan(self, packages: Sequence[str], *, alone: bool = False) -> tuple[PackageFile, ...]:
+        """The files of the packages, with all dependencies unless `alone`."""
         with self._locked():
             if alone:
                 self._claim_dependencies(packages)
             lines = self._apt(
                 *("install", "-qq", "--print-uris", *self._status(packages, alone), *packages)
             )
-        found = (re.fullmatch(r"'([^']+)' (\S+\.deb) (\d+) \S*", line) for line in lines)
-        files = tuple(File(m[1], m[2], int(m[3])) for m in found if m)
+        matches = (re.fullmatch(r"'([^']+)' (\S+\.deb) (\d+) \S*", line) for line in lines)
+        files = tuple(PackageFile(m[1], m[2], int(m[3])) for m in matches if m)
         if not files:
-            raise HostError(f"apt names no file for {', '.join(packages)} of {self._where}")
+            raise HostError(f"apt lists no file for {', '.join(packages)} of {self._description}")
         return files
 
     def fetch(
-        self, packages: Sequence[str], files: Sequence[File], folder: Path, *, alone: bool = False
+        self,
+        packages: Sequence[str],
+        files: Sequence[PackageFile],
+        folder: Path,
+        *,
+        alone: bool = False,
     ) -> None:
-        """Download the files of such a plan into `folder`; what is there already is kept."""
+        """Download the files of a plan into `folder`; files that exist are kept."""
         total = sum(file.size_bytes for file in files)
         with log.progress(f"{self._title}: download", total, unit="bytes") as bar:
 
@@ -148,27 +153,31 @@ class Source:
                     stop=re.compile(r"^\s+404\s"),
                 )
             except UnavailableError as error:
-                names = [file.name for file in absent(files)]
+                names = [file.name for file in absent_files(files)]
                 if not names:
                     raise
-                raise UnavailableError(_not_there(self._where, names), hint=_OTHER_HINT) from error
+                raise UnavailableError(
+                    _absence(self._description, names), hint=_OTHER_HINT
+                ) from error
             proceed()
         if missing := [file.name for file in files if not (folder / file.name).is_file()]:
             raise HostError(f"apt did not download {', '.join(missing)}")
 
     def _status(self, packages: Sequence[str], alone: bool) -> tuple[str, ...]:
-        """The option that names a status file of dpkg, for packages without their dependencies."""
+        """The option with dpkg's status file, for packages without their dependencies."""
         if not alone:
             return ()
         return "-o", f"Dir::State::status={self._index / f'status-{self.key(packages)}'}"
 
     def _claim_dependencies(self, packages: Sequence[str]) -> None:
-        """Write a status file in which all that the packages depend on is installed.
+        """Write a status file that lists all dependencies of the packages as installed.
 
-        `apt-get download` would not need it, but does not continue a download that was cut off.
+        `apt-get download` does not need it, but cannot continue an interrupted download.
         """
-        shown = self._apt("show", *packages, tool="apt-cache")
-        relations = [line.partition(":")[2] for line in shown if re.match(r"(Pre-)?Depends:", line)]
+        records = self._apt("show", *packages, tool="apt-cache")
+        relations = [
+            line.partition(":")[2] for line in records if re.match(r"(Pre-)?Depends:", line)
+        ]
         names = sorted({word.split()[0] for line in relations for word in re.split("[,|]", line)})
         stanza = (
             "Package: {}\nStatus: install ok installed\nArchitecture: {}\nVersion: 99999:0\n"
@@ -178,18 +187,18 @@ class Source:
         (self._index / f"status-{self.key(packages)}").write_text(text)
 
     @property
-    def _where(self) -> str:
+    def _description(self) -> str:
         return f"Debian {self._suite} ({self._mirror}, {self._arch})"
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with self._cache.lock(f"download-{self._index.name}", what="reads a package index"):
+        with self._cache.lock(f"download-{self._index.name}", purpose="reads a package index"):
             yield
 
     def _source_line(self) -> str:
         # One source: the security and update suites of a stable release may not match each other
-        # on a mirror that is being updated. Suites that expire (testing, sid) are used for what
-        # they hold, however old the mirror's copy is.
+        # on a mirror that is being updated. Suites that expire (testing, sid) are accepted from an
+        # outdated mirror, too.
         options = ["check-valid-until=no"]
         if KEYRING.is_file():
             options.append(f"signed-by={KEYRING}")
@@ -207,12 +216,12 @@ class Source:
             "APT::Architectures": self._arch,
             "APT::Install-Recommends": "false",
             "APT::Update::Error-Mode": "any",
-            # As root, apt would become a user who may not read our folders.
+            # As root, apt would switch to a user without access to our folders.
             "APT::Sandbox::User": "",
             "Acquire::Languages": "none",
             "Acquire::PDiffs": "false",
             "Acquire::Retries": "3",
-            # Each download has a lock of ours, and a folder of its own.
+            # Each download has a lock of the cache, and its own folder.
             "Debug::NoLocking": "true",
         }
         lines = [f'{name} "{value}";' for name, value in values.items()]
@@ -225,13 +234,13 @@ class Source:
         proceed: Callable[[], None] | None = None,
         stop: re.Pattern[str] | None = None,
     ) -> tuple[str, ...]:
-        """Run apt-get; its output. A line that matches `stop` ends it as unavailable."""
+        """Run apt-get and return its output; UnavailableError for a line that matches `stop`."""
         output: list[str] = []
 
         def line(text: str) -> None:
             output.append(text)
             if stop and stop.search(text):
-                raise UnavailableError(f"{self._where}: {text.strip()}", hint=_OTHER_HINT)
+                raise UnavailableError(f"{self._description}: {text.strip()}", hint=_OTHER_HINT)
 
         env = {
             **os.environ,
@@ -240,7 +249,7 @@ class Source:
             "APT_CONFIG": str(self._index / "apt.conf"),
         }
         try:
-            done = process.run(
+            result = process.run(
                 [tool, "-q", *words],
                 env=env,
                 on_line=line,
@@ -252,10 +261,10 @@ class Source:
             raise
         except HostError as error:
             raise self._explain(words, "\n".join(output), error) from error
-        return done.lines
+        return result.lines
 
     def _explain(self, words: Sequence[str], output: str, error: HostError) -> Error:
-        """The failure in the user's terms; apt's own words where the cause is not a known one."""
+        """The error for a failure of apt; `error` itself if the cause is unknown."""
         names = re.findall(
             r"^[EN]: (?:Unable to locate package |Package '?(?=.* has no installation))([\w.+-]+)",
             output,
@@ -264,8 +273,10 @@ class Source:
         if "E: No packages found" in output:
             names = list(words[1:])
         if names:
-            what = ", ".join(dict.fromkeys(names))
-            return UnavailableError(f"{self._where} has no package {what}", hint=_OTHER_HINT)
+            listed = ", ".join(dict.fromkeys(names))
+            return UnavailableError(
+                f"{self._description} has no package {listed}", hint=_OTHER_HINT
+            )
         if "does not have a Release file" in output:
             return UnavailableError(
                 f"the mirror {self._mirror} has no suite {self._suite}",
@@ -284,14 +295,15 @@ class Source:
             )
         if re.search(r"Hash Sum mismatch|unexpected size|Hash mismatch", output):
             return UnavailableError(
-                f"the files on {self._mirror} are not those that Debian {self._suite} signed: "
+                f"files on {self._mirror} do not match the signatures of Debian {self._suite}: "
                 f"{_detail(output)}",
                 hint="try again in some minutes, or " + _OTHER_HINT,
             )
         if "unmet dependencies" in output:
             needs = re.findall(r"^ +(\S+ : .+)$", output, flags=re.MULTILINE)
             return UnavailableError(
-                f"{self._where} lacks dependencies: {'; '.join(needs[:_NAMED])}", hint=_OTHER_HINT
+                f"{self._description} lacks dependencies: {'; '.join(needs[:_LISTED])}",
+                hint=_OTHER_HINT,
             )
         if re.search(r"^([EW]: (Failed|Unable) to fetch|Err:)", output, flags=re.MULTILINE):
             if words[0] == "update":
@@ -300,14 +312,14 @@ class Source:
                     hint="check the network and apt's proxy, or set another mirror=",
                 )
             return HostError(
-                f"the download from {self._mirror} broke off: {_detail(output)}",
-                hint="run it again, it continues; if it breaks off again, set another mirror=",
+                f"the download from {self._mirror} was interrupted: {_detail(output)}",
+                hint="run it again to continue; if that fails, set another mirror=",
             )
         return error
 
 
-def _present_bytes(files: Sequence[File], folder: Path) -> int:
-    """The size of what has been downloaded so far, of complete and of partial files."""
+def _present_bytes(files: Sequence[PackageFile], folder: Path) -> int:
+    """The size of the downloaded files so far, complete and partial, bytes."""
     total = 0
     for file in files:
         for place in (folder / file.name, folder / "partial" / file.name):
@@ -318,10 +330,10 @@ def _present_bytes(files: Sequence[File], folder: Path) -> int:
     return total
 
 
-def absent(files: Sequence[File]) -> list[File]:
-    """The files that the mirror says it does not have."""
+def absent_files(files: Sequence[PackageFile]) -> list[PackageFile]:
+    """The files that the mirror reports as absent."""
 
-    def is_absent(file: File) -> bool:
+    def is_absent(file: PackageFile) -> bool:
         parts = urlsplit(file.uri)
         if parts.scheme == "file":
             return not Path(unquote(parts.path)).is_file()
@@ -334,7 +346,7 @@ def absent(files: Sequence[File]) -> list[File]:
         except urllib.error.HTTPError as error:
             return error.code in (404, 410)
         except OSError:
-            # It could not be asked; the download will tell.
+            # No answer; the download will show.
             return False
 
     with ThreadPoolExecutor(_ASK_THREADS) as pool:
@@ -342,10 +354,10 @@ def absent(files: Sequence[File]) -> list[File]:
         return [file for file, absent in zip(files, answers, strict=True) if absent]
 
 
-def _not_there(where: str, names: Sequence[str]) -> str:
-    listed = ", ".join(names[:_NAMED])
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"{where} lacks {len(names)} package files that its index names: {listed}{more}"
+def _absence(source: str, names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_LISTED])
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"{source} lacks {len(names)} package files of its index: {listed}{more}"
 
 
 def _network_options() -> list[str]:
@@ -359,7 +371,7 @@ def _network_options() -> list[str]:
 
 
 def _detail(output: str) -> str:
-    """The reason that apt gives, without the file's address."""
+    """The reason in apt's output, without the file's address."""
     match = re.search(r"^[EW]: Failed to fetch \S+ +(.+)$", output, flags=re.MULTILINE)
     if match:
         return match[1]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Download Debian packages of any suite and architecture and unpack them, without root.
 
-A download that was cut off continues where it stopped, also in a later run.
+An interrupted download continues in the next run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from paprscm import log
-from paprscm.build.apt import FOLDER, File, Source, UnavailableError, absent
+from paprscm.build.apt import DOWNLOADS, AptSource, PackageFile, UnavailableError, absent_files
 from paprscm.errors import ConfigError, HostError
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
@@ -39,19 +39,19 @@ class Download:
 
     Attributes:
         suite: the Debian suite that they are from.
-        folder: where they are; remove() deletes it.
-        files: one for each package.
+        folder: folder of the files; remove() deletes it.
+        files: one file for each package.
     """
 
     suite: str
     folder: Path
-    files: tuple[File, ...]
+    files: tuple[PackageFile, ...]
 
     def unpack(self, target: Path, *, title: str) -> dict[str, str]:
         """Unpack all packages into `target`; no maintainer script runs.
 
         Args:
-            target: a folder that is absent or empty. On an error its content is undefined.
+            target: a folder that does not exist or is empty. On an error its content is undefined.
             title: the progress bar's title.
 
         Returns:
@@ -61,8 +61,8 @@ class Download:
             HostError: a package cannot be unpacked, or no space is left.
         """
         for name in _MERGED:
-            # As on every Debian since 12; up to Debian 12 packages still hold files in /lib and
-            # /bin, and count on these links.
+            # As on every Debian since 12; packages up to Debian 12 still have files in /lib and
+            # /bin, and need these links.
             (target / "usr" / name).mkdir(parents=True, exist_ok=True)
             (target / name).symlink_to(f"usr/{name}")
         unpacked = 0
@@ -89,12 +89,12 @@ class Download:
 
 @dataclass(frozen=True)
 class Archive:
-    """A Debian mirror, and the folder for what is downloaded from it.
+    """A Debian mirror, and the folder for its downloads.
 
     Attributes:
         cache: downloads are kept in a folder below its root.
-        mirror: URI of the mirror, or 'auto' for the one that the host's own apt uses.
-        offline: never ask the network.
+        mirror: URI of the mirror, or 'auto' for that of the host's apt.
+        offline: never use the network.
     """
 
     cache: Cache
@@ -103,13 +103,13 @@ class Archive:
 
     @classmethod
     def of(cls, settings: Settings) -> Archive:
-        """The archive that the settings name."""
+        """The archive for the settings."""
         return cls(Cache(settings.cache_dir), settings.mirror, settings.offline)
 
     def extract(
         self, packages: Sequence[str], *, suite: str, arch: str, target: Path, title: str
     ) -> dict[str, str]:
-        """Download packages with all dependencies, unpack them into `target`, forget the files.
+        """Download packages with all dependencies, unpack them into `target`, delete the files.
 
         Arguments and errors are those of download() and Download.unpack().
         """
@@ -134,19 +134,19 @@ class Archive:
             packages: names of binary packages.
             suite: codename or suite name ("trixie", "sid").
             arch: Debian architecture ("ppc64el").
-            title: what is downloaded, for messages and the progress bar.
+            title: name of the download, for messages and the progress bar.
             alone: without the dependencies.
-            proceed: called several times a second; ends the download by raising.
+            proceed: called several times a second; may raise to end the download.
 
         Raises:
-            UnavailableError: the suite or a package does not exist there, files of it are missing
-                from the mirror or are not what Debian signed.
-            ConfigError: the mirror's URI is not valid, or the host's apt knows no mirror.
-            HostError: offline, apt is missing, the mirror cannot be reached, the download broke
-                off, no space.
+            UnavailableError: the suite or a package does not exist, files are missing from the
+                mirror, or do not match Debian's signatures.
+            ConfigError: the mirror's URI is invalid, or the host's apt has no Debian mirror.
+            HostError: offline, apt is missing, the mirror cannot be reached, the download was
+                interrupted, or no space.
         """
         source = self._source(suite, arch, title, proceed)
-        with self.cache.lock(f"download-{source.key(packages)}", what=f"downloads the {title}"):
+        with self.cache.lock(f"download-{source.key(packages)}", purpose=f"downloads the {title}"):
             folder = self._root / source.key(packages)
             files = source.plan(packages, alone=alone)
             (folder / "partial").mkdir(parents=True, exist_ok=True)
@@ -159,61 +159,63 @@ class Archive:
         """Ask the mirror for each package file without downloading it.
 
         Returns:
-            The size in bytes of all files, and the names of those that the mirror does not have.
+            The size of all files, bytes, and the names of those that the mirror lacks.
 
         Raises:
-            As for download().
+            As download().
         """
         source = self._source(suite, arch, "packages", lambda: None)
         files = source.plan(packages)
-        return sum(file.size_bytes for file in files), [file.name for file in absent(files)]
+        return sum(file.size_bytes for file in files), [file.name for file in absent_files(files)]
 
     def prune(self, *, unused_for_s: float) -> None:
-        """Remove indexes and cut-off downloads that were not used for so many seconds."""
+        """Remove indexes and interrupted downloads that were not used for `unused_for_s`."""
         for folder in self._root.glob("*"):
             if time.time() - folder.stat().st_mtime >= unused_for_s:
-                with self.cache.lock(f"download-{folder.name}", what="prunes", wait=False) as taken:
-                    if taken:
+                with self.cache.lock(
+                    f"download-{folder.name}", purpose="prunes", wait=False
+                ) as locked:
+                    if locked:
                         shutil.rmtree(folder)
 
     @property
     def _root(self) -> Path:
-        return self.cache.root / FOLDER
+        return self.cache.root / DOWNLOADS
 
-    def _source(self, suite: str, arch: str, title: str, proceed: Callable[[], None]) -> Source:
+    def _source(self, suite: str, arch: str, title: str, proceed: Callable[[], None]) -> AptSource:
         if self.offline:
             raise HostError(
-                f"offline=yes, and the cache {self.cache.root} does not have the {title} "
+                f"offline=yes, and the cache {self.cache.root} lacks the {title} "
                 f"(Debian {suite}, {arch})",
                 hint="on a machine with network: `paprscm image`, `paprscm cache export FILE`; "
                 "here: `paprscm cache import FILE`",
             )
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
             raise HostError(
-                "this host has no apt-get and dpkg-deb to fetch Debian packages with",
+                "this host lacks apt-get or dpkg-deb, which fetch Debian packages",
                 hint="install the packages apt and dpkg (Fedora has them, too), or "
                 "`paprscm cache import` what another machine exported",
             )
-        source = Source(self.cache, resolve_mirror(self.mirror), suite, arch, title, proceed)
+        source = AptSource(self.cache, resolve_mirror(self.mirror), suite, arch, title, proceed)
         source.update()
         return source
 
 
 def resolve_mirror(setting: str) -> str:
-    """The Debian mirror to fetch from, without a slash at its end.
+    """The URI of the Debian mirror, without a trailing slash.
 
     Args:
-        setting: a URI, or 'auto' for the one that the host's own apt uses for Debian's archive.
+        setting: a URI, or 'auto' for the Debian mirror of the host's apt.
 
     Raises:
-        ConfigError: it is not a URI, or the host's apt knows no Debian mirror.
+        ConfigError: it is not a URI, or the host's apt has no Debian mirror.
     """
     if setting != "auto":
         if not re.fullmatch(r"[a-z+]+:/[^\s\[\]]+", setting):
             raise ConfigError(f"mirror={setting} is not a URI", hint=_MIRROR_HINT)
         return setting.rstrip("/")
     if shutil.which("apt-get") is None:
-        raise ConfigError("this host has no apt that could name a Debian mirror", hint=_MIRROR_HINT)
+        raise ConfigError("this host has no apt with the URI of a Debian mirror", hint=_MIRROR_HINT)
     for label, site in _apt_sites("--release-info"):
         if label == "Debian":
             return site
@@ -221,30 +223,30 @@ def resolve_mirror(setting: str) -> str:
     for _, site in _apt_sites("--no-release-info"):
         if site.endswith("/debian"):
             return site
-    raise ConfigError("the host's apt sources name no Debian mirror", hint=_MIRROR_HINT)
+    raise ConfigError("the host's apt sources list no Debian mirror", hint=_MIRROR_HINT)
 
 
 def suites(setting: str) -> tuple[str, ...]:
     """The suites to try, in order.
 
     Args:
-        setting: 'auto', or one or more suites with commas between them.
+        setting: 'auto', or one or more suites separated by commas.
     """
     return AUTO_SUITES if setting == "auto" else tuple(setting.split(","))
 
 
 def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, title: str) -> T:
-    """The first suite's result that does not end as UnavailableError.
+    """The result of the first suite without an UnavailableError.
 
-    Each suite that is passed over is logged, with the reason.
+    Each skipped suite is logged with the reason.
 
     Args:
-        candidates: the suites, best first.
-        attempt: called with one of them at a time.
-        title: what is wanted, for messages.
+        candidates: the suites, preferred first.
+        attempt: called with one suite after the other.
+        title: name of the result, for messages.
 
     Raises:
-        UnavailableError: none of them can provide it; the message has each one's reason.
+        UnavailableError: no suite can provide it; with the reason of each.
     """
     failures: list[UnavailableError] = []
     for suite in candidates:
@@ -264,12 +266,12 @@ def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, t
 
 
 def _unpack(package: Path, target: Path) -> None:
-    # Both end by themselves when one of them or this process does.
+    # Each of the two ends if the other or this process ends.
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as reader:
         tar = ["tar", "-x", "--same-permissions", "--no-same-owner", "--keep-directory-symlink"]
-        done = subprocess.run(
+        result = subprocess.run(
             [*tar, "--warning=no-timestamp", "-C", target, "-f", "-"],
             stdin=reader.stdout,
             capture_output=True,
@@ -280,8 +282,8 @@ def _unpack(package: Path, target: Path) -> None:
         assert reader.stdout is not None  # noqa: S101
         assert reader.stderr is not None  # noqa: S101
         reader.stdout.close()
-        complaint = reader.stderr.read().decode(errors="replace") + done.stderr
-    if done.returncode or reader.returncode:
+        complaint = reader.stderr.read().decode(errors="replace") + result.stderr
+    if result.returncode or reader.returncode:
         if "No space left" in complaint:
             raise HostError(
                 f"no space left to unpack {package.name}",
@@ -293,6 +295,6 @@ def _unpack(package: Path, target: Path) -> None:
 def _apt_sites(option: str) -> list[tuple[str, str]]:
     """Label and URI of each network source of the host's apt."""
     argv = ["apt-get", "indextargets", option, "--format", "$(LABEL)|$(SITE)"]
-    found = subprocess.run(argv, capture_output=True, text=True, check=False)
-    targets = [line.partition("|")[::2] for line in found.stdout.splitlines()]
+    result = subprocess.run(argv, capture_output=True, text=True, check=False)
+    targets = [line.partition("|")[::2] for line in result.stdout.splitlines()]
     return [(label, site.rstrip("/")) for label, site in targets if not site.startswith("cdrom:")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The initramfs of a modular kernel: loads what the guest needs, then moves to the root disk."""
+"""The initramfs of a modular kernel: loads modules, then switches to the root disk."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from paprscm.build.vmlinux import UNKNOWN, Kernel, configured, embedded_config
 from paprscm.errors import ConfigError
 from paprscm.host.process import run
 
-# Module name and the option that makes it one, in the order in which they are loaded. Only what is
-# there and what it depends on is taken. The drivers of the disk come first, so that a kernel that
-# hangs in the devices under test has its root disk already.
-WANTED: Mapping[str, str] = {
+# Module names and their options, in load order. Only existing modules and their dependencies are
+# loaded. The drivers of the disk come first, so that a kernel that hangs in the devices under test
+# already has its root disk.
+MODULES: Mapping[str, str] = {
     "virtio_pci": "VIRTIO_PCI",
     "virtio_console": "VIRTIO_CONSOLE",
     "virtio_blk": "VIRTIO_BLK",
@@ -44,14 +44,14 @@ WANTED: Mapping[str, str] = {
     "kmem": "DEV_DAX_KMEM",
     "papr_scm": "PAPR_SCM",
 }
-# Without these nothing can be tested, or even seen.
-_NEEDED = frozenset(("virtio_pci", "virtio_blk", "ext4", "papr_scm", "nd_pmem"))
+# Without these no test is possible.
+_REQUIRED = frozenset(("virtio_pci", "virtio_blk", "ext4", "papr_scm", "nd_pmem"))
 
 _SUFFIX = re.compile(r"\.ko(\.gz|\.xz|\.zst)?$")
 _STRIP = f"{PREFIX}strip"
 _ROOT_LIMIT_S = 10
 
-# It works on a read-only root without /proc and /sys mounted: the disk's own /init does that.
+# The root disk is mounted read-only, without /proc and /sys: its own /init mounts those.
 _INIT = """\
 #!/bin/busybox sh
 # Load the modules, mount the root disk, and become its /init.
@@ -93,8 +93,8 @@ class Initramfs:
 
     Attributes:
         path: the cpio archive.
-        modules: names in the order in which they are loaded.
-        sites: instruction words that the ISA fix-up changed in them.
+        modules: names in load order.
+        sites: number of instruction words that the TCG fix-up changed in them.
     """
 
     path: Path
@@ -111,27 +111,27 @@ def build_initramfs(
     executes: Mapping[str, bool],
     also: Iterable[str] = (),
 ) -> Initramfs:
-    """Write an initramfs that loads the kernel's modules and moves to the root disk.
+    """Write an initramfs that loads the kernel's modules and switches to the root disk.
 
     Args:
         kernel: the kernel that will load them.
-        modules: a folder as `make modules_install INSTALL_MOD_PATH=` leaves it.
+        modules: INSTALL_MOD_PATH of `make modules_install`.
         busybox: a static ppc64el busybox.
         target: the archive to write.
-        executes: what the QEMU executes, as isa.probe says; `{}` where nothing is to change.
+        executes: result of vm.instructions.probe; `{}`: rewrite nothing.
         also: names of further modules to load where they are there.
 
     Raises:
-        ConfigError: the modules belong to another kernel, one that is needed is not there, one is
-            damaged, or one needs a fix-up that the kernel's check of signatures forbids.
+        ConfigError: the modules belong to another kernel; a required one is missing; one is
+            damaged; or one needs a fix-up, but the kernel enforces signatures.
     """
-    found = find_modules(kernel, modules)
+    available = find_modules(kernel, modules)
     missing = [
         name
-        for name, option in WANTED.items()
-        if name in _NEEDED and kernel.option(option) == "m" and name not in found
+        for name, option in MODULES.items()
+        if name in _REQUIRED and kernel.option(option) == "m" and name not in available
     ]
-    if kernel.papr_scm == UNKNOWN and "papr_scm" not in found:
+    if kernel.papr_scm == UNKNOWN and "papr_scm" not in available:
         missing.append("papr_scm")
     if missing:
         raise ConfigError(
@@ -139,18 +139,18 @@ def build_initramfs(
             + ("a module" if len(missing) == 1 else "modules"),
             hint="run `make modules_install INSTALL_MOD_PATH=...` of the same build",
         )
-    order = load_order([*WANTED, *also], found, release=kernel.release)
+    order = load_order([*MODULES, *also], available, release=kernel.release)
     files: dict[str, tuple[int, bytes]] = {}
     sites = 0
     with tempfile.TemporaryDirectory(prefix="paprscm-modules-") as folder:
         copies, unsigned = [], []
         for position, name in enumerate(order):
             copy = Path(folder) / f"{position:02}-{name}.ko"
-            report = fix_file(found[name], copy, executes)
+            report = fix_file(available[name], copy, executes)
             sites += report.sites
             if report.signature_dropped and kernel.option("MODULE_SIG_FORCE") == "y":
                 raise ConfigError(
-                    f"{found[name]} has instructions that this QEMU cannot execute "
+                    f"{available[name]} has instructions that this QEMU cannot execute "
                     f"({', '.join(report.instructions)}); rewritten, it loses its signature, and "
                     f"the kernel {kernel.release} has CONFIG_MODULE_SIG_FORCE",
                     hint=f"build {name} in, or the kernel without CONFIG_MODULE_SIG_FORCE",
@@ -159,8 +159,8 @@ def build_initramfs(
             if not is_signed(copy):
                 unsigned.append(copy)
         if unsigned and shutil.which(_STRIP):
-            # A distribution's xfs.ko has 30 MB of debug information. strip drops a signature, which
-            # the kernel may insist on (CONFIG_MODULE_SIG_FORCE, lockdown).
+            # A distribution's xfs.ko has 30 MB of debug information. strip would drop a signature,
+            # which the kernel may enforce (CONFIG_MODULE_SIG_FORCE, lockdown).
             run([_STRIP, "--strip-debug", *unsigned])
         for copy in copies:
             files[f"modules/{copy.name}"] = (0o100644, copy.read_bytes())
@@ -174,7 +174,7 @@ def build_initramfs(
 
 
 def with_config(kernel: Kernel, modules: Path) -> Kernel:
-    """The kernel with the configuration from its configs.ko, where CONFIG_IKCONFIG is a module.
+    """The kernel with the configuration of its configs.ko, if CONFIG_IKCONFIG is a module.
 
     Raises:
         ConfigError: the modules belong to another kernel.
@@ -191,22 +191,22 @@ def find_modules(kernel: Kernel, modules: Path) -> dict[str, Path]:
     """The modules of `kernel` below a modules_install folder, by name ("nd_pmem").
 
     Raises:
-        ConfigError: there are none, or only those of another kernel.
+        ConfigError: there are no modules, or only those of another kernel.
     """
     base = modules / "lib" / "modules"
     try:
         versions = sorted(path.name for path in base.iterdir() if path.is_dir())
     except OSError as error:
         raise ConfigError(
-            f"modules={modules} is not a folder as modules_install leaves it: "
+            f"modules={modules} is not the INSTALL_MOD_PATH of modules_install: "
             f"lib/modules cannot be read ({error.strerror})",
             hint="give the INSTALL_MOD_PATH of `make modules_install`",
         ) from error
     if kernel.release not in versions:
-        there = ", ".join(versions) or "none"
+        installed = ", ".join(versions) or "none"
         raise ConfigError(
-            f"the modules in {modules} are for {there}, the kernel is {kernel.release}",
-            hint="install the modules of the very build that the vmlinux came from",
+            f"the modules in {modules} are for {installed}, the kernel is {kernel.release}",
+            hint="install the modules of the same build as the vmlinux",
         )
     return {
         _SUFFIX.sub("", path.name).replace("-", "_"): path
@@ -215,43 +215,43 @@ def find_modules(kernel: Kernel, modules: Path) -> dict[str, Path]:
     }
 
 
-def load_order(wanted: Sequence[str], found: Mapping[str, Path], *, release: str) -> list[str]:
-    """Names of modules so that each comes after all that it depends on.
+def load_order(names: Sequence[str], modules: Mapping[str, Path], *, release: str) -> list[str]:
+    """Names of modules, each after its dependencies.
 
-    The dependencies are read from the modules themselves (.modinfo: depends, and softdep's "pre"),
-    not from modules.dep: they cannot be out of date.
+    The dependencies are read from the modules (.modinfo: depends, and "pre" of softdep), not from
+    modules.dep, which may be outdated.
 
     Args:
-        wanted: what to load; names that are not in `found` are taken as built in.
-        found: as find_modules returns it.
-        release: of the kernel; each module must have been built for it.
+        names: modules to load; names that are not in `modules` are assumed to be built in.
+        modules: paths by name, from find_modules.
+        release: the kernel's release; each module must match it.
 
     Raises:
         ConfigError: a module is damaged, or was built for another kernel.
     """
     order: list[str] = []
-    seen: set[str] = set()
-    providers = _aliases(found)
+    visited: set[str] = set()
+    providers = _aliases(modules)
 
     def add(name: str) -> None:
-        if name in seen or name not in found:
+        if name in visited or name not in modules:
             return
-        seen.add(name)
-        info = modinfo(found[name])
+        visited.add(name)
+        info = modinfo(modules[name])
         built_for = info.get("vermagic", [""])[0].split(" ")[0]
         if built_for != release:
             raise ConfigError(
-                f"{found[name]} was built for {built_for or 'no known kernel'}, "
+                f"{modules[name]} was built for {built_for or 'no known kernel'}, "
                 f"the kernel is {release}",
-                hint="install the modules of the very build that the vmlinux came from",
+                hint="install the modules of the same build as the vmlinux",
             )
-        for needed in _softdeps(info):
-            add(providers.get(needed, needed.replace("-", "_")))
-        for needed in info.get("depends", [""])[0].split(","):
-            add(needed.replace("-", "_"))
+        for dependency in _softdeps(info):
+            add(providers.get(dependency, dependency.replace("-", "_")))
+        for dependency in info.get("depends", [""])[0].split(","):
+            add(dependency.replace("-", "_"))
         order.append(name)
 
-    for name in wanted:
+    for name in names:
         add(name)
     return order
 
@@ -277,33 +277,33 @@ def modinfo(path: Path) -> dict[str, list[str]]:
 
 
 def _softdeps(info: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the modules to load before, A and B of "pre: A B post: C"."""
-    needed: list[str] = []
+    """The modules to load before: A and B of "pre: A B post: C"."""
+    names: list[str] = []
     for value in info.get("softdep", ()):
         before = re.search(r"\bpre:((?:\s+[^\s:]+(?=\s|$))*)", value)
-        needed += before[1].split() if before else []
-    return needed
+        names += before[1].split() if before else []
+    return names
 
 
-def _aliases(found: Mapping[str, Path]) -> dict[str, str]:
-    """Which module provides an algorithm that others name: "crc32c" -> "crc32c_generic".
+def _aliases(modules: Mapping[str, Path]) -> dict[str, str]:
+    """Module of each algorithm that others depend on: "crc32c" -> "crc32c_generic".
 
-    Only the generic implementations: they run on every CPU model, and there is one of each.
+    Only generic implementations: they run on every CPU model, and each exists once.
     """
-    return {name.removesuffix("_generic"): name for name in found if name.endswith("_generic")}
+    return {name.removesuffix("_generic"): name for name in modules if name.endswith("_generic")}
 
 
 def write_cpio(
     target: Path, files: Mapping[str, tuple[int, bytes]], *, folders: Sequence[str] = ()
 ) -> None:
-    """Write a "newc" cpio archive, owned by root and with times of zero.
+    """Write a "newc" cpio archive, with root as owner and zero times.
 
     The format is Documentation/driver-api/early-userspace/buffer-format.rst.
 
     Args:
         target: the archive.
-        files: mode (with file type) and content by path; their folders are made.
-        folders: further folders.
+        files: mode (with file type) and content by path; their folders are added.
+        folders: additional folders.
     """
     parents = {str(p) for name in files for p in Path(name).parents if str(p) != "."}
     entries: list[tuple[str, int, bytes]] = [

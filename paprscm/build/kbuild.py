@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build guest kernels: the default one from Debian's source, and one from an own source tree."""
+"""Build guest kernels from Debian's source, or from an own source tree."""
 
 from __future__ import annotations
 
@@ -13,7 +13,15 @@ from pathlib import Path
 
 from paprscm.build import kernel_source, prerequisites, toolchain
 from paprscm.build.debian import Archive
-from paprscm.build.kconfig import UNKNOWN, Fragment, Requirement, explain, fragments, merge, unmet
+from paprscm.build.kconfig import (
+    NO_SUCH_OPTION,
+    Fragment,
+    Requirement,
+    explain,
+    fragments,
+    merge,
+    unmet,
+)
 from paprscm.build.vmlinux import parse_config
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.host import process
@@ -30,25 +38,25 @@ _WRONG = re.compile(
     r": (?:fatal )?error: |undefined reference|internal compiler error|Kconfig\S*:\d+: "
     r"|\*\*\* (?!Waiting)"
 )
-# Without these of a fragment there is nothing to test.
+# Without these options no test is possible.
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
-# Switched off in a given .config: a guest needs the command line that QEMU passes.
+# Switched off in the user's .config: a guest needs the command line that QEMU passes.
 _OFF = {"CMDLINE_FORCE": "n"}
 # Kind of the cache's workspaces with the objects of own trees.
 TREE = "kernel-tree"
-# What an unpacked source, its objects and the vmlinux take.
+# Disk space of the unpacked source, the objects and the vmlinux.
 _BUILD_BYTES = 1_200_000_000
 
 
 @dataclass(frozen=True)
-class Built:
-    """A kernel that was built.
+class BuiltKernel:
+    """A built kernel.
 
     Attributes:
         vmlinux: without debug information, with its symbol table.
-        config: the .config that it was built with.
-        log: what make said.
-        modules: a folder as modules_install leaves it; None where nothing is a module.
+        config: its .config.
+        log: output of make.
+        modules: INSTALL_MOD_PATH of modules_install; None if there are no modules.
         source: version of Debian's source package, or the source folder.
     """
 
@@ -65,35 +73,35 @@ def build_default(
     *,
     extra: Sequence[Path] = (),
     proceed: Callable[[], None] = lambda: None,
-) -> Built:
-    """The default kernel, built now if it is not in the cache; asks the network for nothing else.
+) -> BuiltKernel:
+    """The default or debug kernel; built if it is not in the cache.
 
     Args:
-        archive: where the source comes from; its cache keeps source and kernel, as two entries.
-        settings: kernel_source and kernel_suite name the source, page_size its page size, kernel
-            selects the debug kernel.
-        extra: further fragments; a later one overrides.
-        proceed: called several times a second while something runs; ends it by raising.
+        archive: the mirror of the source; its cache keeps source and kernel, as two entries.
+        settings: kernel_source and kernel_suite select the source, page_size the page size, kernel
+            the debug kernel.
+        extra: additional fragments; a later one overrides.
+        proceed: called several times a second; may raise to end the build.
 
     Raises:
-        HostError: a tool is missing, or the source does not build.
-        ConfigError: an option of the fragments did not survive; the message names it and why.
+        HostError: a tool is missing, or the source does not compile.
+        ConfigError: options of the fragments are not set; with the reasons.
     """
     cache = archive.cache
     debug = settings.kernel == "debug"
     fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
-    source = kernel_source.find(cache, settings)
+    source = kernel_source.find_source(cache, settings)
     any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
     if any_source or shutil.which(toolchain.PREFIX + "gcc") is None:
-        # As imported from another machine.
-        there = _find_without_source(cache, settings, fragment)
-        if there is not None:
-            return there
-    # Before the download: a tool that is missing is reported at once.
+        # A kernel imported from another machine.
+        cached = _find_without_source(cache, settings, fragment)
+        if cached is not None:
+            return cached
+    # Before the download, to report a missing tool at once.
     compiler = _compiler()
     if source is None:
         require_make(cache.root)
-    source = source or kernel_source.fetch(archive, settings, proceed)
+    source = source or kernel_source.fetch_source(archive, settings, proceed)
     version = (source / "version").read_text().strip()
     fields = {"source": version, "fragment": fragment.digest, "compiler": compiler}
     # Not in the entry, which goes when the build fails.
@@ -103,13 +111,13 @@ def build_default(
         tree, objects = entry / "tree", entry / "objects"
         with step(f"building the {settings.kernel} kernel ({version})"):
             _fresh_log(log_file)
-            kernel_source.unpack(source / "linux.tar.xz", tree)
+            kernel_source.unpack_source(source / "linux.tar.xz", tree)
             make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
             (entry / "fragment").write_text(fragment.text(own_tree=False))
             make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
             produced = parse_config((objects / ".config").read_text())
             _check(fragment.required(own_tree=False), produced, tree, vital=None)
-            prerequisites.require(produced, tree)
+            prerequisites.require_prerequisites(produced, tree)
             make.compile(produced, total=fragment.objects)
             _collect(make, entry, produced)
             (entry / "source-version").write_text(version + "\n")
@@ -128,37 +136,36 @@ def build_tree(
     config: Path | None = None,
     page_size: str = "64k",
     debug: bool = False,
-) -> Built:
-    """The kernel of an own source tree, in an O= folder of its own below the cache: incremental.
+) -> BuiltKernel:
+    """Build the kernel of an own source tree incrementally, in an O= folder of the cache.
 
-    The part of images/kernel.config that every kernel needs is merged over `config`; an option that
-    is a module there stays one. Without `config` it is the default kernel's configuration.
+    The options of images/kernel.config for every kernel are merged over `config`; an option that
+    is a module there stays one. Without `config`, the default kernel's configuration is used.
 
     Args:
         cache: keeps the O= folder, as a workspace.
-        source: top of a Linux source tree without an in-tree build in it.
+        source: top of a Linux source tree without an in-tree build.
         config: the user's .config.
-        page_size, debug: of a kernel without `config`, as for `fragments`; each kind has an O=
-            folder of its own.
+        page_size, debug: kind of the kernel without `config`, as for `fragments`; each kind has
+            its own O= folder.
 
     Raises:
-        ConfigError: this is not a kernel tree, it is not clean, it has no papr_scm, or it does not
-            compile (with the compiler's first errors); or page size or debug and configuration were
-            given.
+        ConfigError: the tree is not a clean kernel tree, has no papr_scm, or does not compile (with
+            the compiler's first errors); or `page_size` or `debug` was given with `config`.
         HostError: a tool is missing.
     """
     source = expanded(source).resolve()
     _check_tree(source)
     if config is not None and (debug or page_size != "64k"):
-        what = "kernel=debug" if debug else f"page_size={page_size}"
+        option = "kernel=debug" if debug else f"page_size={page_size}"
         raise ConfigError(
-            f"{what} is for the suite's own configuration",
-            hint=f"{config} says what it wants",
+            f"{option} applies to the suite's own configuration only",
+            hint=f"set it in {config}",
         )
     fragment = Fragment.read(fragments(page_size, debug=debug))
     kind = f"{page_size}, debug" if debug else page_size
     fields = {"source": str(source), "configuration": kind}
-    with cache.workspace(TREE, fields, what=f"builds the kernel in {source}") as folder:
+    with cache.workspace(TREE, fields, purpose=f"builds the kernel in {source}") as folder:
         objects, log_file = folder / "objects", folder / "build.log"
         with step(f"building the kernel of {source}"), _marked(objects):
             _fresh_log(log_file)
@@ -167,19 +174,19 @@ def build_tree(
                 (folder / "fragment").write_text(fragment.text(own_tree=False))
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
             else:
-                given = _read_config(config)
-                text = merge(given, {**fragment.values(own_tree=True), **_OFF})
+                user_config = _read_config(config)
+                text = merge(user_config, {**fragment.values(own_tree=True), **_OFF})
                 (objects / ".config").write_text(text)
                 make.run("olddefconfig")
             produced = parse_config((objects / ".config").read_text())
             required = fragment.required(own_tree=config is not None)
             _check(required, produced, source, vital=_VITAL)
             if config is not None:
-                _report_switched_off(parse_config(given), produced, config)
-            prerequisites.require(produced, source)
+                _report_switched_off(parse_config(user_config), produced, config)
+            prerequisites.require_prerequisites(produced, source)
             count = folder / "objects-count"
-            known = count.read_text() if count.is_file() else ""
-            total = int(known or fragment.objects) if config is None else int(known or 0)
+            recorded = count.read_text() if count.is_file() else ""
+            total = int(recorded or fragment.objects) if config is None else int(recorded or 0)
             first = not (objects / "vmlinux").exists()
             compiled = make.compile(produced, total=total if first else 0, blame=ConfigError)
             if first:
@@ -189,7 +196,7 @@ def build_tree(
 
 
 class _Make:
-    """One O= folder and the make that fills it."""
+    """make in one O= folder."""
 
     def __init__(
         self,
@@ -211,7 +218,7 @@ class _Make:
             *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
             *(f"CROSS_COMPILE={toolchain.PREFIX}", *variables),
         ]
-        passed, missed = prerequisites.environment(os.environ)
+        passed, missed = prerequisites.kbuild_environment(os.environ)
         if missed:
             logger.warning(
                 "not passed on to the kernel build: %s of the environment", ", ".join(missed)
@@ -224,23 +231,23 @@ class _Make:
         }
 
     def run(self, *targets: str, bar: Bar | None = None, total: int = 0) -> int:
-        """Make the targets; how many objects were compiled.
+        """Make the targets; return the number of compiled objects.
 
         Raises:
-            HostError: it failed; the first errors are in the message, the log's path in the hint.
+            HostError: make failed; with the first errors, and the log's path as hint.
         """
-        done = 0
-        wrong: list[str] = []
+        compiled = 0
+        errors: list[str] = []
 
         def line(text: str) -> None:
-            nonlocal done
+            nonlocal compiled
             if _OBJECT.match(text):
-                done += 1
+                compiled += 1
                 if bar is not None:
-                    # The total is a record of an earlier build, or of another version.
-                    bar.update(done, max(total, done) if total else None)
+                    # The total is from an earlier build, or of another version.
+                    bar.update(compiled, max(total, compiled) if total else None)
             elif _WRONG.search(text):
-                wrong.append(text.strip())
+                errors.append(text.strip())
 
         try:
             process.run(
@@ -252,21 +259,21 @@ class _Make:
                 on_idle=self._proceed,
             )
         except HostError as error:
-            if not wrong:
+            if not errors:
                 raise
-            # With several jobs the last line is rarely the cause; the compiler's errors are.
-            cause = [text for text in wrong if "***" not in text] or wrong
+            # With several jobs the last line is rarely the cause, unlike the compiler's errors.
+            cause = [text for text in errors if "***" not in text] or errors
             lines = "".join(f"\n    {text}" for text in cause[:8])
             raise HostError(
                 f"`make {' '.join(targets)}` in {self.source} failed:{lines}",
                 hint=f"the whole log: {self._log_file}",
             ) from error
-        return done
+        return compiled
 
     def compile(
         self, produced: dict[str, str], *, total: int, blame: type[Error] = HostError
     ) -> int:
-        """Make vmlinux, and modules where there are any; how many objects were compiled."""
+        """Make vmlinux, and modules if any; return the number of compiled objects."""
         targets = ["vmlinux", "modules"] if "m" in produced.values() else ["vmlinux"]
         try:
             with progress("kernel objects", total or None, "objects") as bar:
@@ -275,8 +282,10 @@ class _Make:
             raise blame(error.message, hint=error.hint) from error
 
 
-def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -> Built | None:
-    """The newest kernel in the cache that was built from such a source, by any compiler."""
+def _find_without_source(
+    cache: Cache, settings: Settings, fragment: Fragment
+) -> BuiltKernel | None:
+    """The newest kernel in the cache of this source series, built by any compiler."""
     series = settings.kernel_source.removeprefix("linux-source-") + "."
     entries = [
         entry
@@ -286,16 +295,16 @@ def _find_without_source(cache: Cache, settings: Settings, fragment: Fragment) -
         and entry.fields.get("source", "").startswith(series)
     ]
     for entry in sorted(entries, key=lambda entry: entry.created, reverse=True):
-        if there := cache.find(entry.kind, entry.fields):
-            return _built(there.path, there.path / "build.log", entry.fields["source"])
+        if cached := cache.find(entry.kind, entry.fields):
+            return _built(cached.path, cached.path / "build.log", entry.fields["source"])
     return None
 
 
 def _compiler() -> str:
     """The cross compiler's name and version, as one line."""
-    compiler = toolchain.require(f"{toolchain.PREFIX}gcc")
+    compiler = toolchain.require_program(f"{toolchain.PREFIX}gcc")
     for tool in toolchain.KERNEL_TOOLS:
-        toolchain.require(tool)
+        toolchain.require_program(tool)
     return process.run([compiler, "--version"]).lines[0]
 
 
@@ -306,34 +315,34 @@ def _check(
     *,
     vital: Sequence[str] | None,
 ) -> None:
-    """Name the requirements that are not met; fatal for the vital ones, all of them if None."""
-    lost = unmet(required, produced)
-    if not lost:
+    """Report unmet requirements; raise for vital options, for all of them if `vital` is None."""
+    missing = unmet(required, produced)
+    if not missing:
         return
-    reasons = explain([name for one in lost for name in one.options], produced, tree)
-    lost = [
+    reasons = explain([name for one in missing for name in one.options], produced, tree)
+    missing = [
         one
-        for one in lost
-        if not one.optional or any(reasons[name] != UNKNOWN for name in one.options)
+        for one in missing
+        if not one.optional or any(reasons[name] != NO_SUCH_OPTION for name in one.options)
     ]
     text = "; ".join(
-        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in lost
+        " or ".join(f"CONFIG_{name} ({reasons[name]})" for name in one.options) for one in missing
     )
-    if any(vital is None or name in vital for one in lost for name in one.options):
-        raise ConfigError(f"the kernel's configuration lost options that are needed: {text}")
-    if lost:
+    if any(vital is None or name in vital for one in missing for name in one.options):
+        raise ConfigError(f"the kernel's configuration lacks required options: {text}")
+    if missing:
         logger.warning("the kernel's configuration lacks options that tests may need: %s", text)
 
 
-def _report_switched_off(given: dict[str, str], produced: dict[str, str], config: Path) -> None:
-    """Name what a given .config had and its kernel has not, where that is not the user's doing."""
-    for name, why in (
+def _report_switched_off(requested: dict[str, str], produced: dict[str, str], config: Path) -> None:
+    """Warn about options of the user's .config that the build has switched off."""
+    for name, reason in (
         ("CMDLINE_FORCE", "guests need the command line that QEMU passes"),
         # "depends on PAHOLE_VERSION >= 116", Linux lib/Kconfig.debug.
         ("DEBUG_INFO_BTF", "pahole is missing or too old (apt install dwarves)"),
     ):
-        if given.get(name) == "y" and name not in produced:
-            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, why)
+        if requested.get(name) == "y" and name not in produced:
+            logger.warning("CONFIG_%s of %s is switched off: %s", name, config, reason)
 
 
 def _check_tree(source: Path) -> None:
@@ -344,10 +353,10 @@ def _check_tree(source: Path) -> None:
         )
     # Linux, Makefile: outputmakefile.
     dirt = (".config", "include/config", "arch/powerpc/include/generated")
-    found = [name for name in dirt if (source / name).exists()]
-    if found:
+    leftovers = [name for name in dirt if (source / name).exists()]
+    if leftovers:
         raise ConfigError(
-            f"{source} was built or configured in place ({', '.join(found)} is there); "
+            f"{source} was built or configured in place ({', '.join(leftovers)} is there); "
             "kbuild refuses a separate output folder then",
             hint=f"cp {source}/.config FILE; make -C {source} ARCH=powerpc mrproper; then give "
             "FILE as the configuration",
@@ -367,11 +376,11 @@ def _read_config(path: Path) -> str:
 
 @contextmanager
 def _marked(objects: Path) -> Iterator[None]:
-    """Forget what a build that was killed had half written.
+    """Delete incomplete objects of a build that was killed.
 
-    make deletes its half-written targets when it is interrupted or fails, but not when it is
-    killed; such an object would be newer than its source, and be taken. kbuild (scripts/
-    Kbuild.include, if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
+    make deletes incomplete targets when it fails or is interrupted, but not when it is killed; such
+    an object is newer than its source, so that make would use it. kbuild (scripts/Kbuild.include,
+    if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
     """
     objects.mkdir(parents=True, exist_ok=True)
     marker = objects / ".building"
@@ -394,7 +403,7 @@ def _marked(objects: Path) -> Iterator[None]:
 
 
 def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
-    """Put vmlinux, config and modules beside the O= folder, each by rename."""
+    """Publish vmlinux, config and modules beside the O= folder, each by rename."""
     built = folder / ".vmlinux.new"
     process.run(
         [toolchain.PREFIX + "strip", "--strip-debug", "-o", built, make.objects / "vmlinux"]
@@ -406,16 +415,16 @@ def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
         shutil.rmtree(stale, ignore_errors=True)
     if "m" in produced.values():
         make.run("modules_install", f"INSTALL_MOD_PATH={fresh}", "INSTALL_MOD_STRIP=1")
-        # Links back into the build's folders, which may move or go.
+        # Links into the build folders, which may be moved or removed.
         for link in fresh.glob("lib/modules/*/*"):
             if link.is_symlink():
                 link.unlink()
         fresh.rename(modules)
 
 
-def _built(folder: Path, log_file: Path, source: str) -> Built:
+def _built(folder: Path, log_file: Path, source: str) -> BuiltKernel:
     modules = folder / "modules"
-    return Built(
+    return BuiltKernel(
         vmlinux=folder / "vmlinux",
         config=folder / "config",
         log=log_file,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Fragments of kernel configurations: read, merged, and checked against what became of them."""
+"""Fragments of kernel configurations: parse, merge, and check against the produced .config."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _DIRECTIVE = re.compile(r"#@\s*(.*)")
 _BLOCK = re.compile(r"^(?:menu)?config (\w+)\n((?:[ \t].*\n|\n)*)", re.MULTILINE)
 _DEPENDS = re.compile(r"^\s+depends on (.*)$", re.MULTILINE)
 
-UNKNOWN = "this kernel has no such option"
+NO_SUCH_OPTION = "this kernel has no such option"
 
 
 @dataclass(frozen=True)
 class Requirement:
-    """One line of a fragment: the options of which a kernel must have one.
+    """One line of a fragment: a kernel must have one of its options.
 
     Attributes:
         options: name without "CONFIG_" and value of each, in order of preference; "n" means off.
-        optional: met by a kernel that knows none of these options.
+        optional: met by a kernel that has none of these options in its Kconfig.
         every_kernel: also merged over the .config of an own source tree.
     """
 
@@ -39,11 +39,11 @@ class Requirement:
 
 @dataclass(frozen=True)
 class Fragment:
-    """Options that a kernel must have, and for which kernels.
+    """Options that a kernel must have, and the kernels that need them.
 
     Attributes:
-        requirements: by the name of their first option.
-        objects: number of objects that the default kernel compiles, 0 where it is not known.
+        requirements: requirements by the name of their first option.
+        objects: number of objects of the default kernel; 0 if unknown.
     """
 
     requirements: dict[str, Requirement]
@@ -51,7 +51,7 @@ class Fragment:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> Fragment:
-        """Read fragments; in a later one options override, and so do its directives.
+        """Parse fragments; options and directives of a later one override.
 
         Raises:
             ConfigError: a file cannot be read, or has a line that is not an option, comment or
@@ -62,8 +62,8 @@ class Fragment:
         for path in paths:
             every_kernel = True
             for number, line in enumerate(_lines(path), start=1):
-                if found := _DIRECTIVE.fullmatch(line):
-                    words = found[1].split()
+                if match := _DIRECTIVE.fullmatch(line):
+                    words = match[1].split()
                     if words == ["every", "kernel"]:
                         every_kernel = True
                     elif words == ["default", "kernel"]:
@@ -88,18 +88,18 @@ class Fragment:
 
     @property
     def digest(self) -> str:
-        """Names what the fragment asks for; comments and order do not count."""
+        """Digest of the options, independent of comments and order."""
         ordered = _text(sorted(self.values(own_tree=False).items()))
         return hashlib.sha256(ordered.encode()).hexdigest()[:16]
 
     def required(self, *, own_tree: bool) -> list[Requirement]:
-        """Requirements on the default kernel, or on one with its own .config."""
+        """Requirements of the default kernel, or of one with its own .config."""
         return [one for one in self.requirements.values() if one.every_kernel or not own_tree]
 
     def values(self, *, own_tree: bool) -> dict[str, str]:
-        """All options, alternatives too. Of a choice the preferred one is last: kconfig takes that.
+        """All options with alternatives; kconfig takes the last of a choice, the preferred one.
 
-        A kernel ignores those that it does not know.
+        kconfig ignores unknown options.
         """
         return {
             name: value
@@ -113,7 +113,7 @@ class Fragment:
 
 
 def default_fragment() -> Path:
-    """The fragment that the default kernel is made of."""
+    """The fragment of the default kernel."""
     return IMAGES / "kernel.config"
 
 
@@ -122,7 +122,7 @@ def fragments(page_size: str, *, debug: bool = False) -> list[Path]:
 
     Args:
         page_size: "64k" or "4k".
-        debug: of the kernel that watches itself.
+        debug: fragments of the debug kernel.
     """
     base = default_fragment()
     kinds = ["4k"] * (page_size == "4k") + ["debug"] * debug
@@ -132,76 +132,75 @@ def fragments(page_size: str, *, debug: bool = False) -> list[Path]:
 def merge(base: str, options: Mapping[str, str]) -> str:
     """A .config with `options` over those of `base`, for `make olddefconfig`.
 
-    A driver that is a module in `base` stays one where `options` want it built in: that is how its
-    owner runs it.
+    A driver that is a module in `base` stays a module, even if `options` have it built in.
     """
-    kept = []
+    lines = []
     modules = set()
     for line in base.splitlines():
-        found = _OPTION.fullmatch(line.strip()) or _OFF.fullmatch(line.strip())
-        if found and found[1] in options:
-            if line.strip().endswith("=m") and options[found[1]] == "y":
-                modules.add(found[1])
+        match = _OPTION.fullmatch(line.strip()) or _OFF.fullmatch(line.strip())
+        if match and match[1] in options:
+            if line.strip().endswith("=m") and options[match[1]] == "y":
+                modules.add(match[1])
             continue
-        kept.append(line)
+        lines.append(line)
     values = {name: "m" if name in modules else value for name, value in options.items()}
-    return "\n".join(kept) + "\n" + _text(values.items())
+    return "\n".join(lines) + "\n" + _text(values.items())
 
 
 def unmet(requirements: Iterable[Requirement], produced: Mapping[str, str]) -> list[Requirement]:
-    """The requirements of which `produced` has no option; a module will do for built in."""
+    """The requirements without an option in `produced`; a module counts as built in."""
     return [
         one
         for one in requirements
         if not any(
-            (got := produced.get(name, "n")) == value or (value, got) == ("y", "m")
+            (actual := produced.get(name, "n")) == value or (value, actual) == ("y", "m")
             for name, value in one.options.items()
         )
     ]
 
 
 def explain(names: Iterable[str], produced: Mapping[str, str], tree: Path) -> dict[str, str]:
-    """Explain why each option did not survive, as far as its Kconfig entry shows.
+    """Reason why each option is not set, according to its Kconfig entry.
 
     Args:
         names: options, without "CONFIG_".
-        produced: the configuration that came out.
+        produced: the produced configuration.
         tree: the kernel source.
     """
-    wanted = set(names)
+    options = set(names)
     entries: dict[str, str] = {}
     for path in tree.rglob("Kconfig*"):
         if not path.is_file():
             continue
         for name, body in _BLOCK.findall(path.read_text(errors="replace") + "\n"):
-            if name in wanted:
-                # Without the help text, which may speak of anything.
+            if name in options:
+                # Without the help text.
                 facts = re.split(r"^\s+help\b", body, maxsplit=1, flags=re.MULTILINE)[0]
                 entries[name] = entries.get(name, "") + facts
-    return {name: _reason(entries.get(name), produced, name) for name in wanted}
+    return {name: _reason(entries.get(name), produced, name) for name in options}
 
 
 def _reason(entry: str | None, produced: Mapping[str, str], name: str) -> str:
     if entry is None:
-        return UNKNOWN
-    needed = [
+        return NO_SUCH_OPTION
+    unset = [
         symbol
         for line in _DEPENDS.findall(entry)
         for symbol in re.findall(r"(?<![!\w])([A-Z][A-Z0-9_]*)\b(?!\s*=)", line)
         if symbol not in produced
     ]
-    if needed:
-        return "depends on " + ", ".join(dict.fromkeys(needed)) + ", not set"
+    if unset:
+        return "depends on " + ", ".join(dict.fromkeys(unset)) + ", not set"
     if not re.search(r'^\s+(?:bool|tristate|int|hex|string|prompt)[ \t]+"', entry, re.MULTILINE):
-        return "it cannot be set directly, others select it"
-    return f"it came out as {produced.get(name, 'n')}"
+        return "it cannot be set directly, other options select it"
+    return f"it became {produced.get(name, 'n')}"
 
 
 def _option(text: str) -> tuple[str, str] | None:
     """Name and value of an option as a .config has it."""
-    if found := _OPTION.fullmatch(text):
-        return found[1], found[2]
-    return (found[1], "n") if (found := _OFF.fullmatch(text)) else None
+    if match := _OPTION.fullmatch(text):
+        return match[1], match[2]
+    return (match[1], "n") if (match := _OFF.fullmatch(text)) else None
 
 
 def _text(options: Iterable[tuple[str, str]]) -> str:

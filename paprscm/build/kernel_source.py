@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The Linux source of the kernels that the suite builds: a package of Debian's, in the cache."""
+"""The Linux source of the default and debug kernel: a Debian package, in the cache."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from paprscm.host.cache import Cache
 from paprscm.log import step
 from paprscm.settings import Settings
 
-KIND = "kernel-source"
+SOURCE_KIND = "kernel-source"
 """Kind of its cache entry."""
 
 _NEEDS_BYTES = 400_000_000
 
-# Every architecture but powerpc.
+# Every architecture except powerpc.
 _OTHER_ARCHITECTURES = ("[a-o]*", "parisc", "[q-z]*")
-# The Kconfig files and Makefiles of both stay: every configuration reads them all.
+# Kconfig files and Makefiles stay: every configuration reads them.
 _CODE_NOT_BUILT = (
     *("drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband", "drivers/media"),
     *("drivers/net/ethernet", "drivers/net/wireless", "drivers/staging", "sound"),
@@ -35,26 +35,26 @@ def _source_fields(settings: Settings, suite: str) -> dict[str, str]:
     return {"package": settings.kernel_source, "suite": suite}
 
 
-def find(cache: Cache, settings: Settings) -> Path | None:
-    """The cache entry with the source package's archive and version, of the first suite."""
+def find_source(cache: Cache, settings: Settings) -> Path | None:
+    """The cache entry with archive and version of the source package, of the first suite."""
     for suite in suites(settings.kernel_suite):
-        if entry := cache.find(KIND, _source_fields(settings, suite)):
+        if entry := cache.find(SOURCE_KIND, _source_fields(settings, suite)):
             return entry.path
     return None
 
 
-def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> Path:
-    """Download the source from the first suite that has it; the cache entry, as for find().
+def fetch_source(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> Path:
+    """Download the source from the first suite that has it; return the entry as find_source().
 
     Args:
-        archive: where it comes from; its cache keeps it.
-        settings: kernel_source and kernel_suite name it.
-        proceed: called several times a second while something runs; ends it by raising.
+        archive: the mirror; its cache keeps the source.
+        settings: kernel_source and kernel_suite.
+        proceed: called several times a second; may raise to end the download.
 
     Raises:
         UnavailableError: no suite has the package.
-        ConfigError: it holds no Linux source.
-        HostError: as for Archive.download().
+        ConfigError: the package holds no Linux source.
+        HostError: as Archive.download().
     """
     package = settings.kernel_source
 
@@ -65,7 +65,7 @@ def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> 
                 download = archive.download(
                     [package],
                     suite=suite,
-                    # The package is for all architectures; the userland needs this one's index.
+                    # The package is for all architectures; the userland needs this index.
                     arch=ARCH,
                     title=package,
                     alone=True,
@@ -84,7 +84,7 @@ def fetch(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> 
                 download.remove()
 
         fields = _source_fields(settings, suite)
-        return archive.cache.ensure(KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
+        return archive.cache.ensure(SOURCE_KIND, fields, fill, needs_bytes=_NEEDS_BYTES).path
 
     return first_available(suites(settings.kernel_suite), attempt, title=package)
 
@@ -96,14 +96,14 @@ def _package_version(root: Path, package: str) -> str:
             first = file.readline()
     except (OSError, EOFError) as error:
         raise HostError(f"the package {package} has no readable changelog: {error}") from error
-    found = re.match(r"\S+ \(([^)]+)\)", first)
-    if found is None:
+    match = re.match(r"\S+ \(([^)]+)\)", first)
+    if match is None:
         raise HostError(f"the changelog of {package} does not begin with a version: {first!r}")
-    return found[1]
+    return match[1]
 
 
-def unpack(archive: Path, tree: Path) -> None:
-    """Unpack the source without what a powerpc kernel never reads: half of its files."""
+def unpack_source(archive: Path, tree: Path) -> None:
+    """Unpack the source without the files that a powerpc build never reads: half of all."""
     code = [f"arch/{name}" for name in _OTHER_ARCHITECTURES] + list(_CODE_NOT_BUILT)
     excluded = [f"*/{folder}/*.{suffix}" for folder in code for suffix in ("[chS]", "dts", "dtsi")]
     excluded += [f"*/Documentation/*.{suffix}" for suffix in _TEXT_SUFFIXES]
@@ -112,7 +112,7 @@ def unpack(archive: Path, tree: Path) -> None:
     with step("unpacking the kernel source"):
         process.run(
             [
-                # Debian compresses in blocks: xz can take several at a time.
+                # Debian compresses in blocks, which xz can unpack in parallel.
                 *("tar", "--use-compress-program=xz -T0", "-xf", archive, "-C", tree),
                 *("--strip-components=1", "--wildcards"),
                 *("--no-anchored", "--no-same-owner"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The host's part in a kernel build: the environment that kbuild sees, and tools and headers."""
+"""Host prerequisites of a kernel build: environment variables, tools and headers."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from pathlib import Path
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
 
-# All that a build takes from the environment. kbuild reads dozens of variables (Linux,
-# Documentation/kbuild/kbuild.rst); one that is passed on would have to be part of a kernel's key.
+# The variables passed to a build. kbuild reads dozens (Linux, Documentation/kbuild/kbuild.rst), but
+# each one passed on would have to be part of a kernel's key.
 _PASSED = ("HOME", "LD_LIBRARY_PATH", "PATH", "PKG_CONFIG_PATH", "TMPDIR")
 _PASSED_PREFIXES = ("CCACHE_", "DISTCC_")
-# What users set on purpose, and would miss.
+# Variables that users set on purpose; a warning names them.
 _MISSED = re.compile(
     r"LLVM(?:_IAS)?|LOCALVERSION|EXTRAVERSION|K(?:C|CPP|A|RUST)FLAGS|(?:KBUILD_)?HOST\w*FLAGS|"
     r"(?:[CA]|LD|RUST)FLAGS_\w+|KBUILD_\w+|KCONFIG_\w+|INSTALL_\w+"
 )
 
 
-def environment(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Variables to pass to kbuild, and the names of those that it reads and does not get."""
+def kbuild_environment(variables: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Variables to pass to kbuild, and names of others that it would read."""
     passed = {
         name: value
         for name, value in variables.items()
@@ -39,9 +39,9 @@ class _Need:
 
     Attributes:
         option: without "CONFIG_".
-        part: a tool in PATH; with the suffix ".h" a header.
-        library: pkg-config's name of the header's library.
-        debian, fedora: packages with it.
+        part: a tool in PATH, or a header with the suffix ".h".
+        library: pkg-config name of the header's library.
+        debian, fedora: package with it.
     """
 
     option: str
@@ -54,7 +54,7 @@ class _Need:
         if not self.part.endswith(".h"):
             return shutil.which(self.part) is not None
         try:
-            # As scripts/Makefile and tools/objtool/Makefile find it.
+            # As in scripts/Makefile and tools/objtool/Makefile.
             flags = process.run(["pkg-config", "--cflags", self.library]).text.split()
         except HostError:
             flags = []
@@ -84,16 +84,16 @@ _KEY_FILES = ("SYSTEM_TRUSTED_KEYS", "SYSTEM_REVOCATION_KEYS", "MODULE_SIG_KEY")
 _GENERATED_KEY = "certs/signing_key.pem"
 
 
-def require(produced: Mapping[str, str], tree: Path) -> None:
-    """Insist on what a configuration needs to compile, before minutes of it are spent.
+def require_prerequisites(produced: Mapping[str, str], tree: Path) -> None:
+    """Require the tools, headers and key files of a configuration, before the build starts.
 
     Args:
-        produced: the options, as `parse_config` returns them.
-        tree: the kernel source, where relative names of key files begin.
+        produced: the options, from `parse_config`.
+        tree: the kernel source; names of key files are relative to it.
 
     Raises:
         HostError: tools or headers are missing; the hint names their packages.
-        ConfigError: a file of keys does not exist, as with a distribution's .config.
+        ConfigError: a key file does not exist; a distribution's .config often names one.
     """
     lacking = [need for need in _NEEDS if need.option in produced and not need.is_met()]
     if lacking:
@@ -106,7 +106,7 @@ def require(produced: Mapping[str, str], tree: Path) -> None:
             for kind in ("debian", "fedora")
         )
         raise HostError(
-            f"the kernel's configuration needs what this machine lacks: {parts}",
+            f"this machine lacks tools or headers for the kernel's configuration: {parts}",
             hint=f"apt install {debian} (Fedora: dnf install {fedora}), or switch the options off",
         )
     for option in _KEY_FILES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The guest's root file system: Debian packages on a read-only disk, with keys of its own."""
+"""The guest's root file system: Debian packages on a read-only disk, with its own ssh keys."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS, IMAGES
 
 _FORMAT = "1"
+"""Change it when this module changes the content of the disk."""
 _AGENT = GUEST_TOOLS / "agent.c"
-"""Changes when this file makes the disk otherwise."""
 _NEEDS_BYTES = 1_800_000_000
 _BLOCK_SIZE = 4096
 _INODE_SIZE = 256
 _KEY_TYPE = "ssh-ed25519"
 
-# Where tests and people write; the disk itself is read-only and shared by guests.
+# Folders that tests and people write to; the disk itself is read-only and shared by guests.
 _WRITABLE = ("/tmp", "/run", "/root", "/mnt", "/var/tmp", "/var/log", "/home")  # noqa: S108
-# The cover letter of the series and its users mount pmem here.
+# Used for pmem in the cover letter of the patch series, and by its users.
 _MOUNT_POINTS = ("mnt1", "mnt2", "mnt3", "mnt4", "proc", "sys", "dev", "mnt", "run")
-# Maintainer scripts would have made these through update-alternatives.
+# Maintainer scripts would create these through update-alternatives.
 _ALTERNATIVES = {"cc": "gcc", "c99": "gcc", "awk": "mawk"}
 _APPLETS = (
     *(
@@ -61,13 +61,13 @@ _ETC = {
         "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n"
     ),
     "group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
-    # No password opens it: dropbear takes keys only, the console asks for none.
+    # No passwords: dropbear accepts keys only, and the console needs none.
     "shadow": "root:*:19000:0:99999:7:::\nnobody:*:19000:0:99999:7:::\n",
     "shells": "/bin/sh\n/bin/bash\n/bin/dash\n",
     "hostname": "guest\n",
     "hosts": "127.0.0.1 localhost guest\n10.0.2.15 guest\n",
     "nsswitch.conf": "passwd: files\ngroup: files\nshadow: files\nhosts: files\n",
-    # The guest reaches nothing, and nothing of the host's shall be in the image.
+    # The guest has no network, and the image must not contain data of the host.
     "resolv.conf": "",
     "profile": (
         "export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin\n"
@@ -88,15 +88,15 @@ _FSTAB = (
 
 @dataclass(frozen=True)
 class Userland:
-    """One finished root file system.
+    """One complete root file system.
 
     Attributes:
         disk: raw ext4 image without a journal; attach it with readonly=on.
-        client_key: OpenSSH private key that may log in as root.
+        client_key: OpenSSH private key for logins as root.
         host_key_public: the guest's host key as in known_hosts: type, space, base64.
         busybox: static busybox for the guest's architecture, for an initramfs.
         suite: the Debian suite.
-        versions: version of each Debian package on it.
+        versions: version of each Debian package.
     """
 
     disk: Path
@@ -107,24 +107,24 @@ class Userland:
     versions: Mapping[str, str] = field(hash=False, repr=False)
 
 
-def obtain(
+def obtain_userland(
     archive: Archive, suites: Sequence[str], *, proceed: Callable[[], None] = lambda: None
 ) -> Userland | Download:
-    """The first suite's userland that is in the cache; else the packages of the first that has all.
+    """Return a userland from the cache, else download the packages of the first complete suite.
 
     Args:
-        archive: where packages come from, and the cache.
-        suites: Debian suites, best first.
-        proceed: called several times a second while packages are downloaded; ends that by raising.
+        archive: the mirror and the cache.
+        suites: Debian suites, preferred first.
+        proceed: called several times a second; may raise to end the download.
 
     Raises:
-        HostError: a tool that build() needs is missing.
+        HostError: a tool of build_rootfs() is missing.
         UnavailableError: no suite can provide the packages.
         Error: as Archive.download().
     """
     for suite in suites:
-        if there := find(archive.cache, suite=suite):
-            return there
+        if userland := find_rootfs(archive.cache, suite=suite):
+            return userland
 
     for tool, package in (("fakeroot", "fakeroot"), ("mke2fs", "e2fsprogs")):
         if shutil.which(tool, path=_tool_path()) is None:
@@ -139,16 +139,16 @@ def obtain(
     return first_available(suites, attempt, title="userland")
 
 
-def build(
+def build_rootfs(
     cache: Cache, download: Download, *, boot_test: Callable[[Userland], None] | None
 ) -> Userland:
-    """The root file system made of the packages, which are deleted then.
+    """Build the root file system from the packages, and delete the packages.
 
     Args:
-        cache: where it is kept.
-        download: what obtain() returned.
-        boot_test: boots a guest on it and raises if that fails; called before it is published.
-            None publishes it untested.
+        cache: the cache for the result.
+        download: packages from obtain_userland().
+        boot_test: boots a guest on it and raises if that fails; called before the entry is
+            published. None: no test.
 
     Raises:
         HostError: no space.
@@ -168,14 +168,14 @@ def build(
     return _load(entry.path, suite)
 
 
-def find(cache: Cache, *, suite: str) -> Userland | None:
-    """The root file system, if the cache has it; nothing is built."""
+def find_rootfs(cache: Cache, *, suite: str) -> Userland | None:
+    """The root file system of a suite from the cache, or None; nothing is built."""
     entry = cache.find("userland", _recipe(suite)[2])
     return _load(entry.path, suite) if entry else None
 
 
 def packages() -> list[str]:
-    """Names of the Debian packages that a userland is made of, without their dependencies."""
+    """Names of the userland's Debian packages, without dependencies."""
     return parse_packages((IMAGES / "packages").read_text())[0]
 
 
@@ -204,7 +204,7 @@ def _recipe(suite: str) -> tuple[list[str], list[str], dict[str, str]]:
     packages, unwanted = parse_packages(listing)
     fields = {
         "suite": suite,
-        # Not the file: a better reason for a package is no reason to fetch them all anew.
+        # Not the file: a changed comment must not cause a new download.
         "packages": hashlib.sha256(repr((sorted(packages), sorted(unwanted))).encode()).hexdigest(),
         "init": hashlib.sha256((IMAGES / "init").read_bytes()).hexdigest(),
         "agent": hashlib.sha256(_AGENT.read_bytes()).hexdigest(),
@@ -262,15 +262,15 @@ def _prune(root: Path, patterns: list[str]) -> None:
             else:
                 path.unlink()
     for path in (root / "dev").iterdir():
-        # devtmpfs is mounted over it.
+        # devtmpfs is mounted on it.
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
-    """Write what maintainer scripts and an administrator would have written."""
+    """Write the files that maintainer scripts and an administrator would write."""
     for name in (*_MOUNT_POINTS, *(place.lstrip("/") for place in _WRITABLE)):
         (root / name).mkdir(parents=True, exist_ok=True)
-    # Of no use in the guest, or written here.
+    # Useless in the guest, or written here.
     for name in ("apt", "dpkg", *_ETC):
         path = root / "etc" / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -284,7 +284,7 @@ def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
     for name in _APPLETS:
         if not any((root / folder / name).exists() for folder in ("usr/bin", "usr/sbin")):
             _link(root / "usr/bin" / name, "busybox")
-    _open_to_all(root)
+    _make_readable(root)
     (root / "etc/shadow").chmod(0o600)
     (root / "root").chmod(0o700)
     init = root / "init"
@@ -299,33 +299,32 @@ def _configure(root: Path, *, client_public: str, host_key: bytes) -> None:
     _write_private(root / "etc/skel.root/.ssh/authorized_keys", authorized)
 
 
-def _open_to_all(root: Path) -> None:
-    """Let every user of the guest read what root may read.
+def _make_readable(root: Path) -> None:
+    """Give all users of the guest the read permissions of root.
 
-    Unpacked by a user whose umask is 077, all of it would be for root alone. There are no secrets
-    in packages.
+    With a umask of 077, unpacked files are readable by root only. Packages contain no secrets.
     """
     for path in (root, *root.rglob("*")):
         mode = path.lstat().st_mode
         if not stat.S_ISLNK(mode):
-            wanted = stat.S_IMODE(mode) | (mode & 0o500) >> 3 | (mode & 0o500) >> 6
-            if wanted != stat.S_IMODE(mode):
-                path.chmod(wanted)
+            opened = stat.S_IMODE(mode) | (mode & 0o500) >> 3 | (mode & 0o500) >> 6
+            if opened != stat.S_IMODE(mode):
+                path.chmod(opened)
 
 
 def _make_disk(root: Path, disk: Path) -> None:
-    blocks, inodes = _needed(root)
+    blocks, inodes = _tree_size(root)
     # Inode tables, bitmaps and directories that grow while mke2fs fills them.
     inodes += inodes // 20 + 64
     blocks += inodes * _INODE_SIZE // _BLOCK_SIZE + blocks // 25 + 1024
     process.run(
         [
-            # As seen through fakeroot everything is owned by root, whoever runs this.
+            # Under fakeroot all files belong to root, independent of the user.
             "fakeroot",
             "mke2fs",
             "-q",
             *("-t", "ext4"),
-            # Read-only for ever: nothing to replay, nothing to grow; checksums cost time under TCG.
+            # The disk is read-only: no journal, no resizing; checksums cost time under TCG.
             *("-O", "^has_journal,^resize_inode,^metadata_csum,^64bit"),
             *("-b", str(_BLOCK_SIZE)),
             *("-I", str(_INODE_SIZE)),
@@ -340,18 +339,18 @@ def _make_disk(root: Path, disk: Path) -> None:
     )
 
 
-def _needed(root: Path) -> tuple[int, int]:
-    """Blocks and inodes that the tree takes on an ext4."""
+def _tree_size(root: Path) -> tuple[int, int]:
+    """Number of blocks and inodes of the tree on ext4."""
     blocks = inodes = 0
-    seen: set[int] = set()
+    counted: set[int] = set()
     for path in (root, *root.rglob("*")):
         info = path.lstat()
         if info.st_nlink > 1 and not stat.S_ISDIR(info.st_mode):
-            if info.st_ino in seen:
+            if info.st_ino in counted:
                 continue
-            seen.add(info.st_ino)
+            counted.add(info.st_ino)
         inodes += 1
-        # A target of up to 59 bytes lives in the inode.
+        # ext4 stores a link target of up to 59 bytes in the inode.
         if not (stat.S_ISLNK(info.st_mode) and info.st_size < 60):
             blocks += -(-info.st_size // _BLOCK_SIZE)
     return blocks, inodes
@@ -379,13 +378,13 @@ def _write_private(path: Path, content: bytes) -> None:
 
 
 def openssh_public(key: Ed25519PrivateKey) -> str:
-    """The public half as in authorized_keys: type, space, base64."""
+    """The public key as in authorized_keys: type, space, base64."""
     blob = _string(_KEY_TYPE.encode()) + _string(_raw_public(key))
     return f"{_KEY_TYPE} {base64.b64encode(blob).decode()}"
 
 
 def dropbear_private(key: Ed25519PrivateKey) -> bytes:
-    """The private key as dropbear keeps it (signkey.c:buf_put_priv_key, ed25519.c)."""
+    """The private key in dropbear's format (signkey.c:buf_put_priv_key, ed25519.c)."""
     seed = key.private_bytes(
         serialization.Encoding.Raw,
         serialization.PrivateFormat.Raw,

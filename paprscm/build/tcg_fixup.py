@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Instructions for persistent memory that a TCG may lack: ask which, and rewrite them in a copy.
+"""Rewrite instructions for persistent memory that TCG cannot execute, in a copy of the kernel.
 
-No QEMU up to 11.1 executes `dcbfps` and `dcbstps` under TCG (GEN_HANDLER(dcbf) in
+QEMU up to 11.1 does not execute `dcbfps` and `dcbstps` under TCG (GEN_HANDLER(dcbf) in
 target/ppc/translate.c rejects L > 3), so every kernel since 5.9 takes a program interrupt at its
 first write to pmem ("powerpc/pmem: Add flush routines using new pmem store and sync instruction").
-TCG has no caches to flush, so a plain `dcbf` there means the same.
+TCG models no caches, so a plain `dcbf` is equivalent.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _STT_FUNC = 2
 
 @dataclass(frozen=True)
 class Instruction:
-    """One form of an instruction, and what does the same where no cache is modelled.
+    """One form of an instruction, and its equivalent without cache model.
 
     Attributes:
         name: its mnemonic in Power ISA 3.1.
         word, mask: an instruction word w is of this form when w & mask == word.
-        becomes: the fixed bits of its replacement; the register fields stay.
+        becomes: fixed bits of the replacement; register fields stay.
     """
 
     name: str
@@ -72,55 +72,55 @@ class FixReport:
 
     Attributes:
         target: the copy.
-        how: where it looked: "functions" (extents of the symbol table), "sections" (executable
-            ones), "segments" (executable PT_LOAD), or "nothing" (the QEMU lacks nothing).
-        functions: sites by function; by section or segment where there are no functions.
-        instructions: sites by mnemonic.
-        signature_dropped: a module's appended signature no longer fitted and was cut off.
+        scope: searched ranges: "functions" (extents of the symbol table), "sections" (executable
+            ones), "segments" (executable PT_LOAD), or "nothing" (QEMU executes everything).
+        functions: number of sites by function; without functions by section or segment.
+        instructions: number of sites by mnemonic.
+        signature_dropped: a module's signature became invalid and was removed.
     """
 
     target: Path
-    how: str
+    scope: str
     functions: Mapping[str, int]
     instructions: Mapping[str, int]
     signature_dropped: bool = False
 
     @property
     def sites(self) -> int:
-        """Number of instruction words that were changed."""
+        """Number of changed instruction words."""
         return sum(self.functions.values())
 
     def __str__(self) -> str:
-        if self.how == "nothing":
+        if self.scope == "nothing":
             return f"{self.target.name}: no fix-up needed"
         kinds = ", ".join(f"{n} {name}" for name, n in sorted(self.instructions.items()))
-        places = f" in {len(self.functions)} {self.how}" if self.functions else ""
+        places = f" in {len(self.functions)} {self.scope}" if self.functions else ""
         return f"{self.target.name}: {self.sites} sites rewritten{places}" + (
             f" ({kinds})" if kinds else ""
         )
 
 
-def missing(executes: Mapping[str, bool]) -> tuple[Instruction, ...]:
+def missing_instructions(executes: Mapping[str, bool]) -> tuple[Instruction, ...]:
     """The instructions that a QEMU with the probe results `executes` cannot execute."""
     return tuple(i for i in INSTRUCTIONS if executes.get(i.name) is False)
 
 
 def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixReport:
-    """Copy a vmlinux or a module with what the QEMU cannot execute rewritten.
+    """Copy a vmlinux or a module, with instructions that QEMU cannot execute rewritten.
 
-    Words are changed only inside functions where the symbol table names some, else in executable
-    sections, else in executable segments. A word under a relocation is not final and is left alone.
-    A compressed module (.gz, .xz, .zst) comes out uncompressed.
+    Words are changed only inside functions of the symbol table; without functions, in executable
+    sections; without sections, in executable segments. A word with a relocation is not final and
+    stays unchanged. The copy of a compressed module (.gz, .xz, .zst) is uncompressed.
 
     Args:
-        source: the ELF file; never changed.
-        target: where the copy goes.
-        executes: what `probe` said; what is not named there is taken as executable.
+        source: the ELF file.
+        target: the copy.
+        executes: result of vm.instructions.probe; other instructions count as executable.
 
     Raises:
         ConfigError: `source` cannot be read or is not a 64-bit ELF file.
     """
-    lacking = missing(executes)
+    lacking = missing_instructions(executes)
     content = read_object(source)
     if not lacking:
         target.write_bytes(content)
@@ -135,7 +135,7 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
     order = "<" if elf.little_endian else ">"
     data = bytearray(content)
     try:
-        how, ranges = _code_ranges(elf, data, order)
+        scope, ranges = _code_ranges(elf, data, order)
     except (ELFError, struct.error, ValueError, IndexError) as error:
         raise ConfigError(f"{source} is a damaged ELF file: {error}") from error
     functions: Counter[str] = Counter()
@@ -153,21 +153,21 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
         del data[length:]
     target.write_bytes(data)
     shutil.copymode(source, target)
-    return FixReport(target, how, dict(functions), dict(instructions), dropped)
+    return FixReport(target, scope, dict(functions), dict(instructions), dropped)
 
 
 def is_signed(path: Path) -> bool:
-    """True if an uncompressed module ends with a signature (scripts/sign-file.c)."""
+    """Return True if an uncompressed module ends with a signature (scripts/sign-file.c)."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_SIGNATURE_MARK)))
         return file.read() == _SIGNATURE_MARK
 
 
 def read_object(path: Path) -> bytes:
-    """The content of an ELF file, or of a module compressed as kernels do it.
+    """The content of an ELF file; a compressed module (.gz, .xz, .zst) is uncompressed.
 
     Raises:
-        ConfigError: it cannot be read, or the compressed data is damaged.
+        ConfigError: it cannot be read, or the compressed data are damaged.
     """
     try:
         data = path.read_bytes()
@@ -176,7 +176,7 @@ def read_object(path: Path) -> bytes:
         if data.startswith(b"\xfd7zXZ\x00"):
             return lzma.decompress(data)
         if data.startswith(b"\x28\xb5\x2f\xfd"):
-            # Kernel builds stream, so the frame need not tell the size of its content.
+            # Kernel builds stream, so the frame may lack the size of its content.
             return zstandard.ZstdDecompressor().decompressobj().decompress(data)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
         raise ConfigError(f"{path} is compressed and damaged: {error}") from error
@@ -187,7 +187,7 @@ def read_object(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class _Range:
-    """File offsets [start, end) of code, with sorted `starts` of the named extents within."""
+    """File offsets [start, end) of code, with its extents sorted by start."""
 
     start: int
     end: int
@@ -196,7 +196,7 @@ class _Range:
 
 
 def _signed_length(data: bytearray) -> int:
-    """The length of the ELF file proper, without a module signature that follows it."""
+    """The length of the ELF file, without an appended module signature."""
     tail = len(data) - len(_SIGNATURE_MARK) - _SIGNATURE_INFO.size
     if tail < 0 or not data.endswith(_SIGNATURE_MARK):
         return len(data)
@@ -212,12 +212,12 @@ def _code_ranges(elf: ELFFile, data: bytearray, order: str) -> tuple[str, list[_
         if section["sh_type"] == "SHT_PROGBITS" and section["sh_flags"] & SH_FLAGS.SHF_EXECINSTR
     }
     if not code:
-        found = [
+        segments = [
             _whole(f"segment {index}", segment["p_offset"], segment["p_filesz"])
             for index, segment in enumerate(elf.iter_segments("PT_LOAD"))
             if segment["p_flags"] & 1
         ]
-        return "segments", found
+        return "segments", segments
     extents = _functions(sections, code, data, order, relocatable=elf["e_type"] == "ET_REL")
     unfinished = _relocated(sections, code)
     if not any(extents.values()):
@@ -243,12 +243,12 @@ def _functions(
     relocatable: bool,
 ) -> dict[int, list[tuple[int, int, str]]]:
     """The functions of each code section as sorted (start, end, name), in file offsets."""
-    found: dict[int, dict[int, tuple[int, str]]] = {index: {} for index in code}
+    functions: dict[int, dict[int, tuple[int, str]]] = {index: {} for index in code}
     for table in sections:
         if not isinstance(table, SymbolTableSection) or table["sh_type"] != "SHT_SYMTAB":
             continue
         names = sections[table["sh_link"]]
-        # A vmlinux has 100,000 symbols: unpacked at once, not one object each.
+        # A vmlinux has 100,000 symbols: unpack them at once, without an object for each.
         raw = memoryview(data)[table["sh_offset"] : table["sh_offset"] + table["sh_size"]]
         for name, info, _other, index, value, size in _SYMBOL[order].iter_unpack(raw):
             if info & 0xF == _STT_FUNC and index in code:
@@ -256,12 +256,14 @@ def _functions(
                 base = 0 if relocatable else section["sh_addr"]
                 offset = value - base + section["sh_offset"]
                 text = _text(data, names["sh_offset"] + name)
-                found[index][offset] = max((size, text), found[index].get(offset, (0, text)))
-    return {index: _closed(places, code[index]) for index, places in found.items()}
+                functions[index][offset] = max(
+                    (size, text), functions[index].get(offset, (0, text))
+                )
+    return {index: _closed(places, code[index]) for index, places in functions.items()}
 
 
 def _closed(places: Mapping[int, tuple[int, str]], section: Section) -> list[tuple[int, int, str]]:
-    """Extents; a function without size (assembler's _GLOBAL) reaches to the next one."""
+    """Extents; a function without size (assembler's _GLOBAL) extends to the next one."""
     borders = [*sorted(places), section["sh_offset"] + section["sh_size"]]
     return [
         (start, start + places[start][0] if places[start][0] else following, places[start][1])
@@ -276,14 +278,14 @@ def _text(data: bytearray, offset: int) -> str:
 def _relocated(
     sections: Iterable[Section], code: Mapping[int, Section]
 ) -> dict[int, frozenset[int]]:
-    """File offsets of the words that a relocation will still change, by code section."""
-    found: dict[int, set[int]] = {index: set() for index in code}
+    """File offsets of words with relocations, by code section."""
+    offsets: dict[int, set[int]] = {index: set() for index in code}
     for table in sections:
         if isinstance(table, RelocationSection) and table["sh_info"] in code:
             base = code[table["sh_info"]]["sh_offset"]
-            words = found[table["sh_info"]]
+            words = offsets[table["sh_info"]]
             words.update((base + r["r_offset"]) & ~3 for r in table.iter_relocations())
-    return {index: frozenset(words) for index, words in found.items()}
+    return {index: frozenset(words) for index, words in offsets.items()}
 
 
 def _sites(
@@ -303,7 +305,7 @@ def _sites(
 
 
 def _pattern(instruction: Instruction, order: str) -> re.Pattern[bytes]:
-    """Matches the form's bytes at any offset; a lookahead, so that no match hides another."""
+    """Pattern of the form's bytes at any offset; a lookahead, so that matches may overlap."""
     classes = []
     for shift in (0, 8, 16, 24) if order == "<" else (24, 16, 8, 0):
         word, mask = instruction.word >> shift & 0xFF, instruction.mask >> shift & 0xFF

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Cross compiler and binutils for ppc64le, and C programs that the cache keeps compiled."""
+"""Cross compiler and binutils for ppc64le, and compiled C programs in the cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PREFIX = "powerpc64le-linux-gnu-"
 """Prefix of the cross tools; CROSS_COMPILE of a kernel build."""
 
 KERNEL_TOOLS = ("make", "gcc", "bison", "flex", "bc")
-"""Tools of this host that a kernel build needs besides."""
+"""Other host tools of a kernel build."""
 
 _PACKAGES = {
     "cc": "gcc libc-dev",
@@ -28,7 +28,7 @@ _PACKAGES = {
 }
 
 
-def require(program: str) -> str:
+def require_program(program: str) -> str:
     """Return the path of a tool: "cc", one with PREFIX, or one of KERNEL_TOOLS.
 
     Raises:
@@ -52,7 +52,7 @@ def compile_c(
     """Compile and link a program or a library, unless the cache has it.
 
     Args:
-        cache: where it is kept.
+        cache: the cache for the result.
         kind: kind of the cache entry.
         sources: C and assembler files, in link order.
         compiler: "cc", or PREFIX + "gcc".
@@ -60,13 +60,13 @@ def compile_c(
         headers: content of generated headers, by name.
 
     Returns:
-        The path of what was linked.
+        The path of the program or library.
 
     Raises:
         HostError: the compiler is missing or fails.
     """
     headers = headers or {}
-    program = require(compiler)
+    program = require_program(compiler)
     content = b"".join(source.read_bytes() for source in sources)
     content += "".join(headers.values()).encode()
     fields = {

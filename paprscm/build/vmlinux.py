@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One guest kernel: what a vmlinux says about itself, and whether it can be used here at all."""
+"""Facts about a vmlinux, and requirements of a guest kernel."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Kernel:
 
     Attributes:
         path: the ELF file.
-        release: as `uname -r` will say ("6.12.107-paprscm").
-        page_size: bytes, or None where neither configuration nor symbols tell.
+        release: as printed by `uname -r` ("6.12.107-paprscm").
+        page_size: bytes; None if neither configuration nor symbols have it.
         config: its options without "CONFIG_" ("y", "m", "250", '"text"'); None without IKCONFIG.
-        papr_scm: BUILT_IN, MODULE, ABSENT or UNKNOWN (neither built in nor a configuration there).
-        has_symbols: whether the symbol table is there, as the ISA fix-up prefers it.
-        size_bytes: of the file.
-        load_bytes: memory that it takes when it is loaded.
+        papr_scm: BUILT_IN, MODULE, ABSENT or UNKNOWN (neither built in, nor a configuration).
+        has_symbols: it has a symbol table, which the TCG fix-up prefers.
+        size_bytes: size of the file.
+        load_bytes: memory of its loaded segments.
     """
 
     path: Path
@@ -57,20 +57,20 @@ class Kernel:
     load_bytes: int
 
     def option(self, name: str) -> str | None:
-        """The value of CONFIG_`name`, "n" where it is off; None without a configuration."""
+        """The value of CONFIG_`name`, "n" if it is off; None without a configuration."""
         return None if self.config is None else self.config.get(name, "n")
 
     @property
     def words(self) -> tuple[str, ...]:
-        """Words its command line needs: xmon would wait for input where a panic ends QEMU."""
+        """Words for its command line: with xmon a panic waits for input instead of ending QEMU."""
         return () if self.option("XMON_DEFAULT") == "n" else ("xmon=off",)
 
     def require_option(self, name: str, *, hint: str | None = None) -> None:
-        """Insist on CONFIG_`name` being built in or a module.
+        """Raise unless CONFIG_`name` is built in or a module.
 
         Args:
-            name: without "CONFIG_".
-            hint: a kernel that has it; None: the one of `paprscm kernel build`.
+            name: the option without "CONFIG_".
+            hint: a kernel that has it; None: that of `paprscm kernel build`.
 
         Raises:
             CapabilityError: the kernel was built without it, or its configuration is unknown.
@@ -90,13 +90,13 @@ class Kernel:
 
 
 def inspect(path: Path) -> Kernel:
-    """Read what a vmlinux says about itself, in some 0.1 s.
+    """Read the facts about a vmlinux, in about 0.1 s.
 
     Args:
         path: a ppc64le vmlinux, with or without debug information.
 
     Raises:
-        ConfigError: the file is something else; the message says what, the hint what to give.
+        ConfigError: the file is not a ppc64le vmlinux; with its kind.
     """
     with _mapped(path) as data:
         if data[:4] != b"\x7fELF":
@@ -116,13 +116,13 @@ def inspect(path: Path) -> Kernel:
             )
         if any(end > len(data) for _start, end in spans):
             raise ConfigError(
-                f"{path} is cut short: it has {len(data)} bytes, its headers speak of "
+                f"{path} is truncated: it has {len(data)} bytes, its segments end at "
                 f"{max(end for _start, end in spans)}",
                 hint="copy or build it again",
             )
         banner = _search(_BANNER, data, spans)
         if banner is None:
-            raise ConfigError(f"{path} is a ppc64le ELF file, but no kernel", hint=_WANT_VMLINUX)
+            raise ConfigError(f"{path} is a ppc64le ELF file, but not a kernel", hint=_WANT_VMLINUX)
         config = embedded_config(data, spans)
         return Kernel(
             path=path,
@@ -136,22 +136,22 @@ def inspect(path: Path) -> Kernel:
         )
 
 
-def check(kernel: Kernel, *, has_modules: bool) -> None:
-    """Insist that `kernel` can drive the devices under test.
+def require_usable(kernel: Kernel, *, has_modules: bool) -> None:
+    """Raise unless `kernel` can drive the devices under test.
 
     Args:
-        kernel: as `inspect` found it.
-        has_modules: a folder of its modules was given too.
+        kernel: returned by `inspect`.
+        has_modules: a folder of its modules was given, too.
 
     Raises:
-        ConfigError: papr_scm is not in it, or is a module and no modules were given; or it ignores
-            the command line that it is given.
+        ConfigError: it has no papr_scm, or only as a module and no modules were given; or it
+            ignores its command line.
     """
     if kernel.option("CMDLINE_FORCE") == "y":
         raise ConfigError(
             f"the kernel {kernel.release} ({kernel.path}) ignores QEMU's -append: it was built "
             f"with CONFIG_CMDLINE_FORCE and boots with {kernel.option('CMDLINE')}",
-            hint="build it without; `paprscm kernel build` switches it off",
+            hint="build it without CMDLINE_FORCE; `paprscm kernel build` switches it off",
         )
     if kernel.papr_scm == UNKNOWN and not has_modules:
         raise ConfigError(
@@ -174,7 +174,7 @@ def check(kernel: Kernel, *, has_modules: bool) -> None:
 
 
 def configured(kernel: Kernel, config: Mapping[str, str]) -> Kernel:
-    """Return a copy with a configuration that is not in its vmlinux."""
+    """Return a copy with a configuration from outside its vmlinux."""
     return dataclasses.replace(
         kernel,
         config=config,
@@ -185,8 +185,8 @@ def configured(kernel: Kernel, config: Mapping[str, str]) -> Kernel:
 
 def parse_config(text: str) -> dict[str, str]:
     """The options of a .config, without "CONFIG_"; those that are off are left out."""
-    found = re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE)
-    return {name: value.strip() for name, value in found if value.strip() != "n"}
+    options = re.findall(r"^CONFIG_(\w+)=(.*)$", text, re.MULTILINE)
+    return {name: value.strip() for name, value in options if value.strip() != "n"}
 
 
 @contextmanager
@@ -215,7 +215,7 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 def _not_elf(path: Path, data: mmap.mmap) -> ConfigError:
-    """Name what people give instead of a vmlinux."""
+    """The error for files that people give instead of a vmlinux."""
     # Documentation/arch/x86/boot.rst and Documentation/arch/arm64/booting.rst.
     if data[0x202:0x206] == b"HdrS":
         return ConfigError(f"{path} is an x86 bzImage, the guests are ppc64le", hint=_WANT_VMLINUX)
@@ -229,7 +229,7 @@ def _not_elf(path: Path, data: mmap.mmap) -> ConfigError:
         if data[: len(magic)] == magic:
             return ConfigError(
                 f"{path} is compressed with {name}, not an ELF file",
-                hint=f"unpack it ({tool}) and give the vmlinux that was in it",
+                hint=f"unpack it ({tool}) and give the vmlinux inside",
             )
     return ConfigError(f"{path} is not an ELF file", hint=_WANT_VMLINUX)
 
@@ -261,8 +261,8 @@ def _check_kind(path: Path, elf: ELFFile) -> None:
 
 
 def _machine(name: str | int) -> str:
-    known = {"EM_X86_64": "x86-64", "EM_386": "x86", "EM_AARCH64": "arm64", "EM_S390": "s390x"}
-    return known.get(str(name), str(name).removeprefix("EM_"))
+    names = {"EM_X86_64": "x86-64", "EM_386": "x86", "EM_AARCH64": "arm64", "EM_S390": "s390x"}
+    return names.get(str(name), str(name).removeprefix("EM_"))
 
 
 def _search(
@@ -272,16 +272,16 @@ def _search(
 
 
 def embedded_config(data: mmap.mmap | bytes, spans: list[tuple[int, int]]) -> dict[str, str] | None:
-    """The configuration that CONFIG_IKCONFIG puts into a vmlinux or configs.ko, if it is there.
+    """The configuration that CONFIG_IKCONFIG embeds in a vmlinux or configs.ko, or None.
 
     Args:
         data: the ELF file.
-        spans: the parts of it to search, as (start, end).
+        spans: ranges of it to search, as (start, end).
     """
-    found = _search(re.compile(re.escape(_CONFIG_START + b"\x1f\x8b")), data, spans)
-    if found is None:
+    match = _search(re.compile(re.escape(_CONFIG_START + b"\x1f\x8b")), data, spans)
+    if match is None:
         return None
-    start = found.start() + len(_CONFIG_START)
+    start = match.start() + len(_CONFIG_START)
     end = data.find(_CONFIG_END, start)
     try:
         text = zlib.decompressobj(wbits=31).decompress(data[start:end])
@@ -308,9 +308,9 @@ def _page_size(
     # One page of zeroes: arch/powerpc/mm/mem.c, unsigned long empty_zero_page[].
     names = symbols.stringtable
     begin = int(names["sh_offset"])
-    # Linkers let a name share the end of a longer one, here of "__kstrtab_empty_zero_page".
-    found = re.compile(rb"empty_zero_page\0").finditer(data, begin, begin + names["sh_size"])
-    places = {match.start() - begin for match in found}
+    # A linker may use the end of a longer name, here of "__kstrtab_empty_zero_page".
+    matches = re.compile(rb"empty_zero_page\0").finditer(data, begin, begin + names["sh_size"])
+    places = {match.start() - begin for match in matches}
     raw = data[symbols["sh_offset"] : symbols["sh_offset"] + symbols["sh_size"]]
     for name, _info, _other, _section, _value, size in _SYMBOL.iter_unpack(raw):
         if name in places and size:
@@ -323,6 +323,6 @@ def _papr_scm(
 ) -> str:
     if config is not None:
         return _configured_papr_scm(config)
-    # The driver's name, in papr_scm.c. "ibm,pmemory" proves nothing: iommu.c has it too.
+    # The driver's name, in papr_scm.c. "ibm,pmemory" is no proof: iommu.c has it, too.
     name = re.compile(rb"\0papr_scm\0")
     return BUILT_IN if _search(name, data, spans) else UNKNOWN

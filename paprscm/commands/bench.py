@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The verbs of `paprscm bench`: measure, keep the series and print its medians."""
+"""The verbs of `paprscm bench`: measure, record the series and print its medians."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from paprscm import log, settings
 from paprscm.build.debian import Archive
 from paprscm.commands import bench_flushes, bench_hcalls, bench_starts, bench_suite, flush_plot
-from paprscm.commands.series import Series, keep
+from paprscm.commands.series import Series, append_series
 from paprscm.errors import ConfigError, HostError
 from paprscm.guest.environment import prepare
 from paprscm.paths import SUITE_VARIABLE
@@ -26,17 +26,17 @@ def start(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Time starts of guests."""
     _check_rounds(arguments)
     if arguments.warm_only and chosen.start == "cold":
-        raise ConfigError("--warm-only with start=cold", hint="leave one of them away")
+        raise ConfigError("--warm-only with start=cold", hint="omit one of them")
     environment = prepare(chosen, make_snapshot=True)
     failed = arguments.series.parent / "bench-start-failed"
-    series, left = bench_starts.starts(
+    series, leaks = bench_starts.measure_starts(
         environment, arguments.n, warm_only=arguments.warm_only, failed=failed
     )
-    _show(arguments, series, bench_starts.table)
-    if left.problems:
-        raise HostError(str(left))
+    _show(arguments, series, bench_starts.start_table)
+    if leaks.problems:
+        raise HostError(str(leaks))
     if not arguments.json:
-        print(left)
+        print(leaks)
     return 0
 
 
@@ -45,23 +45,23 @@ def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
     _check_rounds(arguments)
     os.environ[SUITE_VARIABLE] = "1"
     modes = bench_suite.parse_modes(arguments.modes, start=chosen.start)
-    given = {name: getattr(arguments, name) for name in settings.names()}
-    plan = bench_suite.plan(
+    values = {name: getattr(arguments, name) for name in settings.names()}
+    plan = bench_suite.select_modes(
         prepare(chosen, make_snapshot=True),
         modes,
         tests=arguments.tests,
-        given={name: value for name, value in given.items() if value is not None},
+        chosen={name: value for name, value in values.items() if value is not None},
         words=arguments.rest,
     )
     keep = arguments.series.parent / "bench-suite" if arguments.keep else None
-    series, doubts = bench_suite.measure(plan, arguments.n, keep=keep)
-    _show(arguments, series, bench_suite.table)
+    series, doubts = bench_suite.measure_suite(plan, arguments.n, keep=keep)
+    _show(arguments, series, bench_suite.suite_table)
     for doubt in doubts:
         print(f"paprscm: {doubt}", file=sys.stderr)
     if not doubts and not arguments.json:
-        print("every test ended alike in all jobs; nothing left behind")
+        print("every test has the same status in all jobs; nothing left behind")
     if keep:
-        log.logger.info("what the jobs left is in %s", keep)
+        log.logger.info("results of the jobs: %s", keep)
     return 1 if doubts else 0
 
 
@@ -69,7 +69,9 @@ def hcall(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Measure hcalls and flushes per second without a guest."""
     _check_rounds(arguments)
     qemu = resolve(Archive.of(chosen), chosen.qemu)
-    _show(arguments, bench_hcalls.rates(qemu, chosen, arguments.n), bench_hcalls.table)
+    _show(
+        arguments, bench_hcalls.measure_hcalls(qemu, chosen, arguments.n), bench_hcalls.hcall_table
+    )
     return 0
 
 
@@ -80,12 +82,12 @@ def flush(arguments: argparse.Namespace, chosen: Settings) -> int:
         "--threads", arguments.threads, bench_flushes.MOST_THREADS
     )
     dimms = bench_flushes.parse_numbers("--dimms", arguments.dimms, bench_flushes.MOST_DIMMS)
-    flush_plot.check(arguments.plot)
+    flush_plot.check_plot_file(arguments.plot)
     environment = prepare(chosen, make_snapshot=True)
-    series = bench_flushes.rates(environment, threads, dimms, arguments.n)
-    _show(arguments, series, bench_flushes.table)
-    flush_plot.draw(series, arguments.plot)
-    log.logger.info("the plot is %s", arguments.plot)
+    series = bench_flushes.measure_flushes(environment, threads, dimms, arguments.n)
+    _show(arguments, series, bench_flushes.flush_table)
+    flush_plot.draw_plot(series, arguments.plot)
+    log.logger.info("plot: %s", arguments.plot)
     return 0
 
 
@@ -99,8 +101,8 @@ def _show(
     series: Series,
     table: Callable[[Series], Table],
 ) -> None:
-    """Keep a series and print it; it is kept whatever was found."""
-    keep(series, arguments.series)
+    """Record a series and print it."""
+    append_series(series, arguments.series)
     if arguments.json:
         print(series.as_json())
     else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Flushes a second and how long each takes, by threads in the guest and by DIMMs."""
+"""Benchmark of flushes a second and their latency, by threads in the guest and by DIMMs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from rich.table import Table
 from paprscm import log
 from paprscm.commands.series import Series
 from paprscm.errors import ConfigError, ContractError
-from paprscm.flush.load import FlushLoad, load
+from paprscm.flush.load import FlushLoadReport, run_flush_load
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
-from paprscm.pmem.regions import region
+from paprscm.pmem.regions import find_region
 from paprscm.vm import sync_shim
 from paprscm.vm.capabilities import sanitizers
 from paprscm.vm.machine import MIB, Machine, Nvdimm
@@ -44,9 +44,9 @@ answers a new flush with H_LONG_BUSY_ORDER_10_MSEC. A kernel sleeps whole ticks,
 PERCENTILES = {"p50": 50, "p90": 90, "p99": 99, "max": 100}
 
 _DIMM_BYTES = 256 * MIB
-# A cell is as long as this, however fast its flushes are; the guest's program knows whole seconds.
+# Duration of a cell; the guest's program accepts whole seconds only.
 _CELL_S = 1
-# More than a thread can make in that time.
+# More flushes than a thread can complete in that time.
 _COUNT = 1000 * _CELL_S // SLEEP_MS + 1
 _RAW_S = 0.25
 
@@ -56,12 +56,12 @@ class RateCell:
     """Figures for a number of threads and of DIMMs; each is the median of the rounds.
 
     Attributes:
-        threads: in the guest; thread i flushes DIMM i modulo their number.
-        dimms: how many.
-        flushes: completed ones a second, of all threads.
-        latency_ms: how long the guest's call took, by the names of PERCENTILES, ms.
+        threads: number of threads in the guest; thread i flushes DIMM i modulo the number of DIMMs.
+        dimms: number of DIMMs.
+        flushes: completed flushes a second, of all threads.
+        latency_ms: duration of the guest's call, by the names of PERCENTILES, ms.
         polls: hypervisor calls of a flush after its first.
-        fdatasync: calls a second of as many threads of the host, on the same files.
+        fdatasync: calls a second by the same number of threads on the host, on the same files.
     """
 
     threads: int
@@ -73,42 +73,42 @@ class RateCell:
 
     @property
     def bound(self) -> float:
-        """Flushes a second if each took its thread one sleep of 10 ms, and nothing else."""
+        """Flushes a second if each took only one sleep of 10 ms."""
         return self.threads * 1000 / SLEEP_MS
 
 
 def parse_numbers(option: str, text: str, most: int) -> tuple[int, ...]:
-    """The numbers of a list with commas, in their order.
+    """The sorted numbers of a comma-separated list.
 
     Raises:
         ConfigError: it is empty, or one of them is not from 1 to `most`.
     """
-    hint = "numbers with commas between them, such as 1,2,4"
-    found = set()
+    hint = "numbers separated by commas, such as 1,2,4"
+    numbers = set()
     for word in text.split(","):
         if not (word.isascii() and word.isdigit() and 1 <= int(word) <= most):
             raise ConfigError(f"{option}={text}: '{word}' is not from 1 to {most}", hint=hint)
-        found.add(int(word))
-    return tuple(sorted(found))
+        numbers.add(int(word))
+    return tuple(sorted(numbers))
 
 
 def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest of the values that is not less than so many percent of them (nearest rank)."""
+    """The percentile of the values (nearest rank)."""
     return sorted(values)[max(1, math.ceil(len(values) * percent / 100)) - 1]
 
 
-def rates(
+def measure_flushes(
     environment: Environment, threads: Sequence[int], dimms: Sequence[int], rounds: int
 ) -> Series:
-    """Measure each cell once in each round; the host's own fdatasync right after it.
+    """Measure each cell once in each round, followed by fdatasync on the host.
 
     Hypervisor calls are counted by HCALL_STATS, which is always on, and syncs by the flush shim,
-    which costs less than 20 us; nothing else watches.
+    which takes less than 20 us; there is no other instrumentation.
 
     Args:
-        environment: what the guest is made of.
+        environment: kernel, userland and QEMU of the guest.
         threads, dimms: each number of threads is measured on each number of DIMMs.
-        rounds: how often.
+        rounds: number of rounds.
 
     Raises:
         ContractError: a flush failed, or the host did not sync once for each.
@@ -130,21 +130,21 @@ def rates(
         log.progress("flushes", rounds * len(cells), "cells") as bar,
     ):
         bench = _Bench(guest, len(machine.nvdimms))
-        # It translates the program, and QEMU starts its threads.
+        # Warm-up: translates the program, and starts QEMU's threads.
         bench.flushes(max(threads), max(dimms))
         for number, (n_dimms, n_threads) in enumerate(cells * rounds, start=1):
             name = _name(n_threads, n_dimms)
-            done, polls = bench.flushes(n_threads, n_dimms)
-            values[f"{name} flushes"].append(len(done.calls) / done.duration_s)
+            report, polls = bench.flushes(n_threads, n_dimms)
+            values[f"{name} flushes"].append(len(report.calls) / report.duration_s)
             values[f"{name} fdatasync"].append(bench.fdatasyncs(n_threads, n_dimms))
             others[f"{name} polls"].append(polls)
-            durations_ms = [call.duration_s * 1000 for call in done.calls]
+            durations_ms = [call.duration_s * 1000 for call in report.calls]
             for mark, percent in PERCENTILES.items():
                 others[f"{name} {mark} ms"].append(percentile(durations_ms, percent))
             bar.update(number)
     dimensions = {**environment.describe(), "dimm_mib": str(_DIMM_BYTES // MIB)}
-    found = {"threads": list(threads), "dimms": list(dimms), **others}
-    return Series(dimensions, began, "1/s", dict(values), found)
+    results = {"threads": list(threads), "dimms": list(dimms), **others}
+    return Series(dimensions, began, "1/s", dict(values), results)
 
 
 def cells_of(series: Series) -> list[RateCell]:
@@ -169,32 +169,32 @@ def cells_of(series: Series) -> list[RateCell]:
     ]
 
 
-def title(series: Series) -> str:
+def flush_title(series: Series) -> str:
     """Return a title of two lines: the measurement and its environment."""
     names, rounds = series.environment, len(next(iter(series.values.values())))
-    what = "writes to deep_flush by threads in the guest"
+    subject = "writes to deep_flush by threads in the guest"
     return (
-        f"Flushes: {what}, {rounds} round{'s' if rounds > 1 else ''}\n"
+        f"Flushes: {subject}, {rounds} round{'s' if rounds > 1 else ''}\n"
         f"QEMU {names['qemu']}, Linux {names['kernel']}, {names['accel']}"
     )
 
 
-def table(series: Series) -> Table:
+def flush_table(series: Series) -> Table:
     """The series for a terminal of 80 columns."""
-    shown = Table(title=title(series), box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
-    shown.title_justify = shown.caption_justify = "left"
-    shown.caption = (
-        f"bound: threads / {SLEEP_MS} ms, for the driver sleeps that long in each flush;\n"
-        "fdatasync: of the same files, by as many threads of the host"
+    table = Table(title=flush_title(series), box=SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    table.title_justify = table.caption_justify = "left"
+    table.caption = (
+        f"bound: threads / {SLEEP_MS} ms, the driver's sleep in each flush;\n"
+        "fdatasync: on the same files, by the same number of threads on the host"
     )
     rates = ("DIMMs", "threads", "flushes\n/s", "bound\n/s")
     latencies = (f"{mark}\nms" for mark in PERCENTILES)
     for head in (*rates, *latencies, "polls", "fdatasync\n/s"):
-        shown.add_column(head, justify="right")
+        table.add_column(head, justify="right")
     for cell in (cells := cells_of(series)):
         if cell.threads == cells[0].threads:
-            shown.add_section()
-        shown.add_row(
+            table.add_section()
+        table.add_row(
             str(cell.dimms),
             str(cell.threads),
             f"{cell.flushes:,.0f}",
@@ -203,21 +203,21 @@ def table(series: Series) -> Table:
             f"{cell.polls:.2f}",
             f"{cell.fdatasync:,.0f}",
         )
-    return shown
+    return table
 
 
 class _Bench:
-    """A guest whose counts are compared after each cell."""
+    """A guest; flushes, hcalls and syncs are compared after each cell."""
 
     def __init__(self, guest: Guest, dimms: int) -> None:
         self._guest = guest
         self._slots = range(dimms)
-        self._targets = [f"{region(guest, slot).device}/deep_flush" for slot in self._slots]
+        self._targets = [f"{find_region(guest, slot).device}/deep_flush" for slot in self._slots]
         self._hcalls, self._syncs = count_hcalls(guest), self._counts()
 
-    def flushes(self, threads: int, dimms: int) -> tuple[FlushLoad, float]:
-        """The flushes of one cell, and how many polls each took."""
-        done = load(
+    def flushes(self, threads: int, dimms: int) -> tuple[FlushLoadReport, float]:
+        """Run one cell; return its flushes, and the mean number of polls of a flush."""
+        done = run_flush_load(
             self._guest,
             "deep_flush",
             self._targets[:dimms],
@@ -227,19 +227,19 @@ class _Bench:
         )
         done.expect_success()
         hcalls, syncs = count_hcalls(self._guest), self._counts()
-        asked = [len(done.on(slot)) if slot < dimms else 0 for slot in self._slots]
+        flushed = [len(done.on(slot)) if slot < dimms else 0 for slot in self._slots]
         synced = [now - before for now, before in zip(syncs, self._syncs, strict=True)]
-        made = hcalls - self._hcalls
+        calls = hcalls - self._hcalls
         self._hcalls, self._syncs = hcalls, syncs
-        if synced != asked or made < sum(asked):
+        if synced != flushed or calls < sum(flushed):
             raise ContractError(
-                f"{_name(threads, dimms)}: by slot, {asked} flushes were asked for and the host "
-                f"synced {synced} times; the guest made {made} hypervisor calls"
+                f"{_name(threads, dimms)}: by slot, {flushed} flushes and {synced} syncs; "
+                f"the guest made {calls} hypervisor calls"
             )
-        return done, made / len(done.calls) - 1
+        return done, calls / len(done.calls) - 1
 
     def fdatasyncs(self, threads: int, dimms: int) -> float:
-        """Calls a second by as many threads of the host, on the same files."""
+        """fdatasync calls a second by the same number of threads on the host, on the same files."""
         files = [self._guest.vm.file(slot) for slot in self._slots[:dimms]]
         return fdatasyncs(files, threads, _RAW_S)
 
@@ -248,7 +248,7 @@ class _Bench:
 
 
 def fdatasyncs(files: Sequence[Path], threads: int, limit_s: float) -> float:
-    """Calls a second of fdatasync by threads of this process, spread over the files."""
+    """fdatasync calls a second by threads of this process, spread over the files."""
     handles = [os.open(file, os.O_RDWR) for file in files]
     start = threading.Barrier(threads + 1)
 

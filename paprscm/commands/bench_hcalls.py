@@ -13,7 +13,7 @@ from rich.table import Table
 
 from paprscm import log
 from paprscm.commands.series import Series
-from paprscm.device.bare_metal import Bare, program
+from paprscm.device.bare_metal import BareMachine, compile_program
 from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError
 from paprscm.host.cache import Cache
@@ -25,7 +25,7 @@ from paprscm.vm.machine import MIB, Machine, Nvdimm, require
 _CALLS = 20_000
 _FLUSHES = 2_000
 _PERSISTS = 50
-"""pmem_persist goes through the whole DIMM each time."""
+"""Fewer, because pmem_persist covers the whole DIMM each time."""
 
 _SYNCED = Nvdimm(slot=0, size_bytes=256 * MIB)
 _PERSISTENT = Nvdimm(slot=1, size_bytes=256 * MIB, pmem=True, pmem_override=True)
@@ -41,31 +41,31 @@ _ARGUMENTS = {
 }
 
 
-def rates(qemu: Qemu, settings: Settings, rounds: int) -> Series:
-    """Calls a second by opcode, and completed flushes a second beside the host's own fdatasync.
+def measure_hcalls(qemu: Qemu, settings: Settings, rounds: int) -> Series:
+    """Measure hcalls a second by opcode, flushes a second, and fdatasync on the host.
 
-    Everything is measured once in each round, so that what disturbs one disturbs all.
+    Each is measured once in each round, so that a disturbance affects all.
 
     Args:
         qemu: the QEMU to measure.
-        settings: where the cache and the backing files are.
-        rounds: how often.
+        settings: cache_dir and scratch_dir.
+        rounds: number of rounds.
 
     Raises:
-        ContractError: a call is not answered as it must be.
+        ContractError: a call fails.
     """
     nvdimms = [_SYNCED]
     if qemu.has_pmem_override:
         require(qemu, _PERSISTENT)
         nvdimms.append(_PERSISTENT)
     machine = Machine(nvdimms=tuple(nvdimms), smp=1, memory_mib=256)
-    found: dict[str, list[float]] = {}
+    values: dict[str, list[float]] = {}
     began = time.time()
     with (
         tempfile.TemporaryDirectory(prefix="paprscm-bench-") as folder,
-        Bare(
+        BareMachine(
             qemu,
-            program(Cache(settings.cache_dir)),
+            compile_program(Cache(settings.cache_dir)),
             machine,
             folder=Path(folder),
             scratch_dir=settings.scratch_dir,
@@ -76,28 +76,28 @@ def rates(qemu: Qemu, settings: Settings, rounds: int) -> Series:
         for number in range(-1, rounds):
             for name, measure in _measures(bare, nvdimms).items():
                 rate = measure()
-                # The first round fills caches and translates the program.
+                # The first round is a warm-up: it fills caches and translates the program.
                 if number >= 0:
-                    found.setdefault(name, []).append(rate)
+                    values.setdefault(name, []).append(rate)
             bar.update(number + 1)
     dimensions = {"qemu": qemu.version_text, "qemu_path": str(qemu.path), "accel": bare.board.accel}
-    return Series(dimensions, began, "1/s", found)
+    return Series(dimensions, began, "1/s", values)
 
 
-def table(series: Series) -> Table:
+def hcall_table(series: Series) -> Table:
     """The series for a terminal."""
     count = len(next(iter(series.values.values())))
-    shown = Table(title=f"a second, {count} rounds, QEMU {series.environment['qemu']}")
-    shown.title_justify = "left"
-    shown.add_column("what")
+    table = Table(title=f"a second, {count} rounds, QEMU {series.environment['qemu']}")
+    table.title_justify = "left"
+    table.add_column("measurement")
     for name in ("median", "min", "max"):
-        shown.add_column(name, justify="right")
-    for what, spread in series.summary().items():
-        shown.add_row(what, *(f"{spread[name]:,.0f}" for name in ("median", "min", "max")))
-    return shown
+        table.add_column(name, justify="right")
+    for name, spread in series.summary().items():
+        table.add_row(name, *(f"{spread[column]:,.0f}" for column in ("median", "min", "max")))
+    return table
 
 
-def _measures(bare: Bare, nvdimms: list[Nvdimm]) -> dict[str, Callable[[], float]]:
+def _measures(bare: BareMachine, nvdimms: list[Nvdimm]) -> dict[str, Callable[[], float]]:
     measures: dict[str, Callable[[], float]] = {
         call.name: lambda call=call: _rate(bare, call)  # type: ignore[misc]
         for call in _ARGUMENTS
@@ -111,15 +111,15 @@ def _measures(bare: Bare, nvdimms: list[Nvdimm]) -> dict[str, Callable[[], float
     return measures
 
 
-def _rate(bare: Bare, call: Hcall) -> float:
+def _rate(bare: BareMachine, call: Hcall) -> float:
     (answer,) = bare.batch([Call(call, _ARGUMENTS[call], times=_CALLS)], timeout_s=60)
     if answer.code not in (ReturnCode.H_SUCCESS, ReturnCode.H_FUNCTION):
         raise ContractError(f"{call.name} answered {answer}")
     return _CALLS / answer.duration_s
 
 
-def _flushes(bare: Bare, nvdimm: Nvdimm, count: int) -> float:
-    """One flush after the other, each polled without a pause until its end."""
+def _flushes(bare: BareMachine, nvdimm: Nvdimm, count: int) -> float:
+    """Flushes a second, one after the other, each polled without a pause until its end."""
     flush = Call(Hcall.H_SCM_FLUSH, (nvdimm.drc, 0), 10_000_000, True)
     answers = bare.batch([flush] * count, timeout_s=300)
     if wrong := [answer for answer in answers if answer.code != ReturnCode.H_SUCCESS]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Measurements that print medians and keep a series; they have no verdict of their own."""
+"""Benchmark of guest starts, restored and booted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pathlib import Path
 from rich.table import Table
 
 from paprscm import log
-from paprscm.commands.leaks import LeakWatch, Left
+from paprscm.commands.leaks import LeakReport, LeakWatch
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
 from paprscm.vm.machine import Machine, Nvdimm
 
-# From QEMU's exec to each of them.
+# Marks of a start, with descriptions; times are measured from QEMU's exec.
 MARKS = {
     "warm": {
         "restored": "state loaded",
@@ -42,37 +42,37 @@ _DIMMS = (Nvdimm(slot=0), Nvdimm(slot=1))
 _FIRST_COMMAND = "echo /sys/bus/nd/devices/region*"
 
 
-def starts(
+def measure_starts(
     environment: Environment,
     count: int,
     *,
     warm_only: bool = False,
     warm_up: int = 1,
     failed: Path = Path("results/bench-start-failed"),
-) -> tuple[Series, Left]:
-    """Start guests with the same two DIMMs, each to its first command's answer.
+) -> tuple[Series, LeakReport]:
+    """Measure starts of guests with the same two DIMMs, up to the result of a first command.
 
-    In each round one is restored and one is booted, so that what disturbs one disturbs both.
-    Without a snapshot all are booted.
+    Each round restores one guest and boots one, so that a disturbance affects both. Without a
+    snapshot all guests are booted.
 
     Args:
-        environment: what they are made of.
-        count: how many rounds are counted.
+        environment: kernel, userland and QEMU of the guests.
+        count: number of measured rounds.
         warm_only: boot none.
-        warm_up: rounds before those, which fill the host's page cache.
-        failed: where the logs of a guest go that did not start.
+        warm_up: number of rounds before them, which fill the host's page cache.
+        failed: folder for the logs of a guest that did not start.
 
     Returns:
-        The figures, and what the counted rounds left behind.
+        The figures, and the leaks of the measured rounds.
 
     Raises:
-        HostError: a guest did not start; one that was to be restored is not booted instead.
+        HostError: a guest did not start; a failed restore does not fall back to a boot.
         CapabilityError: `warm_only` without a snapshot.
     """
     kinds = list(MARKS) if environment.snapshot else ["cold"]
     if warm_only:
         if environment.snapshot is None:
-            raise CapabilityError("there is no snapshot that guests could be restored from")
+            raise CapabilityError("there is no snapshot to restore guests from")
         kinds = ["warm"]
     seconds: dict[str, list[float]] = {f"{kind} {m}": [] for kind in kinds for m in MARKS[kind]}
     began = time.time()
@@ -95,9 +95,9 @@ def starts(
                 try:
                     times = _start_once(environment, kind, folder, scratch)
                 except Error as error:
-                    kept = shutil.copytree(folder, failed, dirs_exist_ok=True)
+                    logs = shutil.copytree(folder, failed, dirs_exist_ok=True)
                     which = f"{kind} start {number + 1} of {count}" if number >= 0 else "warm-up"
-                    raise HostError(f"{which}: {error.message}", hint=f"see {kept}") from error
+                    raise HostError(f"{which}: {error.message}", hint=f"see {logs}") from error
                 shutil.rmtree(folder)
                 if number < 0:
                     continue
@@ -106,31 +106,31 @@ def starts(
                 bar.update(number * len(kinds) + place + 1)
         assert before is not None  # noqa: S101
         snapshot = environment.snapshot.folder if environment.snapshot else None
-        left = watch.compare(before, snapshot=snapshot)
+        leaks = watch.compare(before, snapshot=snapshot)
     dimensions = {**environment.describe(), "dimms": str(len(_DIMMS))}
-    return Series(dimensions, began, "s", seconds, {"left": dataclasses.asdict(left)}), left
+    return Series(dimensions, began, "s", seconds, {"left": dataclasses.asdict(leaks)}), leaks
 
 
-def table(series: Series) -> Table:
-    """The series of starts for a terminal."""
+def start_table(series: Series) -> Table:
+    """The series for a terminal."""
     count = len(next(iter(series.values.values())))
     kinds = list(dict.fromkeys(name.split()[0] for name in series.values))
     many = "s" if count > 1 else ""
-    what = (
+    heading = (
         f"{count} start{many} of each kind" if len(kinds) > 1 else f"{count} {kinds[0]} start{many}"
     )
-    shown = Table(title_justify="left")
-    shown.title = f"{what} with two pmem=off DIMMs, seconds after QEMU's exec"
-    shown.add_column("start")
-    shown.add_column("reached")
+    table = Table(title_justify="left")
+    table.title = f"{heading} with two pmem=off DIMMs, seconds after QEMU's exec"
+    table.add_column("start")
+    table.add_column("reached")
     for name in ("median", "min", "max", "middle half"):
-        shown.add_column(name, justify="right")
+        table.add_column(name, justify="right")
     summary = series.summary()
     for kind, marks in MARKS.items():
-        shown.add_section()
+        table.add_section()
         for mark, words in marks.items():
             if spread := summary.get(f"{kind} {mark}"):
-                shown.add_row(
+                table.add_row(
                     kind,
                     words,
                     f"{spread['median']:.2f}",
@@ -138,13 +138,13 @@ def table(series: Series) -> Table:
                     f"{spread['max']:.2f}",
                     f"{spread['p25']:.2f}-{spread['p75']:.2f}",
                 )
-    return shown
+    return table
 
 
 def _start_once(
     environment: Environment, kind: str, folder: Path, scratch: Path
 ) -> Mapping[str, float]:
-    """One start, of that kind and no other; when it reached its marks."""
+    """Start one guest of this kind; return the times of its marks, s."""
     equipment = dataclasses.replace(
         environment.equipment,
         settings=dataclasses.replace(environment.settings, scratch_dir=scratch),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The whole suite cold, warm, and warm in parallel: how long, and whether it finds the same."""
+"""Benchmark of the suite: cold, warm, and warm in parallel; durations and statuses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment
 from paprscm.host.keeper import PR_SET_PDEATHSIG
-from paprscm.host.resources import budget, resources
+from paprscm.host.resources import compute_budget, read_resources
 
 MODES = ("cold", "warm", "parallel")
 # Avocado gives a test 60 s to end its guests (avocado.cfg).
@@ -37,7 +37,7 @@ _LAST_LINES = 15
 
 @dataclass(frozen=True)
 class JobTest:
-    """Result of one test: its status, its own duration, and the reason why it did not pass."""
+    """Result of one test: status, duration, and the reason if it did not pass."""
 
     status: str
     duration_s: float
@@ -51,8 +51,8 @@ class Job:
     Attributes:
         mode: one of MODES.
         duration_s: from its start to its end.
-        tests: what became of each, by name.
-        restored, booted: how many guests began in which way.
+        tests: result of each test, by name.
+        restored, booted: number of restored and of booted guests.
     """
 
     mode: str
@@ -73,102 +73,102 @@ class Plan:
     """Jobs to run.
 
     Attributes:
-        environment: what the guests are made of.
+        environment: kernel, userland and QEMU of the guests.
         modes: some of MODES.
         tests: files or test names.
-        given: settings that were given on the command line, by name.
-        words: options for `avocado run`.
-        side_by_side: how many tests run at once in the mode "parallel".
+        chosen: settings from the command line, by name.
+        words: options of `avocado run`.
+        concurrent: number of concurrent tests in the mode "parallel".
     """
 
     environment: Environment
     modes: tuple[str, ...]
     tests: tuple[str, ...]
-    given: Mapping[str, str]
+    chosen: Mapping[str, str]
     words: tuple[str, ...]
-    side_by_side: int
+    concurrent: int
 
     def argv(self, mode: str, *, results: Path, scratch: Path) -> list[str]:
         """The command line of one job."""
         start = "cold" if mode == "cold" else "auto"
-        settings = {**self.given, "start": start, "scratch_dir": str(scratch)}
-        at_once = self.side_by_side if mode == "parallel" else 1
+        settings = {**self.chosen, "start": start, "scratch_dir": str(scratch)}
+        tasks = self.concurrent if mode == "parallel" else 1
         return [
             *(str(Path(sys.executable).with_name("avocado")), "run", *self.words),
-            *(f"--max-parallel-tasks={at_once}", "--job-results-dir", str(results)),
+            *(f"--max-parallel-tasks={tasks}", "--job-results-dir", str(results)),
             *self.tests,
             *(word for name, value in settings.items() for word in ("-p", f"{name}={value}")),
         ]
 
     def title(self, mode: str) -> str:
-        """The mode in words."""
+        """Description of the mode."""
         if mode == "parallel":
-            return f"warm, {self.side_by_side} side by side"
-        return f"{mode}, one at a time"
+            return f"warm, {self.concurrent} concurrent"
+        return f"{mode}, sequential"
 
 
 def parse_modes(text: str, *, start: str = "auto") -> tuple[str, ...]:
-    """The modes of a list with commas.
+    """The modes of a comma-separated list.
 
     Args:
         text: the list.
-        start: the setting.
+        start: the setting `start`.
 
     Raises:
-        ConfigError: one of them is not known, or all of them are warm and `start` is cold.
+        ConfigError: a mode is unknown, or all modes are warm and `start` is cold.
     """
-    wanted = tuple(dict.fromkeys(word for word in text.split(",") if word))
-    for mode in wanted:
+    modes = tuple(dict.fromkeys(word for word in text.split(",") if word))
+    for mode in modes:
         if mode not in MODES:
             raise ConfigError(f"there is no mode '{mode}'", hint="some of " + ",".join(MODES))
-    if not wanted:
+    if not modes:
         raise ConfigError("--modes is empty", hint="some of " + ",".join(MODES))
-    if start == "cold" and "cold" not in wanted:
-        raise ConfigError(f"--modes={text} with start=cold", hint="leave one of them away")
-    return wanted
+    if start == "cold" and "cold" not in modes:
+        raise ConfigError(f"--modes={text} with start=cold", hint="omit one of them")
+    return modes
 
 
-def plan(
+def select_modes(
     environment: Environment,
     modes: tuple[str, ...],
     *,
     tests: Iterable[str],
-    given: Mapping[str, str],
+    chosen: Mapping[str, str],
     words: Iterable[str] = (),
 ) -> Plan:
     """Select the modes that can run here; without a snapshot, the cold mode only.
 
     Raises:
-        CapabilityError: nothing of it can.
+        CapabilityError: none can run.
     """
     if environment.snapshot is None and modes != ("cold",):
         cold = environment.settings.start == "cold"
-        why = "start=cold" if cold else "there is no snapshot that guests could be restored from"
+        reason = "start=cold" if cold else "there is no snapshot to restore guests from"
         if "cold" not in modes:
-            raise CapabilityError(why)
-        log.logger.info("only the mode 'cold' is measured: %s", why)
+            raise CapabilityError(reason)
+        log.logger.info("only the mode 'cold' is measured: %s", reason)
         modes = ("cold",)
     return Plan(
         environment=environment,
         modes=modes,
         tests=tuple(tests),
-        given=given,
+        chosen=chosen,
         words=tuple(words),
-        side_by_side=budget(resources(), environment.settings).tests,
+        concurrent=compute_budget(read_resources(), environment.settings).tests,
     )
 
 
-def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Series, list[str]]:
-    """Run the suite in each mode, as often as there are rounds.
+def measure_suite(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Series, list[str]]:
+    """Run the suite in each mode and round.
 
     Args:
-        plan: what is run.
-        rounds: how often; each begins with another mode.
-        keep: where the jobs' results go; None: they are removed.
+        plan: the jobs.
+        rounds: number of rounds; each begins with another mode.
+        keep: folder for the jobs' results; None: remove them.
 
     Returns:
-        The figures, and a sentence for everything that makes them doubtful: a test that did not end
-        alike everywhere, a snapshot that was lost, something that a job left behind.
+        The figures, and the reasons to doubt them, one sentence each: a test with different
+        statuses, a lost snapshot, leaks of a job.
 
     Raises:
         HostError: a job ran no test.
@@ -179,7 +179,7 @@ def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Serie
     with tempfile.TemporaryDirectory(
         prefix="paprscm-bench-",
         dir=plan.environment.settings.scratch_dir,
-        # Who interrupts twice does not wait until the keepers of guests have cleaned up.
+        # After a second interrupt the keepers of guests may still be cleaning up.
         ignore_cleanup_errors=True,
     ) as name:
         scratch = Path(name) / "scratch"
@@ -193,17 +193,17 @@ def measure(plan: Plan, rounds: int, *, keep: Path | None = None) -> tuple[Serie
                 before, lives = watch.look(), _snapshot_id(plan.environment)
                 with log.step(title):
                     jobs.append(_job(plan, mode, folder, scratch))
-                left = watch.compare(before)
-                doubts += [f"{title}: left behind: {what}" for what in left.problems]
+                leaks = watch.compare(before)
+                doubts += [f"{title}: left behind: {problem}" for problem in leaks.problems]
                 if _snapshot_id(plan.environment) != lives:
-                    doubts.append(f"{title}: the snapshot was lost, and guests booted from then on")
-    doubts += differences(jobs)
+                    doubts.append(f"{title}: the snapshot was lost, so later guests were booted")
+    doubts += status_differences(jobs)
     return _series(plan, began, jobs, doubts), doubts
 
 
-def differences(jobs: Sequence[Job]) -> list[str]:
-    """A sentence for each test that did not end with the same status in all jobs."""
-    found = []
+def status_differences(jobs: Sequence[Job]) -> list[str]:
+    """A sentence for each test with different statuses in the jobs."""
+    differences = []
     for name in dict.fromkeys(name for job in jobs for name in job.tests):
         ends: dict[str, list[str]] = {}
         reasons = []
@@ -213,27 +213,29 @@ def differences(jobs: Sequence[Job]) -> list[str]:
             if test.reason and test.status != "PASS":
                 reasons.append(f"{test.status} in {job.mode}: {test.reason}")
         if len({status for statuses in ends.values() for status in statuses}) > 1:
-            told = ", ".join(f"{mode} {' '.join(statuses)}" for mode, statuses in ends.items())
-            why = f" ({reasons[0]})" if reasons else ""
-            found.append(f"{name} did not end alike: {told}{why}")
-    return found
+            statuses_text = ", ".join(
+                f"{mode} {' '.join(statuses)}" for mode, statuses in ends.items()
+            )
+            reason = f" ({reasons[0]})" if reasons else ""
+            differences.append(f"{name} has different statuses: {statuses_text}{reason}")
+    return differences
 
 
-def table(series: Series) -> Table:
+def suite_table(series: Series) -> Table:
     """The series for a terminal."""
     count = max(map(len, series.values.values()))
-    shown = Table(title_justify="left")
+    table = Table(title_justify="left")
     rounds = f"medians of {count} rounds" if count > 1 else "1 round"
-    shown.title = f"the suite, {rounds}, seconds, QEMU {series.environment['qemu']}"
-    shown.add_column("mode", no_wrap=True)
+    table.title = f"the suite, {rounds}, seconds, QEMU {series.environment['qemu']}"
+    table.add_column("mode", no_wrap=True)
     for name in ("job", "min-max", "all tests", "one test"):
-        shown.add_column(name, justify="right", no_wrap=True)
-    shown.add_column("guests")
-    shown.add_column("tests")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("guests")
+    table.add_column("tests")
     summary = series.summary()
     for mode, title in series.found["modes"].items():
         job = summary[f"{mode} job"]
-        shown.add_row(
+        table.add_row(
             title,
             f"{job['median']:.1f}",
             f"{job['min']:.1f}-{job['max']:.1f}" if count > 1 else "",
@@ -242,40 +244,42 @@ def table(series: Series) -> Table:
             _once(series.found["guests"][mode]),
             _once(series.found["statuses"][mode]),
         )
-    return shown
+    return table
 
 
-def read(folder: Path, mode: str, duration_s: float) -> Job:
+def read_job(folder: Path, mode: str, duration_s: float) -> Job:
     """Read a job's results.
 
     Args:
-        folder: where Avocado made the job's own folder.
-        mode: in which it ran.
-        duration_s: how long it took.
+        folder: parent of the job's folder.
+        mode: mode of the job.
+        duration_s: duration of the job, s.
 
     Raises:
-        HostError: it ran no test.
+        HostError: the job ran no test.
     """
     files = list(folder.glob("job-*/results.json"))
     tests = json.loads(files[0].read_text())["tests"] if files else []
     if not tests:
-        said = (folder / "avocado.log").read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        lines = "\n".join(f"    {line}" for line in said)
+        last_lines = (
+            (folder / "avocado.log").read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        )
+        lines = "\n".join(f"    {line}" for line in last_lines)
         raise HostError(f"the job ran no test; its last lines:\n{lines}")
-    found, restored, booted = {}, 0, 0
+    results, restored, booted = {}, 0, 0
     for test in tests:
         # "02-tests/test_x.py:Class.test_y"
         name = re.sub("^[0-9]+-", "", test["id"])
         reason = str(test.get("fail_reason") or "").partition("\n")[0]
-        found[name] = JobTest(test["status"], float(test.get("time_elapsed") or 0.0), reason)
+        results[name] = JobTest(test["status"], float(test.get("time_elapsed") or 0.0), reason)
         for marks in _starts(test.get("whiteboard") or ""):
             restored += "restored" in marks
             booted += "restored" not in marks
-    return Job(mode=mode, duration_s=duration_s, tests=found, restored=restored, booted=booted)
+    return Job(mode=mode, duration_s=duration_s, tests=results, restored=restored, booted=booted)
 
 
 def _starts(whiteboard: str) -> list[dict[str, float]]:
-    """The marks of each guest of a test."""
+    """The start marks of each guest of a test."""
     with contextlib.suppress(ValueError):
         return [v for name, v in json.loads(whiteboard).items() if name.endswith(".start_s")]
     return []
@@ -287,7 +291,7 @@ def _turned(modes: tuple[str, ...], number: int) -> tuple[str, ...]:
 
 
 def _snapshot_id(environment: Environment) -> int | None:
-    """Changes when the snapshot is dropped, and when it is made anew."""
+    """A number that changes when the snapshot is dropped or made anew."""
     if environment.snapshot is None or not environment.snapshot.folder.exists():
         return None
     return environment.snapshot.folder.stat().st_ino
@@ -311,21 +315,21 @@ def _series(plan: Plan, began: float, jobs: Sequence[Job], doubts: Sequence[str]
     dimensions = {
         **plan.environment.describe(),
         "tests": " ".join([*plan.words, *plan.tests]),
-        "side_by_side": str(plan.side_by_side),
-        "cpus": resources().cpus_text,
+        "side_by_side": str(plan.concurrent),
+        "cpus": read_resources().cpus_text,
     }
-    found = {
+    results = {
         "modes": {mode: plan.title(mode) for mode in plan.modes},
         "statuses": statuses,
         "guests": guests,
         "tests": each,
         "doubts": list(doubts),
     }
-    return Series(dimensions, began, "s", values, found)
+    return Series(dimensions, began, "s", values, results)
 
 
 def _once(rounds: Iterable[Mapping[str, int]]) -> str:
-    """Counts that were the same in all rounds, once; else all of them."""
+    """Counts of the rounds, once if they are equal."""
     texts = (
         ", ".join(f"{count} {name}" for name, count in counts.items() if count) or "none"
         for counts in rounds
@@ -336,11 +340,11 @@ def _once(rounds: Iterable[Mapping[str, int]]) -> str:
 def _job(plan: Plan, mode: str, folder: Path, scratch: Path) -> Job:
     began = time.monotonic()
     _run(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
-    return read(folder, mode, time.monotonic() - began)
+    return read_job(folder, mode, time.monotonic() - began)
 
 
 def _run(argv: Sequence[str], log_file: Path) -> None:
-    """Run Avocado to its end; it ends with us."""
+    """Run Avocado to its end; it cannot outlive us."""
     log.logger.debug("%s", " ".join(argv))
     libc = ctypes.CDLL(None)
 
@@ -349,14 +353,14 @@ def _run(argv: Sequence[str], log_file: Path) -> None:
         libc.prctl(PR_SET_PDEATHSIG, signal.SIGINT, 0, 0, 0)
 
     with log_file.open("wb") as output:
-        # A group of its own: a ^C must reach it once, and we must know when.
+        # A process group of its own, so that a ^C reaches it only through _interrupt().
         child = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             process_group=0,
-            preexec_fn=in_child,  # One thread: nothing to deadlock with.
+            preexec_fn=in_child,  # One thread, so no deadlock.
         )
         try:
             child.wait()
@@ -366,12 +370,12 @@ def _run(argv: Sequence[str], log_file: Path) -> None:
 
 
 def _interrupt(child: subprocess.Popen[bytes]) -> None:
-    """End Avocado as a ^C in its terminal would: it ends its tests, and they their guests."""
+    """End Avocado as by ^C in its terminal: it ends its tests, which end their guests."""
     with log.step("ending the job"):
         try:
             os.killpg(child.pid, signal.SIGINT)
             child.wait(_INTERRUPT_LIMIT_S)
         except (KeyboardInterrupt, subprocess.TimeoutExpired):
-            # The keepers of its guests notice, and end them.
+            # The keepers end its guests.
             child.kill()
             child.wait()

@@ -39,35 +39,35 @@ DAY_S = 86400.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; its exit status. An error is one sentence, a hint and status 2 or 3."""
+    """Run one verb; return its exit status. An error prints message and hint; status 2 or 3."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # What follows "--" is Avocado's, whatever it looks like.
+    # Words after "--" are passed to Avocado unchanged.
     cut = words.index("--") if "--" in words else len(words)
     arguments = parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
     log.to_terminal(verbose=arguments.verbose)
     _unwind_on(signal.SIGHUP, signal.SIGTERM)
     try:
-        given = {name: getattr(arguments, name, None) for name in settings.names()}
+        overrides = {name: getattr(arguments, name, None) for name in settings.names()}
         verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
-        return verb(arguments, settings.load(given))
+        return verb(arguments, settings.load(overrides))
     except Error as error:
         print(f"paprscm: {error.message}", file=sys.stderr)
         if error.hint:
             print(f"  hint: {error.hint}", file=sys.stderr)
         return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
     except OSError as error:
-        # A disk, a permission, a terminal that went away: for the user to fix, as a rule.
+        # Usually for the user to fix: a disk, a permission, a closed terminal.
         log.logger.debug("", exc_info=True)
         print(f"paprscm: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
-        print("  hint: paprscm -v shows where it happened", file=sys.stderr)
+        print("  hint: paprscm -v shows the traceback", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("paprscm: interrupted; the next run goes on from here", file=sys.stderr)
+        print("paprscm: interrupted; the next run continues", file=sys.stderr)
         return 130
 
 
 def _unwind_on(*numbers: signal.Signals) -> None:
-    """Exit through every `finally` when a terminal closes, say; not if nohup(1) had it ignored."""
+    """Exit through every `finally` on these signals, unless they are ignored, as under nohup(1)."""
 
     def end(number: int, _frame: object) -> None:
         sys.exit(128 + number)
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="paprscm", description="Judge persistent memory of pseries guests."
     )
-    parser.add_argument("-v", "--verbose", action="store_true", help="say more")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print more")
     manual.add_options(parser)
     common = _settings_parser()
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -92,28 +92,32 @@ def parser() -> argparse.ArgumentParser:
         added.set_defaults(verb=verb)
         return added
 
-    add("doctor", _doctor, "What this machine offers, what is missing, and how to get it.")
-    image = add("image", _image, "Build or fetch QEMU, kernel and userland; print what they are.")
-    image.add_argument("--quiet", action="store_true", help="print only what takes time, or fails")
-    image.add_argument("--only-qemu", action="store_true", help="what tests without a guest need")
+    add("doctor", _doctor, "Check this machine and name missing packages.")
+    image = add("image", _image, "Build or fetch QEMU, kernel and userland; print their versions.")
+    image.add_argument("--quiet", action="store_true", help="print only steps and errors")
+    image.add_argument("--only-qemu", action="store_true", help="only for tests without a guest")
     image.add_argument(
-        "--no-snapshot", action="store_true", help="not the guest that others are restored from"
+        "--no-snapshot",
+        action="store_true",
+        help="do not make the snapshot that guests are restored from",
     )
-    run = add("run", _run, "Run the tests; what follows -- goes to `avocado run`.")
+    run = add("run", _run, "Run the tests; words after -- are passed to `avocado run`.")
     text = "files or test names; default: all tests of the suite"
     manual.takes_files(run.add_argument("tests", nargs="*", default=None, help=text))
     text = "only tests with these tags, such as map_sync or device,-hcall; may be repeated"
     run.add_argument("-t", dest="tags", action="append", default=[], metavar="TAG,…", help=text)
-    one = add("shell", _shell, "A guest for a person: ssh, or its serial console.")
+    one = add("shell", _shell, "Start a guest and open a shell: ssh, or its serial console.")
     one.add_argument("--nvdimm", action="append", default=[], metavar="KEY=VALUE,…")
     one.add_argument("--serial", action="store_true", help="the serial console; Ctrl-] leaves")
-    one.add_argument("-c", "--command", help="run this one instead; its status is ours")
+    one.add_argument("-c", "--command", help="run this command instead, and exit with its status")
     one.add_argument("--append", action="append", default=[], help="words for the kernel")
     one.add_argument("--dry-run", action="store_true", help="print QEMU's command line as a script")
 
-    taken = add("branches", _branches, "Which branches of the hcalls a job's tests have taken.")
+    branches = add(
+        "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."
+    )
     latest = Path("results/latest")
-    taken.add_argument(
+    branches.add_argument(
         "results", nargs="?", type=Path, default=latest, help=f"{latest}, or another"
     )
 
@@ -124,18 +128,24 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--config", type=Path, help="that tree's .config; default: the suite's own")
     build.set_defaults(verb=_kernel_build)
 
-    cache = verbs.add_parser("cache", help="What was built and fetched.")
+    cache = verbs.add_parser("cache", help="Manage the cache of built and fetched artifacts.")
     caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
-    caches.add_parser("ls", help="List it.", parents=[common]).set_defaults(verb=_cache_ls)
+    caches.add_parser("ls", help="List the entries.", parents=[common]).set_defaults(verb=_cache_ls)
     for name, verb, text in (
-        ("export", _cache_export, "Write what these settings' guests are made of to one file."),
-        ("import", _cache_import, "Add the entries of such a file, each checked, to the cache."),
+        ("export", _cache_export, "Export the entries for these settings to one file."),
+        (
+            "import",
+            _cache_import,
+            "Check the entries of an exported file and add them to the cache.",
+        ),
     ):
         moved = caches.add_parser(name, help=text, description=text, parents=[common])
         manual.takes_files(moved.add_argument("file", type=Path))
         moved.set_defaults(verb=verb)
-    prune = caches.add_parser("prune", help="Remove what was not used.", parents=[common])
-    prune.add_argument("--days", type=float, default=30.0, help="in so many days (30); 0: all")
+    prune = caches.add_parser("prune", help="Remove unused entries.", parents=[common])
+    prune.add_argument(
+        "--days", type=float, default=30.0, help="entries not used for this many days (30); 0: all"
+    )
     prune.set_defaults(verb=_cache_prune)
 
     benches = verbs.add_parser("bench", help="Measure.").add_subparsers(
@@ -143,28 +153,30 @@ def parser() -> argparse.ArgumentParser:
     )
 
     def measure(
-        name: str, verb: Callable[..., int], text: str, what: str, count: int
+        name: str, verb: Callable[..., int], text: str, counted: str, count: int
     ) -> argparse.ArgumentParser:
         added = benches.add_parser(name, help=text, description=text, parents=[common])
-        added.add_argument("-n", type=int, default=count, help=f"how many {what} ({count})")
+        added.add_argument("-n", type=int, default=count, help=f"number of {counted} ({count})")
         added.add_argument("--json", action="store_true", help="print the series as a line of JSON")
         series = Path(f"results/bench-{name}.jsonl")
-        added.add_argument("--series", type=Path, default=series, help="append it there")
+        added.add_argument(
+            "--series", type=Path, default=series, help="file to append the series to"
+        )
         added.set_defaults(verb=verb)
         return added
 
-    text = "Warm and cold starts of a guest, in turns; nothing may be left behind."
-    start = measure("start", bench.start, text, "of each", 10)
-    start.add_argument("--warm-only", action="store_true", help="no cold ones: for many in a row")
-    text = "The suite: cold, warm, and warm in parallel. What follows -- goes to `avocado run`."
+    text = "Measure warm and cold starts of a guest, alternating, and leaks."
+    start = measure("start", bench.start, text, "rounds", 10)
+    start.add_argument("--warm-only", action="store_true", help="no cold starts")
+    text = "Measure the suite: cold, warm, warm in parallel. Words after -- are for `avocado run`."
     suite = measure("suite", bench.suite, text, "rounds", 1)
     text = "files or test names; default: all tests of the suite"
     suite.add_argument("--tests", nargs="+", default=[_suite()], metavar="PATH", help=text)
     all_modes = ",".join(bench_suite.MODES)
     suite.add_argument("--modes", default=all_modes, help=f"some of {all_modes}")
-    suite.add_argument("--keep", action="store_true", help="keep what the jobs leave in results/")
-    measure("hcall", bench.hcall, "Hcalls a second, made from bare metal.", "rounds", 10)
-    text = "Flushes a second and their latency, by threads in the guest and by DIMMs."
+    suite.add_argument("--keep", action="store_true", help="keep the jobs' results in results/")
+    measure("hcall", bench.hcall, "Measure hcalls a second from bare metal.", "rounds", 10)
+    text = "Measure flushes a second and latency, by threads in the guest and by DIMMs."
     flush = measure("flush", bench.flush, text, "rounds", 1)
     for name, numbers in (("threads", bench_flushes.THREADS), ("dimms", bench_flushes.DIMMS)):
         default = ",".join(map(str, numbers))
@@ -187,29 +199,29 @@ def _settings_parser() -> argparse.ArgumentParser:
 
 
 def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
-    findings = doctor.doctor(chosen)
-    doctor.show(findings)
-    return 1 if doctor.broken(findings) else 0
+    findings = doctor.inspect_host(chosen)
+    doctor.print_findings(findings)
+    return 1 if doctor.is_broken(findings) else 0
 
 
 def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
     if arguments.only_qemu:
-        found = resolve(Archive.of(chosen), chosen.qemu)
+        qemu = resolve(Archive.of(chosen), chosen.qemu)
         if not arguments.quiet:
-            print(f"{found.version_text} {found.path}")
+            print(f"{qemu.version_text} {qemu.path}")
         return 0
     environment = prepare(chosen, make_snapshot=not arguments.no_snapshot)
     if arguments.quiet:
         return 0
-    shown = Table.grid(padding=(0, 2))
+    table = Table.grid(padding=(0, 2))
     for name, value in environment.describe().items():
-        shown.add_row(name, value)
-    Console().print(shown)
+        table.add_row(name, value)
+    Console().print(table)
     return 0
 
 
 def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
-    del chosen  # Checked by being loaded; the tests read them again, from what follows.
+    del chosen  # Loading has checked them; the tests read the options below.
     words = [str(Path(sys.executable).with_name("avocado")), "run"]
     words += [f"--filter-by-tags={tags}" for tags in arguments.tags]
     words += [*arguments.rest, *(arguments.tests or [_suite()])]
@@ -222,7 +234,7 @@ def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _suite() -> str:
-    """The suite's tests; relative to the working directory if that is the checkout."""
+    """Path of the suite's tests; relative if the working directory is the checkout."""
     inside = TESTS.is_relative_to(Path.cwd())
     return str(TESTS.relative_to(Path.cwd()) if inside else TESTS)
 
@@ -240,7 +252,7 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
     mirror = sys.stdout if arguments.serial else None
     with (
         tempfile.TemporaryDirectory(prefix="paprscm-shell-") as folder,
-        # A person sees for himself what the kernel prints.
+        # The user sees the kernel's messages.
         environment.guest(machine, folder=Path(folder), allowed=[""], mirror=mirror) as guest,
     ):
         if arguments.command:
@@ -249,9 +261,9 @@ def _shell(arguments: argparse.Namespace, chosen: Settings) -> int:
             sys.stderr.write(result.stderr)
             return result.status
         if arguments.serial:
-            shell.serial(guest)
+            shell.connect_serial(guest)
             return 0
-        return shell.ssh(guest)
+        return shell.connect_ssh(guest)
 
 
 def _machine(arguments: argparse.Namespace) -> Machine:
@@ -271,7 +283,7 @@ def _script(environment: Environment, machine: Machine) -> str:
 
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen
-    Console().print(hcall_judge.table(hcall_judge.of_job(arguments.results)))
+    Console().print(hcall_judge.branch_table(hcall_judge.read_branches(arguments.results)))
     return 0
 
 
@@ -279,7 +291,7 @@ def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
     archive = Archive.of(chosen)
     if arguments.source is None:
         if arguments.config is not None:
-            raise ConfigError("--config without --source", hint="give the tree that it belongs to")
+            raise ConfigError("--config without --source", hint="give its source tree, too")
         built = build_default(archive, chosen)
     else:
         built = build_tree(
@@ -296,19 +308,19 @@ def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 
 def _cache_ls(_arguments: argparse.Namespace, chosen: Settings) -> int:
-    shown = Table(box=None)
-    for name in ("kind", "key", "MB", "days", "made of"):
-        shown.add_column(name, justify="right" if name in ("MB", "days") else "left")
+    table = Table(box=None)
+    for name in ("kind", "key", "MB", "days", "fields"):
+        table.add_column(name, justify="right" if name in ("MB", "days") else "left")
     for entry in Cache(chosen.cache_dir).entries():
         days = f"{(time.time() - entry.used) / DAY_S:.1f}"
-        made_of = ", ".join(f"{k}={_short(v)}" for k, v in sorted(entry.fields.items()))
-        shown.add_row(entry.kind, entry.key, f"{entry.size_bytes / 1e6:.0f}", days, made_of)
-    Console().print(shown)
+        fields = ", ".join(f"{k}={_short(v)}" for k, v in sorted(entry.fields.items()))
+        table.add_row(entry.kind, entry.key, f"{entry.size_bytes / 1e6:.0f}", days, fields)
+    Console().print(table)
     return 0
 
 
 def _short(value: str) -> str:
-    """A field's value for a table; of a digest its beginning says enough."""
+    """A field's value for a table; a digest is abbreviated."""
     return value[:12] if re.fullmatch("[0-9a-f]{16,}", value) else value[:40]
 
 
@@ -328,12 +340,13 @@ def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
     cache = Cache(chosen.cache_dir)
     started = time.time() - 1
     prepare(chosen, make_snapshot=True)
-    bare_metal.program(cache)
+    bare_metal.compile_program(cache)
     sync_shim.build(cache)
     entries = [
         entry
         for entry in cache.entries()
-        if entry.used >= started and not (entry.is_workspace or entry.kind == kernel_source.KIND)
+        if entry.used >= started
+        and not (entry.is_workspace or entry.kind == kernel_source.SOURCE_KIND)
     ]
     size_bytes = transfer.export(entries, arguments.file)
     print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")

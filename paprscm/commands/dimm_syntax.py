@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""DIMMs as a person writes them: slot=0,pmem=on,size=512M,file=PATH."""
+"""Parser of DIMMs on the command line: slot=0,pmem=on,size=512M,file=PATH."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paprscm.vm.machine import Nvdimm
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
-# What a person writes, the field it sets, and how it is read.
+# Key, field of Nvdimm, and type.
 _KEYS = {
     "slot": ("slot", "int"),
     "device": ("device", "str"),
@@ -31,28 +31,28 @@ _KEYS = {
 
 
 def parse_size(text: str) -> int:
-    """A size in bytes from a number with an optional K, M, G or T.
+    """A size in bytes, from a number with an optional K, M, G or T.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a size.
     """
-    found = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", text)
-    if found is None:
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:iB)?", text)
+    if match is None:
         raise ConfigError(f"'{text}' is not a size", hint="such as 512M or 131072")
-    return int(found[1]) * _UNITS[found[2]]
+    return int(match[1]) * _UNITS[match[2]]
 
 
 def parse_nvdimm(text: str, *, slot: int) -> Nvdimm:
-    """One DIMM from key=value pairs with commas between them.
+    """Parse one DIMM from comma-separated key=value pairs.
 
     Args:
         text: such as "pmem=on,size=1G"; may be empty.
-        slot: the slot if the text names none.
+        slot: the slot if the text has none.
 
     Raises:
-        ConfigError: a key or a value is not understood, or such a DIMM cannot be.
+        ConfigError: a key or value is invalid, or such a DIMM is impossible.
     """
-    given: dict[str, Any] = {"slot": slot}
+    fields: dict[str, Any] = {"slot": slot}
     for pair in filter(None, text.split(",")):
         key, equals, value = pair.partition("=")
         if key not in _KEYS:
@@ -62,16 +62,16 @@ def parse_nvdimm(text: str, *, slot: int) -> Nvdimm:
         if not equals:
             raise ConfigError(f"{key} of a DIMM needs a value", hint=f"{key}=…")
         name, kind = _KEYS[key]
-        given[name] = _value(key, kind, value)
-    file = given.get("file")
-    if file is not None and "size_bytes" not in given:
+        fields[name] = _value(key, kind, value)
+    file = fields.get("file")
+    if file is not None and "size_bytes" not in fields:
         defaults = {field.name: field.default for field in dataclasses.fields(Nvdimm)}
-        label = given.get("label_bytes", defaults["label_bytes"])
+        label = fields.get("label_bytes", defaults["label_bytes"])
         try:
-            given["size_bytes"] = file.stat().st_size - label
+            fields["size_bytes"] = file.stat().st_size - label
         except OSError as error:
             raise ConfigError(f"backing file {file}: {error.strerror}") from error
-    return Nvdimm(**given)
+    return Nvdimm(**fields)
 
 
 def _value(key: str, kind: str, text: str) -> Any:

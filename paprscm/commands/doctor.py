@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Check what this machine offers to the suite, and name the packages that are missing."""
+"""Check the host, and name missing packages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from paprscm.build.toolchain import PREFIX
 from paprscm.errors import ConfigError, Error
 from paprscm.host import process
 from paprscm.host.cache import Cache
-from paprscm.host.resources import budget, resources
+from paprscm.host.resources import compute_budget, read_resources
 from paprscm.paths import IMAGES
 from paprscm.settings import Settings
 from paprscm.vm import binary
@@ -33,9 +33,9 @@ from paprscm.vm.capabilities import BINARY, sanitizers
 HOST_PACKAGES = IMAGES / "host-packages"
 _CROSS_COMPILER = f"{PREFIX}gcc"
 
-# An empty cache holds kernel source, kernel objects, and the userland with its packages at once.
+# A new cache holds kernel source, kernel objects, and the userland with its packages at once.
 _CACHE_NEEDS_BYTES = 6_000_000_000
-# Two DIMMs of 512 MiB in each of a few guests that run side by side.
+# Two DIMMs of 512 MiB in each of a few concurrent guests.
 _SCRATCH_NEEDS_BYTES = 4_000_000_000
 _NOT_DISKS = ("tmpfs", "ramfs", "devtmpfs", "overlay")
 
@@ -44,14 +44,14 @@ Grade = Literal["ok", "missing", "note"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        grade: "ok", "missing" (something needed is not there or cannot be used), or "note"
-            (it works, but not all of it, or not well).
-        subject: what was looked at, in a word or two.
-        text: what was found, for a person.
-        packages: packages of this host's distribution that provide what is missing.
+        grade: "ok", "missing" (a requirement is absent or unusable), or "note" (usable with
+            restrictions).
+        subject: the checked object, in a word or two.
+        text: the result, for a person.
+        packages: packages of this host's distribution that fix it.
     """
 
     grade: Grade
@@ -67,8 +67,8 @@ class HostPackage:
     Attributes:
         name: the package of Debian and Ubuntu.
         proof: a command, an absolute path, or "module:" and a Python module.
-        reason: what it is needed for.
-        fedora: the package of Fedora; "" where it has none and the suite runs without it.
+        reason: its purpose.
+        fedora: the package of Fedora; "" if Fedora has none and the suite runs without it.
     """
 
     name: str
@@ -77,8 +77,8 @@ class HostPackage:
     fedora: str = ""
 
     @property
-    def is_there(self) -> bool:
-        """Return True if the package's file or program is there."""
+    def is_installed(self) -> bool:
+        """True if the package's command, file or module exists."""
         if self.proof.startswith("module:"):
             return importlib.util.find_spec(self.proof.removeprefix("module:")) is not None
         if self.proof.startswith("/"):
@@ -89,12 +89,12 @@ class HostPackage:
 
 
 def parse_host_packages(text: str) -> list[HostPackage]:
-    """The lines of a list such as images/host-packages.
+    """Parse a list such as images/host-packages.
 
     Raises:
         ConfigError: a line has no proof.
     """
-    found = []
+    packages = []
     for number, line in enumerate(text.splitlines(), 1):
         entry, _, reason = line.partition("#")
         words = entry.split()
@@ -104,12 +104,12 @@ def parse_host_packages(text: str) -> list[HostPackage]:
             raise ConfigError(f"host packages, line {number}: '{line}' is not: package proof")
         fedora = words[2] if len(words) == 3 else words[0]
         fedora = "" if fedora == "-" else fedora
-        found.append(HostPackage(words[0], words[1], reason.strip(), fedora))
-    return found
+        packages.append(HostPackage(words[0], words[1], reason.strip(), fedora))
+    return packages
 
 
 def system() -> Literal["debian", "fedora", "other"]:
-    """The family of this host's distribution, by its names for packages."""
+    """Family of this host's distribution, which decides about package names."""
     try:
         release = platform.freedesktop_os_release()
     except OSError:
@@ -120,25 +120,25 @@ def system() -> Literal["debian", "fedora", "other"]:
     return "fedora" if names & {"fedora", "rhel"} else "other"
 
 
-def doctor(settings: Settings) -> list[Finding]:
-    """Look at all that the suite needs of this machine; nothing is built.
+def inspect_host(settings: Settings) -> list[Finding]:
+    """Check all requirements of the suite; build nothing.
 
-    Of what must be fetched, only the package index is.
+    Only package indexes are downloaded.
     """
     cache = Cache(settings.cache_dir)
     findings = _packages(parse_host_packages(HOST_PACKAGES.read_text()))
     findings += _python_packages()
     findings += _qemu(cache, settings)
     findings += _cross_compiler()
-    findings += _side_by_side(settings)
+    findings += _concurrency(settings)
     findings.append(_folder("cache", settings.cache_dir, _CACHE_NEEDS_BYTES))
     findings.append(_folder("scratch", settings.scratch_dir, _SCRATCH_NEEDS_BYTES, durable=True))
     findings += _userland(settings)
     return findings
 
 
-def broken(findings: Sequence[Finding]) -> bool:
-    """Return True if something that is needed is missing."""
+def is_broken(findings: Sequence[Finding]) -> bool:
+    """Return True if a requirement is missing."""
     return any(finding.grade == "missing" for finding in findings)
 
 
@@ -149,11 +149,12 @@ def install_line(findings: Sequence[Finding]) -> str | None:
     return f"{tools[system()]} {packages}" if packages else None
 
 
-def show(findings: Sequence[Finding], console: Console | None = None) -> None:
-    """Print the findings for a person.
+def print_findings(findings: Sequence[Finding], console: Console | None = None) -> None:
+    """Print the findings as a table, and the command that installs missing packages.
 
     Args:
-        console: where to; standard output when None.
+        findings: the findings.
+        console: the destination; None: standard output.
     """
     console = console or Console()
     styles = {"ok": "green", "missing": "bold red", "note": "yellow"}
@@ -166,21 +167,23 @@ def show(findings: Sequence[Finding], console: Console | None = None) -> None:
         table.add_row(f"[{style}]{finding.grade}[/]", finding.subject, _plain(finding.text))
     console.print(table)
     if line := install_line(findings):
-        # Never wrapped: it is there to be copied.
+        # Not wrapped, so that it can be copied.
         console.print(f"\n{line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def _plain(text: str) -> str:
-    # Rich would take [...] for its markup.
+    # Rich interprets [...] as markup.
     return text.replace("[", r"\[")
 
 
-def _packages(wanted: Sequence[HostPackage]) -> list[Finding]:
+def _packages(required: Sequence[HostPackage]) -> list[Finding]:
     kind = system()
-    named = [(package, package.fedora if kind == "fedora" else package.name) for package in wanted]
-    absent = [(package, name) for package, name in named if name and not package.is_there]
+    names = [
+        (package, package.fedora if kind == "fedora" else package.name) for package in required
+    ]
+    absent = [(package, name) for package, name in names if name and not package.is_installed]
     if not absent:
-        return [Finding("ok", "host packages", f"all {len(wanted)} of them")]
+        return [Finding("ok", "host packages", f"all {len(required)} of them")]
     if kind == "other":
         return [
             Finding(
@@ -200,11 +203,11 @@ def _packages(wanted: Sequence[HostPackage]) -> list[Finding]:
 
 def _python_packages() -> list[Finding]:
     try:
-        wanted = importlib.metadata.requires("paprscm") or []
+        required = importlib.metadata.requires("paprscm") or []
     except importlib.metadata.PackageNotFoundError:
         return [Finding("missing", "python", "the project is not installed; run tools/setup")]
-    # Extras are for who works on the project itself.
-    names = [re.split(r"[\s<>=!~;\[(]", line)[0] for line in wanted if "extra ==" not in line]
+    # Extras are for development only.
+    names = [re.split(r"[\s<>=!~;\[(]", line)[0] for line in required if "extra ==" not in line]
     absent = [name for name in names if not _is_installed(name)]
     if absent:
         return [
@@ -225,7 +228,7 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
     if settings.qemu.startswith("debian:") and not binary.is_fetched(cache, settings.qemu):
         return [Finding("note", "QEMU", f"{settings.qemu} will be fetched by the first run")]
     if settings.qemu == "auto" and shutil.which(BINARY) is None:
-        # Named among the host packages already.
+        # Already listed among the host packages.
         return []
     try:
         qemu = binary.resolve(Archive.of(settings), settings.qemu)
@@ -248,20 +251,20 @@ def _qemu(cache: Cache, settings: Settings) -> list[Finding]:
         sanitizers(qemu.path)
     except Error as error:
         lacking.append(f"{error.message}, so tests that need it are cancelled")
-    what = "; ".join(lacking) if lacking else "spapr-nvdimm, pmem, pmem-override, x-vof"
+    abilities = "; ".join(lacking) if lacking else "spapr-nvdimm, pmem, pmem-override, x-vof"
     grade: Grade = "note" if lacking else "ok"
-    findings = [Finding(grade, "QEMU", f"{qemu.version_text}: {what}")]
+    findings = [Finding(grade, "QEMU", f"{qemu.version_text}: {abilities}")]
     try:
-        accel, why = binary.accel_and_reason(settings.accel, qemu)
+        accel, reason = binary.accel_and_reason(settings.accel, qemu)
     except Error as error:
         return [*findings, Finding("missing", "accelerator", str(error))]
-    text = f"{accel.upper()}: {why}" if why else accel.upper()
+    text = f"{accel.upper()}: {reason}" if reason else accel.upper()
     return [*findings, Finding("ok", "accelerator", text)]
 
 
 def _cross_compiler() -> list[Finding]:
     if shutil.which(_CROSS_COMPILER) is None:
-        # Named among the host packages already.
+        # Already listed among the host packages.
         return []
     try:
         version = process.run([_CROSS_COMPILER, "-dumpfullversion"], timeout_s=20).text
@@ -270,18 +273,18 @@ def _cross_compiler() -> list[Finding]:
     return [Finding("ok", "cross gcc", f"{version} ({_CROSS_COMPILER})")]
 
 
-def _side_by_side(settings: Settings) -> list[Finding]:
-    found = resources()
-    text = f"{found.cpus_text}, {found.memory_text}"
+def _concurrency(settings: Settings) -> list[Finding]:
+    available = read_resources()
+    text = f"{available.cpus_text}, {available.memory_text}"
     machine = Finding("ok", "machine", text)
-    if found.cpus < 2:
-        machine = Finding("note", "machine", f"{text}; expect everything to take twice as long")
-    decided = budget(found, settings)
-    return [machine, Finding("ok" if decided.fits else "note", "side by side", decided.reason)]
+    if available.cpus < 2:
+        machine = Finding("note", "machine", f"{text}; expect twice the usual durations")
+    decided = compute_budget(available, settings)
+    return [machine, Finding("ok" if decided.fits else "note", "concurrency", decided.reason)]
 
 
 def _folder(subject: str, folder: Path, needs_bytes: int, *, durable: bool = False) -> Finding:
-    # It is made when it is needed: until then its nearest ancestor counts.
+    # The folder may not exist yet: check its nearest existing ancestor.
     folder = folder.absolute()
     place = folder
     while not place.exists() and place != place.parent:
@@ -295,7 +298,7 @@ def _folder(subject: str, folder: Path, needs_bytes: int, *, durable: bool = Fal
     text = f"{folder} ({kind}), {free / 1e9:.1f} GB free"
     if durable and kind in _NOT_DISKS:
         return Finding(
-            "note", subject, f"{text}; fdatasync means nothing there: set {subject}_dir to a disk"
+            "note", subject, f"{text}; fdatasync has no effect there: set {subject}_dir to a disk"
         )
     if free < needs_bytes:
         return Finding("note", subject, f"{text}; {needs_bytes / 1e9:.0f} GB may be needed")
@@ -306,7 +309,7 @@ def filesystem_type(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) 
     """The type of the file system that holds `path`, as the kernel names it ("ext4").
 
     Args:
-        path: something that exists.
+        path: an existing path.
         mountinfo: see proc(5).
     """
     path = path.resolve()
@@ -323,12 +326,12 @@ def filesystem_type(path: Path, mountinfo: Path = Path("/proc/self/mountinfo")) 
 
 def _userland(settings: Settings) -> list[Finding]:
     cache = Cache(settings.cache_dir)
-    wanted = debian.suites(settings.userland_suite)
-    for suite in wanted:
-        if rootfs.find(cache, suite=suite):
+    candidates = debian.suites(settings.userland_suite)
+    for suite in candidates:
+        if rootfs.find_rootfs(cache, suite=suite):
             return [Finding("ok", "userland", f"Debian {suite}, in the cache")]
     findings = []
-    for suite in wanted:
+    for suite in candidates:
         try:
             size_bytes, absent = Archive.of(settings).absent_files(
                 rootfs.packages(), suite=suite, arch=debian.ARCH
@@ -343,5 +346,5 @@ def _userland(settings: Settings) -> list[Finding]:
             return [*findings, Finding("ok", "userland", text)]
         text = f"Debian {suite}: the mirror lacks {', '.join(absent)}"
         findings.append(Finding("note", "userland", text))
-    text = f"no suite of {', '.join(wanted)} is complete on the mirror; set mirror="
+    text = f"no suite of {', '.join(candidates)} is complete on the mirror; set mirror="
     return [*findings, Finding("missing", "mirror", text)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from paprscm.commands.bench_flushes import SLEEP_MS, RateCell, cells_of, title
+from paprscm.commands.bench_flushes import SLEEP_MS, RateCell, cells_of, flush_title
 from paprscm.commands.series import Series
 from paprscm.errors import CapabilityError, ConfigError
 
@@ -21,7 +21,8 @@ _Value = Callable[[RateCell], float]
 _NO_DATE = {"Date": None}
 _SUFFIXES = (".svg", ".png")
 # Okabe and Ito's colours for the colour-blind, the first four from dark to light. In black and
-# white the markers tell them apart; they get smaller, so that points that coincide stay visible.
+# white the markers distinguish the lines; later ones are smaller, so that coinciding points stay
+# visible.
 _COLOURS = ("#000000", "#0072b2", "#d55e00", "#e69f00", "#009e73", "#56b4e9", "#cc79a7", "#999999")
 _MARKERS = "osD^vP*X"
 _SOLID: dict[str, Any] = {"linestyle": "-", "linewidth": 1.6}
@@ -29,12 +30,12 @@ _DASHED: dict[str, Any] = {"linestyle": "--", "linewidth": 1.0, "markerfacecolor
 _DOTTED: dict[str, Any] = {"linestyle": ":", "linewidth": 1.8, "color": "#555555"}
 
 
-def check(file: Path) -> None:
-    """Raise unless a plot can be drawn into a file of that name.
+def check_plot_file(file: Path) -> None:
+    """Raise unless a plot can be written to this file.
 
     Raises:
-        ConfigError: its suffix is none of those that are known.
-        CapabilityError: there is no matplotlib.
+        ConfigError: its suffix is not supported.
+        CapabilityError: matplotlib is missing.
     """
     if file.suffix not in _SUFFIXES:
         raise ConfigError(
@@ -42,19 +43,19 @@ def check(file: Path) -> None:
         )
     if importlib.util.find_spec("matplotlib") is None:
         raise CapabilityError(
-            "there is no matplotlib to draw the plot with", hint="tools/setup installs it"
+            "matplotlib, which draws the plot, is not installed", hint="tools/setup installs it"
         )
 
 
-def draw(series: Series, file: Path) -> None:
-    """Draw it; of the machine, nothing but matplotlib's own fonts and settings has a part in it.
+def draw_plot(series: Series, file: Path) -> None:
+    """Draw the plot, independent of the machine's fonts and settings.
 
     Args:
-        series: what bench_flush measured.
-        file: .svg or .png; replaced if it is there.
+        series: returned by measure_flushes().
+        file: .svg or .png; an existing file is replaced.
     """
-    # It takes half a second, which other verbs do not need. Without pyplot there is no window
-    # system to be asked for: the file's format alone decides what draws.
+    # The import takes 0.5 s, which other verbs do not need. Without pyplot no window system is
+    # needed: the file's format selects the renderer.
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -62,10 +63,10 @@ def draw(series: Series, file: Path) -> None:
     rows = [[c for c in cells if c.dimms == dimms] for dimms in series.found["dimms"]]
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        # The same series is the same file.
+        # The same series gives the same file.
         matplotlib.rcParams["svg.hashsalt"] = "paprscm"
         figure = Figure(figsize=(11, 6), layout="constrained")
-        figure.suptitle(title(series), fontsize=11)
+        figure.suptitle(flush_title(series), fontsize=11)
         left, right = figure.subplots(1, 2)
         _draw(left, rows, lambda cell: cell.flushes, lambda cell: cell.fdatasync)
         _line(left, rows[0], lambda cell: cell.bound, **_DOTTED)
@@ -85,7 +86,7 @@ def draw(series: Series, file: Path) -> None:
 
 
 def _draw(axes: Axes, rows: list[list[RateCell]], solid: _Value, dashed: _Value) -> None:
-    """Two lines for each number of DIMMs."""
+    """Draw two lines for each number of DIMMs."""
     for value, style in ((solid, _SOLID), (dashed, _DASHED)):
         for place, row in enumerate(rows):
             look = {"color": _COLOURS[place], "marker": _MARKERS[place]}
@@ -98,7 +99,7 @@ def _line(axes: Axes, row: list[RateCell], value: _Value, **style: Any) -> None:
 
 
 def _finish(axes: Axes, series: Series, label: str, steps: Sequence[float]) -> None:
-    """Both axes logarithmic, with numbers that are read without counting zeros."""
+    """Make both axes logarithmic, with plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     threads = series.found["threads"]

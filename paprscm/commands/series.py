@@ -17,10 +17,10 @@ class Series:
 
     Attributes:
         environment: the dimensions.
-        started: when, seconds since 1970.
-        unit: that of the values.
-        values: by what was measured, in the order of the rounds.
-        found: further results, with another unit or none.
+        started: start of the measurement, seconds since the epoch.
+        unit: unit of the values.
+        values: values by measurement, in the order of the rounds.
+        found: other results, with another unit or none.
     """
 
     environment: dict[str, str]
@@ -30,15 +30,15 @@ class Series:
     found: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def summary(self) -> dict[str, dict[str, float]]:
-        """Median, minimum, maximum and quartiles of each."""
+        """Median, minimum, maximum and quartiles of each measurement."""
         return {mark: _spread(values) for mark, values in self.values.items()}
 
     def as_json(self) -> str:
-        """One line: the figures, their summary and their dimensions."""
+        """One line of JSON: values, summary and dimensions."""
         return json.dumps({**dataclasses.asdict(self), "summary": self.summary()}, sort_keys=True)
 
 
-def keep(series: Series, file: Path) -> None:
+def append_series(series: Series, file: Path) -> None:
     """Append a series to a file of JSON lines."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as lines:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A person at the keyboard, in the same guest that the tests get."""
+"""Interactive shell in a guest: ssh, or the serial console."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ ESCAPE = b"\x1d"
 
 
 def require_terminal() -> None:
-    """Raise unless we are on a terminal.
+    """Raise unless stdin and stdout are a terminal.
 
     Raises:
         ConfigError: stdin or stdout is a pipe or a file.
     """
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ConfigError("a shell needs a terminal", hint="`paprscm shell -c COMMAND` needs none")
+        raise ConfigError(
+            "a shell needs a terminal", hint="without one: `paprscm shell -c COMMAND`"
+        )
 
 
-def serial(guest: Guest) -> None:
+def connect_serial(guest: Guest) -> None:
     """Connect the keyboard with the serial console until Ctrl-] or the guest's end.
 
     The guest's console must have been mirrored to stdout from its boot on.
@@ -46,8 +48,8 @@ def serial(guest: Guest) -> None:
                     return
 
 
-def ssh(guest: Guest) -> int:
-    """Connect the terminal with a shell over ssh until it ends; its exit status."""
+def connect_ssh(guest: Guest) -> int:
+    """Connect the terminal with a shell over ssh until it ends; return its exit status."""
     size = shutil.get_terminal_size()
     channel = guest.shell(os.environ.get("TERM", "vt100"), size.columns, size.lines)
 

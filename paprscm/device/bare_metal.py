@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Hypervisor calls made from Python: a machine that runs guest_tools/hcalls.c and nothing else.
+"""Hypervisor calls from Python: a machine that runs only guest_tools/hcalls.c.
 
-There is no firmware but VOF and no kernel, so the first call is answered a fifth of a second after
-the start. All that a test wants to know about the calls is in Python; the program only makes them.
+Without a kernel, and with VOF as firmware, the first call returns 0.2 s after the start. The
+program only makes the calls; tests prepare and check them in Python.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from paprscm.vm.vm import Vm
 FREE: Final = range(160 * MIB, 256 * MIB)
 """Unused guest memory, for a test's own data."""
 
-# Floating point and vectors are off at the start; where it is loaded is QEMU's affair.
+# Floating point and vectors are disabled at the start; QEMU chooses the load address.
 _FLAGS = (
     "-mbig-endian -m64 -mabi=elfv2 -mcpu=power8 -msoft-float -mno-altivec -mno-vsx "
     "-O2 -Wall -Wextra -Werror -ffreestanding -fno-pic -fno-stack-protector "
@@ -50,42 +50,42 @@ _FLAGS = (
 # QEMU's own, include/hw/ppc/spapr.h: KVMPPC_H_RTAS and RTAS_START_CPU.
 _H_RTAS, _START_CPU = 0xF000, 0x2006
 
-_LOOKS = 200
+_BUSY_POLLS = 200
 _SHORTEST_SLEEP_S, _LONGEST_SLEEP_S = 20e-6, 1e-3
 _START_LIMIT_S = 20.0
 
 
-def program(cache: Cache) -> Path:
-    """Return the program that makes the hcalls, compiled unless the cache has it.
+def compile_program(cache: Cache) -> Path:
+    """Compile the program that makes the hcalls, unless the cache has it; return its path.
 
     Raises:
         HostError: the cross compiler is missing, or fails.
     """
-    # VOF enters at the beginning of what is linked: hcalls.S.
+    # VOF enters at the beginning of the linked program: hcalls.S.
     sources = [GUEST_TOOLS / "hcalls.S", GUEST_TOOLS / "hcalls.c"]
     return compile_c(cache, "hcalls", sources, compiler=f"{PREFIX}gcc", flags=_FLAGS)
 
 
-class Bare(Lifetime):
+class BareMachine(Lifetime):
     """A machine that makes hypervisor calls; use it as a context manager. Several may run at once.
 
     Args:
         qemu: the QEMU under test.
-        program: what program() gave.
+        program: returned by compile_program().
         machine: its DIMMs; with at least 256 MiB.
-        folder: where qemu.log and qemu.sh go; they stay.
-        scratch_dir: where backing files are made; they go with the machine.
-        board: processors and memory where the machine leaves them open; its firmware is VOF.
-        shim: goes into this QEMU; see Vm.
+        folder: folder of qemu.log and qemu.sh, which stay.
+        scratch_dir: folder of the backing files, which are removed with the machine.
+        board: defaults for processors and memory; the firmware is always VOF.
+        shim: loaded into this QEMU; see Vm.
 
     Raises:
         ConfigError: the program cannot run on such a machine.
-        HostError: on entering, QEMU or the program does not start as it should.
+        HostError: on entering, QEMU or the program does not start.
 
     Attributes:
         vm: the QEMU.
-        ready_s: from QEMU's start until the program ran, s.
-        first_answer_s: from QEMU's start until the first batch was answered, s; 0 before that.
+        ready_s: time from QEMU's start to the start of the program, s.
+        first_answer_s: time from QEMU's start to the end of the first batch, s; 0 before that.
     """
 
     vm: Vm
@@ -135,15 +135,15 @@ class Bare(Lifetime):
         return self.vm.file(slot)
 
     def plug(self, nvdimm: Nvdimm) -> None:
-        """Plug a DIMM, whose calls work at once; RefusedError if QEMU does not take it."""
+        """Plug a DIMM, whose calls work at once; RefusedError if QEMU refuses it."""
         self.vm.plug(nvdimm)
 
     def read(self, address: int, length: int) -> bytes:
-        """Guest memory; ValueError if there is none at that address."""
+        """Read guest memory; ValueError if there is none at that address."""
         return self._memory.read(address, length)
 
     def write(self, address: int, data: bytes) -> None:
-        """Change guest memory (see FREE); ValueError if there is none at that address."""
+        """Write guest memory (see FREE); ValueError if there is none at that address."""
         self._memory.write(address, data)
 
     def call(self, opcode: int, *args: int) -> Answer:
@@ -153,17 +153,17 @@ class Bare(Lifetime):
     def batch(
         self, calls: Iterable[Call], *, cpu: int = 0, timeout_s: float = 10.0
     ) -> list[Answer]:
-        """Make calls, one after the other, and return their answers; any number of them.
+        """Make any number of calls, one after the other, and return their answers.
 
         Args:
-            calls: what to do.
-            cpu: the vCPU that does it.
-            timeout_s: how long all of it may take.
+            calls: the calls.
+            cpu: the vCPU that makes them.
+            timeout_s: time limit of all calls.
 
         Raises:
             ValueError: the vCPU does not run, or has another batch.
-            GuestLostError: QEMU ended meanwhile; names the call in progress.
-            KilledError: it was ended from outside.
+            GuestLostError: QEMU ended; with the call in progress.
+            KilledError: QEMU was ended from outside.
             ContractError: a call does not return in time.
             HostError: the program in the machine failed.
         """
@@ -171,9 +171,9 @@ class Bare(Lifetime):
         return self.finish(cpu, timeout_s)
 
     def start(self, calls: Iterable[Call], cpu: int = 0) -> None:
-        """Begin what finish() ends, so that the test can act meanwhile.
+        """Start a batch without waiting for its end; call finish() later.
 
-        Of a batch longer than mailbox.MAX_CALLS the rest is sent by finish().
+        finish() sends the calls beyond mailbox.MAX_CALLS.
 
         Raises:
             ValueError: as batch().
@@ -181,14 +181,14 @@ class Bare(Lifetime):
         self._free_box(cpu).begin(calls)
 
     def finish(self, cpu: int = 0, timeout_s: float = 10.0) -> list[Answer]:
-        """Wait for the end of what start() began; as batch().
+        """Wait for the end of the batch of start(); raises as batch().
 
-        It may be asked again for a batch that did not end in time.
+        It may be called again for a batch that did not end in time.
         """
         return self._finish(cpu, time.monotonic() + timeout_s)
 
     def in_progress(self, cpu: int = 0) -> int:
-        """Which call of its batch a vCPU makes at the moment, from 0; their number at the end.
+        """Index of the current call in a vCPU's batch; the number of calls at the end.
 
         Raises:
             ValueError: the vCPU has no batch.
@@ -198,11 +198,11 @@ class Bare(Lifetime):
     def together(
         self, work: Mapping[int, Iterable[Call]], timeout_s: float = 10.0
     ) -> dict[int, list[Answer]]:
-        """Make calls on several vCPUs, which begin at the same moment; as batch().
+        """Make calls on several vCPUs, which begin at the same moment; raises as batch().
 
         Args:
             work: the calls of each vCPU.
-            timeout_s: how long all of it may take.
+            timeout_s: time limit of all calls.
         """
         deadline = time.monotonic() + timeout_s
         boxes = {cpu: self._free_box(cpu) for cpu in work}
@@ -221,11 +221,11 @@ class Bare(Lifetime):
         return {cpu: self._finish(cpu, deadline) for cpu in work}
 
     def start_cpus(self, count: int) -> None:
-        """Let the program run on vCPUs 0 to count - 1; those that run already go on.
+        """Start the program on vCPUs 0 to count - 1; vCPUs that already run continue.
 
         Raises:
-            ValueError: the machine does not have so many.
-            ContractError: QEMU does not start one (RTAS start-cpu).
+            ValueError: the machine has fewer vCPUs.
+            ContractError: QEMU does not start a vCPU (RTAS start-cpu).
         """
         if not 1 <= count <= self.board.smp:
             raise ValueError(f"{count} vCPUs of {self.board.smp}")
@@ -234,7 +234,7 @@ class Bare(Lifetime):
             if cpu in self._running:
                 continue
             before = self._boxes[cpu].generation
-            # Token, numbers of arguments and results, arguments, result.
+            # Token, number of arguments, number of results, arguments, result.
             request = struct.pack(">6Ii", _START_CPU, 3, 1, cpu, first.entry, cpu, -1)
             self.write(first.spare, request)
             answer = self.call(_H_RTAS, first.spare)
@@ -246,7 +246,7 @@ class Bare(Lifetime):
     def reset(self, *, timeout_s: float = _START_LIMIT_S) -> None:
         """Reset the machine and wait until the program runs again, on vCPU 0 only.
 
-        What the vCPUs were doing is forgotten; memory stays as it is.
+        The batches of the vCPUs are dropped; memory stays unchanged.
 
         Raises:
             GuestLostError: QEMU ended.
@@ -285,8 +285,8 @@ class Bare(Lifetime):
         box = self._boxes[cpu]
 
         def late() -> HostError:
-            seen = box.exception or "nothing happens"
-            return HostError(f"{self._program} does not start on vCPU {cpu}: {seen}")
+            state = box.exception or "nothing happens"
+            return HostError(f"{self._program} does not start on vCPU {cpu}: {state}")
 
         self._wait(lambda: box.generation != before, time.monotonic() + timeout_s, late)
         self._running.append(cpu)
@@ -297,7 +297,7 @@ class Bare(Lifetime):
             raise ValueError(f"vCPU {cpu} does not run")
         box = self._boxes[cpu]
         if not box.is_free:
-            # There may be a better reason than ours.
+            # First report a problem of the machine, if there is one.
             self._check()
             raise ValueError(f"vCPU {cpu} has a batch already")
         return box
@@ -310,7 +310,7 @@ class Bare(Lifetime):
 
     def _finish(self, cpu: int, deadline: float) -> list[Answer]:
         box = self._busy_box(cpu)
-        # The second part of another vCPU's long batch shall not wait until this one is done.
+        # Another vCPU's long batch must not wait for this one before its next part is sent.
         others = [self._boxes[other] for other in self._running if other != cpu]
 
         def is_done() -> bool:
@@ -331,8 +331,8 @@ class Bare(Lifetime):
     def _wait(
         self, is_done: Callable[[], bool], deadline: float, late: Callable[[], Error]
     ) -> None:
-        """Wait for what the program does; it is most often a matter of microseconds."""
-        for _ in range(_LOOKS):
+        """Wait for the program, first busily: most waits take microseconds."""
+        for _ in range(_BUSY_POLLS):
             if is_done():
                 return
         pause_s = _SHORTEST_SLEEP_S
@@ -344,7 +344,7 @@ class Bare(Lifetime):
             pause_s = min(2 * pause_s, _LONGEST_SLEEP_S)
 
     def _check(self) -> None:
-        """Raise what is wrong with the machine, if something is."""
+        """Raise an error if QEMU or the program has failed."""
         status = self.process.wait(0)
         if status is not None:
             raise GuestLostError(
@@ -353,10 +353,10 @@ class Bare(Lifetime):
             )
         for cpu in self._running:
             if exception := self._boxes[cpu].exception:
-                raise HostError(f"vCPU {cpu} got {exception}; QEMU {self._doing()}")
+                raise HostError(f"vCPU {cpu} took {exception}; QEMU {self._doing()}")
 
     def _doing(self) -> str:
-        """Describe the calls that QEMU is executing for the vCPUs."""
+        """Description of the calls that QEMU executes for the vCPUs."""
         calls = {cpu: self._boxes[cpu].current for cpu in self._running}
         busy = [f"{call} on vCPU {cpu}" for cpu, call in calls.items() if call]
         return f"executed {' and '.join(busy)}" if busy else "had no call to execute"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A command line with NVDIMMs as data, right or wrong; `machine.Machine` has right ones only."""
+"""Command line with NVDIMMs as data, valid or invalid; `vm.machine.Machine` is valid only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RawBackend:
         size_bytes: its size, label area included.
         kind: the rest of the type's name after "memory-backend-": "file", "memfd" or "ram".
         share, pmem, readonly: as of the backend; pmem and readonly are for files only.
-        file_bytes: the size of a file that exists; None: of its own, QEMU makes it if it can.
+        file_bytes: size of an existing file; None: QEMU creates the file, if it can.
     """
 
     size_bytes: int
@@ -34,20 +34,20 @@ class RawBackend:
     def align_bytes(self) -> int:
         """Alignment, bytes: the size is rounded down to it, and the address must be a multiple.
 
-        The page for what is mapped from a descriptor (physmem.c:file_ram_alloc), huge pages for
-        anonymous memory (osdep.h:QEMU_VMALLOC_ALIGN).
+        The page size for memory of a descriptor (physmem.c:file_ram_alloc), the size of huge pages
+        for anonymous memory (osdep.h:QEMU_VMALLOC_ALIGN).
         """
         return 2 * MIB if self.kind == "ram" else mmap.PAGESIZE
 
 
 @dataclass(frozen=True)
 class RawDimm:
-    """One DIMM; None is for what the command line does not say.
+    """One DIMM; None: the property is not on the command line.
 
     Attributes:
-        memdev: the number of its backend.
+        memdev: number of its backend.
         uuid: any text.
-        addr: 0 leaves it to QEMU, as None does.
+        addr: None or 0: QEMU chooses.
     """
 
     driver: str = "spapr-nvdimm"
@@ -67,8 +67,8 @@ class RawMachine:
 
     Attributes:
         memory_bytes, slots, maxmem_bytes: of -m; whole MiB.
-        nodes: the memory of each NUMA node; empty: no -numa.
-        distances: of each pair of nodes, as (one, other, distance); empty: no -numa dist.
+        nodes: memory of each NUMA node, bytes; empty: no -numa.
+        distances: (node, other node, distance) of each pair; empty: no -numa dist.
         nvdimm: the machine option.
     """
 
@@ -104,7 +104,7 @@ class RawMachine:
         return replace(self, backends=tuple(backends))
 
     def files(self) -> dict[str, int]:
-        """The files that must be there first, with their sizes."""
+        """Files that must exist before QEMU starts, with their sizes in bytes."""
         return {
             f"file{n}": b.size_bytes if b.file_bytes is None else b.file_bytes
             for n, b in enumerate(self.backends)
@@ -112,11 +112,11 @@ class RawMachine:
         }
 
     def option(self) -> str:
-        """Further options of -machine."""
+        """Additional options of -machine."""
         return "" if self.nvdimm else "nvdimm=off"
 
     def words(self) -> list[str]:
-        """The command line, with the names of files relative."""
+        """The command line, with relative file names."""
         words = ["-m", _joined(f"size={_size(self.memory_bytes)}", *self._more_memory())]
         for number, memory in enumerate(self.nodes):
             if memory:
@@ -137,7 +137,7 @@ class RawMachine:
             yield f"maxmem={_size(self.maxmem_bytes)}"
 
     def script(self, qemu: Sequence[str]) -> str:
-        """Return a shell command that starts the same machine in a folder of its own."""
+        """Shell command that starts the same machine in a temporary folder."""
         files = "".join(f"truncate -s {size} {name} && " for name, size in self.files().items())
         kind = _joined("pseries", self.option())
         argv = [*qemu, "-machine", kind, "-nodefaults", "-display", "none", "-S"]
@@ -158,7 +158,7 @@ def _backend_words(number: int, backend: RawBackend) -> str:
 
 
 def _dimm_words(number: int, dimm: RawDimm) -> str:
-    given = {
+    properties = {
         "label-size": None if dimm.label_bytes is None else _size(dimm.label_bytes),
         "uuid": dimm.uuid,
         "slot": dimm.slot,
@@ -170,7 +170,7 @@ def _dimm_words(number: int, dimm: RawDimm) -> str:
     return _joined(
         f"{dimm.driver},id=nv{number}",
         f"memdev=mem{dimm.memdev}" if dimm.memdev is not None else "",
-        *(f"{name}={value}" for name, value in given.items() if value is not None),
+        *(f"{name}={value}" for name, value in properties.items() if value is not None),
     )
 
 

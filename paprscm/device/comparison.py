@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Judge what QEMU made of a machine: refused with the reason, or made as the command line said."""
+"""Judge QEMU's result for a command line: refused for a predicted reason, or accepted as given."""
 
 from __future__ import annotations
 
@@ -9,73 +9,79 @@ from typing import Any
 
 from paprscm.device.command_line import RawMachine
 from paprscm.device.device_tree import (
-    Tree,
+    DeviceTree,
     associativity,
     expected_node,
     judge_persistent_memory,
-    parse,
+    parse_tree,
 )
 from paprscm.device.launch import Attempt
-from paprscm.device.prediction import Placed, Prediction
+from paprscm.device.prediction import PlacedDimm, Prediction
 from paprscm.log import quoted
 from paprscm.papr import drc_index
 
-# What QEMU may say of a machine that it takes: of pmem=on for a file that is none.
+# Permitted messages about an accepted machine: pmem=on with a file that is not on pmem.
 _HARMLESS = re.compile(
     r"[Ww]arning: (requesting persistence across crashes for backend file .* failed\."
     r"|Using non DAX backing file with 'pmem=on' option is deprecated)"
 )
-_ASKED = ("uuid", "label-size", "unarmed")
+_PROPERTIES = ("uuid", "label-size", "unarmed")
 
 
-def questions(machine: RawMachine) -> list[tuple[str, Mapping[str, Any]]]:
-    """The QMP commands whose answers judge() wants."""
-    asked: list[tuple[str, Mapping[str, Any]]] = [("query-memory-devices", {})]
-    asked += [
+def monitor_commands(machine: RawMachine) -> list[tuple[str, Mapping[str, Any]]]:
+    """The QMP commands whose answers judge_attempt() needs."""
+    commands: list[tuple[str, Mapping[str, Any]]] = [("query-memory-devices", {})]
+    commands += [
         ("qom-get", {"path": f"/machine/peripheral/nv{number}", "property": name})
         for number in range(len(machine.dimms))
-        for name in _ASKED
+        for name in _PROPERTIES
     ]
-    return asked
+    return commands
 
 
-def judge(machine: RawMachine, prediction: Prediction, found: Attempt) -> str | None:
-    """Compare an attempt with its prediction: the difference in one paragraph, or None.
+def judge_attempt(machine: RawMachine, prediction: Prediction, attempt: Attempt) -> str | None:
+    """Compare an attempt with its prediction; return the difference, or None.
 
     Args:
-        found: with the answers to questions().
+        machine: the command line.
+        prediction: the expected result.
+        attempt: the attempt, with the answers to monitor_commands().
 
     Raises:
-        ContractError: the tree, or an answer, cannot be read.
+        ContractError: the device tree or an answer cannot be parsed.
     """
     if prediction.reasons:
-        if found.refused:
+        if attempt.refused:
             return None
-        wanted = " or ".join(sorted(reason.name for reason in prediction.reasons))
-        return f"it must be refused ({wanted}), and was: {found}"
-    if not found.accepted:
-        return f"it must be accepted, and was not: {found}"
-    said = [*_accepted(machine, prediction.placed, found)]
-    return "it came out wrong:\n" + quoted("\n".join(said)) if said else None
+        names = " or ".join(sorted(reason.name for reason in prediction.reasons))
+        return f"must be refused ({names}), but was: {attempt}"
+    if not attempt.accepted:
+        return f"must be accepted, but was not: {attempt}"
+    differences = [*_accepted(machine, prediction.placed, attempt)]
+    return (
+        "device tree or monitor differs from the command line:\n" + quoted("\n".join(differences))
+        if differences
+        else None
+    )
 
 
-def unusual(prediction: Prediction, found: Attempt) -> str | None:
-    """Messages, not seen so far, about a machine that QEMU treats as predicted.
+def unusual_messages(prediction: Prediction, attempt: Attempt) -> str | None:
+    """New messages about a machine that QEMU treats as predicted, or None.
 
-    No contract fixes the words, nor which of several reasons is given.
+    No contract fixes the words, nor which of several reasons QEMU names.
     """
     if prediction.reasons:
-        if any(reason.is_in(found.text) for reason in prediction.reasons):
+        if any(reason.is_in(attempt.text) for reason in prediction.reasons):
             return None
-        wanted = " or ".join(sorted(reason.name for reason in prediction.reasons))
-        return f"a refusal ({wanted}) in other words:\n{quoted(found.text)}"
-    strange = [line for line in found.text.splitlines() if not _HARMLESS.search(line)]
+        names = " or ".join(sorted(reason.name for reason in prediction.reasons))
+        return f"refused ({names}) with another message:\n{quoted(attempt.text)}"
+    strange = [line for line in attempt.text.splitlines() if not _HARMLESS.search(line)]
     return "accepted with a message:\n" + quoted("\n".join(strange)) if strange else None
 
 
-def _accepted(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> Iterator[str]:
+def _accepted(machine: RawMachine, placed: Sequence[PlacedDimm], attempt: Attempt) -> Iterator[str]:
     """Check the device tree and the monitor's answers of an accepted machine."""
-    tree = parse(found.tree or b"")
+    tree = parse_tree(attempt.tree or b"")
     nodes = {}
     for dimm, place in zip(machine.dimms, placed, strict=True):
         nodes[drc_index(place.slot)] = expected_node(
@@ -89,12 +95,12 @@ def _accepted(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> 
             associativity=associativity(dimm.node or 0),
         )
     yield from judge_persistent_memory(tree, slots=machine.slots or 0, nvdimms=nodes)
-    yield from nodes_differ(tree)
-    yield from _monitor(machine, placed, found)
+    yield from numa_differences(tree)
+    yield from _monitor(machine, placed, attempt)
 
 
-def nodes_differ(tree: Tree) -> Iterator[str]:
-    """Each DIMM is in the same place as the memory of its node, where that has some."""
+def numa_differences(tree: DeviceTree) -> Iterator[str]:
+    """DIMMs whose ibm,associativity differs from that of their node's memory."""
     memories = {
         node.cells("ibm,associativity")[-1]: node
         for path, node in tree.nodes.items()
@@ -107,9 +113,9 @@ def nodes_differ(tree: Tree) -> Iterator[str]:
             yield f"{node.path} and {memory.path}, of one NUMA node, differ in ibm,associativity"
 
 
-def _monitor(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> Iterator[str]:
-    """query-memory-devices and qom-get say what the command line did."""
-    devices = {item["data"]["id"]: item for item in found.returned(0)}
+def _monitor(machine: RawMachine, placed: Sequence[PlacedDimm], attempt: Attempt) -> Iterator[str]:
+    """Differences of query-memory-devices and qom-get from the command line."""
+    devices = {item["data"]["id"]: item for item in attempt.returned(0)}
     if len(devices) != len(machine.dimms):
         yield f"query-memory-devices lists {sorted(devices)}"
     for number, (dimm, place) in enumerate(zip(machine.dimms, placed, strict=True)):
@@ -128,9 +134,9 @@ def _monitor(machine: RawMachine, placed: Sequence[Placed], found: Attempt) -> I
             "unarmed": dimm.unarmed,
         }
         item = devices.get(f"nv{number}", {"type": None, "data": {}})
-        told = {"type": item["type"], **item["data"]}
-        for offset, name in enumerate(_ASKED):
-            told[name] = found.returned(1 + len(_ASKED) * number + offset)
-        for name in sorted({*expected, *told}):
-            if expected.get(name) != told.get(name):
-                yield f"nv{number}: {name} is {told.get(name)}, expected {expected.get(name)}"
+        reported = {"type": item["type"], **item["data"]}
+        for offset, name in enumerate(_PROPERTIES):
+            reported[name] = attempt.returned(1 + len(_PROPERTIES) * number + offset)
+        for name in sorted({*expected, *reported}):
+            if expected.get(name) != reported.get(name):
+                yield f"nv{number}: {name} is {reported.get(name)}, expected {expected.get(name)}"

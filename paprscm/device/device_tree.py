@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The device tree that QEMU gives a guest, and what it must say of persistent memory."""
+"""The device tree that QEMU passes to a guest, and its required nodes of persistent memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _END = struct.pack(">I", 9)
 
 
 @dataclass(frozen=True)
-class Node:
-    """One node: its path and its properties, as bytes; a getter says what is wrong with one."""
+class TreeNode:
+    """One node: path and properties; a getter raises ContractError for a malformed property."""
 
     path: str
     properties: Mapping[str, bytes]
@@ -30,7 +30,9 @@ class Node:
         """A property as 32-bit numbers."""
         value = self._value(name)
         if len(value) % 4:
-            raise ContractError(f"{self.path}: {name} has {len(value)} bytes: no 32-bit numbers")
+            raise ContractError(
+                f"{self.path}: {name} has {len(value)} bytes, which is not a multiple of 4"
+            )
         return struct.unpack(f">{len(value) // 4}I", value)
 
     def cell(self, name: str) -> int:
@@ -67,34 +69,34 @@ class Connector:
 
 
 @dataclass(frozen=True)
-class Tree:
-    """A device tree: its nodes by their paths; "/" is the root."""
+class DeviceTree:
+    """A device tree: its nodes by path; "/" is the root."""
 
-    nodes: Mapping[str, Node]
+    nodes: Mapping[str, TreeNode]
 
-    def node(self, path: str) -> Node:
-        """The node of that path.
+    def node(self, path: str) -> TreeNode:
+        """The node with this path.
 
         Raises:
-            ContractError: there is none.
+            ContractError: no such node.
         """
         if path not in self.nodes:
             raise ContractError(f"the device tree has no {path}")
         return self.nodes[path]
 
     @property
-    def parent(self) -> Node:
+    def parent(self) -> TreeNode:
         """/ibm,persistent-memory."""
         return self.node(f"/{PARENT_NODE}")
 
     @property
-    def nvdimms(self) -> dict[int, Node]:
+    def nvdimms(self) -> dict[int, TreeNode]:
         """The nodes of the DIMMs, by the DRC index in their unit addresses.
 
         Raises:
-            ContractError: something below /ibm,persistent-memory is not a DIMM.
+            ContractError: a node below /ibm,persistent-memory is not a DIMM.
         """
-        found: dict[int, Node] = {}
+        nvdimms: dict[int, TreeNode] = {}
         start = f"{self.parent.path}/"
         for path, node in self.nodes.items():
             if not path.startswith(start):
@@ -102,53 +104,53 @@ class Tree:
             name = re.fullmatch(rf"{NODE}@([1-9a-f][0-9a-f]*)", path.removeprefix(start))
             if name is None:
                 raise ContractError(f"{path} is not the name of a persistent memory node")
-            found[int(name[1], 16)] = node
-        return found
+            nvdimms[int(name[1], 16)] = node
+        return nvdimms
 
     @property
     def connectors(self) -> tuple[Connector, ...]:
         """The DRCs that the root announces, of all types.
 
         Raises:
-            ContractError: the four lists do not have the same length, or not the one they say.
+            ContractError: the four lists differ in length, or from their length fields.
         """
         root = self.node("/")
         numbers = [root.cells(name) for name in ("ibm,drc-indexes", "ibm,drc-power-domains")]
         texts = [root.strings(name, offset=4) for name in ("ibm,drc-names", "ibm,drc-types")]
-        said = [cells[0] for cells in numbers if cells]
-        said += [_first(root.properties[name]) for name in ("ibm,drc-names", "ibm,drc-types")]
-        there = [len(cells) - 1 for cells in numbers] + [len(strings) for strings in texts]
-        if said != there or len(set(said)) != 1:
+        declared = [cells[0] for cells in numbers if cells]
+        declared += [_first(root.properties[name]) for name in ("ibm,drc-names", "ibm,drc-types")]
+        present = [len(cells) - 1 for cells in numbers] + [len(strings) for strings in texts]
+        if declared != present or len(set(declared)) != 1:
             raise ContractError(
-                f"the lists ibm,drc-* of the root say that they have {said} entries, "
-                f"and have {there}"
+                f"the lists ibm,drc-* of the root have the length fields {declared}, "
+                f"but {present} entries"
             )
         rows = zip(numbers[0][1:], numbers[1][1:], *texts, strict=True)
         return tuple(Connector(*row) for row in rows)
 
 
-def parse(blob: bytes) -> Tree:
-    """Read a flattened device tree; what follows its structure and strings is padding.
+def parse_tree(blob: bytes) -> DeviceTree:
+    """Parse a flattened device tree; the bytes after structure and strings are padding.
 
     Raises:
-        ContractError: it is none (Devicetree Specification 0.4, chapter 5), or two nodes have the
-            same phandle.
+        ContractError: the blob is invalid (Devicetree Specification 0.4, chapter 5), or two nodes
+            have the same phandle.
     """
     _check_header(blob)
     try:
-        found = fdt.parse_dtb(blob)
-    except Exception as error:  # the library has no class of its own
+        dtb = fdt.parse_dtb(blob)
+    except Exception as error:  # the library has no exception class of its own
         raise ContractError(f"the device tree cannot be read: {error}") from error
-    if found.root is None:
+    if dtb.root is None:
         raise ContractError("the device tree has no root")
-    nodes = dict(_walk(found.root, "/"))
+    nodes = dict(_walk(dtb.root, "/"))
     phandles = Counter(
         node.cell("phandle") for node in nodes.values() if "phandle" in node.properties
     )
     twice = [number for number, times in phandles.items() if times > 1]
     if twice:
         raise ContractError(f"several nodes have the phandle {twice[0]}")
-    return Tree(nodes)
+    return DeviceTree(nodes)
 
 
 def _check_header(blob: bytes) -> None:
@@ -158,7 +160,9 @@ def _check_header(blob: bytes) -> None:
     if magic != 0xD00DFEED:
         raise ContractError(f"the device tree begins with {magic:#x} instead of 0xd00dfeed")
     if total != len(blob):
-        raise ContractError(f"the device tree says that it has {total} bytes, and has {len(blob)}")
+        raise ContractError(
+            f"the device tree's header has size {total}, the blob {len(blob)} bytes"
+        )
     for name, offset, length in (
         ("structure", structure, size),
         ("strings", strings, strings_size),
@@ -169,14 +173,14 @@ def _check_header(blob: bytes) -> None:
         raise ContractError("the device tree's structure block does not end with FDT_END")
 
 
-def _walk(node: Any, path: str) -> Iterator[tuple[str, Node]]:
-    yield path, Node(path, {item.name: _raw(item) for item in node.props})
+def _walk(node: Any, path: str) -> Iterator[tuple[str, TreeNode]]:
+    yield path, TreeNode(path, {item.name: _raw(item) for item in node.props})
     for child in node.nodes:
         yield from _walk(child, f"{path.rstrip('/')}/{child.name}")
 
 
 def _raw(item: Any) -> bytes:
-    """The bytes of a property, of which the library has guessed the type."""
+    """The bytes of a property, whose type the library has guessed."""
     if isinstance(item, fdt.PropStrings):
         return b"".join(text.encode("ascii") + b"\0" for text in item.data)
     if isinstance(item, fdt.PropWords):
@@ -200,19 +204,19 @@ def flushes_by_hcall(driver: str, *, pmem: bool, pmem_override: bool) -> bool:
     """Return True if the guest must call H_SCM_FLUSH: QEMU commit 8601b4f11d47 (in v7.0).
 
     Args:
-        driver: "spapr-nvdimm", or "nvdimm", of which it is never asked.
-        pmem, pmem_override: of the backend, and of the device.
+        driver: "spapr-nvdimm", or "nvdimm", which never needs it.
+        pmem, pmem_override: property of the backend, and of the device.
     """
     return driver == "spapr-nvdimm" and (not pmem or pmem_override)
 
 
 def associativity(node: int) -> tuple[int, ...]:
-    """ibm,associativity of what is in a NUMA node, of a machine without -numa dist.
+    """ibm,associativity of a resource in a NUMA node, of a machine without -numa dist.
 
-    Before the guest has negotiated anything the form is 1: a length, three domains, and the node's
-    own number, the primary domain. Any two nodes are at distance 20 then, which for Linux
-    (arch/powerpc/mm/numa.c, __node_distance) means that they share every domain but the primary
-    one; and those of node 0 are all 0 (LoPAR, "Form 1"; QEMU hw/ppc/spapr_numa.c).
+    Before CAS the form is 1: a length, three domains, and the node's number as primary domain. The
+    distance of any two nodes is then 20, which for Linux (arch/powerpc/mm/numa.c, __node_distance)
+    means that they share every domain but the primary one; those of node 0 are all 0 (LoPAR,
+    "Form 1"; QEMU hw/ppc/spapr_numa.c).
     """
     return (4, 0, 0, 0, node)
 
@@ -220,15 +224,15 @@ def associativity(node: int) -> tuple[int, ...]:
 def distance(first: Sequence[int], second: Sequence[int]) -> int:
     """NUMA distance that Linux computes from two ibm,associativity of form 1; 10: the same node.
 
-    Linux arch/powerpc/mm/numa.c (__node_distance): twice as far for each reference point at
-    which they differ, from the primary one (4) on; QEMU's reference points are 4, 3, 2, 1.
+    Linux arch/powerpc/mm/numa.c (__node_distance): the distance doubles for each reference point
+    at which they differ, from the primary one (4) on; QEMU's reference points are 4, 3, 2, 1.
     """
-    found = 10
+    result = 10
     for level in (4, 3, 2, 1):
         if first[level] == second[level]:
             break
-        found *= 2
-    return found
+        result *= 2
+    return result
 
 
 def expected_node(
@@ -242,12 +246,12 @@ def expected_node(
     size_bytes: int,
     associativity: Sequence[int],
 ) -> dict[str, bytes]:
-    """All properties that a DIMM's node must have (QEMU spapr_nvdimm.c:spapr_dt_nvdimm).
+    """The exact properties of a DIMM's node (QEMU spapr_nvdimm.c:spapr_dt_nvdimm).
 
     Args:
-        slot: where it was put.
+        slot: its memory slot.
         driver, pmem, pmem_override, uuid, label_bytes: as on the command line.
-        size_bytes: what the guest can use, without the label area.
+        size_bytes: usable size, without the label area.
         associativity: see associativity().
     """
     drc = drc_index(slot)
@@ -274,66 +278,71 @@ PARENT: Mapping[str, bytes] = {
     "#address-cells": _cells(1),
     "#size-cells": _cells(0),
 }
-"""All properties of /ibm,persistent-memory; it is there even without any DIMM."""
+"""The exact properties of /ibm,persistent-memory, which exists even without any DIMM."""
 
 
 def expected_connectors(slots: int) -> tuple[Connector, ...]:
-    """The PMEM DRCs of the root: one a slot, whether it is taken or not.
+    """The PMEM DRCs of the root: one for each slot, used or not.
 
-    QEMU spapr.c:spapr_create_nvdimm_dr_connectors, spapr_drc.c:spapr_dt_drc; the power domain -1
-    is "none".
+    QEMU spapr.c:spapr_create_nvdimm_dr_connectors, spapr_drc.c:spapr_dt_drc; power domain -1 means
+    "none".
     """
     return tuple(Connector(drc_index(n), 0xFFFFFFFF, f"PMEM {n}", "PMEM") for n in range(slots))
 
 
-def differences(
+def property_differences(
     expected: Mapping[str, bytes], found: Mapping[str, bytes], *, ignored: Sequence[str] = ()
 ) -> list[str]:
     """List the missing, wrong and unexpected properties of a node, each in a few words.
 
     Args:
-        ignored: properties of which nothing is said. A node has a "phandle" or not, and it is
-            parse() that looks at it.
+        expected, found: properties by name.
+        ignored: properties to skip, in addition to "phandle", which is optional and checked by
+            parse_tree().
     """
-    said = []
+    differences = []
     for name in sorted({*expected, *found} - {*ignored, "phandle"}):
-        wanted, value = expected.get(name), found.get(name)
+        expected_value, value = expected.get(name), found.get(name)
         if value is None:
-            said.append(f"{name} is missing")
-        elif wanted is None:
-            said.append(f"{name} is there, which was not asked for: {_shown(value)}")
-        elif wanted != value:
-            said.append(f"{name} is {_shown(value)}, expected {_shown(wanted)}")
-    return said
+            differences.append(f"{name} is missing")
+        elif expected_value is None:
+            differences.append(f"{name} is unexpected: {_hex(value)}")
+        elif expected_value != value:
+            differences.append(f"{name} is {_hex(value)}, expected {_hex(expected_value)}")
+    return differences
 
 
 def judge_persistent_memory(
-    tree: Tree, *, slots: int, nvdimms: Mapping[int, Mapping[str, bytes]]
+    tree: DeviceTree, *, slots: int, nvdimms: Mapping[int, Mapping[str, bytes]]
 ) -> list[str]:
     """List the errors of a tree's persistent memory; empty if there are none.
 
     Args:
-        slots: how many memory slots the machine has.
-        nvdimms: the properties that each DIMM's node must have, by DRC index.
+        tree: the device tree.
+        slots: number of memory slots of the machine.
+        nvdimms: expected properties of each DIMM's node, by DRC index.
     """
-    said = [f"{tree.parent.path}: {word}" for word in differences(PARENT, tree.parent.properties)]
-    found = tree.nvdimms
-    for drc in sorted({*nvdimms, *found}):
-        if drc not in found:
-            said.append(f"{NODE}@{drc:x} is missing")
+    errors = [
+        f"{tree.parent.path}: {word}"
+        for word in property_differences(PARENT, tree.parent.properties)
+    ]
+    nodes = tree.nvdimms
+    for drc in sorted({*nvdimms, *nodes}):
+        if drc not in nodes:
+            errors.append(f"{NODE}@{drc:x} is missing")
         elif drc not in nvdimms:
-            said.append(f"{found[drc].path} is there, which was not asked for")
+            errors.append(f"{nodes[drc].path} is unexpected")
         else:
-            words = differences(nvdimms[drc], found[drc].properties)
-            said += [f"{found[drc].path}: {word}" for word in words]
+            words = property_differences(nvdimms[drc], nodes[drc].properties)
+            errors += [f"{nodes[drc].path}: {word}" for word in words]
     announced = sorted(
         (c for c in tree.connectors if c.kind == "PMEM" or c.index >> 28 == DRC_TYPE_PMEM),
         key=lambda connector: connector.index,
     )
     if announced != list(expected_connectors(slots)):
-        said.append(f"the root announces {announced} for {slots} slots")
-    return said
+        errors.append(f"the root announces {announced} for {slots} slots")
+    return errors
 
 
-def _shown(value: bytes) -> str:
+def _hex(value: bytes) -> str:
     return value.hex(" ", -4) if value else "empty"

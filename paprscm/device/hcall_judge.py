@@ -12,8 +12,15 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from paprscm.device.bare_metal import Bare
-from paprscm.device.hcall_model import BRANCHES, Branch, Dimm, Expected, ScmModel, describe
+from paprscm.device.bare_metal import BareMachine
+from paprscm.device.hcall_model import (
+    BRANCHES,
+    Branch,
+    Expected,
+    ModelDimm,
+    ScmModel,
+    describe_answer,
+)
 from paprscm.device.mailbox import Answer, Call
 from paprscm.errors import ConfigError, ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
@@ -21,7 +28,7 @@ from paprscm.vm.machine import Nvdimm
 
 
 class Request(NamedTuple):
-    """One call to make: which, and its arguments from r4 on."""
+    """One call to make: opcode, and arguments from r4 on."""
 
     call: Hcall
     arguments: tuple[int, ...]
@@ -35,22 +42,22 @@ def request(call: Hcall, *arguments: int) -> Request:
     return Request(call, arguments)
 
 
-def unbind_wraps(made: Request) -> bool:
-    """Return True if this H_SCM_UNBIND_MEM ends beyond 2^64, which aborts QEMU.
+def unbind_wraps(unbind: Request) -> bool:
+    """Return True if the range of this H_SCM_UNBIND_MEM ends beyond 2^64, which aborts QEMU.
 
     See known_issues/qemu-unbind-mem-aborts.md.
     """
-    _drc, start, count, token = (word % (1 << 64) for word in made.arguments)
+    _drc, start, count, token = (word % (1 << 64) for word in unbind.arguments)
     size = count * SCM_BLOCK_SIZE
     aligned = start % SCM_BLOCK_SIZE == 0
     return not token and aligned and 0 < size < 1 << 64 and start + size > 1 << 64
 
 
 def known_bug(allowed: Sequence[Expected]) -> tuple[str, Expected] | None:
-    """Return the name of a known issue and the answer of a QEMU with it; None: it answers rightly.
+    """Return the known issue of a call and the answer of a QEMU with it; None: no known issue.
 
     Args:
-        allowed: the answers that the model allows.
+        allowed: the answers allowed by the model.
     """
     right = allowed[0]
     if right.branch == (Hcall.H_SCM_READ_METADATA, ReturnCode.H_SUCCESS, "4 bytes"):
@@ -66,68 +73,68 @@ class ScmJudge:
     """Makes calls on a machine, and compares each answer with the model's.
 
     Args:
-        bare: the machine; nothing was called there yet.
+        bare: the machine, before its first call.
         nvdimms: its DIMMs.
 
     Attributes:
-        model: what the machine must be like.
-        calls: how many were judged.
-        known_wrong: what was answered as a known bug answers, by the known issue's name; the first
-            example of each. It does not fail: the test of that issue reports it once.
+        model: the model of the machine.
+        calls: number of judged calls.
+        known_wrong: first answer according to each known issue, by its name. Such an answer does
+            not fail here: the test of the issue reports it once.
     """
 
-    def __init__(self, bare: Bare, nvdimms: Iterable[Nvdimm]) -> None:
+    def __init__(self, bare: BareMachine, nvdimms: Iterable[Nvdimm]) -> None:
         self.bare = bare
         self.calls = 0
         self.known_wrong: dict[str, str] = {}
         self.model = ScmModel(_dimms(bare, nvdimms))
 
     def make(self, *requests: Request) -> list[Answer]:
-        """Make the calls in one go and judge each; their answers.
+        """Make the calls in one batch, judge each answer, and return the answers.
 
         Raises:
-            ContractError: answers differ from the contract; names the first ten.
+            ContractError: answers differ from the contract; with the first ten.
             GuestLostError: QEMU ended during a call.
         """
-        calls = [Call(made.call, made.arguments) for made in requests]
+        calls = [Call(one.call, one.arguments) for one in requests]
         answers = self.bare.batch(calls)
         self.judge(requests, answers)
         return answers
 
     def judge(self, requests: Sequence[Request], answers: Sequence[Answer]) -> None:
-        """Compare answers, in the order in which they were given, with the model's.
+        """Compare answers, in their order, with the model's.
 
         Raises:
             ContractError: as for `make()`.
         """
         wrong = []
-        for made, answer in zip(requests, answers, strict=True):
+        for one, answer in zip(requests, answers, strict=True):
             self.calls += 1
-            wanted = self.model.allowed(made.call, made.arguments)
-            found = [e for e in wanted if (e.code, e.outputs) == (answer.code, answer.outputs)]
-            text = f"{made} {describe(answer.code, answer.outputs, wanted)}"
-            known = known_bug(wanted)
-            if found:
-                self.model.observe(found[0], made.arguments)
-            elif known and (known[1].code, known[1].outputs) == (answer.code, answer.outputs):
-                self.known_wrong.setdefault(known[0], text)
-                self.model.observe(known[1], made.arguments)
+            allowed = self.model.allowed(one.call, one.arguments)
+            matching = [e for e in allowed if (e.code, e.outputs) == (answer.code, answer.outputs)]
+            text = f"{one} {describe_answer(answer.code, answer.outputs, allowed)}"
+            bug = known_bug(allowed)
+            if matching:
+                self.model.observe(matching[0], one.arguments)
+            elif bug and (bug[1].code, bug[1].outputs) == (answer.code, answer.outputs):
+                self.known_wrong.setdefault(bug[0], text)
+                self.model.observe(bug[1], one.arguments)
             else:
                 wrong.append(text)
         if wrong:
             more = f"\n  … and {len(wrong) - 10} more" if len(wrong) > 10 else ""
             raise ContractError(
-                f"{len(wrong)} of {len(requests)} calls are not answered as they must be:\n  "
+                f"{len(wrong)} of {len(requests)} calls have wrong answers:\n  "
                 + "\n  ".join(wrong[:10])
                 + more
             )
 
     def poll_to_the_end(self, *slots: int, limit: int = 100_000) -> None:
-        """Poll every outstanding flush of these DIMMs until its end is reported.
+        """Poll every outstanding flush of these DIMMs until it ends.
 
         Args:
-            slots: all DIMMs if none is given.
-            limit: how often one flush is polled, 100 µs apart, before it counts as endless.
+            slots: slots of the DIMMs; none: all DIMMs.
+            limit: maximum number of polls of one flush, 100 µs apart.
         """
         for slot, dimm in self.model.dimms.items():
             if slots and slot not in slots:
@@ -139,24 +146,24 @@ class ScmJudge:
             ]
             answers = self.bare.batch(polls, timeout_s=60)
             requests = [Request(Hcall.H_SCM_FLUSH, poll.args) for poll in polls]
-            for made, answer in zip(requests, answers, strict=True):
+            for one, answer in zip(requests, answers, strict=True):
                 self.model.covered[_GOES_ON] += answer.busy
                 if answer.code == ReturnCode.H_LONG_BUSY_ORDER_10_MSEC:
-                    raise ContractError(f"{made} has not ended after {answer.made} polls")
+                    raise ContractError(f"{one} has not ended after {answer.count} polls")
             self.judge(requests, answers)
 
     def missing(self, calls: Iterable[Hcall], *, without: Iterable[str] = ()) -> set[str]:
-        """The branches of these calls that were not taken yet, in words.
+        """Names of the branches of these calls that were not taken yet.
 
         Args:
-            calls: which calls to look at.
-            without: reasons of branches that cannot be taken on this machine.
+            calls: the calls.
+            without: reasons of branches that are impossible on this machine.
         """
-        looked_at, left_out = set(calls), set(without)
+        selected, impossible = set(calls), set(without)
         return {
-            f"{call.name} {code.name} ({why})"
-            for call, code, why in BRANCHES - set(self.model.covered)
-            if call in looked_at and why not in left_out
+            _branch_name(branch)
+            for branch in BRANCHES - set(self.model.covered)
+            if branch[0] in selected and branch[2] not in impossible
         }
 
 
@@ -165,16 +172,18 @@ _GOES_ON: Branch = next(
 )
 
 
-def coverage(covered: Counter[Branch]) -> dict[str, int]:
-    """Count how often each branch was taken, by name."""
-    return {
-        f"{call.name} {code.name} ({why})": covered[call, code, why]
-        for call, code, why in sorted(BRANCHES)
-    }
+def _branch_name(branch: Branch) -> str:
+    call, code, reason = branch
+    return f"{call.name} {code.name} ({reason})"
 
 
-def of_job(results: Path) -> Counter[Branch]:
-    """Sum over the tests of a job how often each branch was taken.
+def counts_by_name(covered: Counter[Branch]) -> dict[str, int]:
+    """Number of times each branch was taken, by name."""
+    return {_branch_name(branch): covered[branch] for branch in sorted(BRANCHES)}
+
+
+def read_branches(results: Path) -> Counter[Branch]:
+    """Number of times each branch was taken, summed over the tests of a job.
 
     Args:
         results: the job's folder, such as results/latest.
@@ -182,7 +191,7 @@ def of_job(results: Path) -> Counter[Branch]:
     Raises:
         ConfigError: there are no such results.
     """
-    names = {f"{call.name} {code.name} ({why})": (call, code, why) for call, code, why in BRANCHES}
+    names = {_branch_name(branch): branch for branch in BRANCHES}
     total: Counter[Branch] = Counter()
     boards = list(results.glob("test-results/*/whiteboard"))
     if not boards:
@@ -193,32 +202,34 @@ def of_job(results: Path) -> Counter[Branch]:
     return total
 
 
-def table(covered: Counter[Branch]) -> Table:
+def branch_table(covered: Counter[Branch]) -> Table:
     """The branches by call and return code, for a terminal."""
-    taken = sum(1 for branch in BRANCHES if covered[branch])
-    title = f"{taken} of {len(BRANCHES)} branches taken"
-    shown = Table(title=title, title_justify="left", box=None)
+    count = sum(1 for branch in BRANCHES if covered[branch])
+    title = f"{count} of {len(BRANCHES)} branches taken"
+    table = Table(title=title, title_justify="left", box=None)
     for name in ("answer", "because", "times"):
-        shown.add_column(name, justify="right" if name == "times" else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name == "times" else "left", no_wrap=True)
     for call, branches in itertools.groupby(sorted(BRANCHES), key=lambda branch: branch[0]):
-        shown.add_row(call.name, style="bold")
+        table.add_row(call.name, style="bold")
         for branch in branches:
-            _call, code, why = branch
-            shown.add_row(f"  {code.name}", why, f"{covered[branch]:,}" if covered[branch] else "-")
-    return shown
+            _call, code, reason = branch
+            table.add_row(
+                f"  {code.name}", reason, f"{covered[branch]:,}" if covered[branch] else "-"
+            )
+    return table
 
 
-def _dimms(bare: Bare, nvdimms: Iterable[Nvdimm]) -> list[Dimm]:
-    """The model of each DIMM; where QEMU has put it is asked of the monitor."""
+def _dimms(bare: BareMachine, nvdimms: Iterable[Nvdimm]) -> list[ModelDimm]:
+    """The model of each DIMM; its address comes from QEMU's monitor."""
     devices = bare.qmp.execute("query-memory-devices")
     addresses = {device["data"]["slot"]: int(device["data"]["addr"]) for device in devices}
-    found = []
+    models = []
     for nvdimm in nvdimms:
         with bare.file(nvdimm.slot).open("rb") as file:
             file.seek(nvdimm.size_bytes)
             label = bytearray(file.read(nvdimm.label_bytes))
-        found.append(
-            Dimm(
+        models.append(
+            ModelDimm(
                 slot=nvdimm.slot,
                 address=addresses[nvdimm.slot],
                 size_bytes=nvdimm.size_bytes,
@@ -228,7 +239,7 @@ def _dimms(bare: Bare, nvdimms: Iterable[Nvdimm]) -> list[Dimm]:
                 unarmed=nvdimm.unarmed,
             )
         )
-    return found
+    return models
 
 
 def _number(value: int) -> str:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Model of the device behind the storage class memory hcalls: the allowed answers to each call.
 
-It is written from "Linux on Power Architecture Reference" (LoPAR), chapter "Storage Class Memory",
-and, where LoPAR leaves the choice to the hypervisor, from what QEMU's hw/ppc/spapr_nvdimm.c is
-meant to do; the docstring of each call says which. QEMU hands the registers r4 to r12 to the call
-and gives back what it left in them, so an output that the call does not set is the argument.
+Sources: "Linux on Power Architecture Reference" (LoPAR), chapter "Storage Class Memory"; where
+LoPAR leaves the choice to the hypervisor, the intended behaviour of QEMU's
+hw/ppc/spapr_nvdimm.c, as the docstring of each call states. QEMU passes the registers r4 to r12 to
+the call and returns them, so an output that the call does not set is the argument.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final
 
 from paprscm.papr import (
     BIND_ANY_ADDRESS,
+    HCALL_REGISTERS,
     SCM_BLOCK_SIZE,
     Hcall,
     Health,
@@ -25,18 +26,15 @@ from paprscm.papr import (
     return_code_name,
 )
 
-REGISTERS: Final = 9
-"""Number of arguments and of outputs of an hcall: r4 to r12."""
-
 _WORD: Final = 1 << 64
 _METADATA_LENGTHS: Final = (1, 2, 4, 8)
 
 Branch = tuple[Hcall, ReturnCode, str]
-"""One way through one call: its return code, and why."""
+"""One path through one call: the call, its return code, and the reason."""
 
 BRANCHES: Final[frozenset[Branch]] = frozenset(
-    (call, code, why)
-    for call, ways in {
+    (call, code, reason)
+    for call, answers in {
         Hcall.H_SCM_READ_METADATA: {
             (ReturnCode.H_PARAMETER, "no such nvdimm"),
             (ReturnCode.H_P3, "length"),
@@ -98,7 +96,7 @@ BRANCHES: Final[frozenset[Branch]] = frozenset(
         Hcall.H_SCM_QUERY_LOGICAL_MEM_BINDING: {(ReturnCode.H_FUNCTION, "not implemented")},
         Hcall.H_SCM_PERFORMANCE_STATS: {(ReturnCode.H_FUNCTION, "not implemented")},
     }.items()
-    for code, why in ways
+    for code, reason in answers
 )
 """Every branch that a call of storage class memory has."""
 
@@ -108,9 +106,9 @@ class Expected:
     """One answer that the contract allows.
 
     Attributes:
-        code: what r3 must hold.
-        outputs: what r4 to r12 must hold.
-        branch: which way through the call this is.
+        code: r3.
+        outputs: r4 to r12.
+        branch: the path through the call.
     """
 
     code: ReturnCode
@@ -120,11 +118,11 @@ class Expected:
 
 @dataclass
 class PendingFlush:
-    """A flush that was begun and whose end was not reported.
+    """A flush that has begun, and whose end was not reported yet.
 
     Attributes:
-        end: how it must end.
-        held: its sync is held back, so that it cannot have ended.
+        end: its expected final return code.
+        held: its sync is blocked, so that it cannot end.
     """
 
     end: ReturnCode
@@ -132,21 +130,21 @@ class PendingFlush:
 
 
 @dataclass(kw_only=True)
-class Dimm:
+class ModelDimm:
     """State of one nvdimm in the model.
 
     Attributes:
         slot: its memory slot.
-        address: where it is in the guest's memory; QEMU chooses it.
-        size_bytes: what the guest can use.
+        address: its guest address, chosen by QEMU.
+        size_bytes: its usable size.
         label: the content of the label area.
         spapr: it is a spapr-nvdimm, not a plain nvdimm.
-        flushes: it takes H_SCM_FLUSH: the backend is not persistent, or pmem-override is on.
-        unarmed: it says so in H_SCM_HEALTH.
-        read_only: its backend is.
-        failing: the host's syncs fail that begin from now on.
-        held: the host's syncs do not end before `release()`.
-        last_token: that of the last flush; tokens count from 1.
+        flushes: it supports H_SCM_FLUSH: the backend is not persistent, or pmem-override is on.
+        unarmed: H_SCM_HEALTH reports it as unarmed.
+        read_only: its backend is read-only.
+        failing: syncs on the host that begin from now on fail.
+        held: syncs on the host do not end before `release()`.
+        last_token: token of the last flush; tokens count from 1.
     """
 
     slot: int
@@ -170,16 +168,16 @@ class Dimm:
 
 
 class ScmModel:
-    """The nvdimms of one machine, and what became of them by the calls so far.
+    """The nvdimms of one machine, and their states after the calls so far.
 
-    Ask `allowed()` before a call is made and tell `observe()` what was answered; where only one
-    answer is allowed, its effect is part of the model from then on.
+    Call `allowed()` for the answers to a call, and `observe()` with the actual one, which updates
+    the model.
 
     Attributes:
-        covered: how often each branch was observed.
+        covered: number of observations of each branch.
     """
 
-    def __init__(self, dimms: Iterable[Dimm]) -> None:
+    def __init__(self, dimms: Iterable[ModelDimm]) -> None:
         self.dimms = {dimm.slot: dimm for dimm in dimms}
         self.covered: Counter[Branch] = Counter()
         self._by_drc = {drc_index(slot): dimm for slot, dimm in self.dimms.items()}
@@ -194,66 +192,66 @@ class ScmModel:
         }
 
     def allowed(self, call: Hcall, arguments: Sequence[int]) -> tuple[Expected, ...]:
-        """The answers that the call may have now; more than one only where time decides.
+        """The allowed answers to a call now; more than one only if the result depends on time.
 
         Args:
-            call: which.
-            arguments: r4 and on, 64-bit; those that are not given are 0.
+            call: the call.
+            arguments: r4 and following, 64-bit; missing ones are 0.
         """
         words = [argument % _WORD for argument in arguments]
-        words += [0] * (REGISTERS - len(words))
-        made = self._calls.get(call)
-        if made is None:
+        words += [0] * (HCALL_REGISTERS - len(words))
+        rule = self._calls.get(call)
+        if rule is None:
             return (_answer(call, words, ReturnCode.H_FUNCTION, "not implemented"),)
-        return tuple(made(words))
+        return tuple(rule(words))
 
     def observe(self, expected: Expected, arguments: Sequence[int]) -> None:
-        """The call was answered so: note its effect.
+        """Update the model with the answer to a call.
 
         Args:
-            expected: one of what `allowed()` gave for the call.
-            arguments: those of the call.
+            expected: the answer, one of those from `allowed()`.
+            arguments: arguments of the call.
         """
         self.covered[expected.branch] += 1
-        call, code, why = expected.branch
+        call, code, reason = expected.branch
         words = [argument % _WORD for argument in arguments]
         if call is Hcall.H_SCM_WRITE_METADATA and code is ReturnCode.H_SUCCESS:
             offset, data, length = words[1:4]
             label = self._by_drc[words[0] & 0xFFFFFFFF].label
             label[offset : offset + length] = data.to_bytes(length, "big")
-        if call is Hcall.H_SCM_FLUSH and why == "begun":
+        if call is Hcall.H_SCM_FLUSH and reason == "begun":
             dimm = self._by_drc[words[0] & 0xFFFFFFFF]
             dimm.last_token += 1
             dimm.outstanding[dimm.last_token] = PendingFlush(
                 ReturnCode.H_HARDWARE if dimm.failing else ReturnCode.H_SUCCESS,
                 dimm.held,
             )
-        if call is Hcall.H_SCM_FLUSH and why in ("done", "failed"):
+        if call is Hcall.H_SCM_FLUSH and reason in ("done", "failed"):
             del self._by_drc[words[0] & 0xFFFFFFFF].outstanding[words[1]]
 
     def release(self, slot: int) -> None:
-        """The host's syncs of that DIMM are no longer held back."""
+        """The host's syncs of this DIMM are no longer blocked."""
         dimm = self.dimms[slot]
         dimm.held = False
         for flush in dimm.outstanding.values():
             flush.held = False
 
     def reset(self) -> None:
-        """The machine was reset: flushes are waited for and forgotten, tokens go on.
+        """The machine was reset: QEMU completes and drops the flushes; tokens continue.
 
         Source: QEMU spapr_nvdimm.c:spapr_nvdimm_finish_flushes.
         """
         for dimm in self.dimms.values():
             dimm.outstanding.clear()
 
-    def _dimm(self, word: int) -> Dimm | None:
-        # QEMU looks at the lower half only. LoPAR has DRC indices of 32 bits.
+    def _dimm(self, word: int) -> ModelDimm | None:
+        # QEMU uses the lower half only. DRC indices in LoPAR have 32 bits.
         return self._by_drc.get(word & 0xFFFFFFFF)
 
     def _metadata(
         self, call: Hcall, words: list[int], length: int, wrong_length: ReturnCode
-    ) -> Expected | Dimm:
-        """The DIMM, or what both directions refuse: DRC, length, range, in this order."""
+    ) -> Expected | ModelDimm:
+        """The DIMM, or the refusal common to both directions: DRC, length, range, in this order."""
         dimm, offset = self._dimm(words[0]), words[1]
         if dimm is None:
             return _answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")
@@ -266,21 +264,21 @@ class ScmModel:
         return dimm
 
     def _read_metadata(self, words: list[int]) -> Sequence[Expected]:
-        """(drc, offset, length): r4 is the value of these bytes as a big-endian number."""
+        """(drc, offset, length): r4 is the big-endian number in these bytes."""
         call, (offset, length) = Hcall.H_SCM_READ_METADATA, words[1:3]
-        found = self._metadata(call, words, length, ReturnCode.H_P3)
-        if isinstance(found, Expected):
-            return [found]
-        value = int.from_bytes(found.label[offset : offset + length], "big")
+        dimm = self._metadata(call, words, length, ReturnCode.H_P3)
+        if isinstance(dimm, Expected):
+            return [dimm]
+        value = int.from_bytes(dimm.label[offset : offset + length], "big")
         return [_answer(call, words, ReturnCode.H_SUCCESS, f"{length} bytes", r4=value)]
 
     def _write_metadata(self, words: list[int]) -> Sequence[Expected]:
-        """(drc, offset, data, length): the lowest bytes of data, big-endian."""
+        """(drc, offset, data, length): stores the lowest bytes of data, big-endian."""
         call, (data, length) = Hcall.H_SCM_WRITE_METADATA, words[2:4]
-        found = self._metadata(call, words, length, ReturnCode.H_P4)
-        if isinstance(found, Expected):
-            return [found]
-        if found.read_only:
+        dimm = self._metadata(call, words, length, ReturnCode.H_P4)
+        if isinstance(dimm, Expected):
+            return [dimm]
+        if dimm.read_only:
             return [_answer(call, words, ReturnCode.H_P2, "read-only backend")]
         if data >= 1 << 8 * length:
             return [_answer(call, words, ReturnCode.H_P2, f"data wider than {length} bytes")]
@@ -332,9 +330,9 @@ class ScmModel:
         return [_answer(call, words, ReturnCode.H_SUCCESS, "unbound", r5=count)]
 
     def _unbind_all(self, words: list[int]) -> Sequence[Expected]:
-        """(scope, drc, token): r5 is the blocks that are counted as unbound.
+        """(scope, drc, token): r5 is the number of unbound blocks.
 
-        A token is answered H_P4 although it is the third argument: QEMU's, pinned.
+        A token results in H_P4, although it is the third argument: QEMU's behaviour, kept.
         """
         call, (scope, drc, token) = Hcall.H_SCM_UNBIND_ALL, words[:3]
         if token:
@@ -350,20 +348,22 @@ class ScmModel:
         return [_answer(call, words, ReturnCode.H_SUCCESS, "one nvdimm", r5=dimm.blocks)]
 
     def _health(self, words: list[int]) -> Sequence[Expected]:
-        """(drc): r4 is the bitmap, r5 which of its bits are valid: in QEMU only UNARMED."""
+        """(drc): r4 is the bitmap, r5 the mask of its valid bits: in QEMU only UNARMED."""
         call, dimm = Hcall.H_SCM_HEALTH, self._dimm(words[0])
         if dimm is None:
             return [_answer(call, words, ReturnCode.H_PARAMETER, "no such nvdimm")]
-        bitmap, why = (Health.UNARMED, "unarmed") if dimm.unarmed else (0, "armed")
+        bitmap, reason = (Health.UNARMED, "unarmed") if dimm.unarmed else (0, "armed")
         return [
-            _answer(call, words, ReturnCode.H_SUCCESS, why, r4=int(bitmap), r5=int(Health.UNARMED))
+            _answer(
+                call, words, ReturnCode.H_SUCCESS, reason, r4=int(bitmap), r5=int(Health.UNARMED)
+            )
         ]
 
     def _flush(self, words: list[int]) -> Sequence[Expected]:
-        """(drc, token): 0 begins a flush; its token, in r4, asks for its end, reported once.
+        """(drc, token): token 0 begins a flush; the token in r4 polls it; the end is reported once.
 
-        QEMU commit b5513584a08d (in v7.0). The first answer is always long-busy: the flush is
-        completed by QEMU's main loop, which cannot run while the call does.
+        QEMU commit b5513584a08d (in v7.0). The first answer is always long-busy: QEMU's main loop
+        completes the flush, and cannot run during the call.
         """
         call, busy = Hcall.H_SCM_FLUSH, ReturnCode.H_LONG_BUSY_ORDER_10_MSEC
         dimm, token = self._dimm(words[0]), words[1]
@@ -378,39 +378,41 @@ class ScmModel:
         flush = dimm.outstanding.get(token)
         if flush is None:
             return [_answer(call, words, ReturnCode.H_P2, "unknown token")]
-        why = "done" if flush.end is ReturnCode.H_SUCCESS else "failed"
+        reason = "done" if flush.end is ReturnCode.H_SUCCESS else "failed"
         goes_on = _answer(call, words, busy, "goes on", r4=token)
-        return [goes_on] if flush.held else [goes_on, _answer(call, words, flush.end, why)]
+        return [goes_on] if flush.held else [goes_on, _answer(call, words, flush.end, reason)]
 
 
 def _answer(
     call: Hcall,
     words: Sequence[int],
     code: ReturnCode,
-    why: str,
+    reason: str,
     *,
     r4: int | None = None,
     r5: int | None = None,
     r6: int | None = None,
 ) -> Expected:
-    """An answer whose other outputs are as the arguments were."""
+    """An answer whose other outputs are the arguments."""
     set_by_call = (r4, r5, r6)
     outputs = tuple(
         word if number >= len(set_by_call) or set_by_call[number] is None else set_by_call[number]
         for number, word in enumerate(words)
     )
-    return Expected(code, outputs, (call, code, why))  # type: ignore[arg-type]
+    return Expected(code, outputs, (call, code, reason))  # type: ignore[arg-type]
 
 
-def describe(code: int, outputs: Sequence[int], wanted: Iterable[Expected]) -> str:
+def describe_answer(code: int, outputs: Sequence[int], allowed: Iterable[Expected]) -> str:
     """Describe an answer and the allowed ones, for a message.
 
     Args:
         code: r3, signed.
-        outputs: r4 and on.
-        wanted: from ScmModel.allowed().
+        outputs: r4 and following.
+        allowed: from ScmModel.allowed().
     """
-    expected = " or ".join(f"{e.code.name} {_registers(e.outputs)} ({e.branch[2]})" for e in wanted)
+    expected = " or ".join(
+        f"{e.code.name} {_registers(e.outputs)} ({e.branch[2]})" for e in allowed
+    )
     return f"answered {return_code_name(code)} {_registers(outputs)}, expected {expected}"
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One attempt to make a machine: does QEMU take the command line, and what did it make of it?
+"""Launch of a stopped machine, to check whether QEMU accepts a command line.
 
-The machine is stopped (-S) and asked through its monitor; no guest code runs. `-machine dumpdtb=`
-would do on 7.2, but is broken on pseries since (known_issues/qemu-pseries-dumpdtb-option).
+The machine is stopped (-S) and queried through its monitor; no guest code runs. `-machine dumpdtb=`
+works on 7.2 only; later versions broke it on pseries (known_issues/qemu-pseries-dumpdtb-option).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Attempt:
 
     Attributes:
         status: QEMU's exit status; negative for the signal that killed it.
-        text: what QEMU said on stderr, without its own name in front of each line.
-        answers: what the monitor answered to each command, {"return": …} or {"error": …}; none
-            when the machine was refused.
-        tree: the device tree blob, as it stands at the guest's start; None when refused.
+        text: QEMU's stderr, without its name at the beginning of each line.
+        answers: the monitor's answer to each command, {"return": …} or {"error": …}; empty if the
+            machine was refused.
+        tree: the device tree blob at the guest's start; None if refused.
         duration_s: from start to end, s.
     """
 
@@ -44,30 +44,30 @@ class Attempt:
 
     @property
     def accepted(self) -> bool:
-        """QEMU made the machine, and wrote its tree."""
+        """QEMU created the machine, and wrote its device tree."""
         return self.status == 0 and self.tree is not None
 
     @property
     def refused(self) -> bool:
-        """QEMU said no in an orderly way: status 1 and a reason, not a signal."""
+        """QEMU refused the machine with status 1 and a reason, not with a signal."""
         return self.status == 1 and bool(self.text)
 
     def returned(self, number: int) -> Any:
-        """Return the result of the command of that number (from 0).
+        """The result of a command, by its index.
 
         Raises:
-            ContractError: the machine was refused, or the command.
+            ContractError: the machine or the command was refused.
         """
         if not self.accepted:
-            raise ContractError(f"the machine was not made: {self}")
+            raise ContractError(f"QEMU did not create the machine: {self}")
         answer = self.answers[number]
         if "return" not in answer:
             raise ContractError(f"QEMU refuses command {number}: {answer['error']['desc']}")
         return answer["return"]
 
     def __str__(self) -> str:
-        how = "accepted" if self.accepted else describe_status(self.status)
-        return f"{how}; QEMU said:\n{quoted(self.text)}"
+        end = "accepted" if self.accepted else describe_status(self.status)
+        return f"{end}; QEMU printed:\n{quoted(self.text)}"
 
 
 def attempt(
@@ -79,21 +79,21 @@ def attempt(
     cwd: Path | None = None,
     timeout_s: float = 20.0,
 ) -> Attempt:
-    """Let QEMU make a pseries machine, ask it, and end it; 50 ms.
+    """Start a stopped pseries machine, query it, and end it; takes 50 ms.
 
     Args:
         qemu: the QEMU under test.
         words: the rest of the command line: -m, -numa, -object, -device, …
         machine: machine options to add, such as "nvdimm=off"; later ones win.
-        commands: QMP commands with their arguments; asked one after the other before the tree.
-        cwd: where QEMU runs.
-        timeout_s: how long it may take.
+        commands: QMP commands with their arguments, executed in order before the tree is dumped.
+        cwd: QEMU's working directory.
+        timeout_s: time limit.
 
     Raises:
         HostError: QEMU cannot be started, or does not end in time.
     """
     with tempfile.TemporaryDirectory(prefix="paprscm-attempt-") as folder:
-        tree, said, heard = (Path(folder) / name for name in ("tree", "said", "heard"))
+        tree, stderr, replies = (Path(folder) / name for name in ("tree", "stderr", "replies"))
         kind = "pseries,x-vof=on" if qemu.has_vof else "pseries"
         kind += f",{TCG_CAPS}" + (f",{machine}" if machine else "")
         argv = [
@@ -104,9 +104,9 @@ def attempt(
             *("-qmp", "stdio"),
             *words,
         ]
-        asked = [("qmp_capabilities", {}), *commands, ("dumpdtb", {"filename": str(tree)})]
+        queries = [("qmp_capabilities", {}), *commands, ("dumpdtb", {"filename": str(tree)})]
         began = time.monotonic()
-        with said.open("wb") as errors, heard.open("wb") as output:
+        with stderr.open("wb") as errors, replies.open("wb") as output:
             theirs, ours = os.pipe()
             try:
                 process = Process(
@@ -116,13 +116,13 @@ def attempt(
                     stdout=output.fileno(),
                     stderr=errors.fileno(),
                     scratch=Path(folder),
-                    output_file=said,
+                    output_file=stderr,
                 )
             finally:
                 os.close(theirs)
             try:
                 with os.fdopen(ours, "w", encoding="utf-8") as monitor:
-                    for name, arguments in (*asked, ("quit", {})):
+                    for name, arguments in (*queries, ("quit", {})):
                         monitor.write(json.dumps({"execute": name, "arguments": arguments}) + "\n")
                 status = process.wait(timeout_s)
             except BrokenPipeError:
@@ -130,31 +130,31 @@ def attempt(
             finally:
                 process.kill()
         duration_s = time.monotonic() - began
-        # QEMU puts the name that it was called by in front of its own messages, not of GLib's.
+        # QEMU's own messages begin with the name of the binary, GLib's do not.
         text = "\n".join(
             line.removeprefix(f"{qemu.path.name}: ")
-            for line in said.read_text(errors="replace").splitlines()
+            for line in stderr.read_text(errors="replace").splitlines()
         )
         if status is None:
-            raise HostError(f"QEMU did not end within {timeout_s:g} s; it said:\n{quoted(text)}")
+            raise HostError(f"QEMU did not end within {timeout_s:g} s; it printed:\n{quoted(text)}")
         return Attempt(
             status=status,
             text=text,
-            answers=_answers(heard)[1 : len(commands) + 1],
+            answers=_answers(replies)[1 : len(commands) + 1],
             tree=tree.read_bytes() if tree.exists() else None,
             duration_s=duration_s,
         )
 
 
-def _answers(heard: Path) -> tuple[Mapping[str, Any], ...]:
-    """The monitor's answers in order, without its greeting and its events."""
-    found: list[Mapping[str, Any]] = []
-    for line in heard.read_text(errors="replace").splitlines():
+def _answers(replies: Path) -> tuple[Mapping[str, Any], ...]:
+    """The monitor's answers in order, without greeting and events."""
+    answers: list[Mapping[str, Any]] = []
+    for line in replies.read_text(errors="replace").splitlines():
         try:
             message = json.loads(line)
         except ValueError:
             # A QEMU that was killed may leave half a line.
             continue
         if "return" in message or "error" in message:
-            found.append(message)
-    return tuple(found)
+            answers.append(message)
+    return tuple(answers)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Hypervisor calls and their answers as data, and the guest memory through which they travel.
+"""Hypervisor calls and their answers as data, and mailboxes in guest memory that transfer them.
 
-The other end is guest_tools/hcalls.c; struct mailbox and struct call there are the layout here.
+The counterpart is guest_tools/hcalls.c, whose struct mailbox and struct call define the layout.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final
 
-from paprscm.papr import Hcall, return_code_name
+from paprscm.papr import HCALL_REGISTERS, Hcall, return_code_name
 
 TIMEBASE_HZ: Final = 512_000_000
 """The frequency of the timebase (QEMU include/hw/ppc/spapr.h:SPAPR_TIMEBASE_FREQ)."""
-
-REGISTERS: Final = 9
-"""Number of arguments of a call, and of outputs in addition to its return code: r4 to r12."""
 
 MAILBOXES: Final = 128 << 20
 """The guest address of the first vCPU's mailbox."""
@@ -34,11 +31,11 @@ _SPARE = 0x800
 _IN, _OUT = struct.Struct(">13Q"), struct.Struct(">q13Q")
 _POLL = 1
 _MASK = (1 << 64) - 1
-_NOT_BEGUN = _MASK
+_NOT_STARTED = _MASK
 
 
 class _Word(IntEnum):
-    """The words that a mailbox begins with."""
+    """Index of each word at the beginning of a mailbox."""
 
     VECTOR = 0
     SRR0 = 1
@@ -63,13 +60,13 @@ class Call:
     Attributes:
         opcode: its number, r3.
         args: r4 to r12, 64 bits each; negative ones in two's complement; missing ones are 0.
-        times: how often to make it: just so often, or with `poll` at most so often.
-        poll: repeat only for as long as the answer is H_LONG_BUSY_ORDER_*, and give what came back
-            in r4 as the second argument (the token of H_SCM_FLUSH).
-        pause_us: how long to wait between two polls, µs; the vCPU sleeps meanwhile.
+        times: number of repetitions; with `poll` the maximum.
+        poll: repeat only while the return code is H_LONG_BUSY_ORDER_*, with the returned r4 as
+            second argument (the token of H_SCM_FLUSH).
+        pause_us: pause between two polls, µs; the vCPU sleeps meanwhile.
 
     Raises:
-        ValueError: no call can be like that.
+        ValueError: a field is out of range.
     """
 
     opcode: int
@@ -81,8 +78,8 @@ class Call:
     def __post_init__(self) -> None:
         if not 0 <= self.opcode <= _MASK:
             raise ValueError(f"opcode {self.opcode:#x} is not a 64-bit number")
-        if len(self.args) > REGISTERS:
-            raise ValueError(f"{len(self.args)} arguments; a call has {REGISTERS}")
+        if len(self.args) > HCALL_REGISTERS:
+            raise ValueError(f"{len(self.args)} arguments; a call has {HCALL_REGISTERS}")
         for argument in self.args:
             if not -(1 << 63) <= argument <= _MASK:
                 raise ValueError(f"argument {argument:#x} is not a 64-bit number")
@@ -92,7 +89,7 @@ class Call:
             raise ValueError(f"a pause of {self.pause_us:g} µs is not possible")
 
     def __str__(self) -> str:
-        """As in "H_SCM_HEALTH(0x90000000)"; a call that is not in papr.py stays a number."""
+        """Such as "H_SCM_HEALTH(0x90000000)"; an opcode that is not in papr.py stays a number."""
         try:
             name = Hcall(self.opcode).name
         except ValueError:
@@ -102,46 +99,46 @@ class Call:
 
 @dataclass(frozen=True)
 class Answer:
-    """Answer to a call, the last time that it was made.
+    """Answer to the last repetition of a call.
 
     Attributes:
         code: the return code, r3, as a signed number.
         outputs: r4 to r12, unsigned.
-        made: how often it was made.
-        busy: how many of these times the answer was H_LONG_BUSY_ORDER_*.
-        began: the timebase before the first time, ticks; all vCPUs have the same.
-        ended: the timebase after the last time, ticks.
+        count: number of repetitions.
+        busy: number of repetitions that returned H_LONG_BUSY_ORDER_*.
+        begin_ticks: timebase before the first repetition, common to all vCPUs.
+        end_ticks: timebase after the last repetition.
     """
 
     code: int
     outputs: tuple[int, ...]
-    made: int
+    count: int
     busy: int
-    began: int
-    ended: int
+    begin_ticks: int
+    end_ticks: int
 
     @property
     def duration_s(self) -> float:
-        """From before the first time to after the last, by the guest's clock, s."""
-        return (self.ended - self.began) / TIMEBASE_HZ
+        """Duration of all repetitions by the guest's clock, s."""
+        return (self.end_ticks - self.begin_ticks) / TIMEBASE_HZ
 
     def __str__(self) -> str:
-        """As in "H_SUCCESS, 0x0, 0x8000000000000000": without the zeros at the end."""
+        """Such as "H_SUCCESS, 0x0, 0x8000000000000000", without trailing zeros."""
         used = len(self.outputs)
         while used and not self.outputs[used - 1]:
             used -= 1
         words = [return_code_name(self.code), *(f"{word:#x}" for word in self.outputs[:used])]
-        return ", ".join(words) + (f" (call {self.made})" if self.made > 1 else "")
+        return ", ".join(words) + (f" (call {self.count})" if self.count > 1 else "")
 
 
 class GuestMemory:
-    """A guest's memory, shared with us: a file without a name.
+    """A guest's memory in a memfd that we share.
 
     Args:
-        size_bytes: how much of it there is; a multiple of the page size.
+        size_bytes: its size; a multiple of the page size.
 
     Attributes:
-        fd: the file, for QEMU.
+        fd: the memfd, for QEMU.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -152,50 +149,52 @@ class GuestMemory:
         except BaseException:
             os.close(self.fd)
             raise
-        # An access through it is one load or one store; struct's are byte by byte.
+        # Each access through it is one load or store; those of struct are bytewise.
         self._words = memoryview(self._bytes).cast("Q")
 
     def read(self, address: int, length: int) -> bytes:
         """Read guest memory.
 
         Raises:
-            ValueError: it does not lie within the memory.
+            ValueError: the range is not within the memory.
         """
         self._check(address, length)
         return self._bytes[address : address + length]
 
     def write(self, address: int, data: bytes) -> None:
-        """Put data at a guest address; code that has run already must not be changed so.
+        """Write guest memory; must not change code that has already run.
 
         Raises:
-            ValueError: it does not lie within the memory.
+            ValueError: the range is not within the memory.
         """
         self._check(address, len(data))
         self._bytes[address : address + len(data)] = data
 
     def load(self, address: int) -> int:
-        """The big-endian word of 64 bits at an aligned address, which the guest may write to."""
+        """Read a big-endian 64-bit word at an aligned address, in one access."""
         return _swapped(self._words[address >> 3])
 
     def store(self, address: int, value: int) -> None:
-        """Put a word at an aligned address; the guest never sees a part of it."""
+        """Write a big-endian 64-bit word at an aligned address, in one access."""
         self._words[address >> 3] = _swapped(value)
 
     def put_call(self, address: int, call: Call) -> None:
-        """Fill in the first part of a struct call."""
+        """Write the first part of a struct call."""
         arguments = [argument & _MASK for argument in call.args]
-        arguments += [0] * (REGISTERS - len(arguments))
+        arguments += [0] * (HCALL_REGISTERS - len(arguments))
         flags = _POLL if call.poll else 0
         pause = round(call.pause_us * TIMEBASE_HZ / 1e6)
         _IN.pack_into(self._bytes, address, call.opcode, *arguments, call.times, flags, pause)
 
     def get_answer(self, address: int) -> Answer:
         """Read the second part of a struct call."""
-        code, *outputs, made, busy, began, ended = _OUT.unpack_from(self._bytes, address + _IN.size)
-        return Answer(code, tuple(outputs), made, busy, began, ended)
+        code, *outputs, count, busy, begin_ticks, end_ticks = _OUT.unpack_from(
+            self._bytes, address + _IN.size
+        )
+        return Answer(code, tuple(outputs), count, busy, begin_ticks, end_ticks)
 
     def close(self) -> None:
-        """Give our share of it back."""
+        """Unmap and close it."""
         self._words.release()
         self._bytes.close()
         os.close(self.fd)
@@ -206,19 +205,19 @@ class GuestMemory:
 
 
 def _swapped(value: int) -> int:
-    """Between the guest's byte order and ours."""
+    """Convert between the guest's byte order and ours."""
     return int.from_bytes(value.to_bytes(8, "big"), sys.byteorder)
 
 
 class Mailbox:
-    """One vCPU's mailbox, and the batch of calls on its way through it.
+    """One vCPU's mailbox, and the current batch of calls.
 
     Args:
         memory: the guest's memory.
         cpu: the vCPU's number.
 
     Attributes:
-        spare: a guest address with room for 2 KiB, for other purposes.
+        spare: a guest address with 2 KiB for other purposes.
         calls: the batch.
         is_free: there is no batch.
     """
@@ -234,7 +233,7 @@ class Mailbox:
 
     @property
     def generation(self) -> int:
-        """Another one each time that the vCPU starts."""
+        """A number that changes with each start of the vCPU."""
         return self._load(_Word.GENERATION)
 
     @property
@@ -244,7 +243,7 @@ class Mailbox:
 
     @property
     def exception(self) -> str | None:
-        """The exception that ended the program on this vCPU, in words; None if there was none."""
+        """Description of the exception that ended the program on this vCPU, or None."""
         vector = self._load(_Word.VECTOR)
         if not vector:
             return None
@@ -254,27 +253,27 @@ class Mailbox:
 
     @property
     def is_at_gate(self) -> bool:
-        """The vCPU has seen the batch and waits for its gate."""
+        """True if the vCPU has received the batch and waits at its gate."""
         return self._load(_Word.ARRIVED) == self._load(_Word.REQUEST)
 
     @property
     def in_progress(self) -> int:
-        """Which call of the batch is being made, from 0; their number when all were."""
+        """Index of the current call in the batch; the number of calls at the end."""
         index = self._load(_Word.INDEX)
         return len(self._answers) + (index if index <= self._sent else 0)
 
     @property
     def current(self) -> Call | None:
-        """The call that is being made, if one is."""
+        """The call in progress, or None."""
         index = self._load(_Word.INDEX)
         return self.calls[len(self._answers) + index] if index < self._sent else None
 
     def begin(self, calls: Iterable[Call], *, gate: int = 0) -> None:
-        """Ask for a batch; only when there is none.
+        """Start a batch; the mailbox must be free.
 
         Args:
-            calls: what to do.
-            gate: if not 0, wait before the first one until open_gate() of this number.
+            calls: the calls.
+            gate: if not 0, the vCPU waits before the first call for open_gate() with this number.
         """
         self.calls = list(calls)
         self.is_free = False
@@ -282,11 +281,11 @@ class Mailbox:
         self._send(gate)
 
     def open_gate(self, gate: int) -> None:
-        """Let all vCPUs go that wait there; only the first one's mailbox has it."""
+        """Release all vCPUs that wait at this gate; for the mailbox of vCPU 0 only."""
         self._store(_Word.OPEN, gate)
 
     def advance(self) -> bool:
-        """Take the answers that are there, send what is left to send; whether all is answered."""
+        """Read available answers and send the next calls; return True at the end of the batch."""
         if self._sent and self._load(_Word.RESPONSE) == self._load(_Word.REQUEST):
             self._answers += [
                 self._memory.get_answer(self._place(number)) for number in range(self._sent)
@@ -295,15 +294,15 @@ class Mailbox:
         return not self._sent
 
     def end(self) -> list[Answer]:
-        """The answers so far; from now on there is no batch."""
+        """End the batch, and return the answers so far."""
         self.is_free = True
         self._sent = 0
         return self._answers
 
     def _send(self, gate: int = 0) -> None:
-        """Send as many of the calls that are left as there is room for."""
-        done = len(self._answers)
-        calls = self.calls[done : done + MAX_CALLS]
+        """Send as many of the remaining calls as fit."""
+        answered = len(self._answers)
+        calls = self.calls[answered : answered + MAX_CALLS]
         self._sent = len(calls)
         if not calls:
             return
@@ -311,7 +310,7 @@ class Mailbox:
             self._memory.put_call(self._place(number), call)
         self._store(_Word.COUNT, len(calls))
         self._store(_Word.GATE, gate)
-        self._store(_Word.INDEX, _NOT_BEGUN)
+        self._store(_Word.INDEX, _NOT_STARTED)
         self._store(_Word.REQUEST, self._load(_Word.REQUEST) + 1)
 
     def _place(self, number: int) -> int:

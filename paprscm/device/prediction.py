@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Which machines with NVDIMMs QEMU must take, and why it must refuse the others.
+"""Prediction of the machines with NVDIMMs that QEMU must accept, and of the reasons for refusals.
 
-The rules are written from the contract and QEMU's sources, not from answers; each names its source.
+The rules follow the contract and QEMU's sources, not observed results; each names its source.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ NO_UUID = str(uuids.UUID(int=0))
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Address of a DIMM, and the size that the guest can use."""
+class PlacedDimm:
+    """Slot, address and usable size of a DIMM."""
 
     slot: int
     addr: int
@@ -32,26 +32,26 @@ class Prediction:
     """Predicted result of a command line.
 
     Attributes:
-        reasons: why it is refused; QEMU may name any of them, for they are of the same step. Empty:
-            it is accepted.
-        placed: where each DIMM is; when refused, those before the one that was.
+        reasons: possible reasons of the refusal, from the same step of QEMU; empty: accepted.
+        placed: slot and address of each DIMM; if refused, of those before the refused one.
     """
 
     reasons: frozenset[RefusalReason]
-    placed: tuple[Placed, ...] = ()
+    placed: tuple[PlacedDimm, ...] = ()
 
 
 def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
-    """Predict whether QEMU accepts the machine: the reasons why not, or the places of the DIMMs.
+    """Predict QEMU's result for a machine: reasons of a refusal, or slots and addresses.
 
     Args:
+        machine: the command line.
         has_override: this QEMU's spapr-nvdimm has pmem-override.
     """
     for step in (_memory, _backends, _numa, _first_memory, _board):
         reasons = frozenset(step(machine))
         if reasons:
             return Prediction(reasons)
-    placed: list[Placed] = []
+    placed: list[PlacedDimm] = []
     for number, dimm in enumerate(machine.dimms):
         reasons = frozenset(_properties(dimm, has_override)) or frozenset(_region(machine, dimm))
         if not reasons:
@@ -61,7 +61,7 @@ def predict(machine: RawMachine, *, has_override: bool = True) -> Prediction:
             reasons |= {answer for answer in (slot, addr) if isinstance(answer, RefusalReason)}
             if isinstance(slot, int) and isinstance(addr, int) and not reasons:
                 backend = machine.backends[dimm.memdev or 0]
-                placed.append(Placed(slot, addr, _usable(backend, dimm)))
+                placed.append(PlacedDimm(slot, addr, _usable(backend, dimm)))
         if reasons:
             return Prediction(reasons, tuple(placed))
     return Prediction(frozenset(), tuple(placed))
@@ -92,15 +92,15 @@ def _numa(machine: RawMachine) -> Iterator[RefusalReason]:
 
 
 def _first_memory(machine: RawMachine) -> Iterator[RefusalReason]:
-    """spapr.c:spapr_node0_size: the real mode area is in the first node that has memory."""
+    """spapr.c:spapr_node0_size: the real mode area is in the first node with memory."""
     first = next((memory for memory in machine.nodes if memory), machine.memory_bytes)
-    # A power of two is as small as that when the memory is.
+    # The area is a power of two: it is below the limit if the memory is.
     if first < 128 << 20:
         yield RefusalReason.MEMORY_TOO_SMALL
 
 
 def _board(machine: RawMachine) -> Iterator[RefusalReason]:
-    """spapr.c: memory comes in LMBs of 256 MiB, and there are 32 slots at most."""
+    """spapr.c: memory consists of LMBs of 256 MiB, and there are at most 32 slots."""
     if machine.memory_bytes % SCM_BLOCK_SIZE:
         yield RefusalReason.MEMORY_UNALIGNED
     if (machine.maxmem_bytes or 0) % SCM_BLOCK_SIZE:
@@ -123,12 +123,12 @@ def _properties(dimm: RawDimm, has_override: bool) -> Iterator[RefusalReason]:
 
 
 def _usable(backend: RawBackend, dimm: RawDimm) -> int:
-    left = max(0, backend.size_bytes - (dimm.label_bytes or 0))
-    return left - left % backend.align_bytes()
+    rest_bytes = max(0, backend.size_bytes - (dimm.label_bytes or 0))
+    return rest_bytes - rest_bytes % backend.align_bytes()
 
 
 def _region(machine: RawMachine, dimm: RawDimm) -> Iterator[RefusalReason]:
-    """nvdimm.c:nvdimm_prepare_memory_region, which QEMU asks first of all."""
+    """nvdimm.c:nvdimm_prepare_memory_region, which QEMU calls first."""
     if dimm.memdev is None:
         yield RefusalReason.NO_MEMDEV
         return
@@ -160,37 +160,41 @@ def _plug(machine: RawMachine, number: int) -> Iterator[RefusalReason]:
         yield RefusalReason.MEMDEV_BUSY
 
 
-def _slot(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | RefusalReason:
-    """The slot that was asked for, or the lowest that is free; -1 does not ask."""
+def _slot(
+    machine: RawMachine, dimm: RawDimm, before: tuple[PlacedDimm, ...]
+) -> int | RefusalReason:
+    """The requested slot, or the lowest free one; -1 requests none."""
     slots = machine.slots or 0
-    taken = {other.slot for other in before}
+    used = {other.slot for other in before}
     if dimm.slot not in (None, -1):
-        wanted = dimm.slot or 0
-        if not 0 <= wanted < slots:
+        requested = dimm.slot or 0
+        if not 0 <= requested < slots:
             return RefusalReason.SLOT_OUT_OF_RANGE
-        return RefusalReason.SLOT_BUSY if wanted in taken else wanted
+        return RefusalReason.SLOT_BUSY if requested in used else requested
     if not slots:
         return RefusalReason.NO_SLOTS
-    return min({*range(slots)} - taken, default=RefusalReason.NO_FREE_SLOT)
+    return min({*range(slots)} - used, default=RefusalReason.NO_FREE_SLOT)
 
 
-def _addr(machine: RawMachine, dimm: RawDimm, before: tuple[Placed, ...]) -> int | RefusalReason:
-    """The address that was asked for, or the lowest at which it fits."""
+def _addr(
+    machine: RawMachine, dimm: RawDimm, before: tuple[PlacedDimm, ...]
+) -> int | RefusalReason:
+    """The requested address, or the lowest that fits."""
     backend = machine.backends[dimm.memdev or 0]
     size, align = _usable(backend, dimm), backend.align_bytes()
     if sum(other.size_bytes for other in before) + size > machine.room_bytes:
         return RefusalReason.NO_SPACE
-    taken = sorted((other.addr, other.addr + other.size_bytes) for other in before)
+    used_ranges = sorted((other.addr, other.addr + other.size_bytes) for other in before)
     if dimm.addr:
         start, end = dimm.addr, dimm.addr + size
         if start % align:
             return RefusalReason.ADDR_UNALIGNED
         if start < machine.base or end > machine.base + machine.room_bytes:
             return RefusalReason.ADDR_OUTSIDE
-        busy = any(start < other_end and other < end for other, other_end in taken)
+        busy = any(start < other_end and other < end for other, other_end in used_ranges)
         return RefusalReason.ADDR_CONFLICT if busy else start
     addr = machine.base
-    for other, other_end in taken:
+    for other, other_end in used_ranges:
         if addr < other_end and other < addr + size:
             addr = -(-other_end // align) * align
     return addr if addr + size <= machine.base + machine.room_bytes else RefusalReason.FRAGMENTED

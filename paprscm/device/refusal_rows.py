@@ -202,7 +202,7 @@ GROUPS: Mapping[str, tuple[Refusal, ...]] = {
 }
 
 
-def find(name: str) -> Refusal:
-    """The row of that name."""
-    (only,) = (row for rows in GROUPS.values() for row in rows if row.name == name)
-    return only
+def find_row(name: str) -> Refusal:
+    """The row with this name."""
+    (match,) = (row for rows in GROUPS.values() for row in rows if row.name == name)
+    return match

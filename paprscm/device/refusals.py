@@ -20,7 +20,7 @@ from paprscm.vm.machine import GIB, MIB
 Words = tuple[str, ...]
 
 DIMM_BYTES = 512 * MIB + SCM_MIN_LABEL_SIZE
-"""A good DIMM's backing file: two SCM blocks and the smallest label area."""
+"""Size of a valid DIMM's backing file: two SCM blocks and the smallest label area."""
 
 FILES: Mapping[str, int] = {
     "dimm": DIMM_BYTES,
@@ -130,9 +130,9 @@ class Refusal:
     """A command line that QEMU must refuse.
 
     Attributes:
-        name: what is wrong with it; unique.
+        name: unique description of the error.
         words: the command line, with placeholders such as {dimm} (see `make_files`).
-        reasons: of which QEMU names one; they depend on its version.
+        reasons: QEMU names one of them, depending on its version.
         machine: machine options to add.
     """
 
@@ -147,13 +147,13 @@ def names_one(text: str, reasons: Iterable[RefusalReason]) -> bool:
     return any(reason.is_in(text) for reason in reasons)
 
 
-def in_words(reasons: Iterable[RefusalReason]) -> str:
+def reason_patterns(reasons: Iterable[RefusalReason]) -> str:
     """The patterns of the reasons, for a report."""
     return " or ".join(f"/{reason.value}/" for reason in reasons)
 
 
 def make_files(folder: Path) -> dict[str, str]:
-    """Make what the rows' placeholders stand for, all of it sparse.
+    """Create the files of the rows' placeholders, all sparse.
 
     Returns: the paths by placeholder: the FILES, {fifo}, {folder} itself, and {absent}, which does
     not exist.
@@ -179,14 +179,14 @@ def backend(
     size: int | None = DIMM_BYTES,
     more: str = "share=on",
 ) -> Words:
-    """The words of one memory backend; None leaves a property out.
+    """The words of one memory backend; None omits a property.
 
     Args:
-        number: makes the id, "mem0".
+        number: number in its id, "mem0".
         kind: memory-backend-`kind`.
         path: mem-path.
         size: bytes.
-        more: what else it gets, comma-separated.
+        more: other properties, comma-separated.
     """
     words = [f"memory-backend-{kind},id=mem{number}"]
     words += [f"mem-path={path}"] if path is not None else []
@@ -195,12 +195,12 @@ def backend(
 
 
 def device(number: int = 0, driver: str = "spapr-nvdimm", **changes: str | None) -> Words:
-    """The words of one NVDIMM that is good but for the changes.
+    """The words of one NVDIMM, valid except for the changes.
 
     Args:
-        number: makes the id, "nv0", the backend that it takes, "mem0", and its uuid.
+        number: number in its id, "nv0", in its backend's id, "mem0", and in its uuid.
         driver: its type.
-        changes: properties, with underscores for dashes; None leaves one out.
+        changes: properties, with underscores for dashes; None omits one.
     """
     properties: dict[str, str | None] = {
         "id": f"nv{number}",
@@ -214,12 +214,12 @@ def device(number: int = 0, driver: str = "spapr-nvdimm", **changes: str | None)
 
 
 def dimm(**changes: str | None) -> Words:
-    """A good backend, and a device on it that is good but for the changes."""
+    """A valid backend, and a device on it, valid except for the changes."""
     return (*backend(), *device(0, "spapr-nvdimm", **changes))
 
 
 def on(**changes: Any) -> Words:
-    """A backend that is good but for the changes, and a good device on it."""
+    """A backend, valid except for the changes, and a valid device on it."""
     return (*backend(**changes), *device())
 
 
@@ -229,13 +229,13 @@ def board(*words: str, memory: str = MEMORY) -> Words:
 
 
 TWO = (*dimm(slot="0"), *backend(1, path="{second}"))
-"""A DIMM, and the backend of a second."""
+"""A DIMM, and the backend of a second one."""
 ORDINARY = ("-object", "memory-backend-ram,id=ram,size=256M")
 NODES = (*ORDINARY, "-numa", "node,nodeid=0,memdev=ram", "-numa", "node,nodeid=1")
 
 
 def row(name: str, words: Words, *reasons: RefusalReason, machine: str = "") -> Refusal:
-    """A row; the board has MEMORY unless the words say -m."""
+    """A row of the table; -m is MEMORY unless the words begin with -m."""
     return Refusal(name, words if words[0] == "-m" else board(*words), reasons, machine)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Hypothesis strategies for machines with NVDIMMs: right ones, with one flaw, and anything."""
+"""Hypothesis strategies for machines with NVDIMMs: valid, with one flaw, and arbitrary."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _page_up(number: int) -> int:
 def _dimms(draw: st.DrawFn, number: int, nodes: int, has_pmem: bool) -> tuple[RawBackend, RawDimm]:
     """A DIMM and its backend; QEMU may choose its slot and address.
 
-    What is behind a spapr-nvdimm is a file (known_issues/qemu-nvdimm-on-volatile-file). A private
-    mapping is small, because the host would not give more than it has.
+    The backend of a spapr-nvdimm is a file (known_issues/qemu-nvdimm-on-volatile-file). A private
+    mapping is small, because the host does not reserve more than it has.
     """
     driver = draw(st.sampled_from(["spapr-nvdimm", "nvdimm"]))
     kinds = ["file", "file", "memfd", "ram"] if driver == "nvdimm" else ["file"]
@@ -71,11 +71,12 @@ def _dimms(draw: st.DrawFn, number: int, nodes: int, has_pmem: bool) -> tuple[Ra
 
 @st.composite
 def valid_machines(draw: st.DrawFn, has_pmem: bool, at_least: int = 0) -> RawMachine:
-    """A machine that QEMU must take.
+    """A machine that QEMU must accept.
 
     Args:
+        draw: see hypothesis.
         has_pmem: this QEMU has pmem and pmem-override.
-        at_least: how many DIMMs it has, if not more.
+        at_least: minimum number of DIMMs.
     """
     few = st.integers(at_least, 8)
     count = draw(st.one_of(few, few, few, st.integers(at_least, MAX_SLOTS)))
@@ -96,7 +97,7 @@ def valid_machines(draw: st.DrawFn, has_pmem: bool, at_least: int = 0) -> RawMac
     )
     free, top = set(range(machine.slots or 0)), machine.base + room
     for number, size in enumerate(sizes):
-        # From the top down, so that those which QEMU places from the bottom up find room.
+        # From the top down; QEMU places the others from the bottom up.
         if draw(st.booleans()):
             gap = draw(st.integers(0, spare))
             spare -= gap
@@ -114,16 +115,16 @@ def _blocks(backend: RawBackend, dimm: RawDimm) -> int:
 
 @st.composite
 def flawed_machines(draw: st.DrawFn, reason: RefusalReason, has_pmem: bool) -> RawMachine:
-    """A machine that was right, but for what gives QEMU that reason to refuse it, and no other."""
-    right = draw(valid_machines(has_pmem, at_least=2))
-    machine = FLAWS[reason](lambda strategy: draw(strategy), right)
+    """A valid machine with one flaw, which QEMU must refuse for this reason only."""
+    valid = draw(valid_machines(has_pmem, at_least=2))
+    machine = FLAWS[reason](lambda strategy: draw(strategy), valid)
     assume(predict(machine, has_override=has_pmem).reasons == {reason})
     return machine
 
 
 @st.composite
 def any_machines(draw: st.DrawFn, has_pmem: bool) -> RawMachine:
-    """A machine of values at and around their limits, that do not know of each other."""
+    """A machine with independent values at and around their limits."""
     machine = draw(valid_machines(has_pmem))
     for number in range(len(machine.dimms)):
         changes: dict[str, st.SearchStrategy[object]] = {
@@ -142,7 +143,7 @@ def any_machines(draw: st.DrawFn, has_pmem: bool) -> RawMachine:
     if draw(st.booleans()):
         maxmem = machine.memory_bytes + draw(st.integers(-1, 16)) * SCM_BLOCK_SIZE
         machine = replace(machine, maxmem_bytes=maxmem)
-    # Others are a known issue.
+    # Other backends are a known issue.
     for dimm in machine.dimms:
         backend = machine.backends[dimm.memdev or 0]
         assume(dimm.driver == "nvdimm" or backend.kind == "file")
@@ -219,14 +220,14 @@ def _second(draw: Draw, machine: RawMachine) -> RawMachine:
 
 
 def _busy(draw: Draw, machine: RawMachine) -> RawMachine:
-    """The second DIMM has the backend of the first, which would do for it."""
+    """The second DIMM has the backend of the first, which would be valid for it."""
     same = {name: getattr(machine.dimms[0], name) for name in ("memdev", "driver", "label_bytes")}
     wide = replace(machine, maxmem_bytes=(machine.maxmem_bytes or 0) + GIB)
     return wide.with_dimm(1, **same, addr=None, unarmed=True, pmem_override=False)
 
 
 def _fragmented(draw: Draw, machine: RawMachine) -> RawMachine:
-    """A DIMM in the middle leaves as much as the next one needs, but not in one piece."""
+    """A DIMM in the middle leaves enough room for the next one, but not contiguous."""
     half = draw(st.integers(1, 4)) * SCM_BLOCK_SIZE
     sizes = (SCM_BLOCK_SIZE, 2 * half)
     for number, size in enumerate(sizes):

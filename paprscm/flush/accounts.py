@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""The same flushes, counted in the guest's driver, at its hypervisor calls, and on the host."""
+"""Flushes counted in the guest's driver, at its hypervisor calls, and on the host."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from paprscm.errors import ContractError
-from paprscm.flush.trace import Flush, FlushTrace, Reading
+from paprscm.flush.trace import FlushTrace, TracedFlush, TraceReading
 from paprscm.guest.guest import Guest
 from paprscm.papr import drc_index
 from paprscm.vm.sync_shim import Operation
@@ -16,14 +16,14 @@ from paprscm.vm.sync_shim import Operation
 
 @dataclass(frozen=True)
 class Account:
-    """Totals between two moments at which no flush was in progress.
+    """Totals between two moments without a flush in progress.
 
     Attributes:
-        flushes: of each slot.
-        syncs: of each slot's backing file, by the operation that the host was asked for.
+        flushes: flushes of each slot.
+        syncs: number of syncs of each slot's backing file, by operation.
     """
 
-    flushes: Mapping[int, tuple[Flush, ...]]
+    flushes: Mapping[int, tuple[TracedFlush, ...]]
     syncs: Mapping[int, Mapping[Operation, int]]
 
     @property
@@ -33,45 +33,46 @@ class Account:
 
     @property
     def calls(self) -> int:
-        """Number of hcalls that they took."""
-        return sum(len(flush.calls) for made in self.flushes.values() for flush in made)
+        """Number of H_SCM_FLUSH calls of these flushes."""
+        return sum(len(flush.calls) for flushes in self.flushes.values() for flush in flushes)
 
-    def all(self) -> tuple[Flush, ...]:
+    def all(self) -> tuple[TracedFlush, ...]:
         """The flushes of all slots, by slot."""
-        return tuple(flush for made in self.flushes.values() for flush in made)
+        return tuple(flush for flushes in self.flushes.values() for flush in flushes)
 
     def expect(
         self, flushes: Mapping[int, int], operation: Operation = Operation.FDATASYNC
     ) -> None:
-        """Assert how many there were of each slot, and that each was one sync by `operation`.
+        """Assert the number of flushes of each slot, and that each was one sync by `operation`.
 
         Args:
-            flushes: how many of each slot that has any.
-            operation: what the host must have been asked for.
+            flushes: expected number of each slot that has any.
+            operation: expected operation on the host.
 
         Raises:
-            ContractError: with all counts.
+            ContractError: the numbers differ; with all counts.
         """
-        found = {slot: len(made) for slot, made in self.flushes.items() if made}
+        observed = {slot: len(ended) for slot, ended in self.flushes.items() if ended}
         synced = {slot: dict(counts) for slot, counts in self.syncs.items() if counts}
-        wanted = {slot: {operation: count} for slot, count in flushes.items() if count}
-        if found != {slot: count for slot, count in flushes.items() if count}:
+        expected = {slot: {operation: count} for slot, count in flushes.items() if count}
+        if observed != {slot: count for slot, count in flushes.items() if count}:
             raise ContractError(
-                f"flushes by slot: {found}, expected {dict(flushes)}; synced: {_in_words(synced)}"
+                f"flushes by slot: {observed}, expected {dict(flushes)}; "
+                f"synced: {_in_words(synced)}"
             )
-        if synced != wanted:
-            raise ContractError(f"synced: {_in_words(synced)}, expected {_in_words(wanted)}")
+        if synced != expected:
+            raise ContractError(f"synced: {_in_words(synced)}, expected {_in_words(expected)}")
 
 
 class FlushAccounts:
-    """Three counts of the same thing, which must agree.
+    """Three counts of the same flushes, which must agree.
 
-    A flush is: one call of papr_scm_pmem_flush; one H_SCM_FLUSH with token 0, and polls until its
-    end; one sync of the backing file. The hypervisor calls are counted twice, see flush_trace.
+    A flush is one call of papr_scm_pmem_flush, one H_SCM_FLUSH with token 0 and polls until its
+    end, and one sync of the backing file. The hypervisor calls are counted twice, see trace.py.
 
     Args:
-        guest: with a flush shim in its QEMU.
-        slots: of all its DIMMs.
+        guest: a guest with a flush shim in its QEMU.
+        slots: slots of all its DIMMs.
 
     Raises:
         CapabilityError: its kernel cannot be probed.
@@ -83,16 +84,16 @@ class FlushAccounts:
         self._before = self._syncs()
         self._base = _sum(self._before)
         self.trace = FlushTrace(guest)
-        self._flushes: list[Flush] = []
+        self._flushes: list[TracedFlush] = []
 
     def take(self, *, limit_s: float = 5.0) -> Account:
         """Return the totals since the last call.
 
         Args:
-            limit_s: for how long the counts may differ, because something is under way, s.
+            limit_s: time for the counts to agree, because flushes may be in progress, s.
 
         Raises:
-            ContractError: they still differ; with all of them.
+            ContractError: the counts still differ; with all counts.
         """
         deadline = time.monotonic() + limit_s
         while True:
@@ -102,21 +103,21 @@ class FlushAccounts:
             if self._agree(reading, syncs):
                 break
             if time.monotonic() > deadline:
-                raise ContractError(f"the counts differ: {self._words(reading, syncs)}")
+                raise ContractError(f"the counts differ: {self._counts(reading, syncs)}")
             time.sleep(0.05)
         by_drc = {drc_index(slot): slot for slot in self._slots}
-        flushes: dict[int, list[Flush]] = {slot: [] for slot in self._slots}
+        flushes: dict[int, list[TracedFlush]] = {slot: [] for slot in self._slots}
         for flush in self._flushes:
             if flush.drc not in by_drc:
-                raise ContractError(f"a flush of drc {flush.drc:#x}, which no DIMM has")
+                raise ContractError(f"a flush of drc {flush.drc:#x}, which is not a DIMM's")
             flushes[by_drc[flush.drc]].append(flush)
         self._flushes = []
         account = Account(
-            {slot: tuple(made) for slot, made in flushes.items()},
+            {slot: tuple(ended) for slot, ended in flushes.items()},
             {slot: _difference(syncs[slot], self._before[slot]) for slot in self._slots},
         )
         synced = {slot: sum(account.syncs[slot].values()) for slot in self._slots}
-        if synced != {slot: len(made) for slot, made in flushes.items()}:
+        if synced != {slot: len(ended) for slot, ended in flushes.items()}:
             raise ContractError(
                 f"flushes by slot: { {s: len(f) for s, f in flushes.items()} }, "
                 f"syncs: {_in_words(account.syncs)}"
@@ -124,14 +125,14 @@ class FlushAccounts:
         self._before = syncs
         return account
 
-    def _agree(self, reading: Reading, syncs: Mapping[int, Mapping[Operation, int]]) -> bool:
+    def _agree(self, reading: TraceReading, syncs: Mapping[int, Mapping[Operation, int]]) -> bool:
         first, calls = reading.traced
-        under_way = any(
+        in_progress = any(
             self._guest.vm.syncs(slot).counts().begun != sum(syncs[slot].values())
             for slot in self._slots
         )
         return (
-            not under_way
+            not in_progress
             and reading.entered == first == reading.ended == self._total(syncs)
             and calls == reading.hcalls
         )
@@ -140,13 +141,13 @@ class FlushAccounts:
         return _sum(syncs) - self._base
 
     def _syncs(self) -> dict[int, dict[Operation, int]]:
-        """The syncs that ended so far."""
+        """Number of ended syncs of each slot, by operation."""
         return {
             slot: {op: self._guest.vm.syncs(slot).counts(op).ended for op in Operation}
             for slot in self._slots
         }
 
-    def _words(self, reading: Reading, syncs: Mapping[int, Mapping[Operation, int]]) -> str:
+    def _counts(self, reading: TraceReading, syncs: Mapping[int, Mapping[Operation, int]]) -> str:
         first, calls = reading.traced
         return (
             f"papr_scm_pmem_flush was called {reading.entered} times; H_SCM_FLUSH began "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Calls in the guest that promise durability, made by guest_tools/flush.c, each with its times."""
+"""Calls that promise durability, made in the guest by guest_tools/flush.c, with their times."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from paprscm.guest.report import (
 )
 from paprscm.guest.tools import compile_tool
 
-Operation = Literal[
+DurableOperation = Literal[
     "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
 ]
 
-# More than the load's own limit: to start and to end.
-_MORE_S = 60
+# Time in addition to the load's own limit, for its start and end.
+_MARGIN_S = 60
 
 
-class Call(Fields, frozen=True, array_like=True):
+class DurableCall(Fields, frozen=True, array_like=True):
     """One call that promises durability.
 
     Attributes:
-        thread: which thread made it, from 0; it worked on the target of that number, modulo theirs.
+        thread: number of its thread, from 0; modulo the number of targets, that of its target.
         operation: the call; "dsync" is a write to a file opened with O_DSYNC.
-        begin_ns: by the guest's CLOCK_MONOTONIC_RAW: what was stored before must be durable when
-            it returns. For dsync and direct_dsync the data are stored by the call itself.
-        end_ns: when it returned.
-        errno: 0, or what it failed with.
+        begin_ns: start by the guest's CLOCK_MONOTONIC_RAW, ns: earlier stores must be durable when
+            it returns. dsync and direct_dsync store the data themselves.
+        end_ns: return by the same clock, ns.
+        errno: errno of a failed call, or 0.
     """
 
     thread: Natural
@@ -57,14 +57,14 @@ class Call(Fields, frozen=True, array_like=True):
         return (self.end_ns - self.begin_ns) / 1e9
 
 
-class FlushLoad(ToolReport, frozen=True, kw_only=True):
-    """Calls that threads in the guest made.
+class FlushLoadReport(ToolReport, frozen=True, kw_only=True):
+    """Calls of the threads in the guest.
 
     Attributes:
-        seed, threads: as asked for.
-        targets: how many there were.
-        duration_ns: from the moment at which all threads began to the end of the last, ns.
-        calls: by thread, and of one thread in the order in which it made them.
+        seed, threads: as requested.
+        targets: number of targets.
+        duration_ns: from the common start of all threads to the end of the last, ns.
+        calls: by thread, then in the order of the calls.
     """
 
     tool: Literal["flush"]
@@ -73,19 +73,21 @@ class FlushLoad(ToolReport, frozen=True, kw_only=True):
     threads: Natural
     targets: Natural
     duration_ns: Natural
-    calls: tuple[Call, ...]
+    calls: tuple[DurableCall, ...]
 
     def __post_init__(self) -> None:
         check_report(self.targets > 0, "no target")
-        check_report(all(call.thread < self.threads for call in self.calls), "a thread too many")
+        check_report(
+            all(call.thread < self.threads for call in self.calls), "a call of an unknown thread"
+        )
 
     @property
     def duration_s(self) -> float:
-        """The duration, s."""
+        """Duration of the load, s."""
         return self.duration_ns / 1e9
 
-    def on(self, target: int) -> tuple[Call, ...]:
-        """The calls on the target of that number."""
+    def on(self, target: int) -> tuple[DurableCall, ...]:
+        """The calls on one target."""
         return tuple(call for call in self.calls if call.thread % self.targets == target)
 
     def expect_success(self) -> None:
@@ -99,30 +101,30 @@ class FlushLoad(ToolReport, frozen=True, kw_only=True):
             )
 
 
-def load(
+def run_flush_load(
     guest: Guest,
-    operation: Operation,
+    operation: DurableOperation,
     targets: Sequence[str],
     *,
     threads: int = 1,
     count: int = 1,
     limit_s: int = 60,
     seed: int = 0,
-) -> FlushLoad:
-    """Make such calls from several threads at a time, in one round trip.
+) -> FlushLoadReport:
+    """Make calls from several threads concurrently, in one round trip.
 
     Args:
-        guest: where.
-        operation: the call; "mixed" draws one each time, of those that fit the target.
-        targets: a region's attribute for deep_flush; else a file system's folder, or a block
-            device, whose content is lost.
-        threads: how many; thread i works on target i, modulo their number.
-        count: calls of each.
-        limit_s: none is begun after so long, s.
-        seed: of all that is drawn.
+        guest: the guest.
+        operation: the call; "mixed" chooses each at random among those that fit the target.
+        targets: for deep_flush, the attribute of a region; else the folder of a file system, or a
+            block device, whose content is lost.
+        threads: number of threads; thread i works on target i modulo the number of targets.
+        count: number of calls of each thread.
+        limit_s: no call begins after this time, s.
+        seed: seed of all random choices.
 
     Raises:
-        ProbeError: the program does not build, or gave no report that can be believed.
+        ProbeError: the program does not compile, or its report is invalid.
     """
     words = [
         str(compile_tool(guest, "flush")),
@@ -134,12 +136,12 @@ def load(
         f"--seed={seed}",
         *targets,
     ]
-    result = guest.run(shlex.join(words), timeout_s=limit_s + _MORE_S)
-    report = read_report(FlushLoad, result.stdout, result.status, result.stderr)
-    asked = (seed, threads, len(targets))
-    told = (report.seed, report.threads, report.targets)
-    if asked != told:
-        raise ProbeError(f"flush answers {told}, it was asked for {asked}")
+    result = guest.run(shlex.join(words), timeout_s=limit_s + _MARGIN_S)
+    report = read_report(FlushLoadReport, result.stdout, result.status, result.stderr)
+    requested = (seed, threads, len(targets))
+    reported = (report.seed, report.threads, report.targets)
+    if requested != reported:
+        raise ProbeError(f"flush reports {reported}, requested was {requested}")
     if len(report.calls) > threads * count:
         raise ProbeError(f"flush made {len(report.calls)} calls, not {threads} times {count}")
     return report

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/persist.c in the guest: what each system call on a file answered, and when.
-
-And how often the guest's kernel asked the hypervisor, to compare with what the host saw.
-"""
+"""System calls on a file in the guest, made by guest_tools/persist.c: results and times."""
 
 from __future__ import annotations
 
@@ -22,16 +19,16 @@ from paprscm.guest.report import (
 from paprscm.guest.tools import compile_tool
 
 
-class Step(Fields, frozen=True, kw_only=True):
+class Syscall(Fields, frozen=True, kw_only=True):
     """One system call.
 
     Attributes:
-        step: which; see guest_tools/persist.c.
-        offset, length: of its range in the file, bytes; 0 where it has none.
-        byte: what was written; what all bytes that were read are, or None if they differ.
-        result: what it returned; None: it failed.
-        errno: with which number; 0: it did not.
-        error: its name, "EIO"; "" when it did not fail.
+        step: the call; see guest_tools/persist.c.
+        offset, length: its range in the file, bytes; 0 without a range.
+        byte: the byte that was written, or that all read bytes equal; None if they differ.
+        result: its return value; None: it failed.
+        errno: errno of a failed call, or 0.
+        error: name of the errno, such as "EIO"; "" for a successful call.
         begin_ns, end_ns: by the guest's CLOCK_MONOTONIC, ns.
     """
 
@@ -65,7 +62,7 @@ class Step(Fields, frozen=True, kw_only=True):
 
     @property
     def duration_s(self) -> float:
-        """Duration, s."""
+        """Duration of the call, s."""
         return (self.end_ns - self.begin_ns) / 1e9
 
     def __str__(self) -> str:
@@ -75,22 +72,22 @@ class Step(Fields, frozen=True, kw_only=True):
 
 class _PersistReport(ToolReport, frozen=True, kw_only=True):
     tool: Literal["persist"]
-    steps: tuple[Step, ...]
+    steps: tuple[Syscall, ...]
 
 
 def persist(
     guest: Guest, path: str, *steps: str, timeout_s: float | None = None
-) -> tuple[Step, ...]:
-    """Make system calls on one file of the guest, in one round trip; what each answered.
+) -> tuple[Syscall, ...]:
+    """Make system calls on one file of the guest, in one round trip; return their results.
 
     Args:
-        guest: where.
-        path: the file; made if it is not there.
-        steps: as guest_tools/persist.c wants them: "write=0:65536:7", "fsync", …
-        timeout_s: of all together; the setting command_limit_s when None.
+        guest: the guest.
+        path: the file; created if it does not exist.
+        steps: arguments of guest_tools/persist.c: "write=0:65536:7", "fsync", …
+        timeout_s: time limit of all steps; None: the setting command_limit_s.
 
     Raises:
-        ProbeError: the program does not build, or gave no report that can be believed.
+        ProbeError: the program does not compile, or its report is invalid.
         ContractError: the file cannot be opened.
     """
     tool = compile_tool(guest, "persist")
@@ -99,7 +96,7 @@ def persist(
 
 
 class HeldFile:
-    """A program in the guest that has made its steps up to "await", and keeps its file open.
+    """A program in the guest that has made its steps up to "await" and keeps its file open.
 
     Args:
         guest: where it runs.
@@ -122,16 +119,16 @@ class HeldFile:
         )
 
     def go(self) -> None:
-        """Let it go on behind "await"; returns at once."""
+        """Continue after "await"; returns at once."""
         self._guest.succeed(f"cd {self._folder} && echo 1<>go")
 
     def wait_blocked(self) -> bool:
-        """Wait until it sleeps in the kernel or has ended; return True for the former.
+        """Wait until it sleeps in the kernel (return True) or has ended (return False).
 
         Raises:
             HostError: neither within 30 s.
         """
-        found = self._guest.run(
+        result = self._guest.run(
             f"pid=$(cat {self._folder}/pid)\n"
             "for _ in $(seq 1500); do\n"
             "    case $(grep State: /proc/$pid/status 2>&1) in\n"
@@ -142,15 +139,15 @@ class HeldFile:
             "done\n"
             "exit 2"
         )
-        if found.status > 1:
+        if result.status > 1:
             raise HostError(f"{shlex.join(self._steps)} neither blocks nor ends within 30 s")
-        return not found.status
+        return not result.status
 
-    def result(self) -> tuple[Step, ...]:
-        """Let it go on unless it has, wait for its end, and return all its steps.
+    def result(self) -> tuple[Syscall, ...]:
+        """Continue after "await" if needed, wait for the end, and return all steps.
 
         Raises:
-            ProbeError: it gave no valid report.
+            ProbeError: its report is invalid.
             ContractError: the file could not be opened.
         """
         wait = "echo 1<>go; flock lock cat out && cat err >&2"
@@ -159,28 +156,28 @@ class HeldFile:
 
 
 def parse_persist(
-    stdout: str, status: int, asked: tuple[str, ...], stderr: str = ""
-) -> tuple[Step, ...]:
-    """Parse a report; nothing in it may be missing, unknown or contradictory.
+    stdout: str, status: int, requested: tuple[str, ...], stderr: str = ""
+) -> tuple[Syscall, ...]:
+    """Parse a report; no field may be missing, unknown or contradictory.
 
     Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        asked: the steps that it was given.
-        stderr: for the message.
+        stdout: one line of JSON.
+        status: exit status of persist.
+        requested: the steps on its command line.
+        stderr: other output, for the message.
 
     Raises:
-        ProbeError: with what is wrong.
+        ProbeError: the report is invalid.
         ContractError: the file could not be opened.
     """
-    done = read_report(_PersistReport, stdout, status, stderr).steps
-    expected = ["open", *(word.partition("=")[0] for word in asked)]
-    if done and done[0].error:
+    reported = read_report(_PersistReport, stdout, status, stderr).steps
+    expected = ["open", *(word.partition("=")[0] for word in requested)]
+    if reported and reported[0].error:
         expected = expected[:1]
     with malformed_as_probe_error("persist", stdout, status, stderr):
-        steps = [step.step for step in done]
+        steps = [step.step for step in reported]
         check_report(steps == expected, f"the steps are {steps}, not {expected}")
-    opened, *others = done
+    opened, *others = reported
     if opened.error:
         raise ContractError(f"the file cannot be opened: {opened.error}")
     return tuple(others)

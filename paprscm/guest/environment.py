@@ -153,8 +153,10 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     board = board_of(settings, qemu)
     if board.firmware == "vof" and not qemu.has_vof:
         raise ConfigError(f"{qemu.path} has no x-vof machine option", hint="set firmware=slof")
-    with process.beside(
-        lambda proceed: rootfs.obtain(archive, suites(settings.userland_suite), proceed=proceed)
+    with process.run_in_background(
+        lambda proceed: rootfs.obtain_userland(
+            archive, suites(settings.userland_suite), proceed=proceed
+        )
     ) as obtaining:
         # Compile the kernel while packages are downloaded; a failed download cancels the build.
         under_test, source = kernel_image.obtain(archive, settings, obtaining.check)
@@ -207,7 +209,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             guest.succeed(_BOOT_TEST)
 
     if isinstance(obtained, Download):
-        obtained = rootfs.build(cache, obtained, boot_test=boot_test)
+        obtained = rootfs.build_rootfs(cache, obtained, boot_test=boot_test)
     environment = assemble(obtained)
     if settings.start == "cold":
         return environment

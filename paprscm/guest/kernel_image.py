@@ -42,7 +42,7 @@ def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) ->
     kernel = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
     if settings.modules is not None:
         kernel = initramfs.with_config(kernel, settings.modules)
-    vmlinux.check(kernel, has_modules=settings.modules is not None)
+    vmlinux.require_usable(kernel, has_modules=settings.modules is not None)
     return kernel, ""
 
 
@@ -57,7 +57,7 @@ def instructions_of(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
 
 def fix(cache: Cache, kernel: Kernel, executes: Mapping[str, bool]) -> tuple[Path, int]:
     """Return a kernel that this QEMU can execute, and the number of rewritten instructions."""
-    lacking = tcg_fixup.missing(executes)
+    lacking = tcg_fixup.missing_instructions(executes)
     if not lacking:
         return kernel.path, 0
 
@@ -92,7 +92,9 @@ def initrd(
         "kernel": cache.identity(kernel.path),
         "release": kernel.release,
         "modules": hashlib.sha256(content.encode()).hexdigest(),
-        "rewritten": " ".join(instruction.name for instruction in tcg_fixup.missing(executes)),
+        "rewritten": " ".join(
+            instruction.name for instruction in tcg_fixup.missing_instructions(executes)
+        ),
         "busybox": str(userland.versions.get("busybox-static")),
     }
 

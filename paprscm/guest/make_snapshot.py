@@ -22,7 +22,7 @@ from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import Snapshot, save_state
 from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
-from paprscm.host.cache import Cache, Entry
+from paprscm.host.cache import Cache, CacheEntry
 from paprscm.vm.argv import PORT_NAME, Payload, qemu_argv
 from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, Nvdimm
@@ -155,7 +155,7 @@ def ensure_snapshot(recipe: Recipe) -> Outcome:
     return _outcome(entry, recipe)
 
 
-def _outcome(entry: Entry, recipe: Recipe) -> Outcome:
+def _outcome(entry: CacheEntry, recipe: Recipe) -> Outcome:
     record = json.loads((entry.path / _RECORD).read_text())
     snapshot = _snapshot(entry.path, recipe) if record["how"] else None
     return Outcome(snapshot=snapshot, reason="; ".join(record["failed"]))

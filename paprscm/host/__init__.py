@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Processes, cache, disk and memory of this machine."""
+"""Processes, cache, disk and memory of the host."""

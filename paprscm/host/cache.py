@@ -26,16 +26,16 @@ _HINT_ELSEWHERE = "set cache_dir to a folder that you can write to"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One finished thing in the cache.
+class CacheEntry:
+    """One complete entry of the cache.
 
     Attributes:
-        path: its folder; read-only by agreement.
-        kind: what it is ("kernel", "userland", …).
-        fields: what it was made of; the key is their digest.
-        size_bytes: what its files take on the disk.
-        created: seconds since the epoch.
-        used: when it was last asked for, seconds since the epoch.
+        path: its folder; callers must not write to it.
+        kind: "kernel", "userland", …
+        fields: everything that determines its content; the key is their digest.
+        size_bytes: disk usage of its files.
+        created: time of its creation, seconds since the epoch.
+        used: time of its last use, seconds since the epoch.
         is_workspace: its files change (`Cache.workspace`).
     """
 
@@ -49,19 +49,19 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The short digest that names the entry's folder."""
+        """The digest of the fields, which is the folder's name."""
         return self.path.name
 
 
 class Cache:
     """Content-keyed folders below one root.
 
-    An entry is built in a temporary folder beside its place and published by rename, so a reader
-    never sees half of one. A manifest holds size, time and digest of each file: an entry that was
-    cut, changed or lost a file is noticed when it is asked for, and built again.
+    An entry is built in a temporary folder and published by rename, so that a reader never sees a
+    partial one. A manifest holds size, time and digest of each file: an entry with a truncated,
+    changed or missing file is detected at its next use, and built again.
 
     Args:
-        root: the cache's folder; made, readable by its owner only, when the first entry is built.
+        root: the cache's folder; created with mode 0700 for the first entry.
     """
 
     def __init__(self, root: Path) -> None:
@@ -74,24 +74,24 @@ class Cache:
         build: Callable[[Path], None],
         *,
         needs_bytes: int = 0,
-    ) -> Entry:
-        """The entry of `kind` made of `fields`, built now if it is not there or is damaged.
+    ) -> CacheEntry:
+        """Return the entry of `kind` with `fields`; build it if it is absent or damaged.
 
         Args:
-            kind: what it is; a folder name.
-            fields: everything that the content depends on.
-            build: fills the empty folder that it is given.
-            needs_bytes: free space to insist on before building.
+            kind: kind of the entry; a folder name.
+            fields: everything that determines the content.
+            build: fills an empty folder.
+            needs_bytes: free space that the build requires.
 
         Raises:
-            HostError: no space, no permission.
-            Error: whatever `build` raises; nothing is left behind then.
+            HostError: no space, or no permission.
+            Error: raised by `build`; the unfinished entry is removed.
         """
         place = self._place(kind, fields)
         if entry := self._usable(place, kind):
             return entry
-        with self.lock(f"{kind}-{place.name}", what=f"builds the {kind}"):
-            # Somebody else may have built it while we waited.
+        with self.lock(f"{kind}-{place.name}", purpose=f"builds the {kind}"):
+            # Another process may have built it in the meantime.
             if entry := self._usable(place, kind):
                 return entry
             self._make(place, fields, build, needs_bytes)
@@ -100,15 +100,15 @@ class Cache:
             raise HostError(f"the {kind} was built but cannot be read back from {place}")
         return entry
 
-    def find(self, kind: str, fields: Mapping[str, str]) -> Entry | None:
-        """The entry, if it is there and whole; nothing is built."""
+    def find(self, kind: str, fields: Mapping[str, str]) -> CacheEntry | None:
+        """The entry if it is complete, else None; nothing is built."""
         return self._usable(self._place(kind, fields), kind)
 
-    def get(self, kind: str, key: str) -> Entry:
-        """The entry of that key.
+    def get(self, kind: str, key: str) -> CacheEntry:
+        """The entry with this key.
 
         Raises:
-            HostError: it is not there.
+            HostError: the cache has no such entry.
         """
         entry = self._read(self.root / kind / key, kind)
         if entry is None:
@@ -116,18 +116,18 @@ class Cache:
         return entry
 
     @contextmanager
-    def workspace(self, kind: str, fields: Mapping[str, str], *, what: str) -> Iterator[Path]:
-        """A folder whose files change, such as the objects of an incremental build.
+    def workspace(self, kind: str, fields: Mapping[str, str], *, purpose: str) -> Iterator[Path]:
+        """Lock and yield a folder whose files change, such as the objects of an incremental build.
 
-        It is held by one process. It is not checked for damage; `entries` and `prune` know it.
+        It is not checked for damage; `entries` and `prune` include it.
 
         Args:
-            kind: what it is; a folder name.
-            fields: what it belongs to.
-            what: what the holder does, for those who wait.
+            kind: kind of the entry; a folder name.
+            fields: identification of the folder.
+            purpose: action of the holder, for messages of waiting processes.
         """
         place = self._place(kind, fields)
-        with self.lock(f"{kind}-{place.name}", what=what):
+        with self.lock(f"{kind}-{place.name}", purpose=purpose):
             with self._write_errors():
                 _make_private(place)
                 _write_manifest(place, fields, None)
@@ -136,13 +136,13 @@ class Cache:
 
     @contextmanager
     def adopt(self, kind: str, key: str) -> Iterator[Path | None]:
-        """An empty folder for an entry that comes complete from elsewhere, with its manifest.
+        """Yield an empty folder for an imported entry, which brings its own manifest.
 
-        It is published when the body of the `with` ends, and removed if that raises; None where
-        the cache has the entry.
+        The entry is published when the body of the `with` ends, and removed if the body raises.
+        Yields None if the cache already has the entry.
         """
         place = self.root / kind / key
-        with self.lock(f"{kind}-{key}", what=f"imports the {kind}"):
+        with self.lock(f"{kind}-{key}", purpose=f"imports the {kind}"):
             if self._usable(place, kind):
                 yield None
                 return
@@ -151,10 +151,10 @@ class Cache:
                 os.sync()
 
     def identity(self, path: Path) -> str:
-        """A text that changes when the file's content does.
+        """A text that changes with the file's content.
 
-        Of a file in the cache it is the same in the cache of every machine: the digest in the
-        manifest. Of any other file it is made of path, size and time.
+        For a file in the cache it is the digest in the manifest, which is the same on every
+        machine; for any other file it consists of path, size and time.
         """
         path = path.resolve()
         root = self.root.resolve()
@@ -166,43 +166,43 @@ class Cache:
         info = path.stat()
         return f"{path} {info.st_size} {info.st_mtime_ns}"
 
-    def entries(self) -> list[Entry]:
-        """All entries, the one used last first."""
+    def entries(self) -> list[CacheEntry]:
+        """All entries, the most recently used first."""
         manifests = self.root.glob(f"*/*/{MANIFEST}")
-        found = (self._read(m.parent, m.parent.parent.name) for m in manifests)
-        return sorted((e for e in found if e), key=lambda e: e.used, reverse=True)
+        entries = (self._read(m.parent, m.parent.parent.name) for m in manifests)
+        return sorted((e for e in entries if e), key=lambda e: e.used, reverse=True)
 
-    def prune(self, *, unused_for_s: float) -> list[Entry]:
-        """Remove and return the entries that were not asked for in the last `unused_for_s` seconds.
+    def prune(self, *, unused_for_s: float) -> list[CacheEntry]:
+        """Remove and return the entries that were not used in the last `unused_for_s` seconds.
 
-        What is being built at this moment is left alone, and so is what an unfinished build left
-        behind: the next build of the same entry removes that.
+        Entries that are being built stay. The remains of an unfinished build stay, too: the next
+        build of the same entry removes them.
         """
         unused = [e for e in self.entries() if time.time() - e.used >= unused_for_s]
         return [entry for entry in unused if self.remove(entry.path)]
 
     def keep_newest(self, kind: str, count: int) -> None:
-        """Remove the entries of a kind but for the `count` that were asked for last."""
+        """Remove the entries of a kind except the `count` most recently used ones."""
         for entry in [entry for entry in self.entries() if entry.kind == kind][count:]:
             self.remove(entry.path)
 
     def remove(self, place: Path) -> bool:
-        """Remove the entry in this folder; False: it is being built, and stays."""
-        with self.lock(f"{place.parent.name}-{place.name}", what="prunes", wait=False) as taken:
-            if taken and place.exists():
+        """Remove the entry in this folder; return False if it is being built and stays."""
+        with self.lock(f"{place.parent.name}-{place.name}", purpose="prunes", wait=False) as locked:
+            if locked and place.exists():
                 self._discard(place)
-            return taken
+            return locked
 
     @contextmanager
-    def lock(self, name: str, *, what: str, wait: bool = True) -> Iterator[bool]:
+    def lock(self, name: str, *, purpose: str, wait: bool = True) -> Iterator[bool]:
         """Hold the lock `name` among all processes on this machine.
 
-        The kernel drops it when its holder dies, so it is never stale.
+        The kernel releases it when its holder dies, so it is never stale.
 
         Args:
             name: a file name.
-            what: what the holder does, for those who wait ("builds the kernel").
-            wait: False: give up at once when another holds it, and yield False.
+            purpose: action of the holder, for messages of waiting processes ("builds the kernel").
+            wait: False: if another process holds it, do not wait, and yield False.
         """
         folder = self.root / "locks"
         with self._write_errors():
@@ -217,17 +217,17 @@ class Cache:
                     yield False
                     return
                 holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-                logger.info("another run %s; waiting for it", holder or what)
+                logger.info("another run %s; waiting for it", holder or purpose)
                 fcntl.flock(handle, fcntl.LOCK_EX)
             os.ftruncate(handle, 0)
-            os.pwrite(handle, f"(pid {os.getpid()}) {what}\n".encode(), 0)
+            os.pwrite(handle, f"(pid {os.getpid()}) {purpose}\n".encode(), 0)
             yield True
         finally:
             os.close(handle)
 
     @staticmethod
     def key(fields: Mapping[str, str]) -> str:
-        """The name of the folder of an entry with these fields."""
+        """The key of an entry with these fields: the name of its folder."""
         text = json.dumps(dict(fields), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -256,7 +256,7 @@ class Cache:
 
     @contextmanager
     def _work_folder(self, place: Path) -> Iterator[Path]:
-        """A folder beside an entry's place that becomes the entry when the body has ended."""
+        """A temporary folder that becomes the entry when the body has ended."""
         with self._write_errors():
             _make_private(place.parent)
             for stale in place.parent.glob(f".{place.name}-*"):
@@ -272,7 +272,7 @@ class Cache:
         finally:
             _remove_tree(work)
 
-    def _usable(self, place: Path, kind: str) -> Entry | None:
+    def _usable(self, place: Path, kind: str) -> CacheEntry | None:
         entry = self._read(place, kind)
         if entry is None:
             if place.exists():
@@ -282,11 +282,11 @@ class Cache:
         if damage:
             logger.info("cache entry %s/%s: %s: building anew", kind, place.name, damage)
             return None
-        with contextlib.suppress(OSError):  # A read-only cache is fine to use.
+        with contextlib.suppress(OSError):  # A read-only cache can be used.
             os.utime(place)
         return entry
 
-    def _read(self, place: Path, kind: str) -> Entry | None:
+    def _read(self, place: Path, kind: str) -> CacheEntry | None:
         try:
             manifest = json.loads((place / MANIFEST).read_bytes())
             files = manifest["files"]
@@ -294,7 +294,7 @@ class Cache:
                 blocks = sum(path.lstat().st_blocks for path in place.rglob("*"))
             else:
                 blocks = sum(item.get("blocks", 0) for item in files.values())
-            return Entry(
+            return CacheEntry(
                 path=place,
                 kind=kind,
                 fields=manifest["fields"],
@@ -307,7 +307,7 @@ class Cache:
             return None
 
     def _discard(self, place: Path) -> None:
-        # By rename first: who opens it now finds all of it or nothing.
+        # Rename first: a process that opens it now finds a complete entry or none.
         aside = place.parent / f".{place.name}-{os.getpid()}-gone"
         place.rename(aside)
         _remove_tree(aside)
@@ -366,7 +366,7 @@ def _seal(folder: Path, fields: Mapping[str, str]) -> None:
                 "sha256": _digest(path),
             }
     _write_manifest(folder, fields, files)
-    # An entry whose manifest survives a power cut must not point at files that did not.
+    # The manifest must not survive a power cut that its files do not survive.
     os.sync()
 
 
@@ -378,17 +378,17 @@ def _write_manifest(
 
 
 def _damage(place: Path) -> str | None:
-    """Return the damage of an entry; digests are computed only where size or time has changed."""
+    """The damage of an entry, or None; a digest is computed only if a file's time has changed."""
     files = json.loads((place / MANIFEST).read_bytes())["files"]
-    for name, want in files.items():
+    for name, sealed in files.items():
         path = place / name
         try:
             info = path.lstat()
         except OSError:
             return f"{name} is missing"
-        if info.st_size != want["size"]:
-            return f"{name} has {info.st_size} bytes instead of {want['size']}"
-        if info.st_mtime_ns != want["mtime_ns"] and _digest(path) != want["sha256"]:
+        if info.st_size != sealed["size"]:
+            return f"{name} has {info.st_size} bytes instead of {sealed['size']}"
+        if info.st_mtime_ns != sealed["mtime_ns"] and _digest(path) != sealed["sha256"]:
             return f"{name} was changed"
     return None
 

@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run one program for as long as the run that wants it lives, and not a moment longer.
+"""Run one program, and end it as soon as a process of its run ends.
 
-A test process can be killed with SIGKILL, and so can `avocado`, `make` or this keeper. Whichever
-dies, the program must die too:
+A test process can be killed with SIGKILL, and so can `avocado`, `make` or this keeper. If any of
+them dies, the program must die, too:
 
-* The keeper watches, through pidfds, its parent and the processes that have declared themselves
-  part of the run (process.py lists them); no other ancestor, because a shell that only started the
-  run may end. It also watches a pipe whose other end its parent holds. When one of them ends, it
-  kills the program's whole process group and removes the scratch folder.
-* The program asks the kernel to be killed when the keeper dies (prctl(2), PR_SET_PDEATHSIG). Of
-  the threads of the parent that setting would notice the wrong one: the signal comes when the
-  *thread* that forked ends, and Avocado runs setUp and tearDown in different threads. The keeper
-  has one thread.
+* The keeper watches its parent and the members of the run (process.py lists them) through pidfds;
+  no other ancestors, because a shell that only started the run may end. It also watches a pipe
+  whose other end its parent holds. When one of them ends, it kills the program's process group and
+  removes the scratch folder.
+* The program is killed by the kernel when the keeper dies (prctl(2), PR_SET_PDEATHSIG). The parent
+  cannot use that setting: the signal comes when the *thread* that forked ends, and Avocado runs
+  setUp and tearDown in different threads. The keeper has one thread.
 
-Where pidfd_open(2) is refused (by the seccomp profile of Docker before 20.10), it reads /proc every
-100 ms instead.
+If pidfd_open(2) is not permitted (by the seccomp profile of Docker before 20.10), the keeper reads
+/proc every 100 ms instead.
 
-Run by path, isolated and without site, so that it starts in some 15 ms: it imports nothing of ours.
+It runs by path, isolated and without site, to start within about 15 ms; so it imports no module of
+the package.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-# What the parent writes to the lifeline when it wants the program's end.
+# The parent writes this to the lifeline to end the program.
 END = b"k"
 
-# The last report's "end": the program ended without the keeper's help; the parent asked for it; a
+# Values of "end" in the last report: the program ended by itself; the parent requested its end; a
 # process of the run has ended.
-OWN, ASKED, RUN = "own", "asked", "run"
+PROGRAM_ENDED, REQUESTED, RUN_ENDED = "own", "asked", "run"
 
-# How often to look for processes of which no pidfd can be had.
+# Poll interval for processes without a pidfd.
 POLL_MS = 100
 
 PR_SET_PDEATHSIG = 1
@@ -47,10 +47,10 @@ PR_SET_CHILD_SUBREAPER = 36
 def start_time(pid: int) -> str:
     """Clock ticks from boot to the start of a process, as digits; empty if it has ended.
 
-    A process id is used again; with its start time it names one process.
+    Process ids are reused; id and start time together identify a process.
     """
     try:
-        # pid (comm) state ppid pgrp …; comm may hold anything, so look behind its last ')'.
+        # pid (comm) state ppid pgrp …; comm may contain any character: parse after its last ')'.
         stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return ""
@@ -59,15 +59,15 @@ def start_time(pid: int) -> str:
 
 
 class Watch:
-    """Processes of which none may end.
+    """Processes that must all stay alive.
 
     Args:
-        run: process id and start time of each; an empty time: it has ended already.
+        run: process id and start time of each; an empty time: it has already ended.
 
     Attributes:
-        pidfds: they poll readable when their process ends.
-        interval_ms: how often to ask lost() in addition; None: never.
-        ended: the process that had ended already; None: they all live.
+        pidfds: poll readable when their process ends.
+        interval_ms: interval of additional calls of find_ended(); None: not needed.
+        ended: a process that had already ended; None: all are alive.
     """
 
     def __init__(self, run: list[tuple[int, str]]) -> None:
@@ -79,28 +79,28 @@ class Watch:
                 self.pidfds.append(os.pidfd_open(pid))
             except ProcessLookupError:
                 break
-            except (OSError, AttributeError):  # EPERM, ENOSYS; a Python built with old headers.
+            except (OSError, AttributeError):  # EPERM, ENOSYS; Python built with old headers.
                 self.interval_ms = POLL_MS
-        self.ended = self.lost()
+        self.ended = self.find_ended()
 
-    def lost(self) -> int | None:
-        """One that has ended; None: they all live."""
+    def find_ended(self) -> int | None:
+        """A process that has ended; None: all are alive."""
         return next(
             (pid for pid, start in self._run if not start or start_time(pid) != start), None
         )
 
 
 def has_ended(child: int) -> bool:
-    """True if a child has ended; it stays a zombie, so that its process id is not reused."""
+    """Return True if a child has ended; it stays a zombie, which keeps its process id in use."""
     return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def kill_all(program: subprocess.Popen[bytes]) -> int:
-    """Kill the program, its process group and every descendant that left it; return its status."""
+    """Kill the program, its process group and all other descendants; return its status."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(program.pid, signal.SIGKILL)
     status = program.wait()
-    # We are their subreaper: what the program's death orphaned is our child now.
+    # We are their subreaper: orphans of the program are our children now.
     me = os.getpid()
     while children := Path(f"/proc/self/task/{me}/children").read_text().split():
         for child in children:
@@ -110,17 +110,17 @@ def kill_all(program: subprocess.Popen[bytes]) -> int:
     return status
 
 
-def tell(report: int, **words: int | str) -> None:
-    """Write a line of JSON to the parent, which may be gone."""
+def send_report(report: int, **fields: int | str) -> None:
+    """Write a line of JSON to the parent, if it still exists."""
     with contextlib.suppress(BrokenPipeError):
-        os.write(report, json.dumps(words).encode() + b"\n")
+        os.write(report, json.dumps(fields).encode() + b"\n")
 
 
 def main() -> None:
     spec = json.loads(sys.argv[1])
     lifeline, report = spec["lifeline"], spec["report"]
-    # ^C goes to everyone in the terminal's foreground group; what it means the parent decides,
-    # and says so through the lifeline.
+    # ^C goes to all processes in the terminal's foreground group. The parent decides about the
+    # program's end, and requests it through the lifeline.
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     libc = ctypes.CDLL(None, use_errno=True)
@@ -129,9 +129,9 @@ def main() -> None:
 
     watch = Watch([(pid, start) for pid, start in spec["run"]])
     if watch.ended is not None:
-        tell(report, ended=watch.ended)
+        send_report(report, ended=watch.ended)
         return
-    # A pipe that is readable when a child has ended.
+    # A pipe that becomes readable when a child ends.
     woken, wake = os.pipe()
     os.set_blocking(wake, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
@@ -152,14 +152,14 @@ def main() -> None:
             cwd=spec["cwd"],
             pass_fds=spec["pass_fds"],
             process_group=0,
-            preexec_fn=in_program,  # One thread: nothing to deadlock with.
+            preexec_fn=in_program,  # One thread, so no deadlock.
         )
     except OSError as error:
-        tell(report, error=str(error.strerror))
+        send_report(report, error=str(error.strerror))
         return
     for handle in spec["pass_fds"]:
         os.close(handle)
-    tell(report, pid=program.pid)
+    send_report(report, pid=program.pid)
 
     poll = select.poll()
     for handle in (woken, lifeline, *watch.pidfds):
@@ -171,18 +171,18 @@ def main() -> None:
         if woken in ready:
             os.read(woken, 4096)
         if has_ended(program.pid):
-            end = OWN
+            end = PROGRAM_ENDED
         elif lifeline in ready:
-            # A parent that wants the end says so before it hangs up; one that was killed only hangs
-            # up, and its pidfd may tell of it a moment later than the pipe does.
-            end = ASKED if os.read(lifeline, 1) == END else RUN
-        elif ready - {woken} or (watch.interval_ms is not None and watch.lost() is not None):
-            end = RUN
+            # A parent that requests the end writes END before it closes the pipe. A killed parent
+            # only closes it, and its pidfd may become readable a moment later.
+            end = REQUESTED if os.read(lifeline, 1) == END else RUN_ENDED
+        elif ready - {woken} or (watch.interval_ms is not None and watch.find_ended() is not None):
+            end = RUN_ENDED
     status = kill_all(program)
-    if end == RUN and spec["scratch"]:
-        # Nobody else is left to do it.
+    if end == RUN_ENDED and spec["scratch"]:
+        # No other process is left to do it.
         shutil.rmtree(spec["scratch"], ignore_errors=True)
-    tell(report, status=status, end=end)
+    send_report(report, status=status, end=end)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,14 @@ from typing import Self
 class Lifetime:
     """Context manager that creates on entry, removes on exit and leaves nothing behind.
 
-    A subclass makes everything in `_start()`, and puts what undoes it on `_resources`.
+    A subclass creates everything in `_start()`, and registers the clean-up with `_resources`.
     """
 
     def __init__(self) -> None:
         self._resources = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        """Start it, or leave nothing of it; raises as the class says."""
+        """Start; on an error, clean up and raise what the class documents."""
         try:
             self._start()
         except BaseException:
@@ -35,7 +35,7 @@ class Lifetime:
         self.close()
 
     def close(self) -> None:
-        """End it and remove all that was made for it; its logs stay."""
+        """End it and remove everything created for it, except its logs."""
         self._resources.close()
 
     def _start(self) -> None:

@@ -14,43 +14,43 @@ HINT = "free memory, or run fewer tests concurrently (--max-parallel-tasks)"
 
 
 @dataclass(frozen=True)
-class Kills:
+class OomKills:
     """A count of the processes that the OOM killer has killed.
 
     Attributes:
-        source: the file that counts.
-        count: since the cgroup was made, or since the kernel started.
+        source: the file with the counter.
+        count: kills since the cgroup was created, or since the kernel started.
     """
 
     source: Path
     count: int
 
 
-def kills(root: Path = Path("/")) -> Kills | None:
-    """The count of our memory cgroup; that of the whole machine if no cgroup has one.
+def read_oom_kills(root: Path = Path("/")) -> OomKills | None:
+    """The count of our memory cgroup; if no cgroup has one, that of the machine.
 
     Args:
-        root: where /proc and /sys are.
+        root: parent folder of /proc and /sys.
     """
     for file in _counters(root):
         with contextlib.suppress(OSError):
             if match := re.search(r"^oom_kill (\d+)$", file.read_text(), re.MULTILINE):
-                return Kills(file, int(match[1]))
+                return OomKills(file, int(match[1]))
     return None
 
 
-def evidence(pid: int, before: Kills | None, root: Path = Path("/")) -> tuple[str, bool]:
+def evidence(pid: int, before: OomKills | None, root: Path = Path("/")) -> tuple[str, bool]:
     """The facts about a process that SIGKILL ended, and whether they point to the OOM killer.
 
     Args:
         pid: the process.
-        before: the count when it was started.
-        root: where /proc, /sys and /dev are.
+        before: the count at its start.
+        root: parent folder of /proc, /sys and /dev.
     """
-    # In a container the process id is another one than in the kernel's message.
+    # In a container the process id differs from that in the kernel's message.
     killed = re.compile(rf"Killed process {pid} \(")
     messages = [text for text in _messages(root / "dev/kmsg") if killed.search(text)]
-    now = kills(root)
+    now = read_oom_kills(root)
     if before is None or now is None or before.source != now.source:
         count, rose = "the OOM killer's count cannot be read", False
     elif rose := now.count > before.count:
@@ -61,11 +61,11 @@ def evidence(pid: int, before: Kills | None, root: Path = Path("/")) -> tuple[st
 
 
 def _counters(root: Path) -> Iterator[Path]:
-    """The files that may have the count; see cgroups(7)."""
+    """The files that may hold the count; see cgroups(7)."""
     groups = root / "sys/fs/cgroup"
     for line in _lines(root / "proc/self/cgroup"):
         _, controllers, path = line.split(":", 2)
-        # In a container the path may be that of the host, and the container's cgroup is the top.
+        # In a container the path may be the host's; the container's cgroup is then the root.
         places = (path.lstrip("/"), "")
         if "memory" in controllers.split(","):
             yield from (groups / "memory" / place / "memory.oom_control" for place in places)
@@ -82,7 +82,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _messages(kmsg: Path) -> Iterator[str]:
-    """The kernel's messages without their prefixes, as far as they may be read."""
+    """The kernel's messages without their prefixes, if we have permission to read them."""
     try:
         handle = os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK)
     except OSError:
@@ -90,7 +90,7 @@ def _messages(kmsg: Path) -> Iterator[str]:
     try:
         while True:
             try:
-                # One record; EPIPE: it was overwritten meanwhile.
+                # One record a call; EPIPE: the record was overwritten.
                 records = os.read(handle, 8192)
             except BrokenPipeError:
                 continue

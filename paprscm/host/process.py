@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Start programs that cannot outlive the run, whatever kills it (see keeper.py)."""
+"""Start programs that cannot outlive the run, however it ends (see keeper.py)."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ _FULL_BYTES = 1 << 20
 
 T = TypeVar("T")
 
-# PID:START of each process of the run (see keeper.start_time), with spaces between. The Makefile
-# begins it with that of make.
+# PID:START of each process of the run (see keeper.start_time), separated by spaces. The Makefile
+# sets the first, that of make.
 _RUN = "PAPRSCM_RUN"
 
-# Signals that a program raises itself, by what it does; any other one comes from outside.
+# Signals that a program raises itself; any other signal comes from outside.
 _OWN_SIGNALS = {
     *(signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL),
     *(signal.SIGFPE, signal.SIGTRAP, signal.SIGSYS, signal.SIGPIPE),
@@ -48,42 +48,42 @@ _TERMINATED = re.compile(r"terminating on (signal \d+(?: from pid \d+ \(.*\))?)"
 
 
 def join_run() -> None:
-    """Make this process one of those without which the run must not go on.
+    """Make this process a member of the run: the programs of the run end with it.
 
-    The processes that it starts from now on know it through their environment.
+    Processes that it starts from now on read the members from their environment.
     """
     own = f"{os.getpid()}:{keeper.start_time(os.getpid())}"
     os.environ[_RUN] = " ".join(dict.fromkeys([*os.environ.get(_RUN, "").split(), own]))
 
 
 def _run_members() -> list[tuple[int, str]]:
-    """Processes that must live for as long as anything that we start: id and start time.
+    """Members of the run, which must stay alive: process id and start time.
 
     Raises:
-        HostError: PAPRSCM_RUN does not hold what the Makefile and join_run() write there.
+        HostError: PAPRSCM_RUN is malformed; the Makefile and join_run() write it.
     """
     words = os.environ.get(_RUN, "").split()
     if not all(re.fullmatch(r"\d+:\d+", word) for word in words):
         raise HostError(f"{_RUN} is {os.environ[_RUN]!r}, not PID:START …", hint=f"unset {_RUN}")
     members = [(int(pid), start) for pid, start in (word.split(":") for word in words)]
     members.append((os.getpid(), keeper.start_time(os.getpid())))
-    # Avocado runs a test in a child of its runner that multiprocessing forked.
+    # Avocado runs a test in a child of its runner, forked by multiprocessing.
     runner = multiprocessing.parent_process()
     if runner is not None and runner.pid is not None:
-        # Once it has ended we have another parent, and its number may name another process.
+        # After its end we have another parent, and its process id may be reused.
         alive = runner.pid == os.getppid()
         members.append((runner.pid, keeper.start_time(runner.pid) if alive else ""))
     return members
 
 
 def _name(argv: Sequence[str]) -> str:
-    """The name of the program that a command line starts, also through env(1)."""
+    """Name of the program that a command line starts, directly or through env(1)."""
     names = (Path(word).name for word in argv if "=" not in word)
     return next((name for name in names if name != "env"), argv[0])
 
 
 def describe_status(status: int) -> str:
-    """An exit status as words: "exit status 1", "killed by SIGSEGV"."""
+    """Description of an exit status: "exit status 1", "killed by SIGSEGV"."""
     if status >= 0:
         return f"exit status {status}"
     try:
@@ -93,16 +93,16 @@ def describe_status(status: int) -> str:
 
 
 class Process:
-    """One running program, in a process group of its own, tied to the life of this run.
+    """One running program, in a process group of its own; it cannot outlive this run.
 
     Args:
         argv: the command line.
-        cwd: where it runs.
-        env: its whole environment; ours when None.
+        cwd: working directory.
+        env: its complete environment; None: ours.
         stdin, stdout, stderr: as for subprocess.Popen; a file descriptor or a subprocess constant.
         pass_fds: descriptors that it inherits under the same numbers.
-        scratch: a folder that is removed if we die before we could do so ourselves.
-        output_file: where its output goes, if it is a QEMU: a signal that ended it is named there.
+        scratch: folder to remove if this process dies before it can do so.
+        output_file: output of a QEMU, which names there the signal that ended it.
 
     Raises:
         HostError: the program cannot be started.
@@ -128,7 +128,7 @@ class Process:
         self._signalled = False
         self._killed: KilledError | None = None
         self._scratch = scratch
-        self._oom_kills = oom.kills()
+        self._oom_kills = oom.read_oom_kills()
         self._waiting = threading.Lock()
         run_members = _run_members()
         lifeline_r, self._lifeline = os.pipe()
@@ -158,7 +158,7 @@ class Process:
         try:
             first = self._next_report(None) or {}
         except BaseException:
-            # ^C, most likely; the program may have been started already.
+            # Usually ^C; the program may already be running.
             self._hang_up()
             self._keeper.wait()
             raise
@@ -167,14 +167,14 @@ class Process:
             reason, hint = first.get("error", "its keeper was killed"), None
             if "ended" in first:
                 reason = f"process {first['ended']} of this run has ended"
-                hint = f"if it was of another run, unset {_RUN}"
+                hint = f"if it belonged to another run, unset {_RUN}"
             raise HostError(f"cannot start {self.argv[0]}: {reason}", hint=hint)
         self.pid: int = first["pid"]
         """The program's own process id."""
 
     @property
     def stdout(self) -> int:
-        """The read end of the program's standard output, if it was given subprocess.PIPE."""
+        """The read end of the program's standard output, if that is subprocess.PIPE."""
         if self._keeper.stdout is None:
             raise ValueError("stdout is not a pipe")
         return self._keeper.stdout.fileno()
@@ -184,17 +184,17 @@ class Process:
         return self._report
 
     def wait(self, timeout_s: float | None = None) -> int | None:
-        """Wait for the end; the exit status, or None if it still runs after `timeout_s`.
+        """Wait for the end; return the exit status, or None if it still runs after `timeout_s`.
 
         Raises:
-            KilledError: it was ended from outside, and not through kill() or send_signal().
+            KilledError: it was ended from outside, not through kill() or send_signal().
         """
         with self._waiting:
             if self.status is None:
                 report = self._next_report(timeout_s)
                 if report is None:
                     return None
-                # No report at all: the keeper itself was killed, and the kernel killed the program.
+                # No report: the keeper itself was killed, and the kernel killed the program.
                 self.status = report.get("status", -signal.SIGKILL)
                 self._killed = self._judge_end(report.get("end", ""), self.status)
                 self._close()
@@ -203,11 +203,11 @@ class Process:
         return self.status
 
     def kill(self) -> int:
-        """Kill the program and all it started; return only when they are gone.
+        """Kill the program and all its descendants; return when they have ended.
 
         Raises:
-            KilledError: it had been ended from outside before.
-            HostError: something did not die within 10 s (a process in uninterruptible sleep).
+            KilledError: it had already been ended from outside.
+            HostError: a process is still alive after 10 s (in uninterruptible sleep).
         """
         if self.status is None:
             self._hang_up()
@@ -217,16 +217,16 @@ class Process:
         return status
 
     def send_signal(self, number: signal.Signals) -> None:
-        """Send the program a signal; if that ends it, it is not taken for one from outside."""
+        """Send the program a signal; if that ends it, wait() raises no KilledError."""
         self._signalled = True
         os.kill(self.pid, number)
 
     def _judge_end(self, end: str, status: int) -> KilledError | None:
-        """Return the external cause of the program's end; None if it ended by itself or by us."""
-        if end == keeper.ASKED or self._signalled:
+        """The external cause of the program's end; None if it ended by itself or through us."""
+        if end == keeper.REQUESTED or self._signalled:
             return None
         program = f"{_name(self.argv)} (process {self.pid})"
-        if end == keeper.RUN:
+        if end == keeper.RUN_ENDED:
             return KilledError(f"{program} was ended because a process of its run has ended")
         if not end:
             facts, by_oom = oom.evidence(self._keeper.pid, self._oom_kills)
@@ -237,7 +237,7 @@ class Process:
             text = f"{program} was killed by SIGKILL from outside: {facts}"
             return KilledError(text, hint=oom.HINT if by_oom else None)
         if status == -signal.SIGBUS and (place := self._scratch) is not None:
-            # A store into a sparse file for which there is no block.
+            # A store to a hole of a sparse file, on a full file system.
             free = shutil.disk_usage(place).free
             text = f"{program} was killed by SIGBUS: no space left in {place.parent}"
             hint = "free some, or set scratch_dir"
@@ -245,23 +245,23 @@ class Process:
         if status < 0 and -status not in _OWN_SIGNALS:
             return KilledError(f"{program} was {describe_status(status)} from outside")
         if status == 0 and self._output_file is not None:
-            told = _TERMINATED.search(self._output_file.read_text(errors="replace"))
-            return KilledError(f"{program} was ended from outside by {told[1]}") if told else None
+            match = _TERMINATED.search(self._output_file.read_text(errors="replace"))
+            return KilledError(f"{program} was ended from outside by {match[1]}") if match else None
         return None
 
     def _hang_up(self) -> None:
-        """Tell the keeper that the program is wanted no more."""
+        """Ask the keeper to end the program."""
         with contextlib.suppress(OSError):
             os.write(self._lifeline, keeper.END)
 
     def _next_report(self, timeout_s: float | None) -> dict[str, Any] | None:
-        """The keeper's next line; None when none came in time, {} when the keeper is gone."""
+        """The keeper's next line; None if none came in time, {} if the keeper has ended."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while b"\n" not in self._lines:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
             poll = select.poll()
             poll.register(self._report, select.POLLIN)
-            if not poll.poll(None if left is None else left * 1000):
+            if not poll.poll(None if remaining_s is None else remaining_s * 1000):
                 return None
             chunk = os.read(self._report, 4096)
             if not chunk:
@@ -280,32 +280,32 @@ class Process:
 
 
 class StoppedError(Exception):
-    """A task that ran beside others was stopped because one of them failed."""
+    """A background task was stopped because the foreground failed."""
 
 
-class Beside(Generic[T]):
-    """A task that runs in a thread while its caller does something else."""
+class BackgroundTask(Generic[T]):
+    """A task that runs in a thread, concurrently with its caller."""
 
     def __init__(self, future: Future[T]) -> None:
         self._future = future
 
     def check(self) -> None:
-        """Raise what the task has raised, if it has failed already."""
+        """Raise the exception of the task, if it has already failed."""
         if self._future.done():
             self._future.result()
 
     def result(self) -> T:
-        """Wait for the task's end; its result, or raise what it raised."""
+        """Wait for the task's end; return its result or raise its exception."""
         return self._future.result()
 
 
 @contextlib.contextmanager
-def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
-    """Run a task in a thread for as long as the body of the `with` runs, and until the task's end.
+def run_in_background(task: Callable[[Callable[[], None]], T]) -> Iterator[BackgroundTask[T]]:
+    """Run a task in a thread, concurrently with the body of the `with`; wait for its end.
 
     Args:
-        task: gets a function that it must call several times a second; once the body has failed
-            this raises StoppedError.
+        task: its argument is a function that it must call several times a second, and that raises
+            StoppedError once the body has failed.
     """
     stop = threading.Event()
 
@@ -319,7 +319,7 @@ def beside(task: Callable[[Callable[[], None]], T]) -> Iterator[Beside[T]]:
 
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield Beside(pool.submit(run_task))
+            yield BackgroundTask(pool.submit(run_task))
         except BaseException:
             stop.set()
             raise
@@ -334,7 +334,7 @@ class Completed:
 
     @property
     def text(self) -> str:
-        """The output in one piece."""
+        """The output as one string."""
         return "\n".join(self.lines)
 
 
@@ -350,20 +350,20 @@ def run(
     on_idle: Callable[[], None] | None = None,
     keep_lines: int = 2000,
 ) -> Completed:
-    """Run a tool to its end; it dies with us, together with everything that it started.
+    """Run a tool to its end; it cannot outlive us, nor can its descendants.
 
     Args:
         argv: the command line.
-        cwd: where it runs.
-        env: its whole environment; ours when None.
-        timeout_s: kill it after so long.
-        log_file: also append its output there.
+        cwd: working directory.
+        env: its complete environment; None: ours.
+        timeout_s: time limit, after which it is killed.
+        log_file: file to which its output is appended.
         on_line: called with each line of its output, stdout and stderr together.
         idle_s, on_idle: call `on_idle` at least every `idle_s` seconds while it runs.
-        keep_lines: how many of the last lines to keep.
+        keep_lines: maximum number of last lines in the result.
 
     Raises:
-        HostError: it cannot be started, failed or took too long; with the output's last lines.
+        HostError: it cannot be started, fails or times out; with the last lines of its output.
     """
     started = time.monotonic()
     lines: deque[str] = deque(maxlen=keep_lines)
@@ -405,9 +405,9 @@ def run(
 
 
 def _failure(
-    argv: Sequence[str | Path], how: str, lines: Sequence[str], log_file: Path | None
+    argv: Sequence[str | Path], reason: str, lines: Sequence[str], log_file: Path | None
 ) -> HostError:
     command = shlex.join(str(word) for word in argv)
     last = "\n".join(f"    {line}" for line in list(lines)[-15:]) or "    (no output)"
-    hint = f"all of it: {log_file}" if log_file else None
-    return HostError(f"{command}: {how}; its last lines:\n{last}", hint=hint)
+    hint = f"the whole output: {log_file}" if log_file else None
+    return HostError(f"{command}: {reason}; its last lines:\n{last}", hint=hint)

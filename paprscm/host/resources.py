@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Number of tests that this machine can run concurrently, and the limit that decides it."""
+"""Number of tests that this machine can run concurrently, and the resource that limits it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from paprscm.settings import Settings
 
 TESTS_PER_CPU = 1.0
-"""A guest of two vCPUs keeps more than one core busy while it boots; then its test mostly waits."""
+"""A guest of two vCPUs needs more than one core while it boots; then its test mostly waits."""
 QEMU_MIB = 200
-"""Memory of a QEMU in addition to its guest's: its own, and TCG's translated code."""
+"""Memory of a QEMU beyond its guest's: its own data, and TCG's translated code."""
 HOST_MIB = 512
-"""Memory left to the host."""
+"""Memory reserved for the host."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Resources:
     """CPUs and memory that this process may use.
 
     Attributes:
-        cpus: how many; a quota need not be a whole number.
-        available_mib: memory that can be had without swapping.
-        cpus_from: the file of a cgroup that allows fewer CPUs than there are, or "".
-        memory_from: the file of a cgroup that leaves less memory than the machine has, or "".
+        cpus: number of CPUs; a quota may be fractional.
+        available_mib: memory available without swapping.
+        cpus_from: cgroup file whose quota is below the number of CPUs, or "".
+        memory_from: cgroup file whose limit is below the machine's available memory, or "".
     """
 
     cpus: float
@@ -37,12 +37,12 @@ class Resources:
 
     @property
     def cpus_text(self) -> str:
-        """For a person: "2 CPUs"."""
+        """Description, such as "2 CPUs"."""
         return f"{self.cpus:g} CPU{'' if self.cpus == 1 else 's'}{_by(self.cpus_from)}"
 
     @property
     def memory_text(self) -> str:
-        """For a person: "7.8 GiB of memory available"."""
+        """Description, such as "7.8 GiB of memory available"."""
         return f"{_gib(self.available_mib)} of memory available{_by(self.memory_from)}"
 
 
@@ -52,8 +52,8 @@ class Budget:
 
     Attributes:
         tests: at least 1.
-        fits: whether there is memory for that many.
-        reason: what decided, for a person.
+        fits: there is enough memory for them.
+        reason: the limiting resource, for a person.
     """
 
     tests: int
@@ -61,12 +61,12 @@ class Budget:
     reason: str
 
 
-def budget(resources: Resources, settings: Settings) -> Budget:
-    """As many tests as the CPUs can run and as the memory can hold guests, but at least one.
+def compute_budget(resources: Resources, settings: Settings) -> Budget:
+    """Number of tests that CPUs and memory allow, at least one.
 
-    A guest counts as if it touched all of its memory: an idle one takes 222 MiB of the host, but a
-    test may fill the guest's page cache. What DIMMs hold does not count: on the host it is page
-    cache of files on a disk, and makes room.
+    A guest counts with all of its memory: an idle guest takes 222 MiB of the host, but a test may
+    fill the guest's page cache. The content of DIMMs does not count: on the host it is reclaimable
+    page cache.
     """
     guest_mib = settings.memory_mib + QEMU_MIB
     by_cpus = max(1, int(resources.cpus * TESTS_PER_CPU))
@@ -91,11 +91,11 @@ def _by(file: str) -> str:
     return f" (by the cgroup's {file})" if file else ""
 
 
-def resources(root: Path = Path("/")) -> Resources:
-    """Measure the usable CPUs (affinity and quota) and memory (of the machine and of the cgroup).
+def read_resources(root: Path = Path("/")) -> Resources:
+    """Read the usable CPUs (affinity and quota) and memory (of the machine and of the cgroup).
 
     Args:
-        root: where /proc and /sys are.
+        root: parent folder of /proc and /sys.
     """
     groups = list(_cgroups(root))
     cpus: float = len(os.sched_getaffinity(0))
@@ -105,15 +105,15 @@ def resources(root: Path = Path("/")) -> Resources:
     for quota in _quotas(groups):
         if quota < cpus:
             cpus, cpus_from = quota, "cpu.max"
-    for name, left in _memory_left(groups):
-        if left < available:
-            available, memory_from = left, name
+    for name, free_bytes in _available_bytes(groups):
+        if free_bytes < available:
+            available, memory_from = free_bytes, name
     return Resources(cpus, available >> 20, cpus_from, memory_from)
 
 
 def _cgroups(root: Path) -> Iterator[Path]:
-    """Our cgroup (v2) and those above it that can be seen: the limits of all of them hold."""
-    # Without v2 there is no such line, or no such mount: see cgroups(7).
+    """Our cgroup (v2) and its visible ancestors, whose limits apply, too."""
+    # Without cgroup v2 the line or the mount does not exist: see cgroups(7).
     own = re.search(r"^0::(/.*)$", _text(root / "proc/self/cgroup"), re.MULTILINE)
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
@@ -121,8 +121,8 @@ def _cgroups(root: Path) -> Iterator[Path]:
             continue
         top, point = (Path(word) for word in before.split()[3:5])
         folder = mounted = root / point.relative_to("/")
-        # A cgroup outside of what is mounted cannot be seen; one outside of our namespace (/../x)
-        # is looked for where nothing is.
+        # A cgroup outside the mount is not visible; the path of one outside our namespace (/../x)
+        # does not exist.
         if Path(own[1]).is_relative_to(top):
             folder = mounted / Path(own[1]).relative_to(top)
         yield folder
@@ -138,12 +138,12 @@ def _quotas(groups: Iterable[Path]) -> Iterator[float]:
             yield int(match[1]) / int(match[2])
 
 
-def _memory_left(groups: Iterable[Path]) -> Iterator[tuple[str, int]]:
-    """Name and bytes for each limit: page cache counts as used there, but makes room."""
+def _available_bytes(groups: Iterable[Path]) -> Iterator[tuple[str, int]]:
+    """Name of each limit, and bytes below it; page cache does not count, it is reclaimable."""
     for group in groups:
         stat = re.findall(r"^(?:in)?active_file (\d+)$", _text(group / "memory.stat"), re.MULTILINE)
         used = int(_text(group / "memory.current") or 0) - sum(map(int, stat))
-        # Above `high` the kernel does not kill: it slows down.
+        # Above `high` the kernel throttles instead of killing.
         for name in ("memory.max", "memory.high"):
             limit = _text(group / name)
             if limit.isdecimal():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Export cache entries to one file, and import them on another machine.
 
-The file is a tar archive, compressed with zstd. For each entry it holds the manifest first, then
-the files that it names; an import checks each file against its digest there, and the entry's key
-against its fields. That guards against damage, not against an attacker: kernel and QEMU of an
-imported file run on this machine.
+The file is a tar archive, compressed with zstd. Each entry begins with its manifest, followed by
+its files. An import checks each file against its digest in the manifest, and the entry's key
+against its fields. This detects damage, but does not protect against an attacker: an imported
+kernel and QEMU run on this machine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import zstandard
 
 from paprscm import log
 from paprscm.errors import ConfigError, HostError
-from paprscm.host.cache import MANIFEST, Cache, Entry
+from paprscm.host.cache import MANIFEST, Cache, CacheEntry
 
 _BLOCK = 1 << 16
 _PLACE = re.compile(rf"([a-z][a-z-]*)/([0-9a-f]{{16}})/{re.escape(MANIFEST)}")
@@ -32,19 +32,19 @@ _LEVEL = 3
 _NOT_OURS = "it is not a complete file of `paprscm cache export`"
 
 
-def export(entries: Sequence[Entry], file: Path) -> int:
-    """Write entries to a file, whole or not at all; its size in bytes.
+def export(entries: Sequence[CacheEntry], file: Path) -> int:
+    """Write entries to a file, completely or not at all; return its size in bytes.
 
     Args:
-        entries: what to write.
-        file: the new file; one of that name is replaced.
+        entries: the entries.
+        file: the new file; an existing one is replaced.
 
     Raises:
         HostError: it cannot be written, or an entry was removed meanwhile.
     """
     draft = file.with_name(f".{file.name}-{os.getpid()}")
     total = sum(entry.size_bytes for entry in entries)
-    done = 0
+    exported_bytes = 0
     try:
         with (
             log.progress("export", total, unit="bytes") as bar,
@@ -59,8 +59,8 @@ def export(entries: Sequence[Entry], file: Path) -> int:
                     name = str(path.relative_to(entry.path))
                     if name != MANIFEST:
                         archive.add(path, f"{base}/{name}", recursive=False, filter=_anonymous)
-                done += entry.size_bytes
-                bar.update(done)
+                exported_bytes += entry.size_bytes
+                bar.update(exported_bytes)
         draft.replace(file)
     except OSError as error:
         raise HostError(f"{file} cannot be written: {error.strerror or error}") from error
@@ -69,22 +69,22 @@ def export(entries: Sequence[Entry], file: Path) -> int:
     return file.stat().st_size
 
 
-def restore(cache: Cache, file: Path) -> tuple[list[Entry], int]:
-    """Add a file's entries to the cache; those that are there already stay as they are.
+def restore(cache: Cache, file: Path) -> tuple[list[CacheEntry], int]:
+    """Add the entries of a file to the cache; entries that the cache has stay unchanged.
 
     Args:
-        cache: where they go.
-        file: what export() wrote.
+        cache: the destination.
+        file: a file written by export().
 
     Returns:
-        The entries that were added, and the number of those that were there.
+        The added entries, and the number of entries that the cache already had.
 
     Raises:
-        ConfigError: this is not such a file, or it is damaged. Complete entries before the damage
-            were added.
+        ConfigError: the file was not written by export(), or is damaged. Complete entries before
+            the damage were added.
         HostError: the cache cannot be written.
     """
-    added: list[Entry] = []
+    added: list[CacheEntry] = []
     present = 0
     try:
         with (
@@ -120,12 +120,12 @@ def _anonymous(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 @dataclass
 class _Incoming:
-    """One entry, as it comes from the archive.
+    """One entry of an archive that is being read.
 
     Attributes:
-        kind, key: its place in the cache.
-        manifest: its manifest, as it was sealed.
-        members: its files, folders and links; each must be read before the next.
+        kind, key: kind and key in the cache.
+        manifest: its manifest, unchanged.
+        members: its files, folders and links; read each before the next.
     """
 
     kind: str
@@ -135,17 +135,17 @@ class _Incoming:
     links: list[tuple[Path, str]] = field(default_factory=list)
 
     def write(self, folder: Path | None) -> None:
-        """Write the entry into a folder, each file checked; None: only skip it.
+        """Write the entry into a folder and check each file; None: skip the entry.
 
         Raises:
-            ValueError: it is not what its manifest says.
+            ValueError: it does not match its manifest.
         """
         place = f"{self.kind}/{self.key}"
         manifest = json.loads(self.manifest)
-        wanted: dict[str, Any] = manifest["files"]
+        sealed: dict[str, Any] = manifest["files"]
         if Cache.key(manifest["fields"]) != self.key:
             raise ValueError(f"{place} is not the key of its manifest")
-        seen = set()
+        written = set()
         modes: list[tuple[Path, int]] = []
         for name, info, content in self.members:
             if folder is None:
@@ -157,30 +157,30 @@ class _Incoming:
                 modes.append((target, info.mode))
             elif info.issym():
                 self.links.append((target, info.linkname))
-            elif content is not None and name in wanted:
+            elif content is not None and name in sealed:
                 digest = _write_sparse(content, target, info.mode)
-                if digest != wanted[name]["sha256"]:
+                if digest != sealed[name]["sha256"]:
                     raise ValueError(f"{place}/{name} is damaged")
-                mtime_ns = wanted[name]["mtime_ns"]
+                mtime_ns = sealed[name]["mtime_ns"]
                 os.utime(target, ns=(mtime_ns, mtime_ns))
-                seen.add(name)
+                written.add(name)
             else:
                 raise ValueError(f"{place}/{name} is not in its manifest")
         if folder is None:
             return
-        if missing := sorted(set(wanted) - seen):
+        if missing := sorted(set(sealed) - written):
             raise ValueError(f"{place} lacks {', '.join(missing[:5])}")
-        # Last: nothing is written through a link of the archive.
-        for target, where in self.links:
-            target.symlink_to(where)
+        # Last, so that no file is written through a link of the archive.
+        for target, destination in self.links:
+            target.symlink_to(destination)
         for target, mode in reversed(modes):
             target.chmod(mode & 0o777)
         (folder / MANIFEST).write_bytes(self.manifest)
 
 
 def _entries(archive: tarfile.TarFile) -> Iterator[_Incoming]:
-    """The entries of an archive, one after the other; each must be written before the next."""
-    # Iterating over the archive itself would begin with the members that were read before.
+    """The entries of an archive; write each before the next."""
+    # Iterating over the archive itself would start again with the members already read.
     stream = iter(archive.next, None)
     pending: list[tarfile.TarInfo] = []
 
@@ -212,7 +212,7 @@ def _entries(archive: tarfile.TarFile) -> Iterator[_Incoming]:
 
 
 def _write_sparse(content: BinaryIO, target: Path, mode: int) -> str:
-    """Write a file with holes in the place of zeros; the SHA-256 digest of its content."""
+    """Write a file with holes instead of zeros; return the SHA-256 digest of its content."""
     digest = hashlib.sha256()
     size = 0
     with target.open("xb") as output:

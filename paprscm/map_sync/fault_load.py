@@ -13,8 +13,8 @@ OPERATIONS: Final = (
     *("remove", "sync", "stripe_store", "stripe_load", "stripe_punch", "stripe_extend"),
     *("arena_store", "arena_truncate", "arena_punch"),
 )
-"""What the threads do: to files of their own, to the pages of a common file that are their own
-(stripes), and to a file in which nothing is anybody's (arena)."""
+"""Operations of the threads: on files of their own, on their own pages of a common file (stripes),
+and on a file in which all threads access all pages (arena)."""
 
 
 class _FaultsReport(ToolReport, frozen=True, kw_only=True):
@@ -24,26 +24,26 @@ class _FaultsReport(ToolReport, frozen=True, kw_only=True):
     errors: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        shown, count = len(self.errors), self.error_count
-        check_report(bool(shown) == bool(count) and shown <= count, f"{shown} errors of {count}")
+        listed, count = len(self.errors), self.error_count
+        check_report(bool(listed) == bool(count) and listed <= count, f"{listed} errors of {count}")
 
     @property
     def exit_status(self) -> int:
         return int(self.error_count > 0)
 
 
-class LoadReport(_FaultsReport, frozen=True, kw_only=True):
-    """Operations of the threads, and the errors they found.
+class FaultLoadReport(_FaultsReport, frozen=True, kw_only=True):
+    """Operations of the threads, and the errors that they detected.
 
     Attributes:
-        seed, sync, threads: as asked for.
-        page_size: of the guest, bytes.
-        duration_ns: of the load alone, ns.
-        operations: how many of each kind succeeded.
-        sigbus_expected: stores behind the end of a file of a thread's own: all raised SIGBUS.
-        sigbus_arena: stores to what another thread had truncated.
-        error_count: how many errors there were.
-        errors: the first of them.
+        seed, sync, threads: as requested.
+        page_size: page size of the guest, bytes.
+        duration_ns: duration of the load alone, ns.
+        operations: number of successful operations of each kind.
+        sigbus_expected: stores beyond the end of a thread's own file: each raised SIGBUS.
+        sigbus_arena: SIGBUS after a truncation by another thread.
+        error_count: number of errors.
+        errors: the first errors.
     """
 
     verb: Literal["load"]
@@ -66,15 +66,15 @@ class LoadReport(_FaultsReport, frozen=True, kw_only=True):
         )
 
 
-class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
+class FaultVerifyReport(_FaultsReport, frozen=True, kw_only=True):
     """Contents of the files after the load.
 
     Attributes:
-        seed: as asked for.
-        files, bytes: that were compared.
-        arena_bytes: of the file in which nothing is anybody's.
-        error_count: how many errors there were.
-        errors: the first of them.
+        seed: as requested.
+        files, bytes: number of compared files and bytes.
+        arena_bytes: number of compared bytes of the arena file.
+        error_count: number of errors.
+        errors: the first errors.
     """
 
     verb: Literal["verify"]
@@ -83,28 +83,28 @@ class VerifyReport(_FaultsReport, frozen=True, kw_only=True):
     arena_bytes: Natural
 
 
-def expect_load(report: LoadReport) -> None:
-    """Assert that nothing went wrong, and make sure that everything happened.
+def expect_load(report: FaultLoadReport) -> None:
+    """Assert that there was no error, and that every kind of operation happened.
 
     Raises:
         ContractError: there were errors.
-        HostError: some kind of operation, or SIGBUS, never happened: the load was none.
+        HostError: a kind of operation, or SIGBUS, never happened: the load was incomplete.
     """
     if report.error_count:
         raise ContractError(_listed("under load", report.error_count, report.errors))
     never = [kind for kind, count in report.operations.items() if not count]
-    never += [] if report.sigbus_expected else ["SIGBUS behind the end of a file"]
-    never += [] if report.sigbus_arena else ["SIGBUS where another thread had truncated"]
+    never += [] if report.sigbus_expected else ["SIGBUS beyond the end of a file"]
+    never += [] if report.sigbus_arena else ["SIGBUS after a truncation by another thread"]
     if never:
-        raise HostError(f"under load there never was: {', '.join(never)}")
+        raise HostError(f"the load never included: {', '.join(never)}")
 
 
-def expect_verified(report: VerifyReport, load: LoadReport) -> None:
-    """Assert that all is there that must be, and make sure that it was looked at.
+def expect_verified(report: FaultVerifyReport, load: FaultLoadReport) -> None:
+    """Assert that the files have the expected contents, and that they were compared.
 
     Raises:
-        ContractError: a byte or a file is not as it must be.
-        HostError: there was nothing to look at, or it was of another run.
+        ContractError: a byte or a file differs.
+        HostError: nothing was compared, or the files of another run.
     """
     if report.error_count:
         raise ContractError(_listed("after the load", report.error_count, report.errors))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports of map_sync --cell: one mmap() call each, parsed strictly."""
+"""Reports of map_sync --cell, one mmap() call each, parsed strictly."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from paprscm.guest.report import (
     malformed_as_probe_error,
     read_line,
 )
-from paprscm.map_sync.verdict import FileFacts, Mapping, MapReport, Result
+from paprscm.map_sync.verdict import FileFacts, MappingFacts, MapReport, MapResult
 
 _MASK: Final = (1 << 64) - 1
 
@@ -34,13 +34,13 @@ class Cell:
 
     Attributes:
         type: "shared", "shared_validate", "private" or "none".
-        sync, unknown_bit: with MAP_SYNC, with a flag that no kernel knows.
-        access: how the file is opened and protected.
+        sync, unknown_bit: with MAP_SYNC; with a flag that no kernel defines.
+        access: open mode and protection.
         anonymous: no file is mapped.
-        offset, length: of the range, bytes; None: to the end of the file, at least a page.
+        offset, length: the range, bytes; None: to the end of the file, at least a page.
         fsync: fsync() the file afterwards.
-        address_align: map it (MAP_FIXED) at a free address that is a multiple of so many bytes;
-            None: where the kernel wants it.
+        address_align: map it (MAP_FIXED) at a free address that is a multiple of this, bytes;
+            None: the kernel chooses.
     """
 
     type: str
@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def words(self) -> str:
-        """As map_sync's --cell takes it."""
+        """The argument of map_sync --cell."""
         opened, prot, _ = self.access.value
         words = [self.type, f"prot={prot}", f"offset={self.offset}"]
         words += ["sync"] * self.sync + ["unknown-bit"] * self.unknown_bit
@@ -80,30 +80,30 @@ class CellReport:
     """Result of one cell.
 
     Attributes:
-        cell: what was asked for.
-        page_size: of the guest's kernel, bytes.
-        file: what was known of it just before; None if nothing was opened.
+        cell: the request.
+        page_size: page size of the guest's kernel, bytes.
+        file: the file just before mmap(); None if no file was opened.
         mapping: the mapping.
-        seed: what the stored values were made of; see `stored`.
-        fsync: whether fsync() succeeded; None: not asked for.
-        fsync_errno: why it did not.
+        seed: seed of the stored values; see `stored`.
+        fsync: True if fsync() succeeded; None: not requested.
+        fsync_errno: errno of a failed fsync().
     """
 
     cell: Cell
     page_size: int
     file: FileFacts | None
-    mapping: Mapping
+    mapping: MappingFacts
     seed: int
     fsync: bool | None
     fsync_errno: int | None
 
     @property
     def mapped_bytes(self) -> int:
-        """The length of the mapping in whole pages (mm/mmap.c, do_mmap: PAGE_ALIGN)."""
+        """The length of the mapping in whole pages, bytes (mm/mmap.c, do_mmap: PAGE_ALIGN)."""
         return -(-self.mapping.length // self.page_size) * self.page_size
 
     def stored(self) -> dict[int, bytes]:
-        """The eight bytes that were stored in each page, by their offset in the file."""
+        """The eight bytes stored in each page, by their offset in the file."""
         end = self.mapping.pages_accessed * self.page_size
         return {
             self.mapping.offset + at: _page_value(self.seed, at).to_bytes(8, "little")
@@ -114,17 +114,17 @@ class CellReport:
 def parse_cells(
     stdout: str, status: int, stderr: str, *, path: str, cells: Sequence[Cell]
 ) -> tuple[CellReport, ...]:
-    """Parse map_sync's answers to several --cell; nothing may be missing, unknown, contradictory.
+    """Parse the reports of several --cell; none may be missing, unknown or contradictory.
 
     Args:
         stdout: a line of JSON for each cell, in their order.
-        status: its exit status.
-        stderr: what else it said.
-        path: the file that was asked for.
-        cells: what was asked for.
+        status: exit status of map_sync.
+        stderr: other output of map_sync.
+        path: the requested file.
+        cells: the requested mappings.
 
     Raises:
-        ProbeError: the answers cannot be believed, or are to other questions.
+        ProbeError: the reports are invalid, or do not match the requests.
     """
     lines = stdout.splitlines()
     with malformed_as_probe_error("map_sync", stdout, status, stderr):
@@ -133,7 +133,7 @@ def parse_cells(
             _report(read_line(_CellLine, line), cell, path)
             for line, cell in zip(lines, cells, strict=True)
         ]
-        failed = any(report.mapping.result is Result.ERROR for report in reports)
+        failed = any(report.mapping.result is MapResult.ERROR for report in reports)
         check_report(status == (4 if failed else 0), f"status {status}, a step failed: {failed}")
         check_report(len({report.page_size for report in reports}) < 2, "several page sizes")
     return tuple(reports)
@@ -154,7 +154,7 @@ class _CellLine(MapReport, frozen=True, kw_only=True):
 
 
 def _report(line: _CellLine, cell: Cell, path: str) -> CellReport:
-    """Return the report of `cell`, if `line` is an answer to it."""
+    """The report of `cell`; ProbeError if `line` does not match the request."""
     mapping = line.mapping
     answer = (
         *(line.path, line.opened, mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot),
@@ -162,16 +162,18 @@ def _report(line: _CellLine, cell: Cell, path: str) -> CellReport:
         mapping.offset,
     )
     opened, prot, _ = cell.access.value
-    asked = (
+    requested = (
         *(path, "none" if cell.anonymous else opened, cell.type, cell.sync, cell.unknown_bit, prot),
         *(cell.anonymous, cell.address_align is not None, cell.offset),
     )
-    check_report(answer == asked, f"it answers {answer}, it was asked for {asked}")
-    if mapping.result is not Result.ERROR:
+    check_report(answer == requested, f"it reports {answer}, requested was {requested}")
+    if mapping.result is not MapResult.ERROR:
         length = mapping.length
-        check_report(cell.length in (None, length), f"of another length, {length}")
-        check_report((line.file is None) == cell.anonymous, "a file and an anonymous mapping")
-        check_report((line.fsync is not None) == cell.fsync, "fsync and the question")
+        check_report(cell.length in (None, length), f"wrong length {length}")
+        check_report((line.file is None) == cell.anonymous, "file of an anonymous mapping")
+        check_report(
+            (line.fsync is not None) == cell.fsync, "fsync was not requested, or is missing"
+        )
     return CellReport(
         cell=cell,
         page_size=line.page_size,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run guest_tools/map_sync.c in a guest and return its reports."""
+"""Run guest_tools/map_sync.c in a guest."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.guest.tools import run_tool
 from paprscm.map_sync.mmap_report import Cell, CellReport, parse_cells
-from paprscm.map_sync.verdict import (
-    MapSyncReport,
-    parse_map_sync,
-)
+from paprscm.map_sync.verdict import MapSyncReport, parse_map_sync
 
 MapType = Literal["shared", "shared_validate", "private", "none"]
-
-
 Prot = Literal["rw", "r", "w", "none"]
 
 
@@ -36,20 +31,20 @@ def map_sync(
     prot: Prot = "rw",
     control: bool = True,
 ) -> MapSyncReport:
-    """Try a mapping in the guest and report all that is needed to judge it, in one round trip.
+    """Try a mapping in the guest and report all facts to judge it, in one round trip.
 
     Args:
-        guest: where.
-        path: the file there.
-        pages: make the file anew with so many pages (holes), what was in it is lost.
-        truncate: False: take the file as it is instead; it must exist.
-        read_only: have it open O_RDONLY for the mapping.
+        guest: the guest.
+        path: the file in the guest.
+        pages: size of the new file, pages (holes); its old content is lost.
+        truncate: False: use the existing file unchanged.
+        read_only: open the file O_RDONLY for the mapping.
         offset, length: the range to map, bytes; None: to the end of the file.
-        map_type, sync, unknown_bit, prot: the mapping; the defaults ask the suite's main question.
+        map_type, sync, unknown_bit, prot: the mapping; the defaults ask for MAP_SYNC.
         control: first try MAP_SHARED_VALIDATE alone on the same range.
 
     Raises:
-        ProbeError: the probe does not build, or gave no report that can be believed.
+        ProbeError: the probe does not compile, or its report is invalid.
     """
     options = [f"--type={map_type}", f"--sync={'on' if sync else 'off'}", f"--prot={prot}"]
     options += [f"--offset={offset}"] + ([] if length is None else [f"--length={length}"])
@@ -59,18 +54,18 @@ def map_sync(
     result = run_tool(guest, "map_sync", [*options, "--", path])
     report = parse_map_sync(result.stdout, result.status, result.stderr)
     mapping = report.mapping
-    asked = (path, map_type, sync, unknown_bit, prot, offset, "r" if read_only else "rw")
-    told = (
+    requested = (path, map_type, sync, unknown_bit, prot, offset, "r" if read_only else "rw")
+    reported = (
         *(report.path, mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot),
         *(mapping.offset, report.opened),
     )
     reached = report.file is not None
     if (
-        asked != told
+        requested != reported
         or (reached and length not in (None, mapping.length))
         or (reached and control != (report.control is not None))
     ):
-        raise ProbeError(f"map_sync answers {told}, it was asked for {asked}: {report.line}")
+        raise ProbeError(f"map_sync reports {reported}, requested was {requested}: {report.line}")
     return report
 
 
@@ -80,14 +75,14 @@ def map_sync_cells(
     """Try several mappings of a file in the guest, one after the other, in one round trip.
 
     Args:
-        guest: where.
-        path: the file there.
-        cells: what to try.
-        pages: make the file anew for each cell, with so many pages (holes); None: take it as it
-            is, it must exist.
+        guest: the guest.
+        path: the file in the guest.
+        cells: the mappings.
+        pages: size of a new file for each cell, pages (holes); None: use the existing file
+            unchanged.
 
     Raises:
-        ProbeError: the probe does not build, or gave no report that can be believed.
+        ProbeError: the probe does not compile, or its report is invalid.
     """
     words = ["--no-truncate" if pages is None else f"--pages={pages}"]
     words += [f"--cell={cell.words}" for cell in cells]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Reports of guest_tools/map_sync.c, parsed strictly, and the verdicts that they prove."""
+"""Reports of guest_tools/map_sync.c, parsed strictly, and the MAP_SYNC verdicts they prove."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _TYPES: Final = {
 }
 
 
-class Result(StrEnum):
+class MapResult(StrEnum):
     """Result of one mapping, and map_sync's exit status for it."""
 
     MAPPED = "mapped"
@@ -47,11 +47,11 @@ class Result(StrEnum):
 
 
 _STATUS: Final = {
-    Result.MAPPED: 0,
-    Result.REFUSED: 1,
-    Result.SIGBUS: 3,
-    Result.SIGSEGV: 3,
-    Result.ERROR: 4,
+    MapResult.MAPPED: 0,
+    MapResult.REFUSED: 1,
+    MapResult.SIGBUS: 3,
+    MapResult.SIGSEGV: 3,
+    MapResult.ERROR: 4,
 }
 
 
@@ -60,7 +60,7 @@ class Statx(Fields, frozen=True, kw_only=True):
 
     Attributes:
         attributes, attributes_mask: stx_attributes and stx_attributes_mask.
-        dax: the file is DAX, or is not; None: unknown.
+        dax: True if the file is DAX; None: unknown.
     """
 
     attributes: Natural
@@ -68,8 +68,8 @@ class Statx(Fields, frozen=True, kw_only=True):
     dax: bool | None
 
     def __post_init__(self) -> None:
-        known = self.attributes_mask & STATX_ATTR_DAX
-        dax = bool(self.attributes & STATX_ATTR_DAX) if known else None
+        valid = self.attributes_mask & STATX_ATTR_DAX
+        dax = bool(self.attributes & STATX_ATTR_DAX) if valid else None
         check_report(self.dax is dax, f"dax is {self.dax}, not {dax} as in the attributes")
 
 
@@ -79,14 +79,14 @@ class FileFacts(
     kw_only=True,
     rename={"size_bytes": "size", "fs_block_bytes": "fs_block_size"},
 ):
-    """The file as it was before it was mapped.
+    """The file before the mapping.
 
     Attributes:
         type: its type.
         size_bytes: its size.
-        statx: None if it failed, with `statx_errno`.
-        fs_type: statfs's f_type, None if it failed.
-        fs_block_bytes: statfs's f_bsize, None if it failed.
+        statx: result of statx(2); None if it failed, with `statx_errno`.
+        fs_type: f_type of statfs(2); None if it failed.
+        fs_block_bytes: f_bsize of statfs(2); None if it failed.
     """
 
     type: Literal["regular", "block", "character", "directory", "other"]
@@ -103,7 +103,7 @@ class FileFacts(
 
     @property
     def dax(self) -> bool | None:
-        """The file is DAX, or is not; None: unknown."""
+        """True if the file is DAX; None: unknown."""
         return self.statx.dax if self.statx else None
 
     @property
@@ -114,21 +114,21 @@ class FileFacts(
         return FILE_SYSTEMS.get(self.fs_type, f"file system {self.fs_type:#x}")
 
 
-class Mapping(Fields, frozen=True, kw_only=True):
-    """One try to map the file, and to load or store once in each of its pages.
+class MappingFacts(Fields, frozen=True, kw_only=True):
+    """One attempt to map the file, with one load or store in each of its pages.
 
     Attributes:
-        type, sync, unknown_bit, prot, offset, length: what was asked for; bytes.
-        flags, flag_names: the same as mmap() got it.
-        result, stage: how it went, and where it ended.
+        type, sync, unknown_bit, prot, offset, length: the request; bytes.
+        flags, flag_names: the flags as passed to mmap().
+        result, stage: the result, and the last step.
         errno, errno_name: of mmap() or of the failed step.
-        fault_offset: where in the mapping SIGBUS or SIGSEGV came, bytes.
-        vm_flags: the VmFlags of /proc/self/smaps; None if there were none.
-        pages_accessed: pages that were loaded or stored to without a signal.
-        first_access_ns: how long the first access, with its page fault, took, ns.
-        store_in_mapping: all stores were read back through the mapping; None: none were made.
-        store_in_file: all stores were found in the file by pread(); None: none made or no pread().
-        pread_errno: why there was no pread().
+        fault_offset: offset in the mapping of a SIGBUS or SIGSEGV, bytes.
+        vm_flags: VmFlags in /proc/self/smaps; None if there were none.
+        pages_accessed: number of pages accessed without a signal.
+        first_access_ns: duration of the first access, with its page fault, ns.
+        store_in_mapping: all stores were read back through the mapping; None: no stores.
+        store_in_file: all stores were read back by pread(); None: no stores, or no pread().
+        pread_errno: errno of a failed pread().
     """
 
     type: Literal["shared", "shared_validate", "private", "none"]
@@ -139,7 +139,7 @@ class Mapping(Fields, frozen=True, kw_only=True):
     prot: Literal["rw", "r", "w", "none"]
     offset: Natural
     length: Natural
-    result: Result
+    result: MapResult
     stage: str
     errno: Natural | None
     errno_name: str | None
@@ -159,24 +159,24 @@ class Mapping(Fields, frozen=True, kw_only=True):
         _check_outcome(self)
 
     def __str__(self) -> str:
-        asked = "|".join(self.flag_names) or "no flag"
+        request = "|".join(self.flag_names) or "no flag"
         if self.errno is not None:
-            return f"{asked} {self.result} at {self.stage} with {self.errno_name} ({self.errno})"
+            return f"{request} {self.result} at {self.stage} with {self.errno_name} ({self.errno})"
         if self.fault_offset is not None:
-            return f"{asked} {self.result} at {self.stage}, offset {self.fault_offset:#x}"
+            return f"{request} {self.result} at {self.stage}, offset {self.fault_offset:#x}"
         flags = "unknown" if self.vm_flags is None else " ".join(sorted(self.vm_flags))
-        return f"{asked} {self.result}, VmFlags {flags}"
+        return f"{request} {self.result}, VmFlags {flags}"
 
 
 class MapReport(ToolReport, frozen=True, kw_only=True):
-    """The beginning of both kinds of report.
+    """Common fields of both kinds of report.
 
     Attributes:
         path: the file.
-        page_size: of the guest's kernel, bytes.
-        opened: how the file was open for the mapping.
-        file: the file before it was mapped; None if it could not be opened.
-        mapping: the mapping asked for.
+        page_size: page size of the guest's kernel, bytes.
+        opened: open mode of the file for the mapping.
+        file: the file before the mapping; None if it could not be opened.
+        mapping: the requested mapping.
     """
 
     tool: Literal["map_sync"]
@@ -184,7 +184,7 @@ class MapReport(ToolReport, frozen=True, kw_only=True):
     page_size: Natural
     opened: Literal["rw", "r", "none"]
     file: FileFacts | None
-    mapping: Mapping
+    mapping: MappingFacts
 
     def __post_init__(self) -> None:
         size = self.page_size
@@ -193,21 +193,23 @@ class MapReport(ToolReport, frozen=True, kw_only=True):
 
 class _MapSyncLine(MapReport, frozen=True, kw_only=True):
     verb: Literal["map"]
-    control: Mapping | None
+    control: MappingFacts | None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         mapping, control = self.mapping, self.control
         check_report(self.opened != "none", "no file was mapped")
         for name in ("MAP_ANONYMOUS", "MAP_FIXED"):
-            check_report(name not in mapping.flag_names, f"{name} was not asked for")
-        failed = mapping.result is Result.ERROR
+            check_report(name not in mapping.flag_names, f"{name} was not requested")
+        failed = mapping.result is MapResult.ERROR
         check_report(self.file is not None or (failed and control is None), "mapped without a file")
         if control is not None:
             kind = control.type, control.sync, control.unknown_bit, len(control.flag_names)
-            check_report(kind == ("shared_validate", False, False, 1), "control is not a control")
+            check_report(
+                kind == ("shared_validate", False, False, 1), "the control mapping has other flags"
+            )
             ranges = [(m.prot, m.offset, m.length) for m in (control, mapping)]
-            check_report(ranges[0] == ranges[1], "control is of another range")
+            check_report(ranges[0] == ranges[1], "the control mapping has another range")
 
     @property
     def exit_status(self) -> int:
@@ -218,9 +220,9 @@ class MapSyncReport(_MapSyncLine, frozen=True, kw_only=True):
     """Result of one run of map_sync.
 
     Attributes:
-        control: MAP_SHARED_VALIDATE alone on the same range, made first; None if not asked for.
-        stderr: map_sync's other output.
-        line: the report as it came.
+        control: MAP_SHARED_VALIDATE alone on the same range, tried first; None if not requested.
+        stderr: other output of map_sync.
+        line: the unparsed report.
     """
 
     stderr: str
@@ -228,15 +230,15 @@ class MapSyncReport(_MapSyncLine, frozen=True, kw_only=True):
 
 
 def parse_map_sync(stdout: str, status: int, stderr: str = "") -> MapSyncReport:
-    """Parse a report of map_sync; nothing in it may be missing, unknown or contradictory.
+    """Parse a report of map_sync; no field may be missing, unknown or contradictory.
 
     Args:
-        stdout: what it printed, one line of JSON.
-        status: its exit status.
-        stderr: kept with the report.
+        stdout: one line of JSON.
+        status: exit status of map_sync.
+        stderr: other output, kept with the report.
 
     Raises:
-        ProbeError: with what is wrong, the status and stderr.
+        ProbeError: the report is invalid; with the reason, the status and stderr.
     """
     report = read_report(_MapSyncLine, stdout, status, stderr)
     fields = {name: getattr(report, name) for name in _MapSyncLine.__struct_fields__}
@@ -244,7 +246,7 @@ def parse_map_sync(stdout: str, status: int, stderr: str = "") -> MapSyncReport:
 
 
 class Verdict(Enum):
-    """Verdict that a MAP_SYNC probe proves."""
+    """Verdict of a MAP_SYNC probe."""
 
     ACCEPTED = "MAP_SYNC accepted"
     REFUSED = "MAP_SYNC refused"
@@ -254,7 +256,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, and in words what it rests on."""
+    """A verdict and its reason."""
 
     verdict: Verdict
     reason: str
@@ -263,38 +265,38 @@ class Judgement:
         return f"{self.verdict.value}: {self.reason}"
 
 
-def judge(report: MapSyncReport) -> Judgement:
-    """Say what a report proves; no errno alone, and no mapping alone, proves anything.
+def judge_map_sync(report: MapSyncReport) -> Judgement:
+    """Return the verdict that a report proves; neither an errno nor a mapping alone is a proof.
 
-    NOT_DAX: statx says so, whatever mmap() said: the same EOPNOTSUPP as for a refused MAP_SYNC
-    comes from every file that is not DAX (Linux include/linux/dax.h:daxdev_mapping_supported).
-    ACCEPTED: on a DAX file, mapped, with `sf` in VmFlags, and each store found in the file.
-    REFUSED: on a DAX file, EOPNOTSUPP, and the control mapping of the same range works.
+    NOT_DAX: according to statx, regardless of mmap(): every file that is not DAX fails with the
+    same EOPNOTSUPP as a refused MAP_SYNC (Linux include/linux/dax.h:daxdev_mapping_supported).
+    ACCEPTED: a DAX file, mapped, with `sf` in VmFlags, and each store is in the file.
+    REFUSED: a DAX file, EOPNOTSUPP, and the control mapping of the same range works.
     BROKEN: anything else.
     """
     file, mapping, control = report.file, report.mapping, report.control
     if file is None:
-        return Judgement(Verdict.BROKEN, f"the file was not reached: {mapping}")
+        return Judgement(Verdict.BROKEN, f"the file could not be opened: {mapping}")
     if file.dax is None:
-        return Judgement(Verdict.BROKEN, "statx does not say whether the file is DAX")
-    where = (
+        return Judgement(Verdict.BROKEN, "statx does not report whether the file is DAX")
+    setting = (
         f"{file.fs_name} with blocks of {file.fs_block_bytes} bytes, "
         f"pages of {report.page_size} bytes"
     )
     if not file.dax:
-        return Judgement(Verdict.NOT_DAX, f"statx says so ({where}); {mapping}")
+        return Judgement(Verdict.NOT_DAX, f"statx reports no DAX ({setting}); {mapping}")
     question = (mapping.type, mapping.sync, mapping.unknown_bit, mapping.prot, report.opened)
     if question != ("shared_validate", True, False, "rw", "rw"):
-        return Judgement(Verdict.BROKEN, f"the question was another one: {mapping}")
+        return Judgement(Verdict.BROKEN, f"the probe did not ask for MAP_SYNC: {mapping}")
     if control is not None and (problem := _flaw(control, report.page_size)):
         return Judgement(Verdict.BROKEN, f"the control mapping: {problem}")
-    if mapping.result is Result.REFUSED and mapping.errno == errno.EOPNOTSUPP:
+    if mapping.result is MapResult.REFUSED and mapping.errno == errno.EOPNOTSUPP:
         if control is None:
             return Judgement(Verdict.BROKEN, f"{mapping}, but no control mapping was tried")
-        return Judgement(Verdict.REFUSED, f"{mapping} on a DAX file ({where}); {control}")
+        return Judgement(Verdict.REFUSED, f"{mapping} on a DAX file ({setting}); {control}")
     if problem := _flaw(mapping, report.page_size):
         return Judgement(Verdict.BROKEN, problem)
-    return Judgement(Verdict.ACCEPTED, f"{mapping} on a DAX file ({where})")
+    return Judgement(Verdict.ACCEPTED, f"{mapping} on a DAX file ({setting})")
 
 
 def on_dax_file(nvdimm: Nvdimm) -> Verdict:
@@ -302,16 +304,16 @@ def on_dax_file(nvdimm: Nvdimm) -> Verdict:
     return Verdict.REFUSED if nvdimm.flushes_by_hcall else Verdict.ACCEPTED
 
 
-def _flaw(mapping: Mapping, page_size: int) -> str | None:
-    """Why this is no working mapping, stored to and read back; None if it is."""
-    if mapping.result is not Result.MAPPED:
+def _flaw(mapping: MappingFacts, page_size: int) -> str | None:
+    """Reason why this mapping does not work, with stores read back; None if it works."""
+    if mapping.result is not MapResult.MAPPED:
         return str(mapping)
     if mapping.vm_flags is None:
-        return f"{mapping}: there is no VmFlags to prove it"
+        return f"{mapping}: no VmFlags to prove it"
     if mapping.sync and "sf" not in mapping.vm_flags:
         return f"{mapping}: MAP_SYNC was granted, but sf is not in VmFlags"
     if not mapping.sync and "sf" in mapping.vm_flags:
-        return f"{mapping}: sf is in VmFlags, but MAP_SYNC was not asked for"
+        return f"{mapping}: sf is in VmFlags, but MAP_SYNC was not requested"
     if not mapping.pages_accessed or mapping.pages_accessed != -(-mapping.length // page_size):
         return f"{mapping}: {mapping.pages_accessed} pages stored to, of {mapping.length} bytes"
     if not mapping.store_in_mapping:
@@ -323,7 +325,7 @@ def _flaw(mapping: Mapping, page_size: int) -> str | None:
     return None
 
 
-def _check_flags(mapping: Mapping) -> None:
+def _check_flags(mapping: MappingFacts) -> None:
     number, name = _TYPES[mapping.type]
     bits = [
         (number, name, bool(number)),
@@ -332,30 +334,30 @@ def _check_flags(mapping: Mapping) -> None:
         (MAP_ANONYMOUS, "MAP_ANONYMOUS", "MAP_ANONYMOUS" in mapping.flag_names),
         (MAP_FIXED, "MAP_FIXED", "MAP_FIXED" in mapping.flag_names),
     ]
-    flags = sum(bit for bit, _, there in bits if there)
-    names = tuple(name for _, name, there in bits if there)
+    flags = sum(bit for bit, _, is_set in bits if is_set)
+    names = tuple(name for _, name, is_set in bits if is_set)
     check_report(
         (mapping.flags, mapping.flag_names) == (flags, names),
-        f"flags are {mapping.flags:#x} {mapping.flag_names}, asked for were {flags:#x} {names}",
+        f"flags are {mapping.flags:#x} {mapping.flag_names}, requested were {flags:#x} {names}",
     )
 
 
-def _check_outcome(mapping: Mapping) -> None:
+def _check_outcome(mapping: MappingFacts) -> None:
     result = mapping.result
-    signal = result in (Result.SIGBUS, Result.SIGSEGV)
+    signal = result in (MapResult.SIGBUS, MapResult.SIGSEGV)
     check_report(
-        (mapping.errno is not None) == (result in (Result.REFUSED, Result.ERROR)),
+        (mapping.errno is not None) == (result in (MapResult.REFUSED, MapResult.ERROR)),
         f"{result} with errno {mapping.errno}",
     )
     check_report((mapping.fault_offset is not None) == signal, f"{result} and fault_offset")
-    check_report((result is Result.MAPPED) == (mapping.stage == "done"), f"{result} and stage")
-    check_report((result is Result.REFUSED) == (mapping.stage == "mmap"), f"{result} and stage")
-    if result is Result.REFUSED:
+    check_report((result is MapResult.MAPPED) == (mapping.stage == "done"), f"{result} and stage")
+    check_report((result is MapResult.REFUSED) == (mapping.stage == "mmap"), f"{result} and stage")
+    if result is MapResult.REFUSED:
         nothing = (mapping.vm_flags, mapping.store_in_mapping, mapping.store_in_file)
         check_report(
             nothing == (None, None, None) and not mapping.pages_accessed, "refused, but accessed"
         )
     check_report(
         "w" in mapping.prot or (mapping.store_in_mapping, mapping.store_in_file) == (None, None),
-        "a store that was not asked for",
+        "a store that was not requested",
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Facts about the classes of a job's tests, asked in a process of its own.
+"""Facts about the classes of a job's tests, read in a separate process.
 
-Not in the job's process: Avocado's finder of tests has put the folders of all modules that it
-looked at on the front of its sys.path, so that there `import qemu.qmp` would find our qemu.py
+Not in the job's process: Avocado's resolver has prepended the folders of all modules that it
+examined to sys.path, so that an import there may find a wrong module
 (known_issues/avocado-safeloader-sys-path).
 """
 
@@ -28,13 +28,13 @@ _LIMIT_S = 120
 
 
 @dataclass(frozen=True)
-class Facts:
+class ClassFacts:
     """Facts about one test's class.
 
     Attributes:
         ours: it is a QemuTest.
-        needs_guest: it is a PaprScmTest; the others start without kernel and userland.
-        parameters: the names that it, and its bases, ask `self.params` for.
+        needs_guest: it is a PaprScmTest; other tests need neither kernel nor userland.
+        parameters: names of the parameters that it and its bases read from `self.params`.
     """
 
     ours: bool
@@ -42,29 +42,29 @@ class Facts:
     parameters: tuple[str, ...]
 
 
-def ask(job: Job) -> dict[str, Facts]:
-    """The facts about each Python test of a job, by its URI; the plugin is loaded for every job.
+def read_facts(job: Job) -> dict[str, ClassFacts]:
+    """Facts about each Python test of a job, by its URI.
 
-    A test whose module cannot be imported has none; Avocado reports it when the test runs.
+    A test whose module cannot be imported is left out; Avocado reports it when the test runs.
 
     Raises:
-        JobError: an import ended the process or took too long.
+        JobError: an import ended the process or timed out.
     """
     tests = [test for suite in job.test_suites for test in suite.tests]
     uris = {str(test.uri) for test in tests if test.kind == "avocado-instrumented"}
-    named = {uri: uri.rpartition(".")[0] for uri in uris}
-    answers = _ask(tuple(sorted(set(named.values()))))
-    return {uri: answers[name] for uri, name in named.items() if name in answers}
+    classes = {uri: uri.rpartition(".")[0] for uri in uris}
+    answers = _query(tuple(sorted(set(classes.values()))))
+    return {uri: answers[name] for uri, name in classes.items() if name in answers}
 
 
 @functools.lru_cache(maxsize=1)
-def _ask(names: tuple[str, ...]) -> dict[str, Facts]:
-    """The facts by "path:Class"; several plugins ask about the same job."""
+def _query(names: tuple[str, ...]) -> dict[str, ClassFacts]:
+    """Facts by "path:Class"; cached, because several plugins need those of the same job."""
     if not names:
         return {}
     argv = [sys.executable, "-P", "-m", __name__]
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             argv,
             input=json.dumps(names),
             stdout=subprocess.PIPE,
@@ -74,30 +74,30 @@ def _ask(names: tuple[str, ...]) -> dict[str, Facts]:
         )
     except subprocess.SubprocessError as error:
         raise JobError(f"the classes of the job's tests cannot be read: {error}") from error
-    answers = json.loads(done.stdout)
+    answers = json.loads(result.stdout)
     return {
-        name: Facts(**{**facts, "parameters": tuple(facts["parameters"])})
+        name: ClassFacts(**{**facts, "parameters": tuple(facts["parameters"])})
         for name, facts in answers.items()
     }
 
 
 def main() -> None:
-    """Answer, as JSON, the question that is on standard input."""
+    """Read class names from standard input, and print their facts; both as JSON."""
     from paprscm.testcase import PaprScmTest, QemuTest
 
     answers = {}
     names = json.load(sys.stdin)
-    # Standard output is for the answer alone.
+    # Only the answer goes to standard output.
     with contextlib.redirect_stdout(sys.stderr):
         for name in names:
             path, _, class_name = name.rpartition(":")
-            # Any exception, and sys.exit(): the module is not ours to judge.
+            # Any exception, and sys.exit(): Avocado reports errors of the module.
             with contextlib.suppress(Exception, SystemExit):
-                one = getattr(_module(path), class_name)
-                answers[name] = Facts(
-                    ours=issubclass(one, QemuTest),
-                    needs_guest=issubclass(one, PaprScmTest),
-                    parameters=tuple(sorted(_parameters(one.__mro__))),
+                test_class = getattr(_module(path), class_name)
+                answers[name] = ClassFacts(
+                    ours=issubclass(test_class, QemuTest),
+                    needs_guest=issubclass(test_class, PaprScmTest),
+                    parameters=tuple(sorted(_parameters(test_class.__mro__))),
                 )
     json.dump({name: asdict(facts) for name, facts in answers.items()}, sys.stdout)
 
@@ -120,12 +120,14 @@ def _module(path: str) -> ModuleType:
 
 
 def _parameters(classes: Iterable[type]) -> set[str]:
-    return {name for one in classes if one is not object for name in _asked_for(one.__module__)}
+    return {
+        name for one in classes if one is not object for name in _requested_names(one.__module__)
+    }
 
 
 @functools.cache
-def _asked_for(module: str) -> frozenset[str]:
-    """The constant names in a module's calls of `….params.get(name)`."""
+def _requested_names(module: str) -> frozenset[str]:
+    """The literal names in a module's calls of `….params.get(name)`."""
     names = set()
     for node in ast.walk(ast.parse(inspect.getsource(sys.modules[module]))):
         match node:

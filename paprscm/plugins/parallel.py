@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""As many tests side by side as the machine has CPUs and memory for, unless the user says how many.
+"""Default number of concurrent tests: as many as CPUs and memory allow.
 
-Avocado's own number is that of the machine's CPUs: it does not look at memory, nor at a limit that
-it runs under. Ours takes its place before Avocado reads its files and its command line, so whatever
-stands there wins. It is an int of a type of its own: so a job sees that it was not chosen.
+Avocado's own default is the number of CPUs, regardless of memory and cgroup limits. Our default
+replaces it before Avocado reads its files and its command line, so that a value from the user takes
+precedence. It has a type of its own, by which a job recognizes a default.
 """
 
 from __future__ import annotations
@@ -19,55 +19,55 @@ from avocado.core.suite import TestSuite
 
 from paprscm import settings
 from paprscm.errors import Error
-from paprscm.host.resources import budget, resources
-from paprscm.plugins.classes import ask
+from paprscm.host.resources import compute_budget, read_resources
+from paprscm.plugins.classes import read_facts
 
 OPTION = "run.max_parallel_tasks"
 _AVOCADO: Any = avocado_settings
 
 
 class Proposed(int):
-    """A number that was not chosen."""
+    """A default, as opposed to a value from the user."""
 
 
 class Propose(Init):
-    """Proposes the number to whatever Avocado is run in this virtual environment."""
+    """Sets the default for every Avocado that runs in this virtual environment."""
 
     name = "paprscm-parallel"
-    description = "Tests side by side: as many as the machine has CPUs and memory for"
+    description = "Default number of concurrent tests: as many as CPUs and memory allow"
     # After avocado.plugins.runner_nrunner, which registers the option.
     priority = 30
 
     def initialize(self) -> None:
-        """Set it as if it were the default."""
+        """Replace Avocado's default."""
         try:
             chosen = settings.load()
         except Error:
-            # A job with tests of this suite reports what is wrong; no default is at fault here.
+            # A job with tests of this suite reports the wrong setting.
             chosen = settings.Settings(cache_dir=Path())
-        _AVOCADO.update_option(OPTION, Proposed(budget(resources(), chosen).tests))
+        _AVOCADO.update_option(OPTION, Proposed(compute_budget(read_resources(), chosen).tests))
 
 
 class Decide(JobPre):
-    """Decides, for each test suite of a job, about a number that was not chosen."""
+    """Replaces the default in each test suite of a job by the number for its settings."""
 
     name = "paprscm-parallel"
-    description = "Tests side by side, with the job's own settings"
+    description = "Number of concurrent tests for the job's own settings"
 
     def pre(self, job: Job) -> None:
-        """Take `-p memory_mib=…` into account; give back Avocado's number where no test is ours."""
-        ours = {uri for uri, facts in ask(job).items() if facts.ours}
+        """Apply `-p memory_mib=…`; restore Avocado's default in a suite without tests of ours."""
+        ours = {uri for uri, facts in read_facts(job).items() if facts.ours}
         for suite in job.test_suites:
             if not isinstance(suite.config[OPTION], Proposed):
                 continue
             if ours.isdisjoint(str(test.uri) for test in suite.tests):
                 suite.config[OPTION] = _AVOCADO.as_full_dict()[OPTION]["default"]
                 continue
-            decided = budget(resources(), _settings(suite))
+            decided = compute_budget(read_resources(), _settings(suite))
             suite.config[OPTION] = decided.tests
             LOG_JOB.info("Tests side by side: %s", decided.reason)
 
 
 def _settings(suite: TestSuite) -> settings.Settings:
-    given = dict(suite.config.get("run.test_parameters") or [])
-    return settings.load({k: v for k, v in given.items() if k in settings.names()})
+    parameters = dict(suite.config.get("run.test_parameters") or [])
+    return settings.load({k: v for k, v in parameters.items() if k in settings.names()})

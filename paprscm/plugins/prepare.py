@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Build or fetch what the guests of a job need before its first test starts."""
+"""Build or fetch kernel, userland and QEMU before the first test of a job."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from avocado.core.plugin_interfaces import JobPre
 from paprscm import settings
 from paprscm.errors import CAPABILITY_STATUS
 from paprscm.host.process import join_run
-from paprscm.plugins.classes import ask
+from paprscm.plugins.classes import read_facts
 
-# So many tests with guests save more time than it takes to make a snapshot.
+# From this number of tests with guests on, a snapshot saves more time than it costs.
 _WORTH_A_SNAPSHOT = 8
 # "sead" and "seed", "memory" and "memory_mib"; not "cuts" and "cpu".
 _ALIKE = 0.75
@@ -31,47 +31,47 @@ _SUN_PATH_BYTES = 108
 
 
 class Prepare(JobPre):
-    """A kernel build inside the first test would count against that test's time limit."""
+    """Prepares guests before the first test, whose time limit does not include a kernel build."""
 
     name = "paprscm-prepare"
     description = "Guest kernel, userland and QEMU, before the first test"
 
     def pre(self, job: Job) -> None:
-        """Run `paprscm image`; a job that cannot have its guests fails at once.
+        """Run `paprscm image`; fail the job at once if guests are impossible.
 
-        In a process of its own, for the reason that paprscm/plugins/classes.py gives.
+        In a separate process, for the reason given in paprscm/plugins/classes.py.
         """
-        facts = ask(job)
+        facts = read_facts(job)
         tests = [test for suite in job.test_suites for test in suite.tests]
         ours = [facts[test.uri] for test in tests if test.uri in facts and facts[test.uri].ours]
         if not ours:
             return
         _check_socket_path()
         join_run()
-        # The end of a terminal is a ^C, also for Avocado; but nohup(1) has it ignored.
+        # Closing the terminal interrupts Avocado like ^C, except under nohup(1).
         if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
             signal.signal(signal.SIGHUP, signal.default_int_handler)
-        given = dict(job.config.get("run.test_parameters") or [])
-        asked_for = {name for known in facts.values() for name in known.parameters}
-        _check_names(given, asked_for)
+        parameters = dict(job.config.get("run.test_parameters") or [])
+        read_names = {name for class_facts in facts.values() for name in class_facts.parameters}
+        _check_names(parameters, read_names)
         options = [
             f"--{name.replace('_', '-')}={value}"
-            for name, value in given.items()
+            for name, value in parameters.items()
             if name in settings.names()
         ]
-        guests = sum(known.needs_guest for known in ours)
+        guests = sum(class_facts.needs_guest for class_facts in ours)
         less = ["--no-snapshot"] if guests < _WORTH_A_SNAPSHOT else []
         status = _image(*(less if guests else ["--only-qemu"]), *options)
         if status == CAPABILITY_STATUS and guests < len(ours):
-            # Its tests with guests end as CANCEL, each with the reason; the others can run.
+            # Tests with guests end as CANCEL, each with the reason; the others can run.
             status = _image("--only-qemu", *options)
         if status:
-            raise JobError("there can be no guests; no test was started")
+            raise JobError("guests cannot be prepared; no test was started")
 
 
 def _check_socket_path() -> None:
-    """Raise JobError if Avocado cannot listen for its tests: it would wait for them for ever."""
-    # runner_nrunner.py: a folder of tempfile's, and this file in it; sun_path has 108 bytes.
+    """Raise JobError if Avocado could not bind its socket: it would wait for its tests for ever."""
+    # runner_nrunner.py: this file in a folder made by tempfile.
     path = Path(tempfile.gettempdir()) / "avocado_12345678" / ".status_server.sock"
     if len(os.fsencode(path)) > _SUN_PATH_BYTES - 1:
         raise JobError(
@@ -85,18 +85,18 @@ def _image(*options: str) -> int:
     return subprocess.run(command, check=False).returncode
 
 
-def _check_names(given: Collection[str], asked_for: Collection[str]) -> None:
-    """Refuse `-p NAME=VALUE` whose name is a slip of the pen; mention one that no test asks for.
+def _check_names(names: Collection[str], read_names: Collection[str]) -> None:
+    """Refuse `-p NAME=VALUE` with a misspelt name; warn about one that no test reads.
 
-    A test may ask for a name that it computes, so a name that is unlike all others is not an error.
+    A test may compute the name of a parameter, so a name unlike all known ones is not an error.
     """
-    known = sorted({*settings.names(), *asked_for})
-    for name in given:
+    known = sorted({*settings.names(), *read_names})
+    for name in names:
         if name in known:
             continue
         if close := difflib.get_close_matches(name, known, n=1, cutoff=_ALIKE):
             raise JobError(
-                f"-p {name}=: there is no setting '{name}', and no test of this job asks for it "
+                f"-p {name}=: there is no setting '{name}', and no test of this job reads it "
                 f"(did you mean {close[0]}?); no test was started"
             )
-        LOG_UI.warning("-p %s=: it is not a setting, and no test of this job asks for it", name)
+        LOG_UI.warning("-p %s=: it is not a setting, and no test of this job reads it", name)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Have the suite's avocado.cfg and ./avocado.cfg read in Avocado's job process and every test's.
+"""Let Avocado read the suite's avocado.cfg and ./avocado.cfg, in the job and in every test.
 
-Avocado reads ./avocado.cfg only when told with --config, and then only in the job's process. A
-settings plugin runs in all of them. It must not import avocado.core.settings: that module is just
-being made when the plugin is loaded, and Avocado drops a plugin that fails to load in silence.
+Avocado reads ./avocado.cfg only with --config, and then only in the job's process. A settings
+plugin runs in all processes. It must not import avocado.core.settings: that module is being
+initialized when the plugin is loaded, and Avocado silently drops a plugin that fails to load.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ProjectSettings(Settings):
     """Adds the suite's avocado.cfg and that of the working directory to Avocado's files."""
 
     def adjust_settings_paths(self, paths: list[str]) -> None:
-        """Append them; the later one overrides. They are the same file in a checkout."""
+        """Append them; the later one overrides. In a checkout they are the same file."""
         files = [AVOCADO_CFG] if SUITE_VARIABLE in os.environ else []
         files.append(Path("avocado.cfg").resolve())
         paths.extend(str(file) for file in dict.fromkeys(files) if file.is_file())

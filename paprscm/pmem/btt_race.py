@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Writers of a sector namespace: starting them, their report and state, kernel messages."""
+"""Writers of a sector namespace (guest_tools/same_block.c): start, report, state, messages."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from paprscm.guest.report import Natural, ProbeError, ToolReport, check_report, 
 
 PROGRESS = re.compile(r"same_block: (\d+) writes$")
 DONE = re.compile(r"same_block: done$")
-"""The lines that it writes to the console."""
+"""Lines that same_block writes to the console."""
 
 BTT_ISSUE = "linux-btt-sleeps-under-spinlock"
 WRITE_PATH = ("btt_write_pg", "btt_do_bvec", "btt_submit_bio")
-"""One of them is in the call trace of a write: kernels that are built for size inline the first."""
+"""The call trace of a write has one of these: kernels built for size inline the first."""
 _WRITTEN = re.compile(r"one block written$")
 
-# The tool's pid first, so that its threads can be listed while it runs; its status when it ended.
+# First the tool's pid, to list its threads while it runs; at its end the status.
 _START = """
 echo on > /proc/sys/kernel/printk_devkmsg
 setsid sh -c '"$@" > /tmp/same_block.out 2> /tmp/same_block.err &
 	echo $! > /tmp/same_block.pid; wait $!; echo $? > /tmp/same_block.status' \
 	sh {words} < /dev/null > /dev/null 2>&1 &
 """
-# Its line on the console comes a moment before its end.
+# Its last line on the console comes a moment before its end.
 _STATE = """
 for try in 1 2 3 4 5; do [ -s /tmp/same_block.status ] || sleep 1; done
 if [ -s /tmp/same_block.status ]; then
@@ -41,16 +41,16 @@ fi
 """
 
 
-class SameBlock(ToolReport, frozen=True, kw_only=True):
+class SameBlockReport(ToolReport, frozen=True, kw_only=True):
     """The report of guest_tools/same_block.c.
 
     Attributes:
         threads: number of writers.
-        writes: of each thread.
-        moves: how often a thread was given another CPU.
-        duration_ns: of the whole.
-        errno: of the first write that failed, or 0.
-        whole: the block is one thread's, all of it.
+        writes: number of writes of each thread.
+        moves: number of moves of a thread to another CPU.
+        duration_ns: total duration.
+        errno: errno of the first failed write, or 0.
+        whole: the block holds the data of one thread only.
     """
 
     tool: Literal["same_block"]
@@ -70,65 +70,69 @@ class SameBlock(ToolReport, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True)
-class Running:
-    """The writers have not ended.
+class RunningWriters:
+    """Writers that have not ended.
 
     Attributes:
-        states: of each writer thread, as in /proc/PID/stat: "R", "D", …
+        states: state of each writer thread in /proc/PID/stat: "R", "D", …
     """
 
     states: tuple[str, ...]
 
 
-def start(guest: Guest, tool: PurePosixPath, disk: str, *, threads: int, seconds: int) -> None:
-    """Start the writers in the background; their progress is on the console.
+def start_writers(
+    guest: Guest, tool: PurePosixPath, disk: str, *, threads: int, seconds: int
+) -> None:
+    """Start the writers in the background; they print their progress to the console.
 
     Args:
-        guest: where.
+        guest: the guest.
         tool: the compiled guest_tools/same_block.c.
         disk: path of a block device.
         threads: number of writers.
-        seconds: how long they write, s.
+        seconds: duration of the writes, s.
     """
     words = [str(tool), f"--threads={threads}", f"--seconds={seconds}", "--progress=/dev/kmsg"]
     # printk would drop more than 10 lines in 5 s (kernel/printk/printk.c, devkmsg_write).
     guest.succeed(_START.format(words=shlex.join([*words, disk])))
 
 
-def state(guest: Guest, *, timeout_s: float = 30.0) -> SameBlock | Running:
-    """The writers' report if they have ended, else the state of their threads.
+def read_writers(guest: Guest, *, timeout_s: float = 30.0) -> SameBlockReport | RunningWriters:
+    """Return the writers' report if they have ended, else the state of their threads.
 
     Raises:
-        ProbeError: the tool ended without a report, or with one that cannot be believed.
+        ProbeError: the tool ended without a valid report.
     """
     result = guest.run(_STATE, timeout_s=timeout_s)
-    return parse_state(result.stdout, result.stderr)
+    return parse_writers(result.stdout, result.stderr)
 
 
-def parse_state(stdout: str, stderr: str = "") -> SameBlock | Running:
-    """Parse the output of the shell that looks at the tool: its report, or /proc/PID/task/*/stat.
+def parse_writers(stdout: str, stderr: str = "") -> SameBlockReport | RunningWriters:
+    """Parse the tool's report or /proc/PID/task/*/stat, as printed by the shell.
 
     Raises:
-        ProbeError: it is neither.
+        ProbeError: the output is neither.
     """
     first, _, rest = stdout.partition("\n")
     if first == "ended":
         status, _, report = rest.partition("\n")
-        return read_report(SameBlock, report, int(status) if status.isdecimal() else -1, stderr)
-    # comm may hold blanks and brackets; the state is behind the last bracket (proc(5)).
-    found = re.findall(r"^([0-9]+) \(.*\) ([A-Za-z]) ", rest, re.MULTILINE)
-    states = tuple(letter for tid, letter in found if tid != first)
+        return read_report(
+            SameBlockReport, report, int(status) if status.isdecimal() else -1, stderr
+        )
+    # comm may contain blanks and brackets; the state follows the last bracket (proc(5)).
+    threads = re.findall(r"^([0-9]+) \(.*\) ([A-Za-z]) ", rest, re.MULTILINE)
+    states = tuple(letter for tid, letter in threads if tid != first)
     if not states:
         raise ProbeError(f"same_block has no writer threads: {stdout!r}, {stderr!r}")
-    return Running(states)
+    return RunningWriters(states)
 
 
-def expect_written(report: SameBlock) -> None:
-    """Assert that all threads wrote, and that the block is one thread's.
+def expect_written(report: SameBlockReport) -> None:
+    """Assert that all threads wrote, and that the block holds the data of one.
 
     Raises:
-        ContractError: a write failed, or the block is of two of them.
-        HostError: a thread never wrote, or none was moved: nothing was tried.
+        ContractError: a write failed, or the block holds the data of two threads.
+        HostError: a thread never wrote, or none moved to another CPU: nothing was tested.
     """
     if report.errno or not report.whole:
         state = "whole" if report.whole else "torn"
@@ -138,13 +142,13 @@ def expect_written(report: SameBlock) -> None:
 
 
 def btt_sleep(trace: str) -> str:
-    """The known BTT bug in one sentence, if `trace` shows it.
+    """Description of the known BTT bug that `trace` shows.
 
     Args:
         trace: a message that matches SLEEPS, with its call trace.
 
     Raises:
-        ContractError: it is not the BTT's flush that sleeps.
+        ContractError: the sleep is not in a flush of the BTT.
     """
     if not has_frame(trace, *WRITE_PATH) or not has_frame(trace, "papr_scm_pmem_flush"):
         raise ContractError(f"a task sleeps in atomic context, not in a flush of the BTT:\n{trace}")
@@ -160,8 +164,8 @@ def first_write(guest: Guest, disk: str) -> str:
     schedule_debug), so later ones are meaningless, and the guest is killed.
 
     Args:
-        guest: SLEEPS is among the messages that it allows.
-        disk: the sector namespace's path in the guest.
+        guest: a guest that allows SLEEPS among its messages.
+        disk: path of the sector namespace's disk.
 
     Raises:
         ContractError: after 60 s the write has not ended, and the kernel reports nothing.
@@ -175,9 +179,9 @@ def first_write(guest: Guest, disk: str) -> str:
         {"sleeps": SLEEPS, "written": _WRITTEN}, timeout_s=60, silence_s=float("inf")
     )
     console.settle(1.0, 10.0)
-    if found := traces(console.lines, SLEEPS):
+    if messages := traces(console.lines, SLEEPS):
         guest.kill()
-        return found[0]
+        return messages[0]
     guest.check()
     if event is None:
         raise ContractError("a write of one block did not end within 60 s")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run guest_tools/pmem.sh in a guest and parse the lines it prints."""
+"""Run guest_tools/pmem.sh in a guest and parse its output."""
 
 from __future__ import annotations
 
@@ -17,22 +17,20 @@ _OD_LINE: Final = re.compile(r"(?: [0-9a-f]{2})+")
 
 
 class RegionError(ContractError):
-    """The guest has no region for the slot, or it is not what the device tree says."""
+    """The guest has no region for the slot, or the region contradicts the device tree."""
 
 
 class Dump:
-    """Output of the script, parsed strictly.
-
-    guest_tools/pmem.sh describes the lines.
+    """Output of the script, parsed strictly; guest_tools/pmem.sh describes the lines.
 
     Raises:
-        HostError: the output is anything else.
+        HostError: the output is malformed.
     """
 
     def __init__(self, output: str) -> None:
         self.texts: dict[str, str] = {}
         self.blobs: dict[str, bytes] = {}
-        self.found: list[tuple[str, str, str]] = []
+        self.regions: list[tuple[str, str, str]] = []
         self.sizes: dict[str, int] = {}
         self.step = ""
         self.complete = False
@@ -51,7 +49,7 @@ class Dump:
             elif word == "blob" and key and not value and key not in self.blobs:
                 self.blobs[blob := key] = b""
             elif word == "found" and len(parts := rest.split(" ")) == 3:
-                self.found.append((parts[0], parts[1], parts[2]))
+                self.regions.append((parts[0], parts[1], parts[2]))
             elif word == "prop" and key.isdecimal() and value and value not in self.sizes:
                 self.sizes[value] = int(key)
             elif word == "step" and key and not value:
@@ -59,7 +57,7 @@ class Dump:
             elif line == "done":
                 self.complete = True
             else:
-                raise HostError(f"the pmem script printed what it should not: {line!r}")
+                raise HostError(f"unexpected output of the pmem script: {line!r}")
 
     def text(self, key: str) -> str:
         try:
@@ -70,16 +68,17 @@ class Dump:
     def number(self, key: str) -> int:
         text = self.text(key)
         if not re.fullmatch(r"[0-9]+|0x[0-9a-f]+", text):
-            raise ContractError(f"{key} is no number: {text!r}")
+            raise ContractError(f"{key} is not a number: {text!r}")
         return int(text, 0)
 
     def properties(self) -> dict[str, bytes]:
-        rest, found = self.blobs.get("props", b""), {}
+        rest = self.blobs.get("props", b"")
         if len(rest) != sum(self.sizes.values()):
-            raise HostError(f"{len(rest)} bytes of properties whose sizes are {self.sizes}")
+            raise HostError(f"{len(rest)} bytes of properties, but their sizes are {self.sizes}")
+        properties = {}
         for name, size in self.sizes.items():
-            found[name], rest = rest[:size], rest[size:]
-        return found
+            properties[name], rest = rest[:size], rest[size:]
+        return properties
 
     def words(self, key: str) -> frozenset[str] | None:
         return frozenset(self.texts[key].split()) if key in self.texts else None
@@ -88,54 +87,68 @@ class Dump:
 _STEPS_LIMIT_S = 120.0
 
 
-# What the script's step "find" ends with where there is no region.
+# Exit status of the script's step "find" if there is no region.
 _NO_REGION = 3
 
 
 def read_script() -> bytes:
-    """Return guest_tools/pmem.sh."""
+    """The content of guest_tools/pmem.sh."""
     return (GUEST_TOOLS / "pmem.sh").read_bytes()
 
 
 def run_steps(
     guest: Guest,
-    what: str,
+    title: str,
     steps: list[str],
     values: dict[str, str] | None = None,
     *,
     slot: int | None = None,
     timeout_s: float = 0.0,
 ) -> Dump:
-    """Run steps of the script in the guest; what they printed, if they succeeded."""
-    # One more, for the second that has already begun.
-    given = {"wait_s": str(math.ceil(timeout_s) + 1 if timeout_s else 0), **(values or {})}
+    """Run steps of the script in the guest and return their output.
+
+    Args:
+        guest: the guest.
+        title: name of the operation, for messages.
+        steps: names of the steps.
+        values: variables of the script.
+        slot: memory slot of the DIMM.
+        timeout_s: time to wait for the region, s.
+
+    Raises:
+        RegionError: no region.
+        ContractError: a step failed.
+        HostError: a program is missing or crashed, or the output is malformed.
+    """
+    # One more, because the current second has already begun.
+    variables = {"wait_s": str(math.ceil(timeout_s) + 1 if timeout_s else 0), **(values or {})}
     if slot is not None:
-        given["drc"] = f"{drc_index(slot):x}"
-    # The script comes on stdin, so that the log of commands stays readable.
-    settings = [f"{key}={value}" for key, value in given.items()]
+        variables["drc"] = f"{drc_index(slot):x}"
+    # The script is passed on stdin, which keeps the log of commands readable.
+    words = [f"{key}={value}" for key, value in variables.items()]
     result = guest.run(
-        shlex.join(["env", *settings, "sh", "-s", *steps]),
+        shlex.join(["env", *words, "sh", "-s", *steps]),
         stdin=read_script(),
         timeout_s=timeout_s + _STEPS_LIMIT_S,
     )
     dump = Dump(result.stdout)
     if result.status == _NO_REGION and dump.step == "find" and slot is not None:
-        there = "".join(f"\n  {name}: node {node}, {path}" for name, node, path in dump.found)
+        regions = "".join(f"\n  {name}: node {node}, {path}" for name, node, path in dump.regions)
         raise RegionError(
             f"no region of slot {slot} (drc {drc_index(slot):#x}) within {timeout_s:g} s; "
-            f"there are: {there or 'none'}{_said(dump)}"
+            f"there are: {regions or 'none'}{_trouble(dump)}"
         )
     message = result.stderr.strip() or "(no message)"
     if result.tool_failure:
-        raise HostError(f"{what}: step '{dump.step}': {result.tool_failure}:\n{message}")
+        raise HostError(f"{title}: step '{dump.step}': {result.tool_failure}:\n{message}")
     if result.status:
         raise ContractError(
-            f"{what}: step '{dump.step}' ended with status {result.status}:\n{message}"
+            f"{title}: step '{dump.step}' ended with status {result.status}:\n{message}"
         )
     if not dump.complete:
-        raise HostError(f"{what}: the output ends in step '{dump.step}':\n{message}")
+        raise HostError(f"{title}: the output ends in step '{dump.step}':\n{message}")
     return dump
 
 
-def _said(dump: Dump) -> str:
+def _trouble(dump: Dump) -> str:
     return f"\n  {dump.texts['trouble']}" if "trouble" in dump.texts else ""

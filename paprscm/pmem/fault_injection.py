@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Failures on request in a guest's kernel: aimed, one after the other, and what they left behind.
+"""Fault injection in a guest's kernel, one allocation after the other, and memory leaks after it.
 
-Linux, Documentation/fault-injection/fault-injection.rst. The stack trace filter lets only those
-allocations fail that are made below certain functions; which of them, a thread says of itself
-(guest_tools/fail_nth.c).
+See Linux, Documentation/fault-injection/fault-injection.rst. The stack trace filter limits failures
+to allocations below certain functions; guest_tools/fail_nth.c selects the n-th of them through
+/proc/self/fail-nth.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ LIBNVDIMM: Final = (
     *("nvdimm_bus_lock", "nvdimm_bus_register", "nvdimm_set_config_data", "nd_region_probe"),
     *("nd_dax_probe", "nd_pmem_probe", "nvdimm_namespace_attach_btt"),
 )
-"""Functions of drivers/nvdimm, which is linked as one piece (its Makefile): what lies between the
-first and the last of them is libnvdimm's as well."""
+"""Functions of drivers/nvdimm, which its Makefile links as one object: the code between the first
+and the last of them belongs to libnvdimm, too."""
 
 _WATCHER = ("kmemleak_open", "kmemleak_vmalloc")
 """kmemleak's own bookkeeping allocations are exempt: they do not belong to the driver, and kmemleak
@@ -38,22 +38,22 @@ OPTIONS: Final = (
     *("CONFIG_FAILSLAB", "CONFIG_FAIL_MAKE_REQUEST"),
     *("CONFIG_FAULT_INJECTION_STACKTRACE_FILTER", "CONFIG_DEBUG_KMEMLEAK"),
 )
-"""Options that a kernel must have for this module."""
+"""Kernel options that this module needs."""
 DEBUG_KERNEL: Final = "-p kernel=debug has it, as images/kernel-debug.config asks for it"
-"""The hint where it lacks one."""
+"""Hint if the kernel lacks one of them."""
 # mm/kmemleak.c, MSECS_MIN_AGE: younger objects are not reported.
 _LEAK_AGE_S = 6
 _SCAN_LIMIT_S = 180.0
 
 
 class Round(Fields, frozen=True, array_like=True):
-    """One call, while something failed in the kernel or not.
+    """One call with one injected failure, or none.
 
     Attributes:
-        number: the number of the request that was to fail.
-        failed: whether there was one.
-        errno: what the call said; 0: it succeeded.
-        duration_us: of the call.
+        number: number of the request to fail.
+        failed: the call made that request, and it failed.
+        errno: errno of the call; 0: it succeeded.
+        duration_us: duration of the call.
     """
 
     number: Natural
@@ -62,14 +62,14 @@ class Round(Fields, frozen=True, array_like=True):
     duration_us: Natural
 
 
-class Report(ToolReport, frozen=True, kw_only=True):
-    """The rounds of one operation, until nothing was left to fail.
+class FailNthReport(ToolReport, frozen=True, kw_only=True):
+    """The rounds of one operation, up to a round without an injected failure.
 
     Attributes:
         operation: "write", "read", "health", "label", "pwrite" or "fsync".
         rounds: in their order.
-        injected: rounds in which something failed.
-        ended: the last round is one in which nothing failed.
+        injected: number of rounds with an injected failure.
+        ended: the last round had no injected failure.
     """
 
     tool: Literal["fail_nth"]
@@ -94,18 +94,18 @@ class Report(ToolReport, frozen=True, kw_only=True):
 
     @property
     def answers(self) -> dict[str, int]:
-        """Number of answers to a failure by errno; "0": the call succeeded."""
+        """Number of calls with an injected failure by errno; "0": the call succeeded."""
         names = [errno.errorcode.get(one.errno, "0") for one in self.rounds if one.failed]
         return dict(Counter(names))
 
 
 def aim(guest: Guest, functions: Sequence[str], *, attribute: Attribute = "failslab") -> None:
-    """From now on, only allocations that are made below these functions can fail.
+    """Limit injected failures to allocations below these functions.
 
     Args:
-        guest: where.
-        functions: what lies between the first and the last of them in memory counts as well.
-        attribute: what is to fail.
+        guest: the guest.
+        functions: the code between the first and the last of them in memory is included.
+        attribute: the kind of failure.
 
     Raises:
         HostError: the kernel has no function of that name.
@@ -131,65 +131,65 @@ def fail_each(
     undo: Sequence[tuple[str, str]] = (),
     most: int = 1000,
     timeout_s: float = 240.0,
-) -> Report:
-    """Make a call again and again, and let another request in it fail each time.
+) -> FailNthReport:
+    """Repeat a call, and let the next request in it fail each time.
 
     Args:
-        guest: where; `aim` says what can fail.
-        words: operation and path, as guest_tools/fail_nth.c takes them.
-        undo: what undoes a success: paths, and what is written there.
-        most: rounds, at the most.
-        timeout_s: of all of them.
+        guest: the guest; `aim` selects the requests.
+        words: operation and path, the arguments of guest_tools/fail_nth.c.
+        undo: paths and texts to write to them after a successful call.
+        most: maximum number of rounds.
+        timeout_s: time limit of all rounds.
 
     Raises:
-        ProbeError: the tool gave no report that can be believed.
+        ProbeError: the report of the tool is invalid.
     """
     tool = str(compile_tool(guest, "fail_nth"))
     options = [f"--most={most}", *(f"--undo={path}={text}" for path, text in undo)]
     result = guest.run(shlex.join([tool, *options, *words]), timeout_s=timeout_s)
-    return read_report(Report, result.stdout, result.status, result.stderr)
+    return read_report(FailNthReport, result.stdout, result.status, result.stderr)
 
 
-def expect_errors(report: Report, allowed: Iterable[int], *, optional: int = 0) -> None:
-    """Assert that what failed in the kernel came out as an error, and that all works without.
+def expect_errors(report: FailNthReport, allowed: Iterable[int], *, optional: int = 0) -> None:
+    """Assert that each injected failure resulted in an error, and that the last call succeeded.
 
     Args:
-        report: of `fail_each`.
-        allowed: the errno that may come out.
-        optional: with so many failures the call may succeed anyway: what could not be
-            allocated was not needed.
+        report: returned by `fail_each`.
+        allowed: permitted errnos of the call.
+        optional: maximum number of calls that may succeed with an injected failure, because the
+            allocation was optional.
 
     Raises:
-        ContractError: an error was swallowed or is another one, or it did not come to its end.
-        HostError: nothing failed: nothing was tested.
+        ContractError: an error was ignored or has another errno, or the rounds did not end.
+        HostError: no failure was injected: nothing was tested.
     """
-    what = report.operation
+    name = report.operation
     if not report.ended or report.rounds[-1].errno:
         last = report.rounds[-1]
         raise ContractError(
-            f"{what}: without a failure it ends with errno {last.errno}"
+            f"{name}: errno {last.errno} without an injected failure"
             if report.ended
-            else f"{what}: there is no end after {last.number} failures: {report.answers}"
+            else f"{name}: no end after {last.number} failures: {report.answers}"
         )
     failed = [one for one in report.rounds if one.failed]
     if not failed:
-        raise HostError(f"{what}: there was no allocation that could fail")
-    wanted = set(allowed)
-    if wrong := [one for one in failed if one.errno and one.errno not in wanted]:
-        raise ContractError(f"{what}: an errno that does not fit: {wrong[:3]}")
+        raise HostError(f"{name}: there was no allocation that could fail")
+    permitted = set(allowed)
+    if wrong := [one for one in failed if one.errno and one.errno not in permitted]:
+        raise ContractError(f"{name}: unexpected errno: {wrong[:3]}")
     if len(silent := [one.number for one in failed if not one.errno]) > optional:
-        raise ContractError(f"{what}: succeeds though something failed: rounds {silent}")
+        raise ContractError(f"{name}: success in spite of an injected failure: rounds {silent}")
 
 
-def forget_leaks(guest: Guest) -> None:
-    """Ignore the leaks up to now."""
+def clear_leaks(guest: Guest) -> None:
+    """Clear kmemleak's list of leaks."""
     guest.succeed(f"echo clear > {DEBUGFS}/kmemleak")
 
 
-def leaks(guest: Guest) -> list[str]:
-    """Objects without a pointer to them, each with its call trace.
+def read_leaks(guest: Guest) -> list[str]:
+    """Leaked objects reported by kmemleak, each with its call trace.
 
-    kmemleak tells what is older than 5 s and did not change between two scans.
+    kmemleak reports objects that are older than 5 s and did not change between two scans.
     """
     with guest.expect_messages(r"kmemleak: \d+ new suspected memory leaks"):
         text = guest.succeed(
@@ -201,13 +201,13 @@ def leaks(guest: Guest) -> list[str]:
 
 
 def _range(symbols: Sequence[tuple[int, str]], names: Iterable[str]) -> tuple[int, int]:
-    """From the first of these functions to the end of the last one."""
-    wanted = set(names)
-    if missing := wanted - {name for _address, name in symbols}:
+    """Addresses of the first of these functions and of the end of the last one."""
+    required = set(names)
+    if missing := required - {name for _address, name in symbols}:
         raise HostError(f"the guest's kernel has no function {', '.join(sorted(missing))}")
-    last = max(address for address, name in symbols if name in wanted)
+    last = max(address for address, name in symbols if name in required)
     return (
-        min(address for address, name in symbols if name in wanted),
+        min(address for address, name in symbols if name in required),
         min(address for address, _name in symbols if address > last),
     )
 

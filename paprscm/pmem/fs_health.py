@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Whether a file system is well: what the kernel says of it, and what its checker finds."""
+"""Errors of file systems: kernel messages, and file system checkers."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import Mount
 
 KERNEL_LOG: Final = "dmesg -r"
-"""Shell that prints the kernel's messages with their levels, as `complaints` takes them."""
+"""Shell command that prints the kernel's messages with their levels, for `complaints`."""
 
-# include/linux/kern_levels.h. What file systems print with KERN_NOTICE and KERN_INFO is news (a
-# mount, a recovery), whatever the words of a version; with a lower number it is a complaint.
+# include/linux/kern_levels.h. File systems print normal events (a mount, a recovery) with
+# KERN_NOTICE or KERN_INFO, and errors with a lower number.
 _WARNING: Final = 4
-# Warnings when all is well: fs/xfs/xfs_super.c, xfs_log_recover.c, fs/ext4/super.c. A log
-# record that was torn when QEMU ended is not damage: its checksum detects it, and its content was
-# not promised.
-_WELL: Final = re.compile(
+# Warnings that are not errors: fs/xfs/xfs_super.c, xfs_log_recover.c, fs/ext4/super.c. A log record
+# torn by the end of QEMU is not damage: its checksum detects it, and its content had not been
+# committed.
+_HARMLESS: Final = re.compile(
     r"(?:XFS|EXT4-fs) \(\w+\): (?:"
     r"(?:DAX enabled\. Warning: )?EXPERIMENTAL"
     r"|Torn write \(CRC failure\) detected at log block 0x[0-9a-f]+\. "
     r"Truncating head block from 0x[0-9a-f]+\.$)"
 )
-# News of damage: fs/ext4/super.c, print_daily_error_info.
+# Normal-level messages about damage: fs/ext4/super.c, print_daily_error_info.
 _DAMAGE: Final = re.compile(r"(?:error count since last fsck|(?:initial|last) error at time)\b")
-_SPEAKERS: Final = re.compile(r"(?:<([0-9]+)>)?.*?((?:XFS|EXT4-fs|JBD2|Buffer I/O|I/O error)\b.*)")
+_MESSAGE: Final = re.compile(r"(?:<([0-9]+)>)?.*?((?:XFS|EXT4-fs|JBD2|Buffer I/O|I/O error)\b.*)")
 
 
 def complaints(messages: str) -> list[str]:
-    """Messages that a file system prints only in case of an error.
+    """Messages of file systems that report an error.
 
     Args:
-        messages: of the kernel, one a line, as KERNEL_LOG prints them; a line without a level
+        messages: kernel messages, one a line, as KERNEL_LOG prints them; a line without a level
             counts as an error.
     """
-    found = []
+    errors = []
     for line in messages.splitlines():
-        if (said := _SPEAKERS.match(line)) is None:
+        if (match := _MESSAGE.match(line)) is None:
             continue
-        # Above the three bits of the level is the facility.
-        level, text = int(said[1] or 0) & 7, said[2].strip()
-        if _DAMAGE.search(text) or (level <= _WARNING and not _WELL.match(text)):
-            found.append(text)
-    return found
+        # The level is in the lowest three bits, the facility above.
+        level, text = int(match[1] or 0) & 7, match[2].strip()
+        if _DAMAGE.search(text) or (level <= _WARNING and not _HARMLESS.match(text)):
+            errors.append(text)
+    return errors
 
 
 def expect_no_complaints(messages: str) -> None:
-    """Assert that no file system complains.
+    """Assert that no file system reports an error.
 
     Raises:
-        ContractError: one does.
+        ContractError: one does; with its messages.
     """
-    if said := complaints(messages):
+    if errors := complaints(messages):
         raise ContractError(
-            "a file system complains:\n" + "\n".join(f"    {text}" for text in said)
+            "a file system reports errors:\n" + "\n".join(f"    {text}" for text in errors)
         )
 
 
 def check_offline(guest: Guest, mounts: Iterable[Mount], *, timeout_s: float = 120.0) -> None:
-    """Unmount file systems and have their checkers look at them, in one round trip.
+    """Unmount file systems and run their checkers, in one round trip.
 
     Raises:
-        ContractError: a checker found something, or the kernel complained.
+        ContractError: a checker or the kernel reports an error.
     """
     lines = ["set -e"]
     for mount in mounts:

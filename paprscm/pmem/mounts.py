@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""File systems on a DIMM: make, mount, and the answer of mount(2)."""
+"""File systems on a DIMM: mkfs, mount, and the result of mount(2)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class DaxMount:
     """Region, namespace and mounted file system of `dax_mount`.
 
     Attributes:
-        page_size, block_size: of the guest's kernel and of the file system, bytes.
+        page_size: page size of the guest's kernel, bytes.
+        block_size: block size of the file system, bytes.
     """
 
     region: Region
@@ -38,7 +39,7 @@ class DaxMount:
 
     @property
     def device(self) -> BlockDevice:
-        """The block device that the file system is on."""
+        """The block device of the file system."""
         return self.namespace.disk
 
 
@@ -50,7 +51,7 @@ def make_filesystem(
     Args:
         device: the block device, or its path.
         fstype: "xfs" or "ext4".
-        block_size: of its blocks, bytes; DAX wants the guest's page size.
+        block_size: block size, bytes; DAX requires the guest's page size.
 
     Raises:
         ContractError: mkfs failed.
@@ -68,13 +69,13 @@ def mount(
     *,
     options: str = "dax=always",
 ) -> Mount:
-    """Mount a file system; the mount point is made where it is missing.
+    """Mount a file system; create the mount point if it is missing.
 
-    That it is mounted says nothing about DAX: XFS takes dax=always and silently turns it off
-    where it cannot be (xfs_super.c:xfs_setup_dax_always). Only statx of a file proves it.
+    A successful mount does not prove DAX: if DAX is impossible, XFS silently ignores dax=always
+    (xfs_super.c:xfs_setup_dax_always). Only statx of a file proves it.
 
     Raises:
-        ContractError: the kernel refused.
+        ContractError: mount(2) failed.
     """
     path = device.path if isinstance(device, BlockDevice) else device
     values = {"disk": path, "fstype": fstype, "mountpoint": mountpoint, "options": options}
@@ -89,14 +90,13 @@ def try_mount(
     *,
     options: str = "dax=always",
 ) -> MountAnswer:
-    """Try mount(2): return its errno and the kernel's messages.
+    """Try mount(2); return its errno and the kernel's messages.
 
-    A disk that is read-only is mounted read-only in the end, though the answer is EACCES: that is
-    what mount programs do.
+    For a read-only disk the result is EACCES, but mount programs then mount it read-only.
 
     Args:
         guest, device, fstype, mountpoint: as for `mount`.
-        options: likewise; may be empty, may contain "remount".
+        options: mount options; may be empty, may contain "remount".
     """
     path = device.path if isinstance(device, BlockDevice) else device
     values = {"disk": path, "fstype": fstype, "mountpoint": mountpoint, "options": options}
@@ -114,51 +114,51 @@ def dax_mount(
     reuse: bool = False,
     timeout_s: float = 10.0,
 ) -> DaxMount:
-    """From an nvdimm that is empty, or holds such a file system already, to its mount.
+    """Mount a new DAX file system on an nvdimm, or one that it already holds, in one round trip.
 
-    A file system that the DIMM should hold (`Nvdimm.holds`) is made here for the first guest, and
+    A file system that the DIMM should hold (`Nvdimm.holds`) is created for the first guest, and
     kept for the next ones.
 
     Args:
-        guest: where.
+        guest: the guest.
         slot: the nvdimm's memory slot.
         fstype: "xfs" or "ext4".
-        mountpoint: where to mount it.
-        block_size: of the file system, bytes; None: the guest's page size, as DAX wants it.
-        options: of mount.
-        reuse: make nothing: mount the file system that is on the region's only namespace.
-        timeout_s: how long to wait for the region, s.
+        mountpoint: mount point.
+        block_size: block size, bytes; None: the guest's page size, which DAX requires.
+        options: mount options.
+        reuse: create nothing; mount the file system on the region's only namespace.
+        timeout_s: time to wait for the region, s.
 
     Raises:
         RegionError: no region.
-        HostError: a program is missing or crashed, or its output is not as it should be.
-        ContractError: ndctl, mkfs or mount failed; the message says which, and what it said. Or
-            there is not exactly one namespace to reuse.
+        HostError: a program is missing or crashed, or its output is malformed.
+        ContractError: ndctl, mkfs or mount failed; with its name and output. Or there is not
+            exactly one namespace to reuse.
     """
     values = {"fstype": fstype, "mountpoint": mountpoint, "options": options}
-    what = f"{fstype} on slot {slot}"
+    title = f"{fstype} on slot {slot}"
     make = ["find", "namespace", "filesystem"]
     if reuse:
         if block_size is not None:
-            raise ValueError("the block size of a file system that is there cannot be chosen")
+            raise ValueError("an existing file system has its block size already")
     else:
         values["block_size"] = str(block_size or "")
         values |= namespace_settings("fsdax", None, None, None)
         if block_size is None:
             reuse = guest.dimms.take(slot, fstype)
             if not reuse and guest.dimms.should_keep(slot, fstype):
-                run_steps(guest, what, [*make, "sync"], values, slot=slot, timeout_s=timeout_s)
+                run_steps(guest, title, [*make, "sync"], values, slot=slot, timeout_s=timeout_s)
                 guest.dimms.keep(slot)
                 reuse = True
     steps = ["find", "present"] if reuse else make
-    dump = run_steps(guest, what, [*steps, "mount"], values, slot=slot, timeout_s=timeout_s)
-    found = parse_region(dump, slot)
+    dump = run_steps(guest, title, [*steps, "mount"], values, slot=slot, timeout_s=timeout_s)
+    region = parse_region(dump, slot)
     if reuse:
-        namespace = present_namespace(dump, found)
+        namespace = present_namespace(dump, region)
     else:
-        namespace = created_namespace(dump, found, "fsdax", None)
+        namespace = created_namespace(dump, region, "fsdax", None)
     return DaxMount(
-        region=found,
+        region=region,
         namespace=namespace,
         mount=parse_mount(dump),
         page_size=dump.number("page_size"),
@@ -174,10 +174,10 @@ class Mount:
     """A mounted file system.
 
     Attributes:
-        device: what is mounted.
-        mountpoint: where.
-        fstype: what the kernel calls it.
-        options: as /proc/self/mounts has them: what the kernel made of those asked for.
+        device: path of the block device.
+        mountpoint: mount point.
+        fstype: type, as named by the kernel.
+        options: effective options in /proc/self/mounts.
     """
 
     device: str
@@ -188,10 +188,10 @@ class Mount:
 
 @dataclass(frozen=True, kw_only=True)
 class MountAnswer:
-    """Answer of mount(2), and the kernel's messages.
+    """Result of mount(2), and the kernel's messages.
 
     Attributes:
-        errno_name: "EINVAL", for example; None: it succeeded.
+        errno_name: such as "EINVAL"; None: it succeeded.
         messages: the kernel's lines, without their times.
     """
 
@@ -209,10 +209,10 @@ def parse_mount(dump: Dump) -> Mount:
 
 
 def parse_mount_answer(dump: Dump) -> MountAnswer:
-    told = dump.text("mount_answer")
-    answer = _ANSWER.fullmatch(told)
+    output = dump.text("mount_answer")
+    answer = _ANSWER.fullmatch(output)
     if answer is None:
-        raise HostError(f"strace says of mount(2): {told!r}")
+        raise HostError(f"strace output for mount(2): {output!r}")
     log = dump.blobs.get("messages", b"").decode("utf-8", "replace")
     return MountAnswer(
         errno_name=answer[1], messages=tuple(line for line in log.splitlines() if line.strip())

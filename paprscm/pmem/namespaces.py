@@ -20,11 +20,11 @@ NamespaceMode = Literal["fsdax", "devdax", "raw", "sector"]
 NamespaceMap = Literal["dev", "mem"]
 
 
-def place_in_file(guest: Guest, region: Region, device: CharacterDevice) -> int:
-    """Where a devdax device begins in the DIMM's backing file, bytes.
+def file_offset(guest: Guest, region: Region, device: CharacterDevice) -> int:
+    """Offset of a devdax device in the DIMM's backing file, bytes.
 
-    It begins behind the namespace's own data; where, say the physical addresses of both. The file
-    begins with the region, and has the label area at its end.
+    The device begins after the namespace's metadata; the offset follows from the physical addresses
+    of device and region. The file begins with the region, and ends with the label area.
     """
     folders = f"/sys/bus/dax/devices/{device.name}", region.device
     begins = guest.succeed(" && ".join(f"cat {folder}/resource" for folder in folders))
@@ -37,38 +37,37 @@ def create_namespace(
     region: Region,
     *,
     mode: NamespaceMode,
-    map: NamespaceMap | None = None,  # noqa: A002 - ndctl's word
+    map: NamespaceMap | None = None,  # noqa: A002 - ndctl's name
     size_bytes: int | None = None,
     align_bytes: int | None = None,
 ) -> Namespace:
-    """Make a namespace; what its device is, proven to be the region's, in one round trip.
+    """Create a namespace, and verify that its device belongs to the region, in one round trip.
 
     Args:
-        guest: where.
-        region: where there.
+        guest: the guest.
+        region: the region.
         mode: "fsdax", "devdax", "raw" or "sector".
-        map: where the page structures of fsdax and devdax are; None: "dev", on the DIMM itself.
-        size_bytes: of it and its own data, a multiple of the region's `align_bytes`; None: all
-            that is left of the region.
-        align_bytes: of fsdax and devdax; None: what ndctl takes.
+        map: location of the page structures of fsdax and devdax; None: "dev", on the DIMM itself.
+        size_bytes: size with metadata, a multiple of the region's `align_bytes`; None: the free
+            space of the region.
+        align_bytes: alignment of fsdax and devdax; None: ndctl's default.
 
     Raises:
-        ContractError: ndctl failed, or what it made belongs to another region or is of another
-            mode.
+        ContractError: ndctl failed, or the namespace belongs to another region or has another mode.
     """
     values = namespace_settings(mode, map, size_bytes, align_bytes)
-    what = f"ndctl on {region.name}"
-    dump = run_steps(guest, what, ["find", "namespace"], values, slot=region.slot)
+    title = f"ndctl on {region.name}"
+    dump = run_steps(guest, title, ["find", "namespace"], values, slot=region.slot)
     return created_namespace(dump, same_region(region, parse_region(dump, region.slot)), mode, map)
 
 
 def create_fsdax(guest: Guest, region: Region) -> BlockDevice:
-    """An fsdax namespace of the whole region; its block device, proven to be the region's.
+    """Create an fsdax namespace of the whole region; return its block device.
 
-    A namespace that the DIMM should hold (`Nvdimm.holds`) is made here for the first guest only.
+    A namespace that the DIMM should hold (`Nvdimm.holds`) is created for the first guest only.
 
     Raises:
-        ContractError: ndctl failed, or what it made belongs to another region.
+        ContractError: ndctl failed, or the namespace belongs to another region.
     """
     slot = region.slot
     if guest.dimms.take(slot, "fsdax"):
@@ -82,42 +81,44 @@ def create_fsdax(guest: Guest, region: Region) -> BlockDevice:
 
 
 def find_namespaces(guest: Guest, region: Region) -> tuple[Namespace, ...]:
-    """The namespaces that a region has, by their numbers; those of a boot before, for example.
+    """The existing namespaces of a region, in the order of their numbers.
 
     Raises:
-        ContractError: a device that ndctl names is not the region's, or not what ndctl says.
+        ContractError: a device listed by ndctl does not belong to the region, or has another mode.
     """
     dump = run_steps(guest, f"ndctl on {region.name}", ["find", "namespaces"], slot=region.slot)
     return parse_namespaces(dump, same_region(region, parse_region(dump, region.slot)))
 
 
 def partition(guest: Guest, disk: BlockDevice, ranges: Sequence[tuple[int, int]]) -> list[str]:
-    """Partitions of a disk, wherever they are to begin and end; their paths.
+    """Partition a disk at arbitrary sectors; return the paths of the partitions.
 
     Args:
-        guest: where.
-        disk: what is on it is lost.
-        ranges: start and size of each, bytes, in whole sectors of 512; four at the most.
+        guest: the guest.
+        disk: the disk; its content is lost.
+        ranges: start and size of each, bytes, multiples of 512; at most four.
 
     Raises:
-        ContractError: partx failed, or the kernel has other partitions than these.
+        ContractError: partx failed, or the kernel reports other partitions.
     """
     sectors = [(start // 512, size // 512) for start, size in ranges]
     if [(512 * start, 512 * size) for start, size in sectors] != list(ranges) or len(ranges) > 4:
         raise ValueError(f"an MBR cannot hold {ranges}")
-    # A boot flag, CHS numbers that mean "see LBA", type Linux, start and size
+    # Boot flag, CHS values that mean "see LBA", type Linux, start and size
     # (block/partitions/msdos.c, include/linux/msdos_partition.h).
     chs = bytes.fromhex("feffff")
-    table = b"".join(b"\0" + chs + b"\x83" + chs + struct.pack("<II", *one) for one in sectors)
+    table = b"".join(
+        b"\0" + chs + b"\x83" + chs + struct.pack("<II", *sector_range) for sector_range in sectors
+    )
     table = table.ljust(64, b"\0") + b"\x55\xaa"
     values = {"disk": disk.path, "table": "".join(f"\\{byte:03o}" for byte in table)}
     dump = run_steps(guest, f"partitions of {disk.path}", ["partition"], values)
     names = [f"{disk.name}p{number}" for number in range(1, len(ranges) + 1)]
-    wanted: dict[str, str] = {}
+    expected: dict[str, str] = {}
     for name, (start, size) in zip(names, sectors, strict=True):
-        wanted |= {f"{name}/start": str(start), f"{name}/size": str(size)}
-    if dump.texts != wanted:
-        raise ContractError(f"{disk.path} has the partitions {dump.texts}, expected {wanted}")
+        expected |= {f"{name}/start": str(start), f"{name}/size": str(size)}
+    if dump.texts != expected:
+        raise ContractError(f"{disk.path} has the partitions {dump.texts}, expected {expected}")
     return [f"/dev/{name}" for name in names]
 
 
@@ -138,11 +139,11 @@ def namespace_settings(
 def created_namespace(
     dump: Dump, region: Region, mode: NamespaceMode, map_: NamespaceMap | None
 ) -> Namespace:
-    """The one namespace that was made, as it was asked for."""
+    """The created namespace; ContractError unless it is as requested."""
     namespaces = parse_namespaces(dump, region)
     if len(namespaces) != 1 or namespaces[0].mode != mode or map_ not in (None, namespaces[0].map):
-        asked = f"{mode}, map {map_}" if map_ else mode
-        raise ContractError(f"{region.name}: ndctl made {namespaces}, asked for was {asked}")
+        requested = f"{mode}, map {map_}" if map_ else mode
+        raise ContractError(f"{region.name}: ndctl created {namespaces}, requested was {requested}")
     return namespaces[0]
 
 
@@ -160,10 +161,10 @@ class BlockDevice:
 
     Attributes:
         name, path: "pmem0", "/dev/pmem0".
-        region: the region that it was proven to belong to.
-        size_bytes: what is left for a file system.
+        region: name of its region, as verified in sysfs.
+        size_bytes: usable size.
         sector_bytes: its logical block size.
-        read_only: the kernel refuses to write to it.
+        read_only: the kernel refuses writes.
         fua, dax, write_cache: from its queue folder in sysfs; None: no such file.
     """
 
@@ -184,9 +185,9 @@ class CharacterDevice:
 
     Attributes:
         name, path: "dax0.0", "/dev/dax0.0".
-        region: the region that it was proven to belong to.
-        size_bytes: what can be mapped.
-        align_bytes: what offset and length of a mapping must be multiples of.
+        region: name of its region, as verified in sysfs.
+        size_bytes: usable size.
+        align_bytes: alignment of offset and length of a mapping.
     """
 
     name: str
@@ -202,11 +203,11 @@ class Namespace:
 
     Attributes:
         name: "namespace0.0".
-        region: the region that its device was proven to belong to.
-        mode: "fsdax", "devdax", "raw" or "sector", as the device's place in sysfs proves it.
-        map: where the page structures of fsdax and devdax are: "dev" or "mem"; else None.
-        uuid: as the label has it.
-        device: what it is in the guest.
+        region: name of its region, as verified in sysfs.
+        mode: "fsdax", "devdax", "raw" or "sector", as verified in sysfs.
+        map: location of the page structures of fsdax and devdax: "dev" or "mem"; else None.
+        uuid: as in the label.
+        device: its device in the guest.
     """
 
     name: str
@@ -226,67 +227,69 @@ class Namespace:
         """Its block device.
 
         Raises:
-            ContractError: it has none.
+            ContractError: it has no block device.
         """
         if not isinstance(self.device, BlockDevice):
-            raise ContractError(f"{self.name} is {self.mode}: {self.path} is no block device")
+            raise ContractError(f"{self.name} is {self.mode}: {self.path} is not a block device")
         return self.device
 
 
 def parse_namespaces(dump: Dump, region: Region) -> tuple[Namespace, ...]:
-    """The namespaces that ndctl named, in the order of their numbers."""
+    """The namespaces listed by ndctl, in the order of their numbers."""
     blob = dump.blobs.get("ndctl")
     try:
-        # Where there is none, ndctl prints nothing.
-        told: Any = json.loads(dump.blobs["ndctl"] or "[]")
-        entries = [told] if isinstance(told, dict) else [dict(entry) for entry in told]
-        found = [_namespace(dump, region, entry) for entry in entries]
+        # Without namespaces ndctl prints nothing.
+        listed: Any = json.loads(dump.blobs["ndctl"] or "[]")
+        entries = [listed] if isinstance(listed, dict) else [dict(entry) for entry in listed]
+        namespaces = [_namespace(dump, region, entry) for entry in entries]
     except (KeyError, IndexError, TypeError, ValueError) as error:
         raise HostError(
             f"ndctl's output for {region.name} is not as expected ({error!r}): {blob!r}"
         ) from error
-    return tuple(sorted(found, key=lambda ns: [int(n) for n in re.findall("[0-9]+", ns.name)]))
+    return tuple(sorted(namespaces, key=lambda ns: [int(n) for n in re.findall("[0-9]+", ns.name)]))
 
 
 def present_namespace(dump: Dump, region: Region) -> Namespace:
-    """The fsdax namespace of the script's step "present"."""
-    where = dump.text("pfn_mode")
-    if where not in _MAPS:
-        raise ContractError(f"{region.name}: the mode of its page structures is {where!r}")
+    """The fsdax namespace found by the script's step "present"."""
+    pfn_mode = dump.text("pfn_mode")
+    if pfn_mode not in _MAPS:
+        raise ContractError(f"{region.name}: the mode of its page structures is {pfn_mode!r}")
     reported = {
         "dev": dump.text("pfn_namespace"),
         "mode": "fsdax",
-        "map": _MAPS[where],
+        "map": _MAPS[pfn_mode],
         "uuid": dump.text("pfn_uuid"),
         "blockdev": dump.text("pfn_disk"),
     }
     return _namespace(dump, region, reported)
 
 
-def _namespace(dump: Dump, region: Region, told: dict[str, Any]) -> Namespace:
-    name, mode = str(told["dev"]), str(told["mode"])
+def _namespace(dump: Dump, region: Region, fields: dict[str, Any]) -> Namespace:
+    name, mode = str(fields["dev"]), str(fields["mode"])
     if not re.fullmatch(r"namespace[0-9]+\.[0-9]+", name) or mode not in PERSONALITIES:
-        raise HostError(f"ndctl names a namespace of {region.name} as no ndctl should: {told}")
-    if "blockdev" in told:
-        device: BlockDevice | CharacterDevice = _block_device(dump, region, str(told["blockdev"]))
+        raise HostError(f"ndctl lists an unknown namespace of {region.name}: {fields}")
+    if "blockdev" in fields:
+        device: BlockDevice | CharacterDevice = _block_device(dump, region, str(fields["blockdev"]))
     else:
-        # `ndctl list` names it at once, `ndctl create-namespace` below the dax region.
-        inner = told if "chardev" in told else told["daxregion"]["devices"][0]
+        # At the top level in `ndctl list`, below the dax region in `ndctl create-namespace`.
+        inner = fields if "chardev" in fields else fields["daxregion"]["devices"][0]
         device = _character_device(dump, region, str(inner["chardev"]))
-    # What it was made into shows in what its device is a child of.
+    # The device's parent in sysfs proves the mode.
     owner = PurePosixPath(dump.text(f"{device.name}/device")).relative_to(region.device).parts[0]
     if not re.fullmatch(PERSONALITIES[mode] + r"[0-9]+\.[0-9]+", owner):
-        raise ContractError(f"{name} is {mode} for ndctl, but its {device.name} is on {owner}")
-    map_ = told["map"] if mode in ("fsdax", "devdax") else None
+        raise ContractError(
+            f"{name} is {mode} according to ndctl, but its {device.name} is on {owner}"
+        )
+    map_ = fields["map"] if mode in ("fsdax", "devdax") else None
     if map_ not in (None, "dev", "mem"):
-        raise HostError(f"ndctl has {name}'s page structures in {map_!r}")
+        raise HostError(f"ndctl reports page structures of {name} in {map_!r}")
     return Namespace(
-        name=name, region=region.name, mode=mode, map=map_, uuid=str(told["uuid"]), device=device
+        name=name, region=region.name, mode=mode, map=map_, uuid=str(fields["uuid"]), device=device
     )
 
 
 def _block_device(dump: Dump, region: Region, name: str) -> BlockDevice:
-    _belongs(dump, region, name)
+    _check_owner(dump, region, name)
     read_only = dump.text(f"{name}/ro")
     if read_only not in ("0", "1"):
         raise ContractError(f"{name}/ro is {read_only!r}")
@@ -305,7 +308,7 @@ def _block_device(dump: Dump, region: Region, name: str) -> BlockDevice:
 
 
 def _character_device(dump: Dump, region: Region, name: str) -> CharacterDevice:
-    _belongs(dump, region, name)
+    _check_owner(dump, region, name)
     return CharacterDevice(
         name=name,
         path=f"/dev/{name}",
@@ -315,10 +318,10 @@ def _character_device(dump: Dump, region: Region, name: str) -> CharacterDevice:
     )
 
 
-def _belongs(dump: Dump, region: Region, name: str) -> None:
-    """ndctl was told the region's name; what counts is whose child the device is."""
+def _check_owner(dump: Dump, region: Region, name: str) -> None:
+    """Verify in sysfs that the device is a child of the region."""
     if not re.fullmatch(r"[a-z0-9.]+", name):
-        raise HostError(f"ndctl names a device {name!r}")
+        raise HostError(f"ndctl lists a device {name!r}")
     owner = PurePosixPath(dump.text(f"{name}/device"))
     if not owner.is_relative_to(region.device) or owner == PurePosixPath(region.device):
         raise ContractError(f"{name} is {owner}, which is not below {region.device}")

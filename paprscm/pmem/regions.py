@@ -13,18 +13,18 @@ from paprscm.pmem.dump import Dump, RegionError, run_steps
 
 
 @dataclass(frozen=True, kw_only=True)
-class Node:
-    """The device tree node of one nvdimm, as the guest's kernel got it.
+class NvdimmNode:
+    """The device tree node of one nvdimm, as read by the guest's kernel.
 
     Attributes:
         path: below /proc/device-tree, "/ibm,persistent-memory/ibm,pmemory@90000000".
-        raw: each property in binary.
-        drc_index, block_size, number_of_blocks, metadata_size: the numbers; bytes and counts.
-        unit_guid, device_type, application: the strings.
-        compatible: the list of strings.
-        cache_flush_required, hcall_flush_required: whether the empty property is there.
+        raw: content of each property.
+        drc_index, block_size, number_of_blocks, metadata_size: numbers; sizes in bytes.
+        unit_guid, device_type, application: strings.
+        compatible: list of strings.
+        cache_flush_required, hcall_flush_required: True if the empty property exists.
 
-    A property that is not there is None.
+    A missing property is None.
     """
 
     path: str
@@ -42,14 +42,14 @@ class Node:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Dimm:
+class Nmem:
     """The nmem device behind a region.
 
     Attributes:
         name: "nmem0".
-        flags: of libnvdimm, a subset of "label", "lock"; None if there is no such file.
-        papr_flags: of papr_scm, such as "not_armed", "flush_fail"; empty when healthy.
-        dirty_shutdown: how often the contents were not saved.
+        flags: flags of libnvdimm, a subset of "label", "lock"; None: no such file.
+        papr_flags: flags of papr_scm, such as "not_armed", "flush_fail"; empty if healthy.
+        dirty_shutdown: number of shutdowns without saved contents.
     """
 
     name: str
@@ -60,29 +60,29 @@ class Dimm:
 
 @dataclass(frozen=True, kw_only=True)
 class Region:
-    """One libnvdimm region, which is one nvdimm here.
+    """One libnvdimm region, here of one nvdimm.
 
     Attributes:
-        name: "region0"; says nothing about the slot.
-        slot, drc: the memory slot, and the DRC index that made this the region of that slot.
+        name: "region0"; unrelated to the slot.
+        slot, drc: memory slot and DRC index.
         device: its path in sysfs.
         node: its device tree node.
         dimm: its nmem device; None if the region has no mapping.
-        deep_flush: "1": the region has a flush of its own, "0": it has none; None: not shown.
+        deep_flush: "1": the region has a flush function, "0": it has none; None: no such file.
         deep_flush_mode: the permissions of that file, such as 0o644.
-        persistence_domain: "memory_controller", "cpu_cache" or ""; None: not shown.
-        size_bytes: what it holds, without the label area.
-        read_only: the kernel refuses to write to it.
-        align_bytes: the alignment that namespaces must have.
-        nstype: the kind of its namespaces; 5 is persistent memory with labels.
+        persistence_domain: "memory_controller", "cpu_cache" or ""; None: no such file.
+        size_bytes: its size, without the label area.
+        read_only: the kernel refuses writes.
+        align_bytes: the required alignment of namespaces.
+        nstype: the type of its namespaces; 5 is persistent memory with labels.
     """
 
     name: str
     slot: int
     drc: int
     device: str
-    node: Node
-    dimm: Dimm | None
+    node: NvdimmNode
+    dimm: Nmem | None
     deep_flush: str | None
     deep_flush_mode: int | None
     persistence_domain: str | None
@@ -97,14 +97,14 @@ def parse_region(dump: Dump, slot: int) -> Region:
     drc = drc_index(slot)
     name = dump.text("region")
     if node.drc_index != drc:
-        told = "none" if node.drc_index is None else f"{node.drc_index:#x}"
+        index = "none" if node.drc_index is None else f"{node.drc_index:#x}"
         raise RegionError(
-            f"{name} belongs to {node.path}, whose {Property.DRC_INDEX} is {told}, not {drc:#x}"
+            f"{name} belongs to {node.path}, whose {Property.DRC_INDEX} is {index}, not {drc:#x}"
         )
     dimm = None
     if "mapping0" in dump.texts:
         dirty = "papr/dirty_shutdown"
-        dimm = Dimm(
+        dimm = Nmem(
             name=dump.text("mapping0").partition(",")[0],
             flags=dump.words("flags"),
             papr_flags=dump.words("papr/flags"),
@@ -137,12 +137,12 @@ def _mode(dump: Dump) -> int | None:
     return None if mode is None else int(mode, 8)
 
 
-def _node(dump: Dump) -> Node:
+def _node(dump: Dump) -> NvdimmNode:
     path = dump.text("node")
     raw = dump.properties()
 
-    def refuse(name: str, wanted: str) -> ContractError:
-        return ContractError(f"{path}: {name} is {raw[name].hex(' ') or 'empty'}, not {wanted}")
+    def refuse(name: str, expected: str) -> ContractError:
+        return ContractError(f"{path}: {name} is {raw[name].hex(' ') or 'empty'}, not {expected}")
 
     def number(name: str, size: int) -> int | None:
         if name in raw and len(raw[name]) != size:
@@ -157,17 +157,17 @@ def _node(dump: Dump) -> Node:
         return tuple(raw[name].decode("ascii").removesuffix("\0").split("\0"))
 
     def string(name: str) -> str | None:
-        found = strings(name)
-        if found is not None and len(found) != 1:
+        texts = strings(name)
+        if texts is not None and len(texts) != 1:
             raise refuse(name, "one string")
-        return found[0] if found else None
+        return texts[0] if texts else None
 
     def flag(name: str) -> bool:
         if raw.get(name):
             raise refuse(name, "empty")
         return name in raw
 
-    return Node(
+    return NvdimmNode(
         path=path.partition("/devicetree/base")[2] or path,
         raw=raw,
         drc_index=number(Property.DRC_INDEX, 4),
@@ -183,35 +183,39 @@ def _node(dump: Dump) -> Node:
     )
 
 
-def region(guest: Guest, slot: int) -> Region:
-    """The region of the nvdimm in `slot`, found by its DRC index, in one round trip.
+def find_region(guest: Guest, slot: int) -> Region:
+    """Find the region of the nvdimm in `slot` by its DRC index, in one round trip.
 
     Raises:
-        RegionError: there is none (the message names those that there are), or device tree and
-            sysfs contradict each other.
+        RegionError: there is none (the message lists the existing ones), or device tree and sysfs
+            contradict each other.
     """
     return wait_for_region(guest, slot, 0)
 
 
 def wait_for_region(guest: Guest, slot: int, timeout_s: float = 30.0) -> Region:
-    """The same, waiting in the guest until the region is there and its driver is bound.
+    """Wait in the guest until the region exists and its driver is bound; return it.
 
     Args:
+        guest: the guest.
         slot: the memory slot.
-        timeout_s: how long, by the guest's clock in whole seconds.
+        timeout_s: time limit by the guest's clock, in whole seconds.
+
+    Raises:
+        RegionError: as find_region().
     """
     return parse_region(
         run_steps(guest, f"find {slot}", ["find"], slot=slot, timeout_s=timeout_s), slot
     )
 
 
-def page_size(guest: Guest) -> int:
-    """The page size of the guest's kernel, bytes: the block size that DAX wants."""
+def read_page_size(guest: Guest) -> int:
+    """The page size of the guest's kernel, bytes: the block size that DAX requires."""
     line = guest.succeed("grep -m 1 KernelPageSize /proc/self/smaps")
-    found = re.fullmatch(r"KernelPageSize:\s+([0-9]+) kB", line)
-    if found is None:
-        raise ContractError(f"/proc/self/smaps says {line!r}")
-    return int(found[1]) * 1024
+    match = re.fullmatch(r"KernelPageSize:\s+([0-9]+) kB", line)
+    if match is None:
+        raise ContractError(f"/proc/self/smaps has {line!r}")
+    return int(match[1]) * 1024
 
 
 def same_region(before: Region, now: Region) -> Region:

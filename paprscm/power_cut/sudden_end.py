@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""guest_tools/promise.c in a guest that is killed: what it had counted, and what that proves."""
+"""Ledger of guest_tools/promise.c in a killed guest, and the verdict over many kills."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from paprscm.guest.report import ProbeError
 from paprscm.pmem.mounts import FsType
 from paprscm.power_cut.sudden_end_report import PromiseReport
 
-# guest_tools/promise.c, struct ledger, of a little-endian guest.
+# guest_tools/promise.c, struct ledger, in a little-endian guest.
 _MAGIC: Final = b"PAPRPROM"
 _LEDGER: Final = struct.Struct("<8sQQ40xQQQQ32s")
 _SMALLEST_PAGE: Final = 4096
 
 
 class Phase(IntEnum):
-    """Phase of promise when it was killed (promise.c, enum phase)."""
+    """Phase of the program at the kill (promise.c, enum phase)."""
 
     NOTHING = 0
     CREATE = 1
@@ -40,8 +40,8 @@ class Phase(IntEnum):
     SETTLE = 8
 
 
-class State(IntEnum):
-    """State of promise (promise.c, enum state)."""
+class ProgramState(IntEnum):
+    """State of the program (promise.c, enum state)."""
 
     STARTING = 0
     RUNNING = 1
@@ -50,20 +50,20 @@ class State(IntEnum):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class LedgerCounts:
     """Contents of the ledger.
 
     Attributes:
-        done: steps that are promised.
-        phase: of the step that is under way.
-        state: of the program.
-        page_size: of the guest, bytes.
-        errno, stage: of the step that failed; 0 and "" if none did.
+        done: number of completed steps, whose data must survive.
+        phase: phase of the step in progress.
+        state: state of the program.
+        page_size: page size of the guest, bytes.
+        errno, stage: errno and name of a failed step; 0 and "" if none failed.
     """
 
     done: int
     phase: Phase
-    state: State
+    state: ProgramState
     page_size: int
     errno: int
     stage: str
@@ -72,17 +72,17 @@ class Entry:
 class Ledger:
     """The pages of a DIMM's backing file in which programs in the guest count their steps.
 
-    The guest maps them with DAX, so a store of its is in this file at once, and stays there
-    whatever becomes of QEMU.
+    The guest maps them with DAX, so that its stores are in this file at once, and stay there when
+    QEMU ends.
 
     Args:
-        file: the backing file; QEMU may have it open, with share=on.
+        file: the backing file, with share=on; QEMU may have it open.
     """
 
     def __init__(self, file: Path) -> None:
         handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            self._ranges = _Data(handle)
+            self._ranges = _DataRanges(handle)
             self._map = mmap.mmap(handle, 0, prot=mmap.PROT_READ)
         except BaseException:
             os.close(handle)
@@ -90,7 +90,7 @@ class Ledger:
         self._places: dict[int, int] = {}
 
     def __enter__(self) -> Self:
-        """Nothing more."""
+        """Return self; the file is already open."""
         return self
 
     def __exit__(
@@ -102,15 +102,15 @@ class Ledger:
         self.close()
 
     def close(self) -> None:
-        """Let go of the file."""
+        """Close the file."""
         self._map.close()
         self._ranges.close()
 
-    def read(self, nonce: int) -> Entry | None:
-        """Return the counts of the program with this `nonce`; None: nothing yet.
+    def read(self, nonce: int) -> LedgerCounts | None:
+        """Return the counts of the program with this `nonce`; None: it has not begun.
 
         Raises:
-            ProbeError: what is there is no ledger.
+            ProbeError: the ledger is invalid.
         """
         place = self._places.get(nonce)
         if place is None:
@@ -118,16 +118,16 @@ class Ledger:
             if place is None:
                 return None
             self._places[nonce] = place
-        # Copied in one go, but not at one moment: done goes first, and is all that counts.
+        # The copy is not atomic. `done` is read first; the other fields do not affect the verdict.
         fields = _LEDGER.unpack_from(self._map, place)
-        magic, there, page_size, done, phase, state, number, stage = fields
+        magic, found_nonce, page_size, done, phase, state, number, stage = fields
         try:
-            if (magic, there) != (_MAGIC, nonce):
+            if (magic, found_nonce) != (_MAGIC, nonce):
                 raise ValueError("it was overwritten")
-            return Entry(
+            return LedgerCounts(
                 done=done,
                 phase=Phase(phase),
-                state=State(state),
+                state=ProgramState(state),
                 page_size=page_size,
                 errno=number,
                 stage=stage.rstrip(b"\0").decode("ascii"),
@@ -136,21 +136,21 @@ class Ledger:
             raise ProbeError(f"the ledger cannot be believed: {error}: {fields}") from error
 
     def _find(self, nonce: int) -> int | None:
-        wanted = _MAGIC + nonce.to_bytes(8, "little")
-        for start, end in self._ranges.look():
+        header = _MAGIC + nonce.to_bytes(8, "little")
+        for start, end in self._ranges.ranges():
             for place in range(start, end, _SMALLEST_PAGE):
-                if self._map[place : place + len(wanted)] == wanted:
+                if self._map[place : place + len(header)] == header:
                     return place
         return None
 
 
-class _Data:
+class _DataRanges:
     """The parts of a sparse file that hold data."""
 
     def __init__(self, handle: int) -> None:
         self._handle = handle
 
-    def look(self) -> Iterable[tuple[int, int]]:
+    def ranges(self) -> Iterable[tuple[int, int]]:
         end = 0
         while True:
             try:
@@ -166,12 +166,12 @@ class _Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One file system of its own, stored to in one way.
+    """A file system, and the kind of its mappings.
 
     Attributes:
-        slot: of the DIMM that it is on.
-        fstype: of the file system.
-        sync: whether mappings have MAP_SYNC; without, it is the control.
+        slot: slot of its DIMM.
+        fstype: its type.
+        sync: mappings have MAP_SYNC; without, it is the control.
     """
 
     slot: int
@@ -180,7 +180,7 @@ class Side:
 
     @property
     def mountpoint(self) -> str:
-        """Where it is mounted."""
+        """Mount point."""
         return f"/mnt/{self.slot}"
 
     def __str__(self) -> str:
@@ -192,13 +192,13 @@ class Tally:
     """Results of all cuts of one side so far.
 
     Attributes:
-        cuts: how many there were.
-        lossy: how many of them lost something.
-        files, pages: that were promised.
-        pages_lost: of these.
-        lost: how much of each kind (promise_report.KINDS) was found.
-        phases: what the program was about at the cut.
-        wrong: what should not be, in words.
+        cuts: number of cuts.
+        lossy: number of cuts with lost data.
+        files, pages: files and pages that had to survive.
+        pages_lost: lost pages among these.
+        lost: damages by kind (sudden_end_report.KINDS).
+        phases: cuts by the phase of the program.
+        wrong: violations, one sentence each.
     """
 
     cuts: int = 0
@@ -213,8 +213,8 @@ class Tally:
     def add(self, side: Side, phase: Phase, report: PromiseReport) -> None:
         """Count one cut.
 
-        With MAP_SYNC nothing may be lost; without, anything may, but even then nothing may be
-        there that nobody stored.
+        With MAP_SYNC no data may be lost. Without, data may be lost, but data that no process
+        stored must not appear.
         """
         self.cuts += 1
         self.lossy += report.lossy
@@ -229,44 +229,43 @@ class Tally:
             )
 
     def figures(self) -> dict[str, Any]:
-        """All of it, for the whiteboard."""
+        """All fields, for the whiteboard."""
         return {**dataclasses.asdict(self), "lost": +self.lost, "phases": dict(self.phases)}
 
 
 def expect_kept(tallies: Mapping[Side, Tally]) -> None:
-    """Assert that no promise was broken.
+    """Assert that all data that had to survive did, and that no other data appeared.
 
     Raises:
-        ContractError: one was, or there is what nobody stored.
+        ContractError: data were lost, or data that no process stored appeared.
     """
     if wrong := [text for tally in tallies.values() for text in tally.wrong]:
         raise ContractError("\n".join(wrong))
 
 
-def without_force(tallies: Mapping[Side, Tally]) -> list[str]:
-    """Why the cuts could not have shown a broken promise; empty if they could."""
+def underpowered(tallies: Mapping[Side, Tally]) -> list[str]:
+    """Reasons why this run could not have detected lost data; empty if it could."""
     reasons = []
     for side, tally in tallies.items():
         if not tally.pages:
-            reasons.append(f"{side}: nothing was promised in {tally.cuts} cuts")
+            reasons.append(f"{side}: no step was completed in {tally.cuts} cuts")
         elif not side.sync and not tally.lossy:
             reasons.append(
-                f"{side}: nothing was lost in {tally.cuts} cuts, so that what {side.fstype} keeps "
+                f"{side}: nothing was lost in {tally.cuts} cuts, so the result for {side.fstype} "
                 "with MAP_SYNC proves nothing"
             )
     return reasons
 
 
-def expect_force(tallies: Mapping[Side, Tally]) -> None:
-    """Make sure that the cuts could have shown a broken promise.
+def require_statistical_power(tallies: Mapping[Side, Tally]) -> None:
+    """Require that this run could have detected lost data.
 
-    A control that has lost nothing shows that the cuts came when there was nothing to lose, and
-    then the other side's success proves nothing. That is no PASS; nor is it the kernel's fault
-    (FAIL), or something that was known to be missing beforehand (CANCEL). It is this machinery
-    that did not do what it is for: ERROR.
+    If the control has lost nothing, the cuts came when there was nothing to lose, and the success
+    with MAP_SYNC proves nothing. That is not a PASS, not the kernel's fault (FAIL), and not a
+    missing capability (CANCEL), but a failure of the suite: ERROR.
 
     Raises:
-        HostError: a control lost nothing, or nothing was promised.
+        HostError: a control lost nothing, or no step was completed.
     """
-    if reasons := without_force(tallies):
-        raise HostError("; ".join(reasons), hint="more of them: -p cuts=")
+    if reasons := underpowered(tallies):
+        raise HostError("; ".join(reasons), hint="more cuts: -p cuts=N")

@@ -8,18 +8,18 @@ from typing import Final, Literal
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report
 
 KINDS: Final = ("file", "size", "extent", "bytes", "strange")
-"""What can be wrong: a file is not there, is too short, a page has no extent, or not the bytes that
-were stored; and the worst: there is what nobody stored."""
+"""Kinds of damage: a file is missing; a file is too short; a page has no extent; a page has other
+bytes than were stored; the worst: data that no process stored ("strange")."""
 
 
-class Finding(Fields, frozen=True, kw_only=True):
-    """One thing that is wrong.
+class Damage(Fields, frozen=True, kw_only=True):
+    """One damage.
 
     Attributes:
         kind: one of KINDS.
-        file: its number in the plan.
-        offset: where in the file, bytes.
-        expected, found: the eight bytes there, or the sizes of the file.
+        file: number of the file in the plan.
+        offset: offset in the file, bytes.
+        expected, found: the eight bytes at the offset, or the sizes of the file.
     """
 
     kind: Literal["file", "size", "extent", "bytes", "strange"]
@@ -29,26 +29,26 @@ class Finding(Fields, frozen=True, kw_only=True):
     found: Natural
 
     def __str__(self) -> str:
-        where = f"file f{self.file:06}"
+        name = f"file f{self.file:06}"
         if self.kind == "file":
-            return f"{where} is gone"
+            return f"{name} is missing"
         if self.kind == "size":
-            return f"{where} has {self.found} bytes of {self.expected}"
+            return f"{name} has {self.found} bytes of {self.expected}"
         if self.kind == "extent":
-            return f"{where}, offset {self.offset:#x}: no extent"
-        return f"{where}, offset {self.offset:#x}: {self.found:#x} for {self.expected:#x}"
+            return f"{name}, offset {self.offset:#x}: no extent"
+        return f"{name}, offset {self.offset:#x}: {self.found:#x} for {self.expected:#x}"
 
 
 class PromiseReport(ToolReport, frozen=True, kw_only=True):
-    """Promised files and pages that were found.
+    """Comparison of the file system with the completed steps.
 
     Attributes:
-        seed, done: of the plan.
-        page_size: of the guest, bytes.
-        files, pages: that were promised.
-        intact: the pages of them that are there.
-        lost: how much is wrong of each of KINDS.
-        findings: the first of it.
+        seed, done: seed of the plan, and number of completed steps.
+        page_size: page size of the guest, bytes.
+        files, pages: number of files and pages that had to survive.
+        intact: number of intact pages among them.
+        lost: number of damages of each of KINDS.
+        findings: the first damages.
     """
 
     tool: Literal["promise"]
@@ -59,18 +59,20 @@ class PromiseReport(ToolReport, frozen=True, kw_only=True):
     pages: Natural
     intact: Natural
     lost: dict[str, Natural]
-    findings: tuple[Finding, ...]
+    findings: tuple[Damage, ...]
 
     def __post_init__(self) -> None:
         check_report(self.lost.keys() == set(KINDS), f"lost has the kinds {sorted(self.lost)}")
-        total, shown = sum(self.lost.values()), len(self.findings)
-        check_report(self.intact <= self.pages, "more pages intact than promised")
-        check_report(self.files <= self.pages, "a file is promised without a page")
+        total, listed = sum(self.lost.values()), len(self.findings)
+        check_report(self.intact <= self.pages, "more intact pages than expected")
+        check_report(self.files <= self.pages, "a file without a page")
         check_report(bool(total) or self.intact == self.pages, "pages are lost without a finding")
-        check_report(bool(shown) == bool(total), f"{shown} findings of {total}")
+        check_report(bool(listed) == bool(total), f"{listed} findings of {total}")
         for kind, count in self.lost.items():
-            named = sum(1 for each in self.findings if each.kind == kind)
-            check_report(named <= count, f"{named} findings of kind {kind}, of {count}")
+            listed_of_kind = sum(1 for damage in self.findings if damage.kind == kind)
+            check_report(
+                listed_of_kind <= count, f"{listed_of_kind} findings of kind {kind}, of {count}"
+            )
 
     @property
     def exit_status(self) -> int:
@@ -78,22 +80,22 @@ class PromiseReport(ToolReport, frozen=True, kw_only=True):
 
     @property
     def kept(self) -> bool:
-        """All that was promised is there, and nothing strange."""
+        """All data that had to survive did, and no other data appeared."""
         return not any(self.lost.values())
 
     @property
     def strange(self) -> bool:
-        """There is what nobody stored."""
+        """Data that no process stored appeared."""
         return bool(self.lost["strange"])
 
     @property
     def lossy(self) -> bool:
-        """Something that was promised is lost."""
+        """Data that had to survive are lost."""
         return any(count for kind, count in self.lost.items() if kind != "strange")
 
     def __str__(self) -> str:
         if self.kept:
-            return f"all {self.pages} pages of {self.files} files are there"
+            return f"all {self.pages} pages of {self.files} files are intact"
         counts = ", ".join(f"{kind} {count}" for kind, count in self.lost.items() if count)
         return (
             f"{self.pages - self.intact} of {self.pages} pages of {self.files} files are lost "

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paprscm.build.tcg_fixup import DCBF, INSTRUCTIONS
-from paprscm.build.toolchain import PREFIX, require
+from paprscm.build.toolchain import PREFIX, require_program
 from paprscm.errors import CapabilityError, HostError, KilledError
 from paprscm.host.process import run
 from paprscm.paths import GUEST_TOOLS
@@ -85,7 +85,7 @@ def _assemble(folder: Path) -> Path:
     ]
     (folder / "isa_probe_table.inc").write_text("".join(lines))
     objects, program = folder / "isa_probe.o", folder / "isa_probe"
-    assembler, linker = require(f"{PREFIX}as"), require(f"{PREFIX}ld")
+    assembler, linker = require_program(f"{PREFIX}as"), require_program(f"{PREFIX}ld")
     run([assembler, "-mbig", "-a64", "-mpower8", f"-I{folder}", "-o", objects, _SOURCE])
     run([linker, "-EB", "-m", "elf64ppc", "-Ttext", "0", "-o", program, objects])
     return program

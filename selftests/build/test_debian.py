@@ -174,13 +174,13 @@ def test_packages_and_their_dependencies_are_unpacked(
     progress = [record.getMessage() for record in caplog.records]
     assert "test: download: 1 of 1 MB" in progress
     assert "test: unpack: 1 of 1 MB" in progress
-    left = [path.name for path in (mirror.cache.root / apt.FOLDER).iterdir()]
+    left = [path.name for path in (mirror.cache.root / apt.DOWNLOADS).iterdir()]
     assert len(left) == 1, "packages stay after they were unpacked"
     assert left[0].startswith("index-")
     mirror.prune(unused_for_s=3600)
-    assert (mirror.cache.root / apt.FOLDER / left[0]).is_dir()
+    assert (mirror.cache.root / apt.DOWNLOADS / left[0]).is_dir()
     mirror.prune(unused_for_s=0)
-    assert not (mirror.cache.root / apt.FOLDER / left[0]).exists()
+    assert not (mirror.cache.root / apt.DOWNLOADS / left[0]).exists()
 
 
 @needs_tools
@@ -221,7 +221,7 @@ def test_files_of_the_index_that_the_mirror_lacks(
     assert "mirror=" in str(caught.value.hint)
     lines = [record.getMessage() for record in caplog.records]
     assert [line for line in lines if "trying the next suite" in line] == [
-        f"Debian trixie ({archive.mirror}, ppc64el) lacks 1 package files that its index names: "
+        f"Debian trixie ({archive.mirror}, ppc64el) lacks 1 package files of its index: "
         "second_3.5_ppc64el.deb; trying the next suite"
     ]
 
@@ -247,7 +247,7 @@ def test_first_suite_with_the_packages() -> None:
 
 
 def test_offline_names_what_is_missing(cache: Cache) -> None:
-    with pytest.raises(HostError, match=r"offline=yes, .* does not have the test") as caught:
+    with pytest.raises(HostError, match=r"offline=yes, .* lacks the test") as caught:
         download(Archive(cache, "http://127.0.0.1:9/debian", offline=True), ["second"])
     assert "cache import" in str(caught.value.hint)
 
@@ -281,9 +281,9 @@ def test_package_without_its_dependencies(archive: Served, mirror: Archive) -> N
 @pytest.mark.parametrize("alone", [False, True])
 def test_interrupted_download_is_resumed(archive: Served, mirror: Archive, alone: bool) -> None:
     archive.server.cut = True  # type: ignore[attr-defined]
-    with pytest.raises(HostError, match="broke off") as caught:
+    with pytest.raises(HostError, match="was interrupted") as caught:
         download(mirror, ["libfirst"], alone=alone)
-    assert "run it again, it continues" in str(caught.value.hint)
+    assert "run it again to continue" in str(caught.value.hint)
     archive.server.cut = False  # type: ignore[attr-defined]
     sent: list[tuple[str, int]] = archive.server.sent  # type: ignore[attr-defined]
     sent.clear()
@@ -316,7 +316,9 @@ def test_package_that_was_changed_in_transit(archive: Served, mirror: Archive) -
     data = bytearray(archive.tool_package.read_bytes())
     data[-600] ^= 1
     archive.tool_package.write_bytes(data)
-    with pytest.raises(UnavailableError, match=r"not those that Debian trixie signed: .*[Hh]ash"):
+    with pytest.raises(
+        UnavailableError, match=r"do not match the signatures of Debian trixie: .*[Hh]ash"
+    ):
         download(mirror, ["second"])
 
 
@@ -373,7 +375,7 @@ def test_package_that_cannot_be_unpacked(mirror: Archive, tmp_path: Path) -> Non
 
 def test_host_without_apt(cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(HostError, match="no apt-get and dpkg-deb") as caught:
+    with pytest.raises(HostError, match="lacks apt-get or dpkg-deb") as caught:
         download(Archive(cache, "http://127.0.0.1:9"), ["x"])
     assert "apt and dpkg" in str(caught.value.hint)
 

@@ -132,7 +132,7 @@ def test_module_of_another_version(tmp_path: Path) -> None:
 
 
 def test_no_modules_folder(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="is not a folder as modules_install leaves it"):
+    with pytest.raises(ConfigError, match="is not the INSTALL_MOD_PATH of modules_install"):
         initramfs.find_modules(make_kernel(), tmp_path)
     (tmp_path / "lib/modules").mkdir(parents=True)
     with pytest.raises(ConfigError, match="are for none, the kernel is"):

@@ -140,7 +140,7 @@ def test_missing_host_packages_are_named_before_the_compilation(
     with pytest.raises(HostError) as caught:
         kbuild.build_tree(cache, tree, config=own)
     assert caught.value.message == (
-        "the kernel's configuration needs what this machine lacks: "
+        "this machine lacks tools or headers for the kernel's configuration: "
         "gelf.h (for CONFIG_OBJTOOL, CONFIG_DEBUG_INFO_BTF), pahole (for CONFIG_DEBUG_INFO_BTF)"
     )
     assert caught.value.hint == (
@@ -161,15 +161,15 @@ def test_programs_and_headers_of_the_host_are_found() -> None:
 
 def test_keys_of_a_distribution(tmp_path: Path) -> None:
     for name in ("", "certs/signing_key.pem", "pkcs11:token=x"):
-        prerequisites.require(
+        prerequisites.require_prerequisites(
             {"MODULE_SIG_KEY": f'"{name}"', "SYSTEM_TRUSTED_KEYS": '""'}, tmp_path
         )
     produced = {"SYSTEM_TRUSTED_KEYS": '"debian/certs/uefi.pem"'}
     with pytest.raises(ConfigError, match=r"SYSTEM_TRUSTED_KEYS names debian/certs/uefi\.pem"):
-        prerequisites.require(produced, tmp_path)
+        prerequisites.require_prerequisites(produced, tmp_path)
     (tmp_path / "debian/certs").mkdir(parents=True)
     (tmp_path / "debian/certs/uefi.pem").touch()
-    prerequisites.require(produced, tmp_path)
+    prerequisites.require_prerequisites(produced, tmp_path)
 
 
 def test_own_config_keeps_modules_and_gets_the_required_options(
@@ -406,7 +406,7 @@ def test_small_pages_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) ->
     assert parse_config(large.config.read_text())["PPC_64K_PAGES"] == "y"
     own = tmp_path / "config"
     own.write_text("CONFIG_PAPR_SCM=m\n")
-    with pytest.raises(ConfigError, match="page_size=4k is for the suite's own configuration"):
+    with pytest.raises(ConfigError, match="page_size=4k applies to the suite's own configuration"):
         kbuild.build_tree(cache, tree, config=own, page_size="4k")
 
 
@@ -438,7 +438,7 @@ def test_debug_kernel_of_an_own_tree(tree: Path, cache: Cache, tmp_path: Path) -
     assert flags == [(size == "4k", debug) for size, debug in kinds]
     own = tmp_path / "config"
     own.write_text("CONFIG_PAPR_SCM=m\n")
-    with pytest.raises(ConfigError, match="kernel=debug is for the suite's own configuration"):
+    with pytest.raises(ConfigError, match="kernel=debug applies to the suite's own configuration"):
         kbuild.build_tree(cache, tree, config=own, debug=True)
 
 
@@ -452,7 +452,7 @@ def test_default_kernel_insists_on_every_option(
     cache: Cache, fetched: list[str], tree: Path
 ) -> None:
     (tree / "DROP").write_text("CONFIG_HCALL_STATS=")
-    with pytest.raises(ConfigError, match=r"lost options that are needed: CONFIG_HCALL_STATS"):
+    with pytest.raises(ConfigError, match=r"lacks required options: CONFIG_HCALL_STATS"):
         kbuild.build_default(Archive(cache), settings())
     assert fetched
     assert cache.entries()[0].kind == "kernel-source"
@@ -472,7 +472,7 @@ def test_unpacking_skips_files_that_powerpc_does_not_need(
 ) -> None:
     kbuild.build_default(Archive(cache), settings())
     archive = next((cache.root / "kernel-source").glob("*/linux.tar.xz"))
-    kernel_source.unpack(archive, tmp_path / "unpacked")
+    kernel_source.unpack_source(archive, tmp_path / "unpacked")
     names = {str(p.relative_to(tmp_path / "unpacked")) for p in (tmp_path / "unpacked").rglob("*")}
     assert {"Makefile", "arch/powerpc/Kconfig", "arch/x86/Kconfig", "drivers/gpu/drm/Makefile"} < (
         names
@@ -585,7 +585,7 @@ def test_lost_alternatives_are_named_together(tree: Path) -> None:
         kbuild._check(either, produced, tree, vital=None)
     with pytest.raises(
         ConfigError,
-        match=r"needed: CONFIG_PAPR_SCM \(depends on PPC_PSERIES, MEMORY_HOTPLUG, not set\) or "
+        match=r"options: CONFIG_PAPR_SCM \(depends on PPC_PSERIES, MEMORY_HOTPLUG, not set\) or "
         r"CONFIG_OTHER \(this kernel has no such option\)$",
     ):
         kbuild._check(either, {}, tree, vital=None)
@@ -650,6 +650,6 @@ def test_explain(tmp_path: Path) -> None:
     )
     reasons = kconfig.explain(["A", "E", "F", "G"], {"D": "y"}, tmp_path)
     assert reasons["A"] == "depends on B, not set"
-    assert reasons["E"] == "it cannot be set directly, others select it"
-    assert reasons["F"] == "it came out as n"
+    assert reasons["E"] == "it cannot be set directly, other options select it"
+    assert reasons["F"] == "it became n"
     assert reasons["G"] == "this kernel has no such option"

@@ -72,10 +72,10 @@ def own_umask() -> Iterator[None]:
 
 
 def ensure(cache: Cache, boot_test: Callable[[Userland], None] | None = None) -> Userland:
-    obtained = rootfs.obtain(Archive(cache), ["trixie"])
+    obtained = rootfs.obtain_userland(Archive(cache), ["trixie"])
     if isinstance(obtained, Userland):
         return obtained
-    return rootfs.build(cache, obtained, boot_test=boot_test)
+    return rootfs.build_rootfs(cache, obtained, boot_test=boot_test)
 
 
 def debugfs(disk: Path, request: str) -> str:
@@ -189,9 +189,9 @@ def test_no_host_files_and_no_unwanted_files_are_on_the_disk(
 def test_built_once_and_again_when_its_recipe_changes(
     cache: Cache, extracted: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert rootfs.find(cache, suite="trixie") is None
+    assert rootfs.find_rootfs(cache, suite="trixie") is None
     first = ensure(cache)
-    assert ensure(cache) == first == rootfs.find(cache, suite="trixie")
+    assert ensure(cache) == first == rootfs.find_rootfs(cache, suite="trixie")
     assert len(extracted) == 1
     images = tmp_path / "images"
     shutil.copytree(IMAGES, images)
@@ -220,13 +220,13 @@ def test_the_next_suite_replaces_an_incomplete_one(
         return download(archive, packages, suite=suite, **rest)
 
     monkeypatch.setattr(Archive, "download", refuse)
-    obtained = rootfs.obtain(Archive(cache), ["trixie", "forky"])
+    obtained = rootfs.obtain_userland(Archive(cache), ["trixie", "forky"])
     assert isinstance(obtained, Download)
-    userland = rootfs.build(cache, obtained, boot_test=None)
+    userland = rootfs.build_rootfs(cache, obtained, boot_test=None)
     assert userland.suite == "forky"
     # A cached userland is used before anything is fetched.
     monkeypatch.setattr(Archive, "download", download)
-    assert rootfs.obtain(Archive(cache), ["trixie", "forky"]) == userland
+    assert rootfs.obtain_userland(Archive(cache), ["trixie", "forky"]) == userland
     assert [suite for _, suite in extracted] == ["forky"]
 
 
@@ -237,7 +237,7 @@ def test_userland_that_does_not_boot_is_not_kept(cache: Cache, extracted: list[A
 
     with pytest.raises(HostError, match="it does not boot"):
         ensure(cache, fails)
-    assert rootfs.find(cache, suite="trixie") is None
+    assert rootfs.find_rootfs(cache, suite="trixie") is None
     assert list((cache.root / "userland").iterdir()) == []
 
 

@@ -92,7 +92,7 @@ def test_changes_functions_only(assemble: Assemble, tmp_path: Path, link: bool) 
     source = assemble(CODE, link=link)
     before = source.read_bytes()
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_ALL)
-    assert report.how == "functions"
+    assert report.scope == "functions"
     assert report.functions == {"first": 2, "second": 3}
     assert report.instructions == {"dcbstps": 2, "dcbfps": 1, "phwsync": 1, "plwsync": 1}
     assert report.sites == 5
@@ -128,7 +128,7 @@ def test_nothing_missing_copies(
 ) -> None:
     source = assemble(CODE)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", executes)
-    assert (report.how, report.sites) == ("nothing", 0)
+    assert (report.scope, report.sites) == ("nothing", 0)
     assert (tmp_path / "fixed").read_bytes() == source.read_bytes()
 
 
@@ -136,7 +136,7 @@ def test_without_symbols_scans_executable_sections(assemble: Assemble, tmp_path:
     source = assemble(CODE, link=True)
     subprocess.run([TOOLS + "strip", source], check=True)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_ALL)
-    assert report.how == "sections"
+    assert report.scope == "sections"
     # The two words outside of the functions are no longer distinguishable from code; .rodata is.
     assert report.functions == {".text": 7}
     assert words(tmp_path / "fixed", ".rodata") == [0x7CC020AC]
@@ -149,7 +149,7 @@ def test_without_sections_scans_executable_segments(assemble: Assemble, tmp_path
     data[0x3C:0x40] = bytes(4)  # e_shnum, e_shstrndx
     source.write_bytes(data)
     report = tcg_fixup.fix_file(source, tmp_path / "fixed", LACKS_DCBF)
-    assert report.how == "segments"
+    assert report.scope == "segments"
     # The linker puts .rodata into the executable segment, and .data into a separate one.
     assert report.sites == 6
     assert (tmp_path / "fixed").read_bytes().count(bytes.fromhex("ac20c07c")) == 1

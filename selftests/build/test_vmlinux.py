@@ -101,22 +101,22 @@ def test_unknown_stays_unknown(make: Make) -> None:
     subprocess.run([TOOLS + "strip", path], check=True)
     kernel = vmlinux.inspect(path)
     assert (kernel.page_size, kernel.papr_scm, kernel.has_symbols) == (None, vmlinux.UNKNOWN, False)
-    vmlinux.check(kernel, has_modules=True)
+    vmlinux.require_usable(kernel, has_modules=True)
     with pytest.raises(ConfigError, match="neither papr_scm nor its configuration") as caught:
-        vmlinux.check(kernel, has_modules=False)
+        vmlinux.require_usable(kernel, has_modules=False)
     assert "set modules=" in str(caught.value.hint)
 
 
 def test_papr_scm_absent_or_a_module(make: Make) -> None:
     kernel = vmlinux.inspect(make())
-    vmlinux.check(kernel, has_modules=True)
+    vmlinux.require_usable(kernel, has_modules=True)
     with pytest.raises(ConfigError, match=r"is a module of .* and no modules were given"):
-        vmlinux.check(kernel, has_modules=False)
+        vmlinux.require_usable(kernel, has_modules=False)
     kernel = vmlinux.inspect(make(config="CONFIG_PPC_4K_PAGES=y\n", driver=True))
     assert kernel.page_size == 4096
     for has_modules in (True, False):
         with pytest.raises(ConfigError, match="has no papr_scm") as caught:
-            vmlinux.check(kernel, has_modules=has_modules)
+            vmlinux.require_usable(kernel, has_modules=has_modules)
         assert "paprscm kernel build" in str(caught.value.hint)
 
 
@@ -129,9 +129,9 @@ def test_xmon_is_switched_off(make: Make) -> None:
 def test_a_forced_command_line(make: Make) -> None:
     config = 'CONFIG_PAPR_SCM=y\nCONFIG_CMDLINE="console=hvc0 quiet"\nCONFIG_CMDLINE_FORCE=y\n'
     with pytest.raises(ConfigError, match='CONFIG_CMDLINE_FORCE and boots with "console=hvc0 qu'):
-        vmlinux.check(vmlinux.inspect(make(config=config)), has_modules=False)
+        vmlinux.require_usable(vmlinux.inspect(make(config=config)), has_modules=False)
     config = config.replace("FORCE", "EXTEND")
-    vmlinux.check(vmlinux.inspect(make(config=config)), has_modules=False)
+    vmlinux.require_usable(vmlinux.inspect(make(config=config)), has_modules=False)
 
 
 def refuse(path: Path, message: str) -> None:
@@ -193,7 +193,7 @@ def test_wrapper_of_32_bit(tmp_path: Path) -> None:
 
 
 def test_no_kernel_at_all(make: Make) -> None:
-    refuse(make(banner="Hello"), "is a ppc64le ELF file, but no kernel")
+    refuse(make(banner="Hello"), "is a ppc64le ELF file, but not a kernel")
     refuse(make(link=False), "is an object file or a module")
 
 

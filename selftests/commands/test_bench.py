@@ -67,7 +67,7 @@ def test_the_table_of_starts_has_a_row_for_each_mark() -> None:
         for kind, scale in (("warm", 0.1), ("cold", 1.0))
         for place, mark in enumerate(bench_starts.MARKS[kind], start=1)
     }
-    shown = printed(bench_starts.table(Series({}, 1.0, "s", values))).splitlines()
+    shown = printed(bench_starts.start_table(Series({}, 1.0, "s", values))).splitlines()
     assert shown[0].startswith("3 starts of each kind with two pmem=off DIMMs")
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown if "│" in line]
     # Median, minimum, maximum and the quartiles of n, 2n, 4n.
@@ -78,7 +78,7 @@ def test_the_table_of_starts_has_a_row_for_each_mark() -> None:
 
 def test_the_title_names_the_only_kind_of_a_series() -> None:
     series = Series({}, 1.0, "s", {"warm ssh": [0.5]})
-    assert printed(bench_starts.table(series)).startswith("1 warm start with")
+    assert printed(bench_starts.start_table(series)).startswith("1 warm start with")
 
 
 def test_the_middle_half_lies_within_the_values() -> None:
@@ -96,10 +96,11 @@ def test_a_status_that_differs_is_reported_with_its_reason() -> None:
         job("cold", a="PASS", b="PASS", c="WARN"),
         job("warm", a="PASS", b="PASS"),
     ]
-    assert bench_suite.differences(jobs[:1]) == []
-    assert bench_suite.differences(jobs) == [
-        "b did not end alike: cold PASS PASS, warm FAIL PASS (FAIL in warm: expected 1, found 2)",
-        "c did not end alike: cold WARN WARN, warm WARN (not run)"
+    assert bench_suite.status_differences(jobs[:1]) == []
+    assert bench_suite.status_differences(jobs) == [
+        "b has different statuses: cold PASS PASS, warm FAIL PASS"
+        " (FAIL in warm: expected 1, found 2)",
+        "c has different statuses: cold WARN WARN, warm WARN (not run)"
         " (WARN in cold: expected 1, found 2)",
     ]
 
@@ -113,8 +114,8 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
         return dataclasses.replace(done, duration_s=next(durations_s), restored=int(mode != "cold"))
 
     monkeypatch.setattr(bench_suite, "_job", fake)
-    plan = bench_suite.plan(made_of(), bench_suite.MODES, tests=["tests/"], given={})
-    series, doubts = bench_suite.measure(dataclasses.replace(plan, side_by_side=3), 2)
+    plan = bench_suite.select_modes(made_of(), bench_suite.MODES, tests=["tests/"], chosen={})
+    series, doubts = bench_suite.measure_suite(dataclasses.replace(plan, concurrent=3), 2)
     assert doubts == []
     # Each round begins with another mode.
     assert series.values["cold job"] == [30.0, 40.0]
@@ -124,9 +125,9 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
     assert report["found"]["statuses"]["warm"] == [{"PASS": 2, "CANCEL": 1}] * 2
     assert report["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
     assert report["environment"]["side_by_side"] == "3"
-    rows = [line for line in printed(bench_suite.table(series)).splitlines() if "│" in line]
-    assert [word in rows[0] for word in ("cold, one at a time", "35.0", "30.0-40.0")] == [True] * 3
-    assert "warm, 3 side by side" in rows[2]
+    rows = [line for line in printed(bench_suite.suite_table(series)).splitlines() if "│" in line]
+    assert [word in rows[0] for word in ("cold, sequential", "35.0", "30.0-40.0")] == [True] * 3
+    assert "warm, 3 concurrent" in rows[2]
     assert "2 PASS, 1 CANCEL" in rows[2]
 
 
@@ -137,8 +138,8 @@ def test_a_leak_of_a_job_is_a_doubt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(bench_suite, "_job", fake)
     monkeypatch.setattr("paprscm.commands.leaks._SETTLE_S", 0.0)
-    plan = bench_suite.plan(made_of(), ("cold",), tests=["tests/"], given={})
-    _series, (doubt,) = bench_suite.measure(plan, 1)
+    plan = bench_suite.select_modes(made_of(), ("cold",), tests=["tests/"], chosen={})
+    _series, (doubt,) = bench_suite.measure_suite(plan, 1)
     assert "1 file in the scratch folder (paprscm-lost)" in doubt
 
 
@@ -152,20 +153,20 @@ def test_a_snapshot_that_a_job_loses_is_a_doubt(
     (tmp_path / "snapshot").mkdir()
     monkeypatch.setattr(SNAPSHOT, "folder", tmp_path / "snapshot")
     monkeypatch.setattr(bench_suite, "_job", fake)
-    plan = bench_suite.plan(made_of(), ("warm",), tests=["tests/"], given={})
-    _series, (doubt,) = bench_suite.measure(plan, 1)
-    assert doubt.endswith("the snapshot was lost, and guests booted from then on")
+    plan = bench_suite.select_modes(made_of(), ("warm",), tests=["tests/"], chosen={})
+    _series, (doubt,) = bench_suite.measure_suite(plan, 1)
+    assert doubt.endswith("the snapshot was lost, so later guests were booted")
 
 
 def test_a_job_is_a_run_with_the_same_settings() -> None:
-    plan = bench_suite.plan(
+    plan = bench_suite.select_modes(
         made_of(),
         bench_suite.MODES,
         tests=["tests/test_x.py"],
-        given={"smp": "1", "start": "auto"},
+        chosen={"smp": "1", "start": "auto"},
         words=["-t", "device"],
     )
-    plan = dataclasses.replace(plan, side_by_side=4)
+    plan = dataclasses.replace(plan, concurrent=4)
     for mode, start, at_once in (("cold", "cold", 1), ("warm", "auto", 1), ("parallel", "auto", 4)):
         argv = plan.argv(mode, results=Path("/r"), scratch=Path("/s"))
         assert argv[1:] == [
@@ -177,11 +178,13 @@ def test_a_job_is_a_run_with_the_same_settings() -> None:
 
 def test_without_a_snapshot_only_cold_jobs_are_run(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="avocado.paprscm"):
-        plan = bench_suite.plan(made_of(snapshot=False), bench_suite.MODES, tests=[], given={})
+        plan = bench_suite.select_modes(
+            made_of(snapshot=False), bench_suite.MODES, tests=[], chosen={}
+        )
     assert plan.modes == ("cold",)
     assert "there is no snapshot" in caplog.text
     with pytest.raises(CapabilityError, match="there is no snapshot"):
-        bench_suite.plan(made_of(snapshot=False), ("warm",), tests=[], given={})
+        bench_suite.select_modes(made_of(snapshot=False), ("warm",), tests=[], chosen={})
 
 
 def test_modes_by_name() -> None:
@@ -203,7 +206,7 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "job-2026").mkdir()
     (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
-    job = bench_suite.read(tmp_path, "warm", 5.0)
+    job = bench_suite.read_job(tmp_path, "warm", 5.0)
     assert job.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
     assert job.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
     assert (job.restored, job.booted) == (1, 1)
@@ -211,9 +214,9 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
 
 
 def test_a_job_without_tests_shows_avocado_s_output(tmp_path: Path) -> None:
-    (tmp_path / "avocado.log").write_text("there can be no guests; no test was started\n")
+    (tmp_path / "avocado.log").write_text("guests cannot be prepared; no test was started\n")
     with pytest.raises(HostError, match="no test was started"):
-        bench_suite.read(tmp_path, "cold", 1.0)
+        bench_suite.read_job(tmp_path, "cold", 1.0)
 
 
 @pytest.mark.parametrize(
@@ -291,7 +294,7 @@ def test_a_changed_file_of_the_snapshot_is_detected_with_the_same_time(tmp_path:
     memory.write_bytes(b"guesT")
     os.utime(memory, ns=(when, when))
     (entry.path / "state").unlink()
-    assert check_digests(entry.path) == (0, ["memory was changed", "state is gone"])
+    assert check_digests(entry.path) == (0, ["memory was changed", "state is missing"])
 
 
 # --- with guests
@@ -347,7 +350,7 @@ def test_a_failed_warm_start_is_an_error(warm: Environment, tmp_path: Path) -> N
     )
     began = time.monotonic()
     with pytest.raises(HostError, match="warm-up: QEMU does not load the snapshot") as caught:
-        bench_starts.starts(environment, 1, failed=tmp_path / "failed")
+        bench_starts.measure_starts(environment, 1, failed=tmp_path / "failed")
     assert (tmp_path / "failed" / "qemu.log").exists(), caught.value
     assert time.monotonic() - began < 30
 

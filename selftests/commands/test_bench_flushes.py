@@ -20,7 +20,7 @@ from paprscm.commands import bench, bench_flushes, cli, flush_plot
 from paprscm.commands.bench_flushes import PERCENTILES, cells_of, parse_numbers, percentile
 from paprscm.commands.series import Series
 from paprscm.errors import CAPABILITY_STATUS, ContractError
-from paprscm.flush.load import Call, FlushLoad
+from paprscm.flush.load import DurableCall, FlushLoadReport
 from paprscm.guest.guest import Guest
 from paprscm.paths import ROOT
 
@@ -69,7 +69,7 @@ def test_a_cell_has_the_medians_of_the_rounds_and_its_bound() -> None:
 def test_the_table_fits_a_terminal_and_shows_every_cell() -> None:
     with Path(os.devnull).open("w") as nowhere:
         console = Console(width=80, record=True, file=nowhere)
-        console.print(bench_flushes.table(made_up()))
+        console.print(bench_flushes.flush_table(made_up()))
     lines = console.export_text().splitlines()
     assert "3 rounds" in lines[0]
     assert "QEMU 10.0.2 (Debian" in lines[1]
@@ -96,8 +96,8 @@ def test_the_table_fits_a_terminal_and_shows_every_cell() -> None:
 def test_the_plot_has_its_labels(threads: tuple[int, ...], tmp_path: Path) -> None:
     series = made_up(threads=threads)
     svg, png = tmp_path / "new" / "plot.svg", tmp_path / "plot.png"
-    flush_plot.draw(series, svg)
-    flush_plot.draw(series, png)
+    flush_plot.draw_plot(series, svg)
+    flush_plot.draw_plot(series, png)
     assert png.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     text = svg.read_text()
     assert ElementTree.fromstring(text).tag == f"{SVG}svg"  # noqa: S314 - our own
@@ -110,7 +110,7 @@ def test_the_plot_has_its_labels(threads: tuple[int, ...], tmp_path: Path) -> No
     assert [words for words in labels if words not in text] == []
     assert "<text" not in text
     first = svg.read_bytes()
-    flush_plot.draw(series, svg)
+    flush_plot.draw_plot(series, svg)
     assert svg.read_bytes() == first, "the same series gives a different file"
 
 
@@ -124,7 +124,7 @@ def test_the_lines_of_the_plot_are_the_figures(
     monkeypatch.setattr(
         flush_plot, "_finish", lambda axes, *_rest: axes.set_xlim(1, 64) and axes.set_ylim(1, 2)
     )
-    flush_plot.draw(made_up(), tmp_path / "plot.svg")
+    flush_plot.draw_plot(made_up(), tmp_path / "plot.svg")
     cells = cells_of(made_up())
     rows = [cells[place : place + 2] for place in range(0, 8, 2)]
     assert lines == [
@@ -144,7 +144,7 @@ def test_the_plot_ignores_the_user_s_matplotlib_settings(
         code = (
             "import sys; from pathlib import Path; sys.path[:0] = ['selftests/commands']; "
             "from test_bench_flushes import made_up; from paprscm.commands import flush_plot; "
-            "flush_plot.draw(made_up(), Path(sys.argv[1]))"
+            "flush_plot.draw_plot(made_up(), Path(sys.argv[1]))"
         )
         words = [sys.executable, "-c", code, str(tmp_path / name)]
         subprocess.run(words, cwd=ROOT, env={**os.environ, **environ}, check=True)
@@ -201,7 +201,7 @@ def test_missing_matplotlib_is_reported_before_the_measurement(
     monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
     assert cli.main(["bench", "flush"]) == CAPABILITY_STATUS
     error = capsys.readouterr().err
-    assert "there is no matplotlib" in error
+    assert "matplotlib, which draws the plot, is not installed" in error
     assert "tools/setup installs it" in error
 
 
@@ -234,14 +234,16 @@ class FakeGuest:
         counted = itertools.count(10, hcalls)
         monkeypatch.setattr(bench_flushes, "count_hcalls", lambda _guest: next(counted))
         region = SimpleNamespace(device="/sys/devices/region")
-        monkeypatch.setattr(bench_flushes, "region", lambda _guest, _slot: region)
+        monkeypatch.setattr(bench_flushes, "find_region", lambda _guest, _slot: region)
         counts = SimpleNamespace(counts=lambda: SimpleNamespace(ended=self.ended))
         self.vm = SimpleNamespace(syncs=lambda _slot: counts)
 
-        def load(*_words: object, **_options: object) -> FlushLoad:
+        def load(*_words: object, **_options: object) -> FlushLoadReport:
             self.ended += synced
-            calls = tuple(Call(thread, "deep_flush", 0, 16_000_000, 0) for thread in range(2))
-            return FlushLoad(
+            calls = tuple(
+                DurableCall(thread, "deep_flush", 0, 16_000_000, 0) for thread in range(2)
+            )
+            return FlushLoadReport(
                 tool="flush",
                 version=1,
                 verb="load",
@@ -252,7 +254,7 @@ class FakeGuest:
                 calls=calls,
             )
 
-        monkeypatch.setattr(bench_flushes, "load", load)
+        monkeypatch.setattr(bench_flushes, "run_flush_load", load)
 
 
 def test_polls_are_the_calls_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,7 +271,7 @@ def test_counts_that_differ_are_an_error(
 ) -> None:
     guest = FakeGuest(monkeypatch, synced=synced, hcalls=hcalls)
     bench = bench_flushes._Bench(cast(Guest, guest), 1)
-    message = rf"2 threads 1 DIMMs: .*\[2\] flushes .* synced \[{synced}\] times; .* {hcalls} hyp"
+    message = rf"2 threads 1 DIMMs: .*\[2\] flushes and \[{synced}\] syncs; .* {hcalls} hyp"
     with pytest.raises(ContractError, match=message):
         bench.flushes(2, 1)
 

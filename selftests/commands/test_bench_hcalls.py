@@ -29,7 +29,7 @@ def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
 
 
 def test_each_call_and_each_way_to_flush_has_a_rate(qemu: Qemu, chosen: Settings) -> None:
-    series = bench_hcalls.rates(qemu, chosen, 2)
+    series = bench_hcalls.measure_hcalls(qemu, chosen, 2)
     names = {call.name for call in bench_hcalls._ARGUMENTS}
     flushes = {"H_SCM_FLUSH to its end, fdatasync", "fdatasync of the same file by the host"}
     if qemu.has_pmem_override:
@@ -39,7 +39,7 @@ def test_each_call_and_each_way_to_flush_has_a_rate(qemu: Qemu, chosen: Settings
     assert all(rate > 1 for values in series.values.values() for rate in values)
     assert json.loads(series.as_json())["unit"] == "1/s"
     console = Console(width=100, record=True)
-    console.print(bench_hcalls.table(series))
+    console.print(bench_hcalls.hcall_table(series))
     assert "2 rounds, QEMU" in console.export_text()
 
 
@@ -48,11 +48,11 @@ def test_a_refused_call_is_an_error(
 ) -> None:
     monkeypatch.setitem(bench_hcalls._ARGUMENTS, Hcall.H_SCM_HEALTH, (0x90000009,))
     with pytest.raises(ContractError, match="H_SCM_HEALTH answered H_PARAMETER"):
-        bench_hcalls.rates(qemu, chosen, 1)
+        bench_hcalls.measure_hcalls(qemu, chosen, 1)
 
 
 def test_nothing_is_left_in_the_scratch_folder(qemu: Qemu, chosen: Settings) -> None:
-    bench_hcalls.rates(qemu, chosen, 1)
+    bench_hcalls.measure_hcalls(qemu, chosen, 1)
     assert list(chosen.scratch_dir.iterdir()) == []
 
 

@@ -73,7 +73,7 @@ def test_a_missing_qemu_names_the_package(
 def test_cache_ls_and_prune(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     cache.ensure("thing", {"a": "b"}, lambda f: (f / "x").write_text("x"))  # type: ignore[arg-type]
-    with cache.workspace(kbuild.TREE, {"source": "/linux"}, what="builds") as objects:
+    with cache.workspace(kbuild.TREE, {"source": "/linux"}, purpose="builds") as objects:
         (objects / "file").write_bytes(bytes(2_000_000))
     assert main(["cache", "ls", "--cache-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -69,7 +69,7 @@ def test_package_list_names_package_proof_and_reason() -> None:
     ],
 )
 def test_proofs(proof: str, expected: bool) -> None:
-    assert doctor.HostPackage("p", proof, "").is_there is expected
+    assert doctor.HostPackage("p", proof, "").is_installed is expected
 
 
 def test_every_line_of_the_list_has_a_reason() -> None:
@@ -82,8 +82,8 @@ def test_machine_without_tools(
     chosen: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    findings = doctor.doctor(chosen)
-    assert doctor.broken(findings)
+    findings = doctor.inspect_host(chosen)
+    assert doctor.is_broken(findings)
     line = doctor.install_line(findings)
     assert line is not None
     assert line.startswith("apt install ")
@@ -113,83 +113,85 @@ def test_packages_have_the_names_of_this_system(
 
 
 def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
-    findings = by_subject(doctor.doctor(chosen))
+    findings = by_subject(doctor.inspect_host(chosen))
     assert findings["host packages"].grade == "ok"
     assert findings["python"].grade == "ok"
     assert "spapr-nvdimm" in findings["QEMU"].text
     assert findings["userland"].text == "Debian trixie can be fetched, 125 MB"
-    assert not doctor.broken(list(findings.values()))
+    assert not doctor.is_broken(list(findings.values()))
     # It creates nothing except the record of QEMU's facts.
     assert {path.name for path in chosen.cache_dir.iterdir()} <= {"qemu-facts", "locks"}
 
 
 def test_mirror_is_asked_for_the_packages(chosen: Settings, complete: dict[str, list[str]]) -> None:
     complete["trixie"].append("libc6_2.41_ppc64el.deb")
-    findings = [f for f in doctor.doctor(chosen) if f.subject in ("userland", "mirror")]
+    findings = [f for f in doctor.inspect_host(chosen) if f.subject in ("userland", "mirror")]
     assert [f.grade for f in findings] == ["note", "ok"]
     assert findings[0].text == "Debian trixie: the mirror lacks libc6_2.41_ppc64el.deb"
     assert findings[1].text.startswith("Debian bookworm")
     only = dataclasses.replace(chosen, userland_suite="trixie,potato")
-    findings = [f for f in doctor.doctor(only) if f.subject in ("userland", "mirror")]
+    findings = [f for f in doctor.inspect_host(only) if f.subject in ("userland", "mirror")]
     assert [f.grade for f in findings] == ["note", "note", "missing"]
     assert "no suite of trixie, potato is complete" in findings[2].text
 
 
 def test_mirror_that_does_not_answer(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(chosen))
+    findings = by_subject(doctor.inspect_host(chosen))
     assert findings["mirror"].grade == "missing"
     assert "cannot be reached" in findings["mirror"].text
 
 
 def test_a_qemu_of_debian_is_not_fetched(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu="debian:trixie")))
+    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu="debian:trixie")))
     assert findings["QEMU"].grade == "note"
     assert "will be fetched" in findings["QEMU"].text
 
 
 def test_a_wrong_qemu_is_reported(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu="/bin/false")))
+    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu="/bin/false")))
     assert findings["QEMU"].grade == "missing"
     assert "is not a QEMU" in findings["QEMU"].text
 
 
 def test_missing_features_of_a_qemu_are_noted(chosen: Settings, tmp_path: Path) -> None:
     script = altered_qemu(tmp_path, '"virtio-rng-pci"', '"gone"')
-    noted = by_subject(doctor.doctor(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
+    noted = by_subject(doctor.inspect_host(dataclasses.replace(chosen, qemu=str(script))))["QEMU"]
     assert noted.grade == "note"
     assert "no virtio-rng-pci, so tests with guests are cancelled" in noted.text
     assert "the flush shim must be preloaded into QEMU itself, so tests that need" in noted.text
 
 
 def test_unavailable_kvm_is_reported(chosen: Settings) -> None:
-    findings = by_subject(doctor.doctor(dataclasses.replace(chosen, accel="kvm")))
+    findings = by_subject(doctor.inspect_host(dataclasses.replace(chosen, accel="kvm")))
     assert findings["accelerator"].grade == "missing"
 
 
 def test_number_of_concurrent_tests(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "resources", lambda: Resources(4, 8192))
-    findings = by_subject(doctor.doctor(chosen))
+    monkeypatch.setattr(doctor, "read_resources", lambda: Resources(4, 8192))
+    findings = by_subject(doctor.inspect_host(chosen))
     assert findings["machine"] == Finding("ok", "machine", "4 CPUs, 8.0 GiB of memory available")
-    assert findings["side by side"].grade == "ok"
-    assert findings["side by side"].text.startswith("4: 1 for each of 4 CPUs")
+    assert findings["concurrency"].grade == "ok"
+    assert findings["concurrency"].text.startswith("4: 1 for each of 4 CPUs")
 
 
 def test_too_little_memory_for_a_guest_is_noted(
     chosen: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "resources", lambda: Resources(1, 1500, memory_from="memory.max"))
-    findings = by_subject(doctor.doctor(chosen))
-    assert findings["side by side"].grade == findings["machine"].grade == "note"
-    assert findings["side by side"].text.startswith("1, which may not fit: 1.5 GiB")
+    monkeypatch.setattr(
+        doctor, "read_resources", lambda: Resources(1, 1500, memory_from="memory.max")
+    )
+    findings = by_subject(doctor.inspect_host(chosen))
+    assert findings["concurrency"].grade == findings["machine"].grade == "note"
+    assert findings["concurrency"].text.startswith("1, which may not fit: 1.5 GiB")
     assert "(by the cgroup's memory.max)" in findings["machine"].text
-    assert not doctor.broken([findings["side by side"]])
+    assert not doctor.is_broken([findings["concurrency"]])
 
 
 def test_unusable_folders_are_reported(chosen: Settings, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     wrong = dataclasses.replace(chosen, cache_dir=file / "cache", scratch_dir=file)
-    findings = by_subject(doctor.doctor(wrong))
+    findings = by_subject(doctor.inspect_host(wrong))
     assert findings["cache"].grade == "missing"
     assert "set cache_dir" in findings["cache"].text
     assert findings["scratch"].grade == "missing"
@@ -215,7 +217,7 @@ def test_file_system_of_a_path(tmp_path: Path) -> None:
 
 def test_scratch_in_memory_is_noted(chosen: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "filesystem_type", lambda _: "tmpfs")
-    findings = by_subject(doctor.doctor(chosen))
+    findings = by_subject(doctor.inspect_host(chosen))
     assert findings["scratch"].grade == "note"
     assert "fdatasync" in findings["scratch"].text
     assert findings["cache"].grade == "ok", "the cache need not survive a power cut"
@@ -230,7 +232,7 @@ def test_shown_within_80_columns() -> None:
         Finding("missing", "package", "flex: kernel build", ("flex", "bison")),
     ]
     out = io.StringIO()
-    doctor.show(findings, Console(file=out, width=80))
+    doctor.print_findings(findings, Console(file=out, width=80))
     *lines, last = out.getvalue().splitlines()
     assert max(len(line) for line in lines) <= 80
     assert "bison: [really]" in out.getvalue()

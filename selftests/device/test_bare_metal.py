@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.device.bare_metal import FREE, Bare, program
+from paprscm.device.bare_metal import FREE, BareMachine, compile_program
 from paprscm.device.mailbox import MAX_CALLS, TIMEBASE_HZ, Answer, Call
 from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError, KilledError
 from paprscm.host.cache import Cache
@@ -26,12 +26,12 @@ UNKNOWN = Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING
 H_PAGE_INIT, H_ZERO_PAGE = 0x2C, 1 << (63 - 48)
 ENDLESS = Call(UNKNOWN, (1, 2), times=1 << 62)
 
-Start = Callable[..., Bare]
+Start = Callable[..., BareMachine]
 
 
 @pytest.fixture(scope="module")
 def hcalls(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return program(Cache(tmp_path_factory.mktemp("cache")))
+    return compile_program(Cache(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -42,10 +42,10 @@ def start(qemu: Qemu, hcalls: Path, tmp_path: Path) -> Iterator[Start]:
     folders = (tmp_path / f"qemu{number}" for number in itertools.count())
     with ExitStack() as stack:
 
-        def start_one(*nvdimms: Nvdimm, smp: int = 1, cpu: str = "POWER9") -> Bare:
+        def start_one(*nvdimms: Nvdimm, smp: int = 1, cpu: str = "POWER9") -> BareMachine:
             machine = Machine(memory_mib=256, smp=smp, cpu=cpu, nvdimms=nvdimms)
             return stack.enter_context(
-                Bare(qemu, hcalls, machine, folder=next(folders), scratch_dir=scratch)
+                BareMachine(qemu, hcalls, machine, folder=next(folders), scratch_dir=scratch)
             )
 
         yield start_one
@@ -53,12 +53,14 @@ def start(qemu: Qemu, hcalls: Path, tmp_path: Path) -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module")
-def bare(qemu: Qemu, hcalls: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bare]:
+def bare(
+    qemu: Qemu, hcalls: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[BareMachine]:
     """A machine for tests that do not change it."""
     folder = tmp_path_factory.mktemp("bare")
     nvdimms = (Nvdimm(slot=0), Nvdimm(slot=1, unarmed=True))
     machine = Machine(memory_mib=256, smp=4, nvdimms=nvdimms)
-    with Bare(qemu, hcalls, machine, folder=folder, scratch_dir=folder) as one:
+    with BareMachine(qemu, hcalls, machine, folder=folder, scratch_dir=folder) as one:
         one.start_cpus(4)
         yield one
 
@@ -70,22 +72,22 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-def health(bare: Bare, slot: int) -> tuple[int, int, int]:
+def health(bare: BareMachine, slot: int) -> tuple[int, int, int]:
     answer = bare.call(Hcall.H_SCM_HEALTH, drc_index(slot))
     return answer.code, answer.outputs[0], answer.outputs[1]
 
 
-def test_registers_go_in_and_come_out(bare: Bare) -> None:
+def test_registers_go_in_and_come_out(bare: BareMachine) -> None:
     patterns = tuple(0x0123456789ABCDEF * factor & (1 << 64) - 1 for factor in range(1, 10))
     answer = bare.call(UNKNOWN, *patterns)
     assert (answer.code, answer.outputs) == (ReturnCode.H_FUNCTION, patterns)
-    assert (answer.made, answer.busy) == (1, 0)
-    assert 0 < answer.began < answer.ended
+    assert (answer.count, answer.busy) == (1, 0)
+    assert 0 < answer.begin_ticks < answer.end_ticks
     # A missing argument is 0; a negative one is taken modulo 2^64.
     assert bare.call(UNKNOWN, -2).outputs == ((1 << 64) - 2, 0, 0, 0, 0, 0, 0, 0, 0)
 
 
-def test_the_device_answers(bare: Bare) -> None:
+def test_the_device_answers(bare: BareMachine) -> None:
     unarmed = Health.UNARMED
     assert health(bare, 0) == (ReturnCode.H_SUCCESS, 0, unarmed)
     assert health(bare, 1) == (ReturnCode.H_SUCCESS, unarmed, unarmed)
@@ -99,25 +101,27 @@ def test_the_device_answers(bare: Bare) -> None:
     assert (bound.code, *bound.outputs[1:3]) == (ReturnCode.H_SUCCESS, address, 2)
 
 
-def test_long_batches_are_answered_in_order(bare: Bare) -> None:
+def test_long_batches_are_answered_in_order(bare: BareMachine) -> None:
     count = 2 * MAX_CALLS + 7
     answers = bare.batch([Call(UNKNOWN, (number,)) for number in range(count)])
     assert [answer.outputs[0] for answer in answers] == list(range(count))
-    assert all(a.began <= a.ended <= b.began for a, b in itertools.pairwise(answers))
+    assert all(
+        a.begin_ticks <= a.end_ticks <= b.begin_ticks for a, b in itertools.pairwise(answers)
+    )
     assert bare.batch([]) == []
 
 
-def test_a_call_is_repeated(bare: Bare) -> None:
+def test_a_call_is_repeated(bare: BareMachine) -> None:
     once, often = bare.batch([Call(UNKNOWN), Call(UNKNOWN, (5,), times=2000)])
-    assert (once.made, often.made, often.busy, often.outputs[0]) == (1, 2000, 0, 5)
+    assert (once.count, often.count, often.busy, often.outputs[0]) == (1, 2000, 0, 5)
     assert often.duration_s > once.duration_s
     # Each repetition begins a new flush.
     flush = Call(Hcall.H_SCM_FLUSH, (drc_index(0), 0), times=3)
     (answer,) = bare.batch([flush])
-    assert (answer.code, answer.made, answer.busy) == (9901, 3, 3)
+    assert (answer.code, answer.count, answer.busy) == (9901, 3, 3)
 
 
-def test_a_poll_continues_with_the_token_until_the_end(bare: Bare) -> None:
+def test_a_poll_continues_with_the_token_until_the_end(bare: BareMachine) -> None:
     flush = (drc_index(0), 0)
     pause_us = 3000.0
     first, whole, other = bare.batch(
@@ -127,27 +131,27 @@ def test_a_poll_continues_with_the_token_until_the_end(bare: Bare) -> None:
             Call(UNKNOWN, times=1000, poll=True),
         ]
     )
-    assert (first.code, first.made, first.busy) == (9901, 1, 1)
-    assert (whole.code, whole.busy) == (ReturnCode.H_SUCCESS, whole.made - 1)
-    assert 2 <= whole.made < 1000
-    assert whole.ended - whole.began >= whole.busy * pause_us * TIMEBASE_HZ / 1e6
-    assert (other.code, other.made) == (ReturnCode.H_FUNCTION, 1)
+    assert (first.code, first.count, first.busy) == (9901, 1, 1)
+    assert (whole.code, whole.busy) == (ReturnCode.H_SUCCESS, whole.count - 1)
+    assert 2 <= whole.count < 1000
+    assert whole.end_ticks - whole.begin_ticks >= whole.busy * pause_us * TIMEBASE_HZ / 1e6
+    assert (other.code, other.count) == (ReturnCode.H_FUNCTION, 1)
 
 
-def test_vcpus_work_concurrently(bare: Bare) -> None:
+def test_vcpus_work_concurrently(bare: BareMachine) -> None:
     work = {cpu: [Call(UNKNOWN, (cpu,), times=300_000)] for cpu in range(4)}
     answers = {cpu: found[0] for cpu, found in bare.together(work).items()}
     assert {cpu: answer.outputs[0] for cpu, answer in answers.items()} == {n: n for n in range(4)}
-    assert max(a.began for a in answers.values()) < min(a.ended for a in answers.values())
+    assert max(a.begin_ticks for a in answers.values()) < min(a.end_ticks for a in answers.values())
 
 
-def test_a_long_batch_does_not_wait_for_another_vcpu(bare: Bare) -> None:
+def test_a_long_batch_does_not_wait_for_another_vcpu(bare: BareMachine) -> None:
     slow = [Call(UNKNOWN, times=1_000_000)]
     answers = bare.together({0: slow, 1: [Call(UNKNOWN)] * (MAX_CALLS + 1)})
-    assert answers[1][-1].ended < answers[0][0].ended
+    assert answers[1][-1].end_ticks < answers[0][0].end_ticks
 
 
-def test_the_gate_holds_until_it_is_opened(bare: Bare) -> None:
+def test_the_gate_holds_until_it_is_opened(bare: BareMachine) -> None:
     box = bare._boxes[2]
     box.begin([Call(UNKNOWN, (1,))], gate=1 << 40)
     wait_until(lambda: box.is_at_gate)
@@ -157,13 +161,13 @@ def test_the_gate_holds_until_it_is_opened(bare: Bare) -> None:
     assert [answer.outputs[0] for answer in bare.finish(2)] == [1]
 
 
-def test_an_idle_machine_wakes_up(bare: Bare) -> None:
+def test_an_idle_machine_wakes_up(bare: BareMachine) -> None:
     for pause_s in (0.0002, 0.002, 0.02, 0.2):
         time.sleep(pause_s)
         assert all(bare.batch([Call(UNKNOWN, (7,))], cpu=cpu)[0].outputs[0] == 7 for cpu in (0, 3))
 
 
-def test_wrong_arguments(bare: Bare) -> None:
+def test_wrong_arguments(bare: BareMachine) -> None:
     for wrong in (
         lambda: Call(1 << 64),
         lambda: Call(UNKNOWN, tuple(range(10))),
@@ -264,7 +268,7 @@ def test_a_qemu_ended_from_outside_is_not_a_failure(
     """In a call it is a KilledError, also for a caller that handles GuestLostError."""
     said = said.format(pid=os.getpid())
     machine = Machine(memory_mib=256, smp=1)
-    began = Bare(qemu, hcalls, machine, folder=tmp_path / "qemu", scratch_dir=tmp_path)
+    began = BareMachine(qemu, hcalls, machine, folder=tmp_path / "qemu", scratch_dir=tmp_path)
     with pytest.raises(KilledError, match=said), began as bare:
         os.kill(bare.process.pid, number)
         with pytest.raises(KilledError, match=said):
@@ -286,7 +290,8 @@ def test_an_exception_in_the_machine_is_our_fault(start: Start) -> None:
     # QEMU itself clears the program's page, so that it notices the changed code.
     page = bare._boxes[0].entry & ~0xFFF
     message = (
-        rf"vCPU 0 got exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, .* hypervisor call 0x2c"
+        rf"vCPU 0 took exception 0x700 \(SRR0 0x{page >> 12:x}[0-9a-f]{{3}}, "
+        r".* hypervisor call 0x2c"
     )
     with pytest.raises(HostError, match=message):
         bare.call(H_PAGE_INIT, H_ZERO_PAGE, page)
@@ -307,7 +312,7 @@ def test_nothing_is_left(start: Start, qemu: Qemu, hcalls: Path, tmp_path: Path)
 
     before = resources()
     machine = Machine(memory_mib=256, smp=1)
-    with Bare(qemu, hcalls, machine, folder=tmp_path / "q", scratch_dir=tmp_path) as bare:
+    with BareMachine(qemu, hcalls, machine, folder=tmp_path / "q", scratch_dir=tmp_path) as bare:
         pid = bare.process.pid
         assert resources() != before
     assert resources() == before
@@ -320,7 +325,7 @@ def test_a_machine_on_which_the_program_cannot_run(qemu: Qemu, tmp_path: Path) -
         (Machine(memory_mib=256, smp=33), "33 vCPUs are too many"),
     ):
         with pytest.raises(ConfigError, match=message):
-            Bare(qemu, tmp_path / "none", machine, folder=tmp_path, scratch_dir=tmp_path)
+            BareMachine(qemu, tmp_path / "none", machine, folder=tmp_path, scratch_dir=tmp_path)
 
 
 def test_a_program_that_does_not_start(
@@ -336,25 +341,27 @@ def test_a_program_that_does_not_start(
     machine = Machine(memory_mib=256, smp=1)
     with (
         pytest.raises(HostError, match="broken does not start on vCPU 0: nothing happens"),
-        Bare(qemu, broken, machine, folder=tmp_path / "q", scratch_dir=tmp_path),
+        BareMachine(qemu, broken, machine, folder=tmp_path / "q", scratch_dir=tmp_path),
     ):
         pass
 
 
 def test_the_program_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path)
-    built = program(cache)
+    built = compile_program(cache)
     when = built.stat().st_mtime_ns
-    assert program(cache) == built
+    assert compile_program(cache) == built
     assert built.stat().st_mtime_ns == when
     monkeypatch.setenv("PATH", "")
     with pytest.raises(HostError, match="gcc-powerpc64le-linux-gnu"):
-        program(cache)
+        compile_program(cache)
 
 
 def test_calls_and_answers_as_text() -> None:
     unbind = Call(Hcall.H_SCM_UNBIND_MEM, (drc_index(0), -1 << 28, 2, 0))
     assert str(unbind) == "H_SCM_UNBIND_MEM(0x90000000, 0xfffffffff0000000, 0x2, 0x0)"
-    answer = Answer(-4, (0, 0x10, *[0] * 7), made=3, busy=0, began=0, ended=TIMEBASE_HZ // 2)
+    answer = Answer(
+        -4, (0, 0x10, *[0] * 7), count=3, busy=0, begin_ticks=0, end_ticks=TIMEBASE_HZ // 2
+    )
     assert str(answer) == "H_PARAMETER, 0x0, 0x10 (call 3)"
     assert answer.duration_s == 0.5

@@ -146,15 +146,15 @@ def test_the_tests_of_a_job_are_added_up(tmp_path: Path) -> None:
     for name, counts in (("1", {first: 3, second: 0}), ("2", {first: 4})):
         folder = tmp_path / "test-results" / name
         folder.mkdir(parents=True)
-        covered = hcall_judge.coverage(Counter(counts))
+        covered = hcall_judge.counts_by_name(Counter(counts))
         (folder / "whiteboard").write_text(json.dumps({"branches": covered}))
     (tmp_path / "test-results" / "3").mkdir()
     (tmp_path / "test-results" / "3" / "whiteboard").write_text("")
-    total = hcall_judge.of_job(tmp_path)
+    total = hcall_judge.read_branches(tmp_path)
     assert (total[first], total[second]) == (7, 0)
-    assert hcall_judge.table(total).title == f"1 of {len(BRANCHES)} branches taken"
+    assert hcall_judge.branch_table(total).title == f"1 of {len(BRANCHES)} branches taken"
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no results"):
-        hcall_judge.of_job(tmp_path)
+        hcall_judge.read_branches(tmp_path)

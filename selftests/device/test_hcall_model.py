@@ -8,7 +8,7 @@ import itertools
 import pytest
 
 from paprscm.device.hcall_judge import known_bug
-from paprscm.device.hcall_model import BRANCHES, Dimm, ScmModel, describe
+from paprscm.device.hcall_model import BRANCHES, ModelDimm, ScmModel, describe_answer
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -23,10 +23,14 @@ def model() -> ScmModel:
     label[0:8] = bytes.fromhex("8081828384858687")
     return ScmModel(
         [
-            Dimm(slot=0, address=GIB, size_bytes=512 * MIB, label=label),
-            Dimm(slot=1, address=2 * GIB, size_bytes=256 * MIB, label=bytearray(1), flushes=False),
-            Dimm(slot=2, address=3 * GIB, size_bytes=256 * MIB, label=bytearray(1), spapr=False),
-            Dimm(
+            ModelDimm(slot=0, address=GIB, size_bytes=512 * MIB, label=label),
+            ModelDimm(
+                slot=1, address=2 * GIB, size_bytes=256 * MIB, label=bytearray(1), flushes=False
+            ),
+            ModelDimm(
+                slot=2, address=3 * GIB, size_bytes=256 * MIB, label=bytearray(1), spapr=False
+            ),
+            ModelDimm(
                 slot=3,
                 address=4 * GIB,
                 size_bytes=256 * MIB,
@@ -213,7 +217,7 @@ def test_the_known_bug_sets_the_upper_half() -> None:
 
 def test_a_difference_is_reported_with_names() -> None:
     expected = model().allowed(BIND, (DRC, 0, 1, BIND_ANY_ADDRESS, 0))
-    assert describe(-55, (DRC, 0, 1), expected) == (
+    assert describe_answer(-55, (DRC, 0, 1), expected) == (
         "answered H_P2 r4=0x90000000 r5=0x0 r6=0x1, "
         "expected H_SUCCESS r4=0x90000000 r5=0x40000000 r6=0x1 (bound)"
     )

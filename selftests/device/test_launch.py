@@ -39,7 +39,9 @@ def test_a_refused_machine_has_a_reason_without_qemu_s_name(qemu: Qemu) -> None:
     outcome = attempt(qemu, ["-m", "256M", "-device", "spapr-nvdimm"])
     assert (outcome.accepted, outcome.refused, outcome.tree) == (False, True, None)
     assert outcome.text == "-device spapr-nvdimm: 'memdev' property must be set"
-    with pytest.raises(ContractError, match=r"was not made: exit status 1.*\n.*'memdev'"):
+    with pytest.raises(
+        ContractError, match=r"did not create the machine: exit status 1.*\n.*'memdev'"
+    ):
         outcome.returned(0)
 
 
@@ -72,5 +74,5 @@ def test_a_qemu_without_a_tree_has_not_accepted(qemu: Qemu, tmp_path: Path) -> N
 
 def test_a_qemu_that_does_not_end_is_ended(qemu: Qemu, tmp_path: Path) -> None:
     silent = script(qemu, tmp_path, "echo stuck >&2; exec sleep 60")
-    with pytest.raises(HostError, match=r"did not end within 0.3 s; it said:\n +stuck"):
+    with pytest.raises(HostError, match=r"did not end within 0.3 s; it printed:\n +stuck"):
         attempt(silent, [], timeout_s=0.3)

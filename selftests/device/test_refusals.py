@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.device.refusal_rows import GROUPS, find
+from paprscm.device.refusal_rows import GROUPS, find_row
 from paprscm.device.refusals import (
     FILES,
     LIMITS,
     RefusalReason,
     filled,
-    in_words,
     make_files,
     names_one,
+    reason_patterns,
 )
 
 ROWS = [row for rows in GROUPS.values() for row in rows]
@@ -25,7 +25,7 @@ ROWS = [row for rows in GROUPS.values() for row in rows]
 def test_names_are_unique() -> None:
     names = [row.name for row in ROWS]
     assert len(names) == len(set(names)) > 50
-    assert all(find(row.name) is row for row in ROWS)
+    assert all(find_row(row.name) is row for row in ROWS)
 
 
 def test_each_row_has_a_reason_and_each_reason_a_pattern() -> None:
@@ -52,13 +52,13 @@ def test_all_placeholders_are_filled(tmp_path: Path) -> None:
     ],
 )
 def test_a_message_matches_its_own_reason_only(text: str, reason: str) -> None:
-    reasons = find(reason).reasons
+    reasons = find_row(reason).reasons
     assert names_one(text, reasons)
     assert {other for other in RefusalReason if other.is_in(text)} == set(reasons)
     assert not names_one("no", reasons)
 
 
 def test_reasons_in_a_report() -> None:
-    assert in_words([RefusalReason.NO_UUID, RefusalReason.SLOT_BUSY]) == (
+    assert reason_patterns([RefusalReason.NO_UUID, RefusalReason.SLOT_BUSY]) == (
         r"/NVDIMM device requires the uuid to be set/ or /slot \d+ is busy/"
     )

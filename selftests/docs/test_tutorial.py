@@ -81,10 +81,10 @@ def test_the_tutorial_without_a_kernel_build(copy: Path, environment: Environmen
 @pytest.mark.slow
 def test_the_tutorial_with_a_kernel_build(copy: Path, environment: Environment) -> None:
     cache_dir = environment.settings.cache_dir
-    archive = kernel_source.find(Cache(cache_dir), environment.settings)
+    archive = kernel_source.find_source(Cache(cache_dir), environment.settings)
     assert archive is not None
     tree = copy.parent / "home/linux"
-    kernel_source.unpack(archive, tree)
+    kernel_source.unpack_source(archive, tree)
     try:
         assert follow(TUTORIAL.read_text(), copy, cache_dir) == 7
     finally:

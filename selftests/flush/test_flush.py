@@ -13,9 +13,9 @@ import pytest
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.flush import trace
 from paprscm.flush.accounts import FlushAccounts
-from paprscm.flush.durability import Offset, expect_durable
-from paprscm.flush.load import Call, FlushLoad
-from paprscm.flush.trace import Flush, FlushHcall, FlushTrace, expect_protocol
+from paprscm.flush.durability import ClockOffset, expect_durable
+from paprscm.flush.load import DurableCall, FlushLoadReport
+from paprscm.flush.trace import FlushHcall, FlushTrace, TracedFlush, expect_protocol
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.papr import ReturnCode
 from paprscm.vm.sync_shim import Counts, Injected, Operation, Record
@@ -41,9 +41,12 @@ def report(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_report() -> None:
-    load_report = read_report(FlushLoad, json.dumps(report()), 0)
+    load_report = read_report(FlushLoadReport, json.dumps(report()), 0)
     assert load_report.duration_s == 2
-    assert load_report.calls == (Call(0, "fsync", 5, 9, 0), Call(1, "deep_flush", 6, 7, 5))
+    assert load_report.calls == (
+        DurableCall(0, "fsync", 5, 9, 0),
+        DurableCall(1, "deep_flush", 6, 7, 5),
+    )
 
 
 @pytest.mark.parametrize(
@@ -62,18 +65,18 @@ def test_a_report() -> None:
         ({"calls": [7]}, "got `int`"),
         ({"calls": [[0, "sync", 5, 9, 0]]}, "'sync'"),
         ({"calls": [[0, "fsync", 9, 5, 0]]}, "ended before it began"),
-        ({"calls": [[2, "fsync", 5, 9, 0]]}, "a thread too many"),
+        ({"calls": [[2, "fsync", 5, 9, 0]]}, "unknown thread"),
         ({"targets": 0}, "no target"),
     ],
 )
 def test_a_contradictory_report(changes: dict[str, Any], what: str) -> None:
     with pytest.raises(ProbeError, match=what):
-        read_report(FlushLoad, json.dumps(report(**changes)), 0)
+        read_report(FlushLoadReport, json.dumps(report(**changes)), 0)
 
 
 def test_a_report_with_another_status() -> None:
     with pytest.raises(ProbeError, match="status 4"):
-        read_report(FlushLoad, json.dumps(report()), 4)
+        read_report(FlushLoadReport, json.dumps(report()), 4)
 
 
 # --- order -----------------------------------------------------------------------------------
@@ -83,8 +86,8 @@ def sync(begin: int, end: int | None, result: int | None = 0) -> Record:
     return Record(0, Path("file"), Operation.FDATASYNC, begin, end, result, Injected(0), 0.0, 1)
 
 
-def call(begin: int, end: int, errno: int = 0) -> Call:
-    return Call(0, "fsync", begin, end, errno)
+def call(begin: int, end: int, errno: int = 0) -> DurableCall:
+    return DurableCall(0, "fsync", begin, end, errno)
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def call(begin: int, end: int, errno: int = 0) -> Call:
     ],
 )
 def test_a_call_waits_for_a_sync(syncs: list[Record], holds: bool) -> None:
-    calls, offset = [call(100, 200)], Offset(1000, 1000)
+    calls, offset = [call(100, 200)], ClockOffset(1000, 1000)
     if holds:
         expect_durable(calls, syncs, offset)
     else:
@@ -112,19 +115,19 @@ def test_a_call_waits_for_a_sync(syncs: list[Record], holds: bool) -> None:
 
 
 def test_the_uncertainty_of_the_clocks_is_tolerated() -> None:
-    expect_durable([call(100, 200)], [sync(1100, 1250)], Offset(1000, 1050))
+    expect_durable([call(100, 200)], [sync(1100, 1250)], ClockOffset(1000, 1050))
     with pytest.raises(ContractError, match=r"ended 0\.000 ms too late"):
-        expect_durable([call(100, 200)], [sync(1100, 1251)], Offset(1000, 1050))
+        expect_durable([call(100, 200)], [sync(1100, 1251)], ClockOffset(1000, 1050))
 
 
 def test_a_failed_call_promises_nothing() -> None:
-    expect_durable([call(100, 200, errno=5)], [], Offset(0, 0))
+    expect_durable([call(100, 200, errno=5)], [], ClockOffset(0, 0))
 
 
 def test_clocks_that_drift() -> None:
-    assert Offset(0, 10).narrowed(Offset(5, 20)) == Offset(5, 10)
+    assert ClockOffset(0, 10).narrowed(ClockOffset(5, 20)) == ClockOffset(5, 10)
     with pytest.raises(HostError, match="drift"):
-        Offset(0, 10).narrowed(Offset(11, 20))
+        ClockOffset(0, 10).narrowed(ClockOffset(11, 20))
 
 
 # --- protocol --------------------------------------------------------------------------------
@@ -134,8 +137,8 @@ def hcall(sent: int, token: int, code: int, begin: int = 0, drc: int = DRC) -> F
     return FlushHcall(7, drc, sent, token, code, begin, begin + 10)
 
 
-def flush(*calls: FlushHcall) -> Flush:
-    return Flush(calls)
+def flush(*calls: FlushHcall) -> TracedFlush:
+    return TracedFlush(calls)
 
 
 GOOD = flush(hcall(0, 5, BUSY), hcall(5, 5, BUSY, 20_000), hcall(5, 0, 0, 40_000))
@@ -153,19 +156,19 @@ def test_the_protocol_kept() -> None:
     [
         ([flush(hcall(4, 5, BUSY), hcall(5, 0, 0))], "begins with a token"),
         ([flush(hcall(0, 5, 0))], "ended with its first call"),
-        ([flush(hcall(0, 0, BUSY), hcall(0, 0, 0))], "the token 0 is none"),
-        ([GOOD, GOOD], "the token 5 is none of its own"),
-        ([flush(hcall(0, 5, BUSY), hcall(6, 0, 0))], "names another flush"),
-        ([flush(hcall(0, 5, BUSY), hcall(5, 0, 0, drc=DRC + 1))], "names another flush"),
+        ([flush(hcall(0, 0, BUSY), hcall(0, 0, 0))], "token 0 is 0 or not unique"),
+        ([GOOD, GOOD], "token 5 is 0 or not unique"),
+        ([flush(hcall(0, 5, BUSY), hcall(6, 0, 0))], "another token or drc"),
+        ([flush(hcall(0, 5, BUSY), hcall(5, 0, 0, drc=DRC + 1))], "another token or drc"),
         ([flush(hcall(0, 5, BUSY), hcall(5, 0, -1))], "H_HARDWARE"),
     ],
 )
-def test_the_protocol_broken(flushes: list[Flush], what: str) -> None:
+def test_the_protocol_broken(flushes: list[TracedFlush], what: str) -> None:
     with pytest.raises(ContractError, match=what):
         expect_protocol(flushes)
 
 
-def waited(us: int, n: int) -> list[Flush]:
+def waited(us: int, n: int) -> list[TracedFlush]:
     return [flush(hcall(0, token, BUSY), hcall(token, 0, 0, 10 + us)) for token in range(1, n + 1)]
 
 
@@ -298,7 +301,7 @@ def test_a_flush_that_has_not_ended(guest: Guest) -> None:
 def test_a_flush_of_no_dimm(guest: Guest) -> None:
     accounts = FlushAccounts(guest, [1])  # type: ignore[arg-type]
     guest.flush(2)
-    with pytest.raises(ContractError, match="drc 0x90000000, which no DIMM has"):
+    with pytest.raises(ContractError, match="drc 0x90000000, which is not a DIMM"):
         accounts.take(limit_s=0)
 
 
@@ -308,8 +311,8 @@ CALL = lines(3, 0, 0, 0, 0)[0]
 @pytest.mark.parametrize(
     ("traced", "what"),
     [
-        (["CPU:0 [LOST 5 EVENTS]"], "cannot be understood"),
-        ([CALL, CALL], "no answer was traced"),
+        (["CPU:0 [LOST 5 EVENTS]"], "cannot be parsed"),
+        ([CALL, CALL], "was not traced"),
         ([CALL, answer(3, 9, 5, BUSY, buffer=BUFFER + 8)], "with other arguments"),
         ([CALL, answer(3, 9, 5, BUSY, drc=DRC + 1)], "with other arguments"),
     ],

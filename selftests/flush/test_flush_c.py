@@ -16,7 +16,7 @@ from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 from paprscm.errors import ContractError
 from paprscm.flush import durability
 from paprscm.flush.durability import compare_clocks
-from paprscm.flush.load import FlushLoad
+from paprscm.flush.load import FlushLoadReport
 from paprscm.guest.report import read_report
 
 
@@ -29,9 +29,9 @@ def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([binary, *words], capture_output=True, text=True, timeout=60, check=False)
 
 
-def _load(binary: Path, *words: str | Path) -> FlushLoad:
+def _load(binary: Path, *words: str | Path) -> FlushLoadReport:
     result = _run(binary, "load", *words)
-    return read_report(FlushLoad, result.stdout, result.returncode, result.stderr)
+    return read_report(FlushLoadReport, result.stdout, result.returncode, result.stderr)
 
 
 def test_compiles_for_the_guest(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_clocks_are_compared(binary: Path, tmp_path: Path, monkeypatch: pytest.M
 
     memory = tmp_path / "memory"
     memory.write_bytes(bytes(2 << 20))
-    monkeypatch.setattr(durability, "place_in_file", lambda *_: 0)
+    monkeypatch.setattr(durability, "file_offset", lambda *_: 0)
     monkeypatch.setattr(durability, "compile_tool", lambda *_: binary)
     region, device = SimpleNamespace(slot=0), SimpleNamespace(path=str(memory))
     offset = compare_clocks(_Guest(binary, memory, 0), region, device)  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.errors import ConfigError, HostError
-from paprscm.host.cache import MANIFEST, Cache, Entry
+from paprscm.host.cache import MANIFEST, Cache, CacheEntry
 
 FIELDS = {"version": "1", "compiler": "gcc 12"}
 
@@ -166,7 +166,7 @@ def test_one_of_two_runs_builds_and_the_other_waits(cache: Cache) -> None:
     assert second.stdout.split() == rest.split()
 
 
-def entry_named(cache: Cache, name: str, *, used_days_ago: float) -> Entry:
+def entry_named(cache: Cache, name: str, *, used_days_ago: float) -> CacheEntry:
     entry = cache.ensure("thing", {"name": name}, build_hello)
     when = time.time() - used_days_ago * 86400
     os.utime(entry.path, (when, when))
@@ -184,17 +184,17 @@ def test_prune_removes_only_unused_entries(cache: Cache) -> None:
 
 def test_prune_skips_an_entry_that_is_being_built(cache: Cache) -> None:
     entry = entry_named(cache, "busy", used_days_ago=40)
-    with cache.lock(f"thing-{entry.key}", what="builds the thing"):
+    with cache.lock(f"thing-{entry.key}", purpose="builds the thing"):
         assert cache.prune(unused_for_s=0) == []
     assert entry.path.exists()
 
 
 def test_a_workspace_keeps_its_files_and_is_not_pruned_while_it_is_held(cache: Cache) -> None:
     fields = {"source": "/linux"}
-    with cache.workspace("tree", fields, what="builds") as folder:
+    with cache.workspace("tree", fields, purpose="builds") as folder:
         (folder / "object").write_text("x")
         assert cache.prune(unused_for_s=0) == []
-    with cache.workspace("tree", fields, what="builds") as again:
+    with cache.workspace("tree", fields, purpose="builds") as again:
         assert (again, (folder / "object").read_text()) == (folder, "x")
     [entry] = cache.entries()
     assert (entry.is_workspace, entry.fields) == (True, fields)

@@ -56,7 +56,7 @@ def test_refused_before_anything_is_fetched(
     def fetch(*_: object, **__: object) -> None:
         pytest.fail("something was fetched")
 
-    monkeypatch.setattr(kernel_source, "fetch", fetch)
+    monkeypatch.setattr(kernel_source, "fetch_source", fetch)
     monkeypatch.setattr(Archive, "extract", fetch)
     odd = tmp_path / "a b:c"
     with pytest.raises(ConfigError, match="cannot hold a kernel build"):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.host.oom import Kills, evidence, kills
+from paprscm.host.oom import OomKills, evidence, read_oom_kills
 
 MEMORY_EVENTS = "low 0\nhigh 0\nmax 3921\noom 4\noom_kill {}\noom_group_kill 0\n"
 OOM_CONTROL = "oom_kill_disable 0\nunder_oom 0\noom_kill {}\n"
@@ -53,8 +53,8 @@ def machine(root: Path, own: str, **files: str) -> Path:
 )
 def test_a_rise_of_the_count_is_evidence(tmp_path: Path, own: str, file: str, text: str) -> None:
     root = machine(tmp_path, own, proc__vmstat=VMSTAT.format(77), **{file: text.format(3)})
-    before = kills(root)
-    assert before == Kills(root / file, 3)
+    before = read_oom_kills(root)
+    assert before == OomKills(root / file, 3)
     assert evidence(1, before, root) == (
         f"the OOM killer's count is still 3 ({root / file})",
         False,
@@ -66,7 +66,7 @@ def test_a_rise_of_the_count_is_evidence(tmp_path: Path, own: str, file: str, te
 
 def test_the_kernel_s_message_about_the_process_is_quoted(tmp_path: Path) -> None:
     root = machine(tmp_path, "", dev__kmsg=KMSG)
-    assert kills(root) is None
+    assert read_oom_kills(root) is None
     count = "the OOM killer's count cannot be read"
     words = "Memory cgroup out of memory: Killed process 731 (qemu-system-ppc) total-vm:9kB"
     assert evidence(731, None, root) == (f"{count}; kernel: {words}", True)

@@ -196,7 +196,7 @@ def test_nothing_starts_when_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) 
         Process(["true"])
     message = f"cannot start true: process {os.getpid()} of this run has ended"
     assert caught.value.message == message
-    assert caught.value.hint == "if it was of another run, unset PAPRSCM_RUN"
+    assert caught.value.hint == "if it belonged to another run, unset PAPRSCM_RUN"
 
 
 @pytest.mark.parametrize("value", ["1", "make", "1:2:3", "1:2 x"])
@@ -371,7 +371,7 @@ def test_descriptors_are_passed_and_no_others() -> None:
 
 
 def test_concurrent_task() -> None:
-    with process.beside(lambda _: 7) as task:
+    with process.run_in_background(lambda _: 7) as task:
         assert task.result() == 7
         task.check()
 
@@ -380,7 +380,7 @@ def test_failure_of_a_task_ends_the_other() -> None:
     def fail(_: Callable[[], None]) -> None:
         raise HostError("no packages")
 
-    with pytest.raises(HostError, match="no packages"), process.beside(fail) as task:
+    with pytest.raises(HostError, match="no packages"), process.run_in_background(fail) as task:
         run(["sleep", "1000"], idle_s=0.05, on_idle=task.check)
 
 
@@ -394,7 +394,7 @@ def test_task_is_stopped_if_the_other_fails() -> None:
             ended.append(error)
             raise
 
-    with pytest.raises(HostError, match="no kernel"), process.beside(sleep):
+    with pytest.raises(HostError, match="no kernel"), process.run_in_background(sleep):
         raise HostError("no kernel")
     assert isinstance(ended[0], process.StoppedError)
 

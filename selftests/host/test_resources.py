@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.host.resources import Resources, budget, resources
+from paprscm.host.resources import Resources, compute_budget, read_resources
 from paprscm.settings import Settings
 
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
@@ -45,13 +45,15 @@ TOO_MUCH = 1 << 20
     ],
 )
 def test_the_scarcer_decides(found: Resources, memory_mib: int, tests: int, reason: str) -> None:
-    decided = budget(found, Settings(memory_mib=memory_mib))
+    decided = compute_budget(found, Settings(memory_mib=memory_mib))
     assert (decided.tests, decided.fits) == (tests, True)
     assert decided.reason.endswith(reason)
 
 
 def test_a_guest_bigger_than_the_memory() -> None:
-    decided = budget(Resources(8, 2048, memory_from="memory.max"), Settings(memory_mib=2048))
+    decided = compute_budget(
+        Resources(8, 2048, memory_from="memory.max"), Settings(memory_mib=2048)
+    )
     assert (decided.tests, decided.fits) == (1, False)
     assert decided.reason == (
         "1, which may not fit: 2.0 GiB of memory available (by the cgroup's memory.max), of which "
@@ -82,7 +84,7 @@ def machine(
             (folder / name).write_text(text + "\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)))
-        return resources(root)
+        return read_resources(root)
 
 
 UNLIMITED = {
@@ -210,7 +212,7 @@ def suites(*, every: dict[str, object], each: list[dict[str, object]]) -> list[i
 
 
 def test_avocado_s_default_is_the_budget(project: Path) -> None:
-    assert configured() == budget(resources(), Settings()).tests
+    assert configured() == compute_budget(read_resources(), Settings()).tests
     assert configured("taskset", "-c", str(min(os.sched_getaffinity(0)))) == 1
     (project / "avocado.cfg").write_text(f"[paprscm]\nmemory_mib = {TOO_MUCH}\n")
     assert configured() == 1
@@ -227,7 +229,7 @@ def test_a_configuration_file_overrides_the_default(project: Path) -> None:
 
 def test_a_wrong_setting_does_not_keep_avocado_from_starting(project: Path) -> None:
     (project / "avocado.cfg").write_text("[paprscm]\nmemory_mb = 1024\n")
-    assert configured() == budget(resources(), Settings()).tests
+    assert configured() == compute_budget(read_resources(), Settings()).tests
 
 
 def test_the_command_line_overrides_the_file(project: Path) -> None:

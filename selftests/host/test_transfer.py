@@ -14,7 +14,7 @@ import zstandard
 
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import transfer
-from paprscm.host.cache import MANIFEST, Cache, Entry
+from paprscm.host.cache import MANIFEST, Cache, CacheEntry
 
 HOLE = 4 << 20
 
@@ -46,7 +46,7 @@ def fill(folder: Path) -> None:
 
 
 @pytest.fixture
-def entries(cache: Cache) -> list[Entry]:
+def entries(cache: Cache) -> list[CacheEntry]:
     return [
         cache.ensure("userland", {"suite": "trixie"}, fill),
         cache.ensure("kernel", {"source": "6.12"}, lambda folder: fill(folder)),
@@ -54,13 +54,13 @@ def entries(cache: Cache) -> list[Entry]:
 
 
 @pytest.fixture
-def file(entries: list[Entry], tmp_path: Path) -> Path:
+def file(entries: list[CacheEntry], tmp_path: Path) -> Path:
     file = tmp_path / "cache.tar.zst"
     assert transfer.export(entries, file) == file.stat().st_size
     return file
 
 
-def test_import_gives_the_same_entries(entries: list[Entry], other: Cache, file: Path) -> None:
+def test_import_gives_the_same_entries(entries: list[CacheEntry], other: Cache, file: Path) -> None:
     added, present = transfer.restore(other, file)
     assert ([entry.path.relative_to(other.root) for entry in added], present) == (
         [Path(entry.kind, entry.key) for entry in entries],
@@ -81,7 +81,7 @@ def test_import_gives_the_same_entries(entries: list[Entry], other: Cache, file:
 
 
 def test_identity_depends_on_the_content(
-    cache: Cache, entries: list[Entry], other: Cache, file: Path, tmp_path: Path
+    cache: Cache, entries: list[CacheEntry], other: Cache, file: Path, tmp_path: Path
 ) -> None:
     transfer.restore(other, file)
     disk = Path("userland", entries[0].key, "disk.img")
@@ -185,6 +185,6 @@ def test_file_that_does_not_exist(other: Cache, tmp_path: Path) -> None:
         transfer.restore(other, tmp_path / "text")
 
 
-def test_export_to_a_file_that_cannot_be_written(entries: list[Entry]) -> None:
+def test_export_to_a_file_that_cannot_be_written(entries: list[CacheEntry]) -> None:
     with pytest.raises(HostError, match="cannot be written"):
         transfer.export(entries, Path("/proc/cache.tar.zst"))

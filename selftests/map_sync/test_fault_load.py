@@ -13,8 +13,8 @@ from paprscm.errors import ContractError, HostError
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.map_sync.fault_load import (
     OPERATIONS,
-    LoadReport,
-    VerifyReport,
+    FaultLoadReport,
+    FaultVerifyReport,
     expect_load,
     expect_verified,
 )
@@ -59,11 +59,11 @@ def verify(**changes: Any) -> dict[str, Any]:
 
 
 def loaded(raw: dict[str, Any]) -> Any:
-    return read_report(LoadReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
+    return read_report(FaultLoadReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
 
 
 def verified(raw: dict[str, Any]) -> Any:
-    return read_report(VerifyReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
+    return read_report(FaultVerifyReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
 
 
 def test_good_reports() -> None:
@@ -84,13 +84,13 @@ def test_errors_break_the_contract() -> None:
 def test_each_operation_must_have_happened(kind: str) -> None:
     counts = {**load()["operations"], kind: 0}
     changes = {"sigbus_arena": 0} if kind == "arena_store" else {}
-    with pytest.raises(HostError, match=rf"there never was: {kind}\b"):
+    with pytest.raises(HostError, match=rf"the load never included: {kind}\b"):
         expect_load(loaded(load(operations=counts, **changes)))
 
 
 @pytest.mark.parametrize("key", ["sigbus_expected", "sigbus_arena"])
 def test_each_sigbus_must_have_happened(key: str) -> None:
-    with pytest.raises(HostError, match="there never was: SIGBUS"):
+    with pytest.raises(HostError, match="the load never included: SIGBUS"):
         expect_load(loaded(load(**{key: 0})))
 
 
@@ -124,7 +124,7 @@ def test_bad_load_reports(change: Callable[[dict[str, Any]], object]) -> None:
     raw = load()
     change(raw)
     with pytest.raises(ProbeError, match="cannot be believed"):
-        read_report(LoadReport, json.dumps(raw) + "\n", 0)
+        read_report(FaultLoadReport, json.dumps(raw) + "\n", 0)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_bad_verify_reports(change: Callable[[dict[str, Any]], object]) -> None:
     raw = verify()
     change(raw)
     with pytest.raises(ProbeError, match="cannot be believed"):
-        read_report(VerifyReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
+        read_report(FaultVerifyReport, json.dumps(raw) + "\n", 1 if raw["error_count"] else 0)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +152,4 @@ def test_bad_verify_reports(change: Callable[[dict[str, Any]], object]) -> None:
 )
 def test_no_reports(text: str, status: int) -> None:
     with pytest.raises(ProbeError, match="cannot be believed"):
-        read_report(LoadReport, text, status)
+        read_report(FaultLoadReport, text, status)

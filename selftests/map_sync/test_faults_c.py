@@ -12,8 +12,8 @@ from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 from paprscm.errors import ContractError
 from paprscm.guest.report import read_report
 from paprscm.map_sync.fault_load import (
-    LoadReport,
-    VerifyReport,
+    FaultLoadReport,
+    FaultVerifyReport,
     expect_load,
     expect_verified,
 )
@@ -31,19 +31,19 @@ def _run(binary: Path, *words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([binary, *words], capture_output=True, text=True, timeout=60, check=False)
 
 
-def _load(binary: Path, base: Path, *options: str) -> LoadReport:
+def _load(binary: Path, base: Path, *options: str) -> FaultLoadReport:
     for name in ("files", "expected"):
         (base / name).mkdir()
     words = ["load", f"--seed={SEED}", "--sync=off", f"--expected={base / 'expected'}"]
     words += ["--any-file", "--operations=400", *options, str(base / "files")]
     result = _run(binary, *words)
-    return read_report(LoadReport, result.stdout, result.returncode, result.stderr)
+    return read_report(FaultLoadReport, result.stdout, result.returncode, result.stderr)
 
 
-def _verify(binary: Path, base: Path) -> VerifyReport:
+def _verify(binary: Path, base: Path) -> FaultVerifyReport:
     expected = f"--expected={base / 'expected'}"
     result = _run(binary, "verify", f"--seed={SEED}", expected, base / "files")
-    return read_report(VerifyReport, result.stdout, result.returncode, result.stderr)
+    return read_report(FaultVerifyReport, result.stdout, result.returncode, result.stderr)
 
 
 @pytest.fixture

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
-from paprscm.map_sync.verdict import MapSyncReport, Result, Verdict, judge, parse_map_sync
+from paprscm.map_sync.verdict import (
+    MapResult,
+    MapSyncReport,
+    Verdict,
+    judge_map_sync,
+    parse_map_sync,
+)
 
 PAGE = os.sysconf("SC_PAGESIZE")
 REFERENCE_LINE = "Failed to mmap with Operation not supported\n"
@@ -63,15 +69,15 @@ def test_ordinary_file(probe: Probe, tmp_path: Path) -> None:
     assert (report.file.type, report.file.size_bytes) == ("regular", 3 * PAGE)
     assert report.file.dax is False
     mapping, control = report.mapping, report.control
-    assert (mapping.result, mapping.stage) == (Result.REFUSED, "mmap")
+    assert (mapping.result, mapping.stage) == (MapResult.REFUSED, "mmap")
     assert (mapping.errno, mapping.errno_name) == (95, "EOPNOTSUPP")
     assert report.stderr == REFERENCE_LINE
     assert control is not None
-    assert (control.result, control.pages_accessed) == (Result.MAPPED, 3)
+    assert (control.result, control.pages_accessed) == (MapResult.MAPPED, 3)
     assert (control.store_in_mapping, control.store_in_file) == (True, True)
     assert control.vm_flags is not None
     assert {"rd", "wr", "sh"} <= control.vm_flags
-    assert judge(report).verdict is Verdict.NOT_DAX
+    assert judge_map_sync(report).verdict is Verdict.NOT_DAX
 
 
 def test_tmpfs_grants_a_spurious_sync(probe: Probe, tmpfs: Path) -> None:
@@ -82,13 +88,13 @@ def test_tmpfs_grants_a_spurious_sync(probe: Probe, tmpfs: Path) -> None:
     finally:
         tmpfs.unlink(missing_ok=True)
     assert refused.mapping.errno_name == "EOPNOTSUPP"
-    assert granted.mapping.result is Result.MAPPED
+    assert granted.mapping.result is MapResult.MAPPED
     assert granted.mapping.vm_flags is not None
     assert "sf" in granted.mapping.vm_flags
     assert granted.control is not None
     assert granted.control.vm_flags is not None
     assert "sf" not in granted.control.vm_flags
-    assert {judge(refused).verdict, judge(granted).verdict} == {Verdict.NOT_DAX}
+    assert {judge_map_sync(refused).verdict, judge_map_sync(granted).verdict} == {Verdict.NOT_DAX}
 
 
 def test_sigbus_on_an_empty_file(probe: Probe, tmp_path: Path) -> None:
@@ -98,21 +104,21 @@ def test_sigbus_on_an_empty_file(probe: Probe, tmp_path: Path) -> None:
     assert empty.stat().st_size == 0
     for mapping in (report.mapping, report.control):
         assert mapping is not None
-        assert (mapping.result, mapping.stage) == (Result.SIGBUS, "store")
+        assert (mapping.result, mapping.stage) == (MapResult.SIGBUS, "store")
         assert (mapping.fault_offset, mapping.pages_accessed) == (0, 0)
         assert mapping.vm_flags
 
 
 def test_sigbus_beyond_the_end(probe: Probe, tmp_path: Path) -> None:
     report = probe("--pages=2", f"--length={5 * PAGE}", "--sync=off", tmp_path / "file")
-    assert report.mapping.result is Result.SIGBUS
+    assert report.mapping.result is MapResult.SIGBUS
     assert (report.mapping.fault_offset, report.mapping.pages_accessed) == (2 * PAGE, 2)
 
 
 def test_load_raises_sigbus_too(probe: Probe, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
     report = probe("--no-truncate", "--read-only", "--prot=r", "--sync=off", tmp_path / "empty")
-    assert (report.mapping.result, report.mapping.stage) == (Result.SIGBUS, "load")
+    assert (report.mapping.result, report.mapping.stage) == (MapResult.SIGBUS, "load")
 
 
 def test_stores_reach_the_requested_offset(probe: Probe, tmp_path: Path) -> None:
@@ -164,20 +170,20 @@ def test_each_run_stores_other_values(probe: Probe, tmp_path: Path) -> None:
 )
 def test_refusals(probe: Probe, tmp_path: Path, options: list[str], errno_name: str) -> None:
     report = probe(*options, tmp_path / "file")
-    assert report.mapping.result is Result.REFUSED
+    assert report.mapping.result is MapResult.REFUSED
     assert report.mapping.errno_name == errno_name
     assert report.stderr.startswith("Failed to mmap with ")
 
 
 def test_unknown_bit_is_ignored_by_map_shared(probe: Probe, tmp_path: Path) -> None:
     report = probe("--type=shared", "--unknown-bit", "--sync=off", tmp_path / "file")
-    assert report.mapping.result is Result.MAPPED
+    assert report.mapping.result is MapResult.MAPPED
     assert report.mapping.flags == 0x2000001
 
 
 def test_no_access_without_protection(probe: Probe, tmp_path: Path) -> None:
     report = probe("--prot=none", "--sync=off", tmp_path / "file")
-    assert (report.mapping.result, report.mapping.pages_accessed) == (Result.MAPPED, 0)
+    assert (report.mapping.result, report.mapping.pages_accessed) == (MapResult.MAPPED, 0)
 
 
 @pytest.mark.parametrize(
@@ -190,10 +196,10 @@ def test_no_access_without_protection(probe: Probe, tmp_path: Path) -> None:
 )
 def test_failed_steps(probe: Probe, path: str, stage: str, errno_name: str) -> None:
     report = probe("--control", path)
-    assert report.mapping.result is Result.ERROR
+    assert report.mapping.result is MapResult.ERROR
     assert (report.mapping.stage, report.mapping.errno_name) == (stage, errno_name)
     assert (report.file, report.control) == (None, None)
-    assert judge(report).verdict is Verdict.BROKEN
+    assert judge_map_sync(report).verdict is Verdict.BROKEN
 
 
 def test_no_truncate_requires_an_existing_file(probe: Probe, tmp_path: Path) -> None:
@@ -221,7 +227,7 @@ def test_fifo_is_not_waited_for(probe: Probe, tmp_path: Path) -> None:
 def test_strange_names(probe: Probe, tmp_path: Path, name: bytes) -> None:
     path = os.fsencode(tmp_path) + b"/" + name
     report = probe("--sync=off", path)
-    assert report.mapping.result is Result.MAPPED
+    assert report.mapping.result is MapResult.MAPPED
     assert os.fsencode(report.path) == path
     assert report.line.isascii()
 

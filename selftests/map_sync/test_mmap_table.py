@@ -31,10 +31,10 @@ from paprscm.map_sync.mmap_table import (
     FileKind,
     as_documented,
     at_offsets,
-    differences,
-    expected,
+    expected_answer,
+    table_differences,
 )
-from paprscm.map_sync.verdict import Mapping, Result
+from paprscm.map_sync.verdict import MappingFacts, MapResult
 
 PAGE = os.sysconf("SC_PAGESIZE")
 ALL = (*CELLS, *RANGES, *ANONYMOUS)
@@ -44,7 +44,7 @@ PLAIN = Cell(type="shared_validate")
 Try = Callable[..., tuple[CellReport, ...]]
 
 
-def changed(mapping: Mapping, **changes: Any) -> Mapping:
+def changed(mapping: MappingFacts, **changes: Any) -> MappingFacts:
     """A mapping with changed fields, without checks of their consistency."""
     result = copy.copy(mapping)
     for name, value in changes.items():
@@ -104,7 +104,7 @@ def test_the_table_has_every_combination_once() -> None:
 
 def test_this_kernels_tmpfs(on_tmpfs: tuple[CellReport, ...]) -> None:
     assert {r.file.fs_name for r in on_tmpfs if r.file} == {"tmpfs"}
-    assert differences(on_tmpfs, FileKind.UNAWARE) == []
+    assert table_differences(on_tmpfs, FileKind.UNAWARE) == []
 
 
 def test_this_kernels_file_without_dax(attempt: Try, tmp_path: Path) -> None:
@@ -113,15 +113,17 @@ def test_this_kernels_file_without_dax(attempt: Try, tmp_path: Path) -> None:
     if reports[0].file.fs_name not in ("xfs", "ext4"):
         pytest.skip(f"{tmp_path} is on {reports[0].file.fs_name}")
     assert reports[0].file.dax is False
-    assert differences(reports, FileKind.REFUSES) == []
+    assert table_differences(reports, FileKind.REFUSES) == []
 
 
 @pytest.mark.parametrize("kind", [FileKind.GRANTS, FileKind.REFUSES, FileKind.DEVICE])
 def test_another_kind_of_file_has_differences(
     on_tmpfs: tuple[CellReport, ...], kind: FileKind
 ) -> None:
-    other = [c for c in ALL if expected(c, kind)[0] != expected(c, FileKind.UNAWARE)[0]]
-    texts = differences(on_tmpfs, kind)
+    other = [
+        c for c in ALL if expected_answer(c, kind)[0] != expected_answer(c, FileKind.UNAWARE)[0]
+    ]
+    texts = table_differences(on_tmpfs, kind)
     if kind is not FileKind.DEVICE:
         assert [text.partition(":")[0] for text in texts] == [str(cell) for cell in other]
     else:
@@ -135,12 +137,12 @@ def find(reports: Sequence[CellReport], cell: Cell) -> CellReport:
 
 def test_a_difference_names_cell_answers_and_rule(on_tmpfs: tuple[CellReport, ...]) -> None:
     shared = find(on_tmpfs, Cell(type="shared", sync=True))
-    [text] = differences([shared], FileKind.REFUSES)
+    [text] = table_differences([shared], FileKind.REFUSES)
     assert text.startswith("MAP_SHARED|MAP_SYNC: expected EOPNOTSUPP, found mapped, VmFlags ")
     assert " sf " in text
     assert "daxdev_mapping_supported" in text
     refused = find(on_tmpfs, SYNC)
-    [text] = differences([refused], FileKind.GRANTS)
+    [text] = table_differences([refused], FileKind.GRANTS)
     assert text.startswith(
         "MAP_SHARED_VALIDATE|MAP_SYNC: expected mapped with sf, found EOPNOTSUPP ("
     )
@@ -149,7 +151,7 @@ def test_a_difference_names_cell_answers_and_rule(on_tmpfs: tuple[CellReport, ..
 NO_SF = frozenset({"rd", "wr", "sh", "mr", "mw", "ms"})
 WRONG: dict[str, tuple[Cell, dict[str, Any]]] = {
     "another errno": (SYNC, {"errno": 22, "errno_name": "EINVAL"}),
-    "an error of another step": (SYNC, {"result": Result.ERROR, "stage": "open"}),
+    "an error of another step": (SYNC, {"result": MapResult.ERROR, "stage": "open"}),
     "neither sf nor as without MAP_SYNC": (
         Cell(type="private", sync=True),
         {"vm_flags": frozenset({"rd", "wr", "mr"})},
@@ -161,7 +163,7 @@ WRONG: dict[str, tuple[Cell, dict[str, Any]]] = {
         {"vm_flags": frozenset({"rd", "mr", "mw", "ms"})},
     ),
     "no VmFlags": (PLAIN, {"vm_flags": None}),
-    "SIGBUS": (PLAIN, {"result": Result.SIGBUS, "stage": "store", "fault_offset": 0}),
+    "SIGBUS": (PLAIN, {"result": MapResult.SIGBUS, "stage": "store", "fault_offset": 0}),
     "a page less": (PLAIN, {"pages_accessed": 1}),
     "lost in the mapping": (PLAIN, {"store_in_mapping": False}),
     "lost on the way to the file": (PLAIN, {"store_in_file": False}),
@@ -181,9 +183,9 @@ def test_a_difference_is_detected(
     on_tmpfs: tuple[CellReport, ...], cell: Cell, changes: dict[str, Any]
 ) -> None:
     honest = find(on_tmpfs, cell)
-    assert differences([honest], FileKind.UNAWARE) == []
+    assert table_differences([honest], FileKind.UNAWARE) == []
     lying = dataclasses.replace(honest, mapping=changed(honest.mapping, **changes))
-    [text] = differences([lying], FileKind.UNAWARE)
+    [text] = table_differences([lying], FileKind.UNAWARE)
     assert text.startswith(f"{cell}: ")
 
 
@@ -196,11 +198,11 @@ def test_results_of_mmap_2_are_not_differences(on_tmpfs: tuple[CellReport, ...])
         ignored = changed(honest.mapping, vm_flags=honest.mapping.vm_flags - {"sf"})
         report = dataclasses.replace(honest, mapping=ignored)
         for kind in (FileKind.GRANTS, FileKind.REFUSES, FileKind.UNAWARE):
-            assert differences([report], kind) == []
+            assert table_differences([report], kind) == []
         assert as_documented([report], FileKind.UNAWARE) == [str(honest.cell)]
     # MAP_SYNC that must be refused is a difference, and not as documented.
     granted = find(on_tmpfs, Cell(type="shared", sync=True))
-    assert len(differences([granted], FileKind.REFUSES)) == 1
+    assert len(table_differences([granted], FileKind.REFUSES)) == 1
     assert as_documented([granted], FileKind.REFUSES) == []
 
 
@@ -214,8 +216,8 @@ def test_a_mapping_has_whole_pages(on_tmpfs: tuple[CellReport, ...]) -> None:
         ),
     )
     assert half.mapped_bytes == PAGE
-    assert differences([half], FileKind.DEVICE, align_bytes=PAGE) == []
-    assert len(differences([half], FileKind.DEVICE, align_bytes=2 * PAGE)) == 1
+    assert table_differences([half], FileKind.DEVICE, align_bytes=PAGE) == []
+    assert len(table_differences([half], FileKind.DEVICE, align_bytes=2 * PAGE)) == 1
 
 
 def test_other_flags_are_allowed(on_tmpfs: tuple[CellReport, ...]) -> None:
@@ -223,7 +225,7 @@ def test_other_flags_are_allowed(on_tmpfs: tuple[CellReport, ...]) -> None:
     assert report.mapping.vm_flags is not None
     flags = report.mapping.vm_flags | {"hg", "ac"}
     more = dataclasses.replace(report, mapping=changed(report.mapping, vm_flags=flags))
-    assert differences([more], FileKind.UNAWARE) == []
+    assert table_differences([more], FileKind.UNAWARE) == []
 
 
 def test_a_device_requires_alignment_and_cannot_be_read(on_tmpfs: tuple[CellReport, ...]) -> None:
@@ -231,10 +233,10 @@ def test_a_device_requires_alignment_and_cannot_be_read(on_tmpfs: tuple[CellRepo
     unreadable = dataclasses.replace(
         report, mapping=changed(report.mapping, store_in_file=None, pread_errno=22)
     )
-    assert differences([unreadable], FileKind.DEVICE, align_bytes=PAGE) == []
-    [text] = differences([unreadable], FileKind.DEVICE, align_bytes=1 << 21)
+    assert table_differences([unreadable], FileKind.DEVICE, align_bytes=PAGE) == []
+    [text] = table_differences([unreadable], FileKind.DEVICE, align_bytes=1 << 21)
     assert text.startswith("MAP_SHARED_VALIDATE: expected EINVAL, found mapped, VmFlags ")
-    [text] = differences([report], FileKind.DEVICE, align_bytes=PAGE)
+    [text] = table_differences([report], FileKind.DEVICE, align_bytes=PAGE)
     assert "expected pread() to fail" in text
 
 
@@ -262,14 +264,14 @@ def test_a_signal_ends_one_cell_only(attempt: Try, tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.touch()
     first, second = attempt(path, [PLAIN, Cell(type="shared", anonymous=True)], pages=None)
-    assert (first.mapping.result, second.mapping.result) == (Result.SIGBUS, Result.MAPPED)
+    assert (first.mapping.result, second.mapping.result) == (MapResult.SIGBUS, MapResult.MAPPED)
     assert second.file is None
 
 
 def test_a_file_that_cannot_be_opened(attempt: Try, tmp_path: Path) -> None:
     [report] = attempt(tmp_path / "missing", [PLAIN], pages=None)
     assert (report.mapping.stage, report.mapping.errno_name) == ("open", "ENOENT")
-    [text] = differences([report], FileKind.REFUSES)
+    [text] = table_differences([report], FileKind.REFUSES)
     assert "found error at open with ENOENT" in text
 
 
@@ -286,7 +288,7 @@ def test_a_fixed_address(attempt: Try, tmp_path: Path) -> None:
     fixed = dataclasses.replace(PLAIN, address_align=1 << 21)
     [report] = attempt(tmp_path / "file", [fixed])
     assert report.mapping.flags == 0x13
-    assert differences([report], FileKind.REFUSES) == []
+    assert table_differences([report], FileKind.REFUSES) == []
     assert str(fixed) == "MAP_SHARED_VALIDATE|MAP_FIXED"
 
 
@@ -376,14 +378,14 @@ def test_a_report_of_another_length_is_refused(binary: Path, tmp_path: Path) -> 
     path = str(tmp_path / "file")
     assert parse_cells(done.stdout, 0, "", path=path, cells=[cell])
     other = dataclasses.replace(PLAIN, length=2 * PAGE)
-    with pytest.raises(ProbeError, match="of another length"):
+    with pytest.raises(ProbeError, match="wrong length"):
         parse_cells(done.stdout, 0, "", path=path, cells=[other])
 
 
 def test_only_devdax_refuses_private_mappings() -> None:
     """The columns differ only where the kernel's code does."""
     for cell in CELLS:
-        granting, refusing, unaware, device = (expected(cell, kind)[0] for kind in FileKind)
+        granting, refusing, unaware, device = (expected_answer(cell, kind)[0] for kind in FileKind)
         assert (device == granting) == (cell.type != "private")
         assert (refusing == granting) == (granting != SF)
         assert granting != SF or cell.sync

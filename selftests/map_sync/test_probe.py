@@ -17,7 +17,13 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.guest.ssh import CommandResult, TimedOutError
 from paprscm.map_sync import probe, verdict
-from paprscm.map_sync.verdict import STATX_ATTR_DAX, Verdict, judge, on_dax_file, parse_map_sync
+from paprscm.map_sync.verdict import (
+    STATX_ATTR_DAX,
+    Verdict,
+    judge_map_sync,
+    on_dax_file,
+    parse_map_sync,
+)
 from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Nvdimm
 
@@ -165,7 +171,7 @@ BROKEN_CASES: list[tuple[str, Raw, Raw | None, str]] = [
     ("SIGBUS", _sigbus(), CONTROL, "sigbus"),
     ("granted, but the control is not", GOOD, _refused("EPERM", 1, sync=False), "control"),
     ("granted, control has sf", GOOD, {**CONTROL, "vm_flags": ["sf"]}, "control"),
-    ("another question: no MAP_SYNC", CONTROL, CONTROL, "another"),
+    ("another question: no MAP_SYNC", CONTROL, CONTROL, "did not ask"),
     (
         "another question: an unknown bit was refused",
         _refused(
@@ -177,30 +183,30 @@ BROKEN_CASES: list[tuple[str, Raw, Raw | None, str]] = [
             flag_names=["MAP_SHARED_VALIDATE", "UNKNOWN_BIT"],
         ),
         CONTROL,
-        "another",
+        "did not ask",
     ),
     (
         "another question: MAP_SHARED",
         {**GOOD, "type": "shared", "flags": 0x80001, "flag_names": ["MAP_SHARED", "MAP_SYNC"]},
         CONTROL,
-        "another",
+        "did not ask",
     ),
     (
         "another question: read only",
         {**GOOD, "prot": "r", "store_in_mapping": None, "store_in_file": None},
         None,
-        "another",
+        "did not ask",
     ),
 ]
 
 
 @pytest.mark.parametrize(("name", "mapping", "control"), ACCEPTED_CASES)
 def test_accepted(name: str, mapping: Raw, control: Raw | None) -> None:
-    assert judge(_parse(_report(mapping, control))).verdict is Verdict.ACCEPTED, name
+    assert judge_map_sync(_parse(_report(mapping, control))).verdict is Verdict.ACCEPTED, name
 
 
 def test_refused() -> None:
-    judgement = judge(_parse(_report(REFUSED, CONTROL)))
+    judgement = judge_map_sync(_parse(_report(REFUSED, CONTROL)))
     assert judgement.verdict is Verdict.REFUSED
     assert "EOPNOTSUPP (95)" in judgement.reason
 
@@ -211,7 +217,7 @@ def test_refused() -> None:
     ids=[case[0] for case in BROKEN_CASES],
 )
 def test_broken(mapping: Raw, control: Raw | None, reason: str) -> None:
-    judgement = judge(_parse(_report(mapping, control)))
+    judgement = judge_map_sync(_parse(_report(mapping, control)))
     assert judgement.verdict is Verdict.BROKEN
     assert reason in judgement.reason
 
@@ -221,7 +227,7 @@ def test_broken(mapping: Raw, control: Raw | None, reason: str) -> None:
     [(GOOD, CONTROL), (REFUSED, CONTROL), (REFUSED, None), *[case[1:3] for case in BROKEN_CASES]],
 )
 def test_a_file_that_is_not_dax_is_always_not_dax(mapping: Raw, control: Raw | None) -> None:
-    judgement = judge(_parse(_report(mapping, control, dax=False)))
+    judgement = judge_map_sync(_parse(_report(mapping, control, dax=False)))
     assert judgement.verdict is Verdict.NOT_DAX
     assert "xfs" in judgement.reason
 
@@ -229,18 +235,18 @@ def test_a_file_that_is_not_dax_is_always_not_dax(mapping: Raw, control: Raw | N
 @pytest.mark.parametrize("mapping", [GOOD, REFUSED])
 def test_dax_unknown_is_not_dax_proven(mapping: Raw) -> None:
     """A kernel without STATX_ATTR_DAX (before 5.8) allows no verdict."""
-    assert judge(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
+    assert judge_map_sync(_parse(_report(mapping, CONTROL, dax=None))).verdict is Verdict.BROKEN
     no_statx = {**_file(None), "statx": None, "statx_errno": 38, "statx_errno_name": "ENOSYS"}
     report = _parse(_report(mapping, CONTROL, file=no_statx))
-    assert judge(report).verdict is Verdict.BROKEN
+    assert judge_map_sync(report).verdict is Verdict.BROKEN
 
 
 def test_opened_read_only_is_another_question() -> None:
-    assert judge(_parse(_report(REFUSED, CONTROL, opened="r"))).verdict is Verdict.BROKEN
+    assert judge_map_sync(_parse(_report(REFUSED, CONTROL, opened="r"))).verdict is Verdict.BROKEN
 
 
 def test_unreached_file_is_broken() -> None:
-    judgement = judge(_parse(_report(NO_FILE, None, file=None)))
+    judgement = judge_map_sync(_parse(_report(NO_FILE, None, file=None)))
     assert judgement.verdict is Verdict.BROKEN
     assert "open with ENOSPC (28)" in judgement.reason
 
@@ -411,7 +417,7 @@ def test_map_sync_builds_once(shell: _HostShell, tmp_path: Path) -> None:
     assert len(shell.commands) == 3  # test for the binary, gcc, run
     second = probe.map_sync(guest, path, pages=2, sync=False, map_type="shared", control=False)
     assert len(shell.commands) == 4
-    assert judge(first).verdict is Verdict.NOT_DAX
+    assert judge_map_sync(first).verdict is Verdict.NOT_DAX
     assert (second.path, second.mapping.type, second.mapping.pages_accessed) == (path, "shared", 2)
     assert len(list((tmp_path / "tools").iterdir())) == 1
 
@@ -472,7 +478,7 @@ def test_a_report_of_another_request(shell: _HostShell, tmp_path: Path) -> None:
         ) -> CommandResult:
             return CommandResult(command, 1, other.line, "", other.line.encode(), 0.0)
 
-    with pytest.raises(ProbeError, match="it was asked for"):
+    with pytest.raises(ProbeError, match="requested was"):
         probe.map_sync(cast(Guest, Stale()), str(tmp_path / "file"))
-    with pytest.raises(ProbeError, match="it was asked for"):
+    with pytest.raises(ProbeError, match="requested was"):
         probe.map_sync(cast(Guest, Stale()), str(tmp_path / "other"), control=False)

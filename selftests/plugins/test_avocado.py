@@ -332,7 +332,7 @@ def test_a_misspelled_parameter_is_refused(tmp_path: Path, parameter: str, meant
 def test_an_unused_parameter_is_mentioned(tmp_path: Path) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
     output = avocado("run", "-p", "kumquat=1", f"{tmp_path}/known.py:Known.test_gone")
-    assert "-p kumquat=: it is not a setting, and no test of this job asks for it" in output
+    assert "-p kumquat=: it is not a setting, and no test of this job reads it" in output
     assert "PASS 1" in output
 
 

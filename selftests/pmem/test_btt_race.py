@@ -18,18 +18,18 @@ from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem.btt_race import (
     DONE,
     PROGRESS,
-    Running,
-    SameBlock,
+    RunningWriters,
+    SameBlockReport,
     btt_sleep,
     expect_written,
-    parse_state,
+    parse_writers,
 )
 
 LINE = (
     '{"tool":"same_block","version":1,"threads":2,"moves":2,"duration_ns":9,"writes":[3,4],'
     '"errno":0,"whole":true}\n'
 )
-FINE = SameBlock(
+FINE = SameBlockReport(
     tool="same_block",
     version=1,
     threads=2,
@@ -55,7 +55,7 @@ def test_threads_write_a_block_and_print_their_progress(tmp_path: Path) -> None:
     if result.returncode == 1 and '"errno":22' in result.stdout:
         pytest.skip("no O_DIRECT there")
     assert (result.returncode, result.stderr) == (0, "")
-    report = read_report(SameBlock, result.stdout, 0)
+    report = read_report(SameBlockReport, result.stdout, 0)
     expect_written(report)
     assert len(report.writes) == 3
     lines = progress.read_text().splitlines()
@@ -106,12 +106,12 @@ def test_a_missing_disk_is_an_error(tmp_path: Path) -> None:
     )
     assert result.returncode == 1
     with pytest.raises(ContractError, match="errno 2"):
-        expect_written(read_report(SameBlock, result.stdout, 1))
+        expect_written(read_report(SameBlockReport, result.stdout, 1))
 
 
 def test_report() -> None:
-    assert read_report(SameBlock, LINE, 0) == FINE
-    assert parse_state(f"ended\n0\n{LINE}") == FINE
+    assert read_report(SameBlockReport, LINE, 0) == FINE
+    assert parse_writers(f"ended\n0\n{LINE}") == FINE
 
 
 @pytest.mark.parametrize(
@@ -128,21 +128,21 @@ def test_report() -> None:
 )
 def test_contradictory_report(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
-        read_report(SameBlock, LINE.replace(old, new), 0)
+        read_report(SameBlockReport, LINE.replace(old, new), 0)
 
 
 def test_report_and_status_must_agree() -> None:
     with pytest.raises(ProbeError, match="status 139"):
-        read_report(SameBlock, LINE, 139)
+        read_report(SameBlockReport, LINE, 139)
     failed = LINE.replace('"errno":0', '"errno":5')
     with pytest.raises(ProbeError, match="status 0"):
-        read_report(SameBlock, failed, 0)
-    assert read_report(SameBlock, failed, 1).errno == 5
+        read_report(SameBlockReport, failed, 0)
+    assert read_report(SameBlockReport, failed, 1).errno == 5
 
 
 def test_writers_that_still_run() -> None:
     stats = "77 (same block) 1) S 1 77\n78 (same block) 1) D 1 77\n79 (same block) 1) R 1 77\n"
-    assert parse_state(f"77\n{stats}") == Running(("D", "R"))
+    assert parse_writers(f"77\n{stats}") == RunningWriters(("D", "R"))
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_writers_that_still_run() -> None:
 )
 def test_a_tool_that_ended_without_a_report(output: str, message: str) -> None:
     with pytest.raises(ProbeError, match=rf"(?s){message}.*it said so"):
-        parse_state(output, "it said so")
+        parse_writers(output, "it said so")
 
 
 def test_verdicts() -> None:

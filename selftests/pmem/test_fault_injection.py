@@ -15,7 +15,7 @@ from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem import fault_injection
-from paprscm.pmem.fault_injection import Report, expect_errors
+from paprscm.pmem.fault_injection import FailNthReport, expect_errors
 
 LINE = (
     '{"tool":"fail_nth","version":1,"operation":"write",'
@@ -38,7 +38,7 @@ def test_a_wrong_command_line_is_refused(tmp_path: Path, words: list[str]) -> No
 
 
 def test_report() -> None:
-    report = read_report(Report, LINE, 0)
+    report = read_report(FailNthReport, LINE, 0)
     assert [(one.number, one.failed, one.errno, one.duration_us) for one in report.rounds] == [
         (1, True, 12, 90),
         (2, True, 0, 80),
@@ -65,34 +65,36 @@ def test_report() -> None:
 )
 def test_contradictory_report(old: str, new: str) -> None:
     with pytest.raises(ProbeError):
-        read_report(Report, LINE.replace(old, new), 0)
+        read_report(FailNthReport, LINE.replace(old, new), 0)
 
 
 def test_the_exit_status_must_match() -> None:
     with pytest.raises(ProbeError):
-        read_report(Report, LINE, 1)
+        read_report(FailNthReport, LINE, 1)
     with pytest.raises(ProbeError):
-        read_report(Report, "", 4, "fail_nth: x: 2 No such file or directory\n")
+        read_report(FailNthReport, "", 4, "fail_nth: x: 2 No such file or directory\n")
 
 
 def test_verdicts() -> None:
-    report = read_report(Report, LINE, 0)
+    report = read_report(FailNthReport, LINE, 0)
     expect_errors(report, [errno.ENOMEM], optional=1)
-    with pytest.raises(ContractError, match="succeeds though something failed: rounds"):
+    with pytest.raises(ContractError, match="success in spite of an injected failure: rounds"):
         expect_errors(report, [errno.ENOMEM])
-    with pytest.raises(ContractError, match="an errno that does not fit"):
+    with pytest.raises(ContractError, match="unexpected errno"):
         expect_errors(report, [errno.EIO], optional=1)
-    broken = read_report(Report, LINE.replace("[3,false,0,70]", "[3,false,5,70]"), 1)
-    with pytest.raises(ContractError, match="without a failure it ends with errno 5"):
+    broken = read_report(FailNthReport, LINE.replace("[3,false,0,70]", "[3,false,5,70]"), 1)
+    with pytest.raises(ContractError, match="errno 5 without an injected failure"):
         expect_errors(broken, [errno.ENOMEM], optional=1)
     endless = LINE.replace(
         ',[3,false,0,70]],"injected":2,"ended":true', '],"injected":2,"ended":false'
     )
     with pytest.raises(ContractError, match="no end after 2 failures"):
-        expect_errors(read_report(Report, endless, 1), [errno.ENOMEM], optional=1)
+        expect_errors(read_report(FailNthReport, endless, 1), [errno.ENOMEM], optional=1)
     idle = LINE.replace("[1,true,12,90],[2,true,0,80],[3,false,0,70]", "[1,false,0,70]")
     with pytest.raises(HostError, match="no allocation that could fail"):
-        expect_errors(read_report(Report, idle.replace('"injected":2', '"injected":0'), 0), [])
+        expect_errors(
+            read_report(FailNthReport, idle.replace('"injected":2', '"injected":0'), 0), []
+        )
 
 
 class RecordingGuest:

@@ -13,7 +13,7 @@ import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
 from paprscm.guest.report import read_report
-from paprscm.power_cut.sudden_end import Ledger, Phase, State
+from paprscm.power_cut.sudden_end import Ledger, Phase, ProgramState
 from paprscm.power_cut.sudden_end_report import PromiseReport
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -89,7 +89,7 @@ def test_the_ledger_counts(binary: Path, folder: Path) -> None:
         entry = ledger.read(NONCE)
         assert ledger.read(NONCE + 1) is None
     assert entry is not None
-    assert (entry.done, entry.phase, entry.state) == (STEPS, Phase.NOTHING, State.FINISHED)
+    assert (entry.done, entry.phase, entry.state) == (STEPS, Phase.NOTHING, ProgramState.FINISHED)
     assert (entry.page_size, entry.errno, entry.stage) == (PAGE, 0, "")
 
 
@@ -128,7 +128,7 @@ def test_a_lost_file_is_named(binary: Path, folder: Path) -> None:
     assert report.lossy
     assert not report.strange
     assert report.intact < report.pages
-    assert f"file {file.name} is gone" in str(report)
+    assert f"file {file.name} is missing" in str(report)
 
 
 def test_a_short_file_is_named(binary: Path, folder: Path) -> None:
@@ -246,7 +246,7 @@ def test_files_must_be_dax(binary: Path, tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger") as ledger:
         entry = ledger.read(NONCE)
     assert entry is not None
-    assert (entry.state, entry.stage, entry.errno) == (State.FAILED, "not DAX", 95)
+    assert (entry.state, entry.stage, entry.errno) == (ProgramState.FAILED, "not DAX", 95)
 
 
 def test_a_refused_mapping_is_reported(binary: Path, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_refused_mapping_is_reported(binary: Path, tmp_path: Path) -> None:
     with Ledger(tmp_path / "ledger") as ledger:
         entry = ledger.read(NONCE)
     assert entry is not None
-    assert (entry.state, entry.stage, entry.phase) == (State.FAILED, "mmap", Phase.CREATE)
+    assert (entry.state, entry.stage, entry.phase) == (ProgramState.FAILED, "mmap", Phase.CREATE)
 
 
 def test_a_ledger_is_used_again(binary: Path, tmp_path: Path) -> None:

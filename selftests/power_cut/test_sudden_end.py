@@ -18,11 +18,11 @@ from paprscm.pmem.fs_health import complaints, expect_no_complaints
 from paprscm.power_cut.sudden_end import (
     Ledger,
     Phase,
+    ProgramState,
     Side,
-    State,
     Tally,
-    expect_force,
     expect_kept,
+    require_statistical_power,
 )
 from paprscm.power_cut.sudden_end_report import PromiseReport
 from paprscm.vm.backing_files import BackingFiles
@@ -66,13 +66,13 @@ def test_a_good_report() -> None:
     parsed = parse(report())
     assert parsed.kept
     assert not parsed.lossy
-    assert str(parsed) == "all 20 pages of 3 files are there"
+    assert str(parsed) == "all 20 pages of 3 files are intact"
 
 
 @pytest.mark.parametrize(
     ("kind", "text"),
     [
-        ("file", "file f000002 is gone"),
+        ("file", "file f000002 is missing"),
         ("size", "file f000002 has 0 bytes of 171"),
         ("extent", "file f000002, offset 0x10000: no extent"),
         ("bytes", "file f000002, offset 0x10000: 0x0 for 0xab"),
@@ -186,7 +186,7 @@ def test_a_ledger_is_found(file: Path) -> None:
     assert (ledger_entry.done, ledger_entry.phase, ledger_entry.state) == (
         7,
         Phase.STORE,
-        State.RUNNING,
+        ProgramState.RUNNING,
     )
     assert (ledger_entry.page_size, ledger_entry.errno, ledger_entry.stage) == (65536, 0, "")
 
@@ -201,7 +201,7 @@ def test_a_ledger_is_read_while_it_is_written(file: Path) -> None:
                 writer.flush()
                 ledger_entry = ledger.read(nonce)
                 assert ledger_entry is not None
-                assert (ledger_entry.done, ledger_entry.state) == (done, State.FAILED)
+                assert (ledger_entry.done, ledger_entry.state) == (done, ProgramState.FAILED)
                 assert (ledger_entry.errno, ledger_entry.stage) == (28, "mmap")
 
 
@@ -253,7 +253,7 @@ def tally(side: Side, *reports: dict[str, Any]) -> Tally:
 def test_kept_with_force() -> None:
     tallies = {SYNC: tally(SYNC, report(), report()), CONTROL: tally(CONTROL, report(), lossy())}
     expect_kept(tallies)
-    expect_force(tallies)
+    require_statistical_power(tallies)
     figures = tallies[CONTROL].figures()
     assert (figures["cuts"], figures["lossy"], figures["pages_lost"]) == (2, 1, 1)
     assert (figures["lost"], figures["phases"]) == ({"extent": 1}, {"fault": 2})
@@ -278,14 +278,14 @@ def test_a_control_without_loss_has_no_force() -> None:
     tallies = {SYNC: tally(SYNC, report()), CONTROL: tally(CONTROL, report())}
     expect_kept(tallies)
     with pytest.raises(HostError, match="xfs without MAP_SYNC: nothing was lost in 1 cuts"):
-        expect_force(tallies)
+        require_statistical_power(tallies)
 
 
 def test_nothing_promised_has_no_force() -> None:
     nothing = report(files=0, pages=0, intact=0)
     tallies = {SYNC: tally(SYNC, nothing), CONTROL: tally(CONTROL, lossy())}
-    with pytest.raises(HostError, match="xfs with MAP_SYNC: nothing was promised in 1 cuts"):
-        expect_force(tallies)
+    with pytest.raises(HostError, match="xfs with MAP_SYNC: no step was completed in 1 cuts"):
+        require_statistical_power(tallies)
 
 
 # Messages of 6.1, of 6.12 and of a fictitious kernel.
@@ -337,5 +337,5 @@ def test_complaints(text: str) -> None:
     level = 5 if "error count" in text or "initial error" in text else 4
     assert complaints(f"{WELL}<{level}>[    7.000000] {text}\n") == [text]
     assert complaints(f"{WELL}[    7.000000] {text}\n") == [text]
-    with pytest.raises(ContractError, match="a file system complains"):
+    with pytest.raises(ContractError, match="a file system reports errors"):
         expect_no_complaints(text)

@@ -19,8 +19,13 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 
 from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
-from paprscm.device.comparison import judge, nodes_differ, questions, unusual
-from paprscm.device.device_tree import distance, parse
+from paprscm.device.comparison import (
+    judge_attempt,
+    monitor_commands,
+    numa_differences,
+    unusual_messages,
+)
+from paprscm.device.device_tree import distance, parse_tree
 from paprscm.device.launch import Attempt, attempt
 from paprscm.device.prediction import predict
 from paprscm.device.refusals import RefusalReason
@@ -96,7 +101,7 @@ class TreeTest(QemuTest):
                 self.qemu,
                 machine.words(),
                 machine=machine.option(),
-                commands=questions(machine),
+                commands=monitor_commands(machine),
                 cwd=Path(folder),
             )
 
@@ -110,10 +115,12 @@ class TreeTest(QemuTest):
             named = [reason.name for reason in RefusalReason if reason.is_in(outcome.text)]
             self.outcomes["accepted" if outcome.accepted else " and ".join(named)] += 1
             try:
-                self.verdicts[machine] = judge(machine, prediction, outcome)
+                self.verdicts[machine] = judge_attempt(machine, prediction, outcome)
             except ContractError as error:
                 self.verdicts[machine] = str(error)
-            if self.verdicts[machine] is None and (message := unusual(prediction, outcome)):
+            if self.verdicts[machine] is None and (
+                message := unusual_messages(prediction, outcome)
+            ):
                 self.unusual.add(message)
         return self.verdicts[machine]
 
@@ -306,8 +313,8 @@ class Distances(TreeTest):
         outcome = self.attempt(dimms_of(pairs, nodes=nodes, distances=((0, 1, away),)))
         if not outcome.accepted:
             raise ContractError(f"a distance of {away} was {outcome}")
-        tree = parse(outcome.tree or b"")
+        tree = parse_tree(outcome.tree or b"")
         cells = [tree.nvdimms[drc_index(n)].cells("ibm,associativity") for n in (0, 1)]
-        if [c[-1] for c in cells] != [0, 1] or list(nodes_differ(tree)):
+        if [c[-1] for c in cells] != [0, 1] or list(numa_differences(tree)):
             raise ContractError(f"at a distance of {away} the nodes 0 and 1 are {cells}")
         return distance(*cells)

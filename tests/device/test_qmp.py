@@ -12,10 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paprscm.device.device_tree import associativity, expected_node, judge_persistent_memory, parse
+from paprscm.device.device_tree import (
+    associativity,
+    expected_node,
+    judge_persistent_memory,
+    parse_tree,
+)
 from paprscm.device.launch import attempt
-from paprscm.device.refusal_rows import find
-from paprscm.device.refusals import RefusalReason, board, in_words, names_one
+from paprscm.device.refusal_rows import find_row
+from paprscm.device.refusals import RefusalReason, board, names_one, reason_patterns
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, drc_index
@@ -116,7 +121,7 @@ def reset(vm: Vm, slot: int) -> bytes:
     """
     vm.qmp.execute("system_reset")
     limit = time.monotonic() + 10
-    while drc_index(slot) not in parse(tree := dump_tree(vm)).nvdimms:
+    while drc_index(slot) not in parse_tree(tree := dump_tree(vm)).nvdimms:
         if time.monotonic() > limit:
             raise ContractError(f"10 s after a reset the device tree has no DIMM in slot {slot}")
         time.sleep(0.01)
@@ -149,7 +154,9 @@ class DeviceQmp(QemuTest):
             self.check_reason(f"{command} {arguments}", error.text, reasons)
             self.check_state(f"{what}, after the refusal", vm, before)
         else:
-            self.check(f"{what}: QEMU's answer", "accepted", f"a refusal: {in_words(reasons)}")
+            self.check(
+                f"{what}: QEMU's answer", "accepted", f"a refusal: {reason_patterns(reasons)}"
+            )
 
     def check_answer(
         self, what: str, answer: Mapping[str, Any], reasons: Sequence[RefusalReason]
@@ -162,7 +169,7 @@ class DeviceQmp(QemuTest):
     def check_reason(self, what: str, text: str, reasons: Sequence[RefusalReason]) -> None:
         """Add a remark if a refusal names none of the expected reasons."""
         if not names_one(text, reasons):
-            self.remark(f"refusal of {what}: {text!r}, expected {in_words(reasons)}")
+            self.remark(f"refusal of {what}: {text!r}, expected {reason_patterns(reasons)}")
 
     def check_state(self, what: str, vm: Vm, before: Mapping[str, Any]) -> None:
         """Check that memory, slots and devices in the monitor are the same as before."""
@@ -234,7 +241,7 @@ class DeviceQmp(QemuTest):
             for nvdimm in (*at_boot, later) if with_later else at_boot:
                 self.check_dimm(vm, nvdimm, hotplugged=nvdimm is later)
             expected = {drc: node for drc, node in nodes.items() if with_later or drc != later.drc}
-            for line in judge_persistent_memory(parse(tree), slots=4, nvdimms=expected):
+            for line in judge_persistent_memory(parse_tree(tree), slots=4, nvdimms=expected):
                 self.check("device tree", line, "as on the command line")
             self.checkpoint()
 
@@ -316,7 +323,7 @@ class DeviceQmp(QemuTest):
             opened.truncate(GOOD.file_bytes)
 
         def plug_refused(name: str, properties: Mapping[str, Any]) -> None:
-            self.check_refusal(name, vm, "device_add", *find(name).reasons, **properties)
+            self.check_refusal(name, vm, "device_add", *find_row(name).reasons, **properties)
 
         for name, change in BAD_BACKENDS.items():
             vm.qmp.execute("object-add", **changed(GOOD.backend(file), change))

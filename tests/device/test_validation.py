@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from paprscm.device.device_tree import parse
+from paprscm.device.device_tree import parse_tree
 from paprscm.device.launch import Attempt, attempt
 from paprscm.device.refusal_rows import GROUPS
 from paprscm.device.refusals import (
@@ -21,10 +21,10 @@ from paprscm.device.refusals import (
     device,
     dimm,
     filled,
-    in_words,
     make_files,
     names_one,
     on,
+    reason_patterns,
 )
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.papr import Property, drc_index
@@ -59,9 +59,9 @@ class Validation(QemuTest):
         for row in rows:
             outcome = self.attempt(row.words, machine=row.machine)
             if not outcome.refused:
-                self.check(row.name, str(outcome), f"a refusal: {in_words(row.reasons)}")
+                self.check(row.name, str(outcome), f"a refusal: {reason_patterns(row.reasons)}")
             elif not names_one(outcome.text, row.reasons):
-                others.append(f"{row.name}: {outcome}\n  expected {in_words(row.reasons)}")
+                others.append(f"{row.name}: {outcome}\n  expected {reason_patterns(row.reasons)}")
         self.measure("rows", len(rows))
         if others:
             self.remark(f"{len(others)} of {len(rows)} refusals:\n" + "\n".join(others))
@@ -202,7 +202,7 @@ class Validation(QemuTest):
             reported = None
             self.expect_end("a label area of 4 GiB", outcome, accepted=False)
         else:
-            reported = parse(outcome.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
+            reported = parse_tree(outcome.tree).nvdimms[drc_index(0)].cell(Property.METADATA_SIZE)
         self.conclude(
             "qemu-nvdimm-label-size-truncated",
             shows=reported is not None,
@@ -256,6 +256,6 @@ class Validation(QemuTest):
         if not by_monitor.accepted:
             raise ContractError(f"with the monitor's dumpdtb: {by_monitor}")
         written = by_option.status == 0 and file.exists()
-        if written and drc_index(0) not in parse(file.read_bytes()).nvdimms:
+        if written and drc_index(0) not in parse_tree(file.read_bytes()).nvdimms:
             raise ContractError(f"the tree that dumpdtb= wrote has no DIMM: {by_option}")
         self.conclude("qemu-pseries-dumpdtb-option", shows=not written, found=str(by_option))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from paprscm.errors import ContractError
 from paprscm.flush.accounts import Account, FlushAccounts
-from paprscm.flush.load import load
+from paprscm.flush.load import run_flush_load
 from paprscm.flush.trace import expect_protocol
 from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
@@ -45,7 +45,7 @@ class FlushAccounting(PaprScmTest):
     def deep_flush(self, guest: Guest, slots: Sequence[int], threads: int, count: int) -> Account:
         """Flush from several threads, `count` times each, and compare the counts; return them."""
         targets = [self.attribute(self.regions[slot]) for slot in slots]
-        result = load(guest, "deep_flush", targets, threads=threads, count=count)
+        result = run_flush_load(guest, "deep_flush", targets, threads=threads, count=count)
         result.expect_success()
         account = self.accounts.take()
         expected = {slot: len(result.on(number)) for number, slot in enumerate(slots)}
@@ -126,9 +126,9 @@ class NothingToFlush(FlushAccounting):
             raise ContractError(f"{attribute} can be written to: {result}")
         disk = create_namespace(guest, region, mode="fsdax").disk
         for operation in ("fsync", "fdatasync", "dsync", "direct_dsync"):
-            load(guest, operation, [disk.path], threads=2, count=5).expect_success()
+            run_flush_load(guest, operation, [disk.path], threads=2, count=5).expect_success()
         guest.succeed(f"mkfs.ext4 -q {disk.path} && mkdir -p /mnt/a && mount {disk.path} /mnt/a")
-        load(guest, "mixed", ["/mnt/a"], threads=2, count=20).expect_success()
+        run_flush_load(guest, "mixed", ["/mnt/a"], threads=2, count=20).expect_success()
         guest.succeed("umount /mnt/a")
         self.accounts.take().expect({})
         self.deep_flush(guest, [other.slot], threads=1, count=3)
@@ -154,7 +154,7 @@ class Override(FlushAccounting):
         guest = self.machine(OVERRIDE.at(1, SMALL))
         attribute = self.attribute(self.regions[1])
         # The first pmem_persist writes back every cache line of the DIMM, which takes seconds.
-        result = load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
+        result = run_flush_load(guest, "deep_flush", [attribute], threads=4, count=5, limit_s=100)
         result.expect_success()
         account = self.accounts.take()
         account.expect({1: 20}, Operation.PMEM_PERSIST)

@@ -18,13 +18,13 @@ from collections.abc import Callable
 
 from paprscm.checks import above, at_least, containing, matching, one_of, other_than
 from paprscm.errors import ContractError, GuestLostError
-from paprscm.flush.syscalls import Step, persist
+from paprscm.flush.syscalls import Syscall, persist
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.guest import Guest
 from paprscm.pmem.fs_health import check_offline, complaints
 from paprscm.pmem.mounts import DaxMount, FsType, dax_mount, mount
 from paprscm.pmem.namespaces import create_namespace
-from paprscm.pmem.regions import Dimm, region
+from paprscm.pmem.regions import Nmem, find_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
@@ -60,7 +60,7 @@ class FlushErrors(PaprScmTest):
         number: int,
         path: str,
         *steps: str,
-    ) -> tuple[Step, ...]:
+    ) -> tuple[Syscall, ...]:
         """Run steps while syncs fail with this errno; return their results."""
         syncs = guest.vm.syncs(nvdimm.slot)
         logged, before = self.logged(guest, nvdimm), syncs.counts()
@@ -75,13 +75,13 @@ class FlushErrors(PaprScmTest):
             self.remark(f"the driver logged {lines} flush errors of {failed}")
         return results
 
-    def expect_eio(self, results: tuple[Step, ...]) -> None:
+    def expect_eio(self, results: tuple[Syscall, ...]) -> None:
         """Check that steps that promise durability failed with EIO, and the others succeeded."""
         for step in results:
             expected = 0 if step.step in ("write", "store", "read") else errno.EIO
             self.check(f"errno of {step.step}", step.errno, expected)
 
-    def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Step, ...]:
+    def synced(self, guest: Guest, nvdimm: Nvdimm, path: str, *steps: str) -> tuple[Syscall, ...]:
         """Run steps that must succeed; each flush must reach the host's sync."""
         syncs = guest.vm.syncs(nvdimm.slot)
         before = syncs.counts()
@@ -97,7 +97,7 @@ class FlushErrors(PaprScmTest):
     def test_region(self) -> None:
         """deep_flush fails with EIO for EIO, ENOSPC, EDQUOT on the host; other flushes succeed."""
         guest = self.machine(DIMM, OTHER)
-        paths = {n: f"{region(guest, n.slot).device}/deep_flush" for n in (DIMM, OTHER)}
+        paths = {n: f"{find_region(guest, n.slot).device}/deep_flush" for n in (DIMM, OTHER)}
         flush = "dwrite=0:1:49"
         for number in ERRORS:
             self.expect_eio(self.failing(guest, DIMM, number, paths[DIMM], flush, flush))
@@ -122,7 +122,7 @@ class FlushErrors(PaprScmTest):
     def test_block_device(self) -> None:
         """On /dev/pmemN, fsync, fdatasync, msync and O_DSYNC return EIO while host syncs fail."""
         guest = self.machine(DIMM)
-        namespace = create_namespace(guest, region(guest, DIMM.slot), mode="raw")
+        namespace = create_namespace(guest, find_region(guest, DIMM.slot), mode="raw")
         path = namespace.disk.path
         for byte, number in enumerate(ERRORS, 1):
             steps = [f"write=0:{PAGE}:{byte}", "fsync", "fsync", "fdatasync"]
@@ -131,9 +131,9 @@ class FlushErrors(PaprScmTest):
             *_, after_sync = self.synced(guest, DIMM, path, "fsync", f"read=0:{2 * PAGE}")
             self.check("byte on the disk", after_sync.byte, byte)
 
-    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Dimm:
+    def dimm(self, guest: Guest, nvdimm: Nvdimm) -> Nmem:
         """The DIMM in the guest's sysfs."""
-        dimm = region(guest, nvdimm.slot).dimm
+        dimm = find_region(guest, nvdimm.slot).dimm
         if dimm is None:
             raise ContractError(f"the region of slot {nvdimm.slot} has no DIMM")
         return dimm
@@ -142,7 +142,7 @@ class FlushErrors(PaprScmTest):
         """A DIMM whose flushes fail is not reported as healthy."""
         unarmed = Nvdimm(slot=5, size_bytes=SMALL, unarmed=True)
         guest = self.machine(DIMM, OTHER, unarmed)
-        regions = {nvdimm: region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
+        regions = {nvdimm: find_region(guest, nvdimm.slot) for nvdimm in (DIMM, unarmed)}
         path = f"{regions[DIMM].device}/deep_flush"
         self.expect_eio(self.failing(guest, DIMM, errno.EIO, path, *["dwrite=0:1:49"] * 5))
         # papr_scm caches the flags for a minute (papr_scm.c, MIN_HEALTH_QUERY_INTERVAL); ndctl

@@ -21,7 +21,7 @@ from paprscm.errors import ContractError, GuestLostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
-from paprscm.pmem.regions import region
+from paprscm.pmem.regions import find_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
@@ -43,7 +43,7 @@ class FlushHang(PaprScmTest):
     def hanging(self, *, namespace: bool = False) -> Guest:
         """Boot a guest with one hanging flush, of a DIMM with or without a namespace."""
         guest = self.boot(Machine(nvdimms=(DIMM,)), shim=self.shim())
-        dimm_region, syncs = region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
+        dimm_region, syncs = find_region(guest, DIMM.slot), guest.vm.syncs(DIMM.slot)
         if namespace:
             create_namespace(guest, dimm_region, mode="raw")
         # The control: a flush succeeds before the shim holds syncs.
@@ -118,7 +118,7 @@ class FlushHang(PaprScmTest):
             guest.connect()
             self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
             # Not by persist, which would have to be compiled again.
-            guest.succeed(f"echo 1 > {region(guest, DIMM.slot).device}/deep_flush")
+            guest.succeed(f"echo 1 > {find_region(guest, DIMM.slot).device}/deep_flush")
             counts = guest.vm.syncs(DIMM.slot).counts()
             outcome = (counts.begun, counts.ended)
             self.check("syncs that began and ended", outcome, (self.begun + 1, self.begun + 1))

@@ -10,8 +10,8 @@ after the store; the host records both times.
 from __future__ import annotations
 
 from paprscm.errors import ContractError, HostError
-from paprscm.flush.durability import Offset, compare_clocks, expect_durable
-from paprscm.flush.load import load
+from paprscm.flush.durability import ClockOffset, compare_clocks, expect_durable
+from paprscm.flush.load import run_flush_load
 from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import dax_mount
 from paprscm.pmem.namespaces import CharacterDevice, create_fsdax, create_namespace
@@ -38,7 +38,7 @@ class FlushOrder(PaprScmTest):
     :avocado: tags=flush
     """
 
-    def compare(self, guest: Guest) -> Offset:
+    def compare(self, guest: Guest) -> ClockOffset:
         """Measure the clock offset of guest and host, accurate enough for the comparison."""
         offset = compare_clocks(guest, self.region, self.device)
         for _ in range(4):
@@ -68,7 +68,7 @@ class FlushOrder(PaprScmTest):
         before = self.compare(guest)
         for slot in SIZES:
             guest.vm.syncs(slot).delay(SYNC_LOW_S, SYNC_HIGH_S)
-        result = load(
+        result = run_flush_load(
             guest, "mixed", targets, threads=THREADS, count=CALLS, seed=random.getrandbits(60)
         )
         for slot in SIZES:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from paprscm.errors import ContractError, HostError
-from paprscm.flush.syscalls import HeldFile, Step, persist
+from paprscm.flush.syscalls import HeldFile, Syscall, persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import DaxMount, FsType, dax_mount, mount
 from paprscm.testcase import PaprScmTest
@@ -84,7 +84,7 @@ class Promise:
     """One call, its result, and whether its data survived a remount."""
 
     name: str
-    step: Step
+    step: Syscall
     kept: bool
 
     @property

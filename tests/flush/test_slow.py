@@ -20,7 +20,7 @@ from paprscm.guest.tools import compile_tool
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import dax_mount, mount
 from paprscm.pmem.namespaces import create_namespace
-from paprscm.pmem.regions import region
+from paprscm.pmem.regions import find_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
@@ -52,7 +52,7 @@ class FlushSlow(PaprScmTest):
 
     def deep_flush(self, guest: Guest, nvdimm: Nvdimm) -> str:
         """The sysfs file that flushes a region."""
-        return f"{region(guest, nvdimm.slot).device}/deep_flush"
+        return f"{find_region(guest, nvdimm.slot).device}/deep_flush"
 
     def begin(self, guest: Guest, name: str, path: str, *steps: str) -> int:
         """Begin steps in the background, with the report in /tmp/NAME; return the pid."""
@@ -68,7 +68,7 @@ class FlushSlow(PaprScmTest):
     def test_waited_for(self) -> None:
         """fsync polls the flush, and returns after a sync of 1 ms, 50 ms or 1 s, never before."""
         guest = self.machine(DIMM)
-        disk = create_namespace(guest, region(guest, DIMM.slot), mode="raw").disk
+        disk = create_namespace(guest, find_region(guest, DIMM.slot), mode="raw").disk
         syncs, polls = guest.vm.syncs(DIMM.slot), {}
         for delay_s, count in ((0.001, 8), (0.05, 4), (1.0, 2)):
             syncs.delay(delay_s)

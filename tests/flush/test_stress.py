@@ -16,7 +16,7 @@ from pathlib import Path
 from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError, HostError
 from paprscm.flush.accounts import FlushAccounts
-from paprscm.flush.load import FlushLoad, load
+from paprscm.flush.load import FlushLoadReport, run_flush_load
 from paprscm.flush.trace import expect_protocol
 from paprscm.guest.guest import Guest
 from paprscm.papr import Hcall, ReturnCode
@@ -90,7 +90,7 @@ class FlushStress(PaprScmTest):
         """The disk and the mount points for a mixture of calls."""
         return [self.disk, *(mount.mountpoint for mount in self.mounts)]
 
-    def judge(self, name: str, result: FlushLoad, slots: Sequence[int] = FLUSHED) -> None:
+    def judge(self, name: str, result: FlushLoadReport, slots: Sequence[int] = FLUSHED) -> None:
         """Check that all calls succeeded, and that the flush counts of each DIMM agree."""
         result.expect_success()
         account = self.accounts.take(limit_s=15)
@@ -127,7 +127,7 @@ class FlushStress(PaprScmTest):
         kinds += [("msync", [mount.mountpoint for mount in self.mounts])]
         for kind, targets in kinds:
             seed = self.seeds.getrandbits(60)
-            result = load(guest, kind, targets, threads=48, count=6, seed=seed)  # type: ignore[arg-type]
+            result = run_flush_load(guest, kind, targets, threads=48, count=6, seed=seed)  # type: ignore[arg-type]
             self.judge(kind, result, FLUSHED if kind != "msync" else (XFS, EXT4))
         self.finish(guest)
 
@@ -146,10 +146,10 @@ class FlushStress(PaprScmTest):
         self.finish(guest)
         expect_threads_end(guest.vm.process.pid)
 
-    def load(self, guest: Guest, limit_s: int) -> FlushLoad:
+    def load(self, guest: Guest, limit_s: int) -> FlushLoadReport:
         """Load the guest with a mixture of calls by 24 threads."""
         seed = self.seeds.getrandbits(60)
-        return load(
+        return run_flush_load(
             guest, "mixed", self.mixed(), threads=24, count=100_000, limit_s=limit_s, seed=seed
         )
 

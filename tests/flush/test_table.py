@@ -20,7 +20,7 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.kmsg import SLEEPS
 from paprscm.pmem.btt_race import BTT_ISSUE, btt_sleep, first_write
 from paprscm.pmem.namespaces import create_fsdax
-from paprscm.pmem.regions import Region, page_size, wait_for_region
+from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
@@ -169,7 +169,9 @@ class FlushTable(PaprScmTest):
     ) -> None:
         """Run the operations of the rows, and compare the flushes of each."""
         accounts = accounts or FlushAccounts(guest, [SLOT])
-        settings = f"D={disk} F=/mnt/a/file P={page_size(guest)} R={region.device} N={region.name}"
+        settings = (
+            f"D={disk} F=/mnt/a/file P={read_page_size(guest)} R={region.device} N={region.name}"
+        )
         counts: dict[str, int] = {}
         for row in rows:
             guest.succeed(f"{settings}\n{row.command}")

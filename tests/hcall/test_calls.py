@@ -9,7 +9,7 @@ import itertools
 import random
 from collections.abc import Iterable, Iterator
 
-from paprscm.device.hcall_judge import Request, ScmJudge, coverage, request, unbind_wraps
+from paprscm.device.hcall_judge import Request, ScmJudge, counts_by_name, request, unbind_wraps
 from paprscm.errors import GuestLostError, HostError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
@@ -68,7 +68,7 @@ class HcallTest(QemuTest):
     def covers(self, judge: ScmJudge, *calls: Hcall, without: Iterable[str] = ()) -> None:
         """Check that the test took every branch of these calls."""
         self.measure("hcalls", judge.calls)
-        self.measure("branches", coverage(judge.model.covered))
+        self.measure("branches", counts_by_name(judge.model.covered))
         if missing := judge.missing(calls, without=without):
             raise HostError(f"branches that the test did not reach: {', '.join(sorted(missing))}")
 
@@ -164,7 +164,7 @@ class Metadata(HcallTest):
             request(Hcall.H_SCM_WRITE_METADATA, nvdimm.drc, 0, 1 << 8, 1),
             request(Hcall.H_SCM_READ_METADATA, nvdimm.drc, 0, 1),
         )
-        self.measure("branches", coverage(judge.model.covered))
+        self.measure("branches", counts_by_name(judge.model.covered))
         self.known_issue(
             "qemu-label-write-to-read-only-backend", shows=bool(crash), found=crash or "H_P2"
         )

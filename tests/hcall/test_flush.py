@@ -10,7 +10,7 @@ import dataclasses
 import errno
 
 from paprscm.checks import at_least, containing
-from paprscm.device.hcall_judge import ScmJudge, coverage, request
+from paprscm.device.hcall_judge import ScmJudge, counts_by_name, request
 from paprscm.device.mailbox import TIMEBASE_HZ, Call
 from paprscm.errors import HostError
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope, drc_index
@@ -63,7 +63,7 @@ class Tokens(FlushTest):
             judge.poll_to_the_end()
             judge.make(request(FLUSH, FIRST.drc, number), request(FLUSH, FIRST.drc, number + 1))
         self.check("syncs", self.counts(judge, 0), {"fdatasync": 20})
-        self.measure("branches", coverage(judge.model.covered))
+        self.measure("branches", counts_by_name(judge.model.covered))
 
     def test_tokens_are_the_devices_own(self) -> None:
         """Each DIMM counts its own tokens; a token of another DIMM, or an unused one, is H_P2."""
@@ -145,7 +145,7 @@ class Syncs(FlushTest):
         for nvdimm in nvdimms:
             counts = self.counts(judge, nvdimm.slot)
             self.check(f"syncs of {in_words(nvdimm)}", counts, expected.get(nvdimm, {}))
-        self.measure("branches", coverage(judge.model.covered))
+        self.measure("branches", counts_by_name(judge.model.covered))
 
     def test_no_other_call_syncs(self) -> None:
         """Only H_SCM_FLUSH syncs; calls that write labels or bind memory do not."""
@@ -223,7 +223,7 @@ class Syncs(FlushTest):
                 [Call(FLUSH, (FIRST.drc, begun.outputs[0]), 100_000, True, 100)]
             )
             self.check("code of the flush's end", ended.code, ReturnCode.H_SUCCESS)
-            duration_s = (ended.ended - begun.began) / TIMEBASE_HZ
+            duration_s = (ended.end_ticks - begun.begin_ticks) / TIMEBASE_HZ
             self.check("duration of a flush, s", duration_s, at_least(0.05))
 
     def test_a_failed_sync_is_told(self) -> None:
@@ -277,7 +277,7 @@ class Syncs(FlushTest):
         judge.make(request(FLUSH, FIRST.drc, 0), request(FLUSH, drc_index(9), 0))
         judge.poll_to_the_end()
         judge.make(request(FLUSH, FIRST.drc, 1))
-        self.measure("branches", coverage(judge.model.covered))
+        self.measure("branches", counts_by_name(judge.model.covered))
         without = [] if PERSISTENT in nvdimms else ["persistent backend"]
         if missing := judge.missing([FLUSH], without=without):
             raise HostError(f"branches that the test did not reach: {', '.join(sorted(missing))}")

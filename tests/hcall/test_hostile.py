@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 from paprscm.checks import at_most
-from paprscm.device.bare_metal import Bare
+from paprscm.device.bare_metal import BareMachine
 from paprscm.device.mailbox import Call
 from paprscm.errors import HostError
 from paprscm.papr import Hcall, ReturnCode
@@ -30,7 +30,7 @@ class Hostile(QemuTest):
     :avocado: tags=hcall,flush,hostile
     """
 
-    def machine(self) -> Bare:
+    def machine(self) -> BareMachine:
         """Start a machine with four vCPUs, one DIMM whose syncs are counted, and another disk."""
         machine = Machine(nvdimms=(DIMM,), smp=4, memory_mib=256)
         bare = self.bare(machine, shim=self.shim())
@@ -41,12 +41,12 @@ class Hostile(QemuTest):
         bare.qmp.execute("blockdev-add", driver="raw", node_name="disk", file=file)
         return bare
 
-    def begin(self, bare: Bare, count: int) -> None:
+    def begin(self, bare: BareMachine, count: int) -> None:
         """Begin `count` flushes, a quarter on each vCPU, concurrently."""
         each = [Call(FLUSH, (DIMM.drc, 0), times=count // 4)]
         bare.together(dict.fromkeys(range(4), each), timeout_s=120)
 
-    def cost(self, bare: Bare) -> dict[str, float]:
+    def cost(self, bare: BareMachine) -> dict[str, float]:
         """QEMU's cost: anonymous memory, threads, and response times."""
         lines = Path(f"/proc/{bare.process.pid}/status").read_text().splitlines()
         status = dict(line.split(":", 1) for line in lines)
@@ -57,7 +57,7 @@ class Hostile(QemuTest):
             "disk_write_s": timed(lambda: self.write_disk(bare)),
         }
 
-    def write_disk(self, bare: Bare) -> None:
+    def write_disk(self, bare: BareMachine) -> None:
         """Write 4 KiB to the other disk, through the thread pool as a guest's request does."""
         self.disk.write_bytes(bytes(4096))
         bare.qmp.hmp('qemu-io disk "write -P 0xa5 0 4096"')

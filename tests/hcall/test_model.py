@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.errors import Flaky
 
-from paprscm.device.hcall_judge import Request, ScmJudge, coverage, unbind_wraps
+from paprscm.device.hcall_judge import Request, ScmJudge, counts_by_name, unbind_wraps
 from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError, Error
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
@@ -175,7 +175,7 @@ class Model(QemuTest):
             total["hcalls"] += self.judge.calls
             self.measure("sequences", total["sequences"])
             self.measure("hcalls", total["hcalls"])
-            self.measure("branches", coverage(self.judge.model.covered))
+            self.measure("branches", counts_by_name(self.judge.model.covered))
         self.log.info("%d hcalls in %d sequences", total["hcalls"], total["sequences"])
 
     def new_judge(self, machine: Machine) -> ScmJudge:

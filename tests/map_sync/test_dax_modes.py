@@ -16,10 +16,10 @@ from paprscm.checks import other_than
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Verdict, judge, on_dax_file
+from paprscm.map_sync.verdict import Verdict, judge_map_sync, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import BlockDevice, create_fsdax, partition
-from paprscm.pmem.regions import page_size, wait_for_region
+from paprscm.pmem.regions import read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import MIB, Machine, Nvdimm
@@ -240,7 +240,7 @@ class BlockSize(PaprScmTest):
         mounts. The inode's flag changes nothing (xfs_inode_supports_dax, ext4_should_enable_dax).
         """
         guest = self.boot(Machine(nvdimms=(PMEM_ON.holding("fsdax"),)))
-        small = 1024 if page_size(guest) == 4096 else 4096
+        small = 1024 if read_page_size(guest) == 4096 else 4096
         disk = create_fsdax(guest, wait_for_region(guest, 0))
         make_filesystem(guest, disk, "xfs", small)
         always = try_mount(guest, disk, "xfs", "/mnt", options="dax=always")
@@ -282,7 +282,7 @@ class BlockSize(PaprScmTest):
         """Check that the file is not DAX or, as the DIMM has pmem=on, grants MAP_SYNC."""
         report = map_sync(guest, "/mnt/file")
         self.measure(what, report.line)
-        verdict = judge(report).verdict
+        verdict = judge_map_sync(report).verdict
         self.usual(f"{what}: verdict", verdict.value, Verdict.NOT_DAX.value)
         expected = Verdict.NOT_DAX if verdict is Verdict.NOT_DAX else Verdict.ACCEPTED
         self.check_map_sync(what, report, expected, fstype=fstype)
@@ -303,7 +303,7 @@ class Reflink(PaprScmTest):
         guest.succeed("umount /mnt")
 
         (part,) = partition(guest, disk, [(MIB, disk.size_bytes - 2 * MIB)])
-        make_filesystem(guest, part, "xfs", page_size(guest))
+        make_filesystem(guest, part, "xfs", read_page_size(guest))
         always = try_mount(guest, part, "xfs", "/mnt", options="dax=always")
         self.usual("dax=always on a partition with reflink", always.errno_name, "EINVAL")
         name = f"XFS ({part.removeprefix('/dev/')})"

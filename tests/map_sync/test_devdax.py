@@ -20,13 +20,13 @@ from paprscm.map_sync.mmap_table import (
     SF,
     FileKind,
     at_offsets,
-    differences,
-    expected,
+    expected_answer,
+    table_differences,
 )
 from paprscm.map_sync.probe import map_sync_cells
-from paprscm.map_sync.verdict import Result
-from paprscm.pmem.namespaces import CharacterDevice, create_namespace, place_in_file
-from paprscm.pmem.regions import Region, page_size, wait_for_region
+from paprscm.map_sync.verdict import MapResult
+from paprscm.pmem.namespaces import CharacterDevice, create_namespace, file_offset
+from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Machine, Nvdimm
@@ -47,7 +47,7 @@ class OnHost:
     """Content of a devdax device in the DIMM's backing file on the host."""
 
     def __init__(self, guest: Guest, region: Region, device: CharacterDevice) -> None:
-        self._begin = place_in_file(guest, region, device)
+        self._begin = file_offset(guest, region, device)
         self._file = guest.file(region.slot)
 
     def absent(self, report: CellReport, *, shift: int = 0) -> list[int]:
@@ -101,10 +101,10 @@ class Devdax(PaprScmTest):
         by_sync = [
             r
             for r in reports
-            if expected(r.cell, FileKind.DEVICE)[0] == SF and not r.mapped_bytes % align
+            if expected_answer(r.cell, FileKind.DEVICE)[0] == SF and not r.mapped_bytes % align
         ]
         rest = [r for r in reports if r not in by_sync]
-        faults = differences(rest, FileKind.DEVICE, align_bytes=align)
+        faults = table_differences(rest, FileKind.DEVICE, align_bytes=align)
         # dax_fops has no fsync: fs/sync.c, vfs_fsync_range.
         faults += [
             f"{r.cell}: expected fsync() to fail with EINVAL, found {r.fsync_errno}"
@@ -130,7 +130,7 @@ class Devdax(PaprScmTest):
         A private or unaligned mapping is refused with EINVAL, and so is fsync().
         """
         by_sync, align = self.judge(PMEM_ON)
-        if faults := differences(by_sync, FileKind.DEVICE, align_bytes=align):
+        if faults := table_differences(by_sync, FileKind.DEVICE, align_bytes=align):
             raise ContractError("MAP_SYNC:\n  " + "\n  ".join(faults))
 
     def test_pmem_off(self) -> None:
@@ -139,11 +139,11 @@ class Devdax(PaprScmTest):
         Linux grants it: known issue linux-devdax-grants-map-sync.
         """
         by_sync, align = self.judge(PMEM_OFF)
-        granted = differences(by_sync, FileKind.DEVICE, align_bytes=align)
+        granted = table_differences(by_sync, FileKind.DEVICE, align_bytes=align)
         refused = [
             r
             for r in by_sync
-            if r.mapping.result is Result.REFUSED and r.mapping.errno == errno.EOPNOTSUPP
+            if r.mapping.result is MapResult.REFUSED and r.mapping.errno == errno.EOPNOTSUPP
         ]
         if granted and len(refused) != len(by_sync):
             raise ContractError(
@@ -166,7 +166,7 @@ class Devdax(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(PMEM_ON,)))
         region, device = self.device(guest, PMEM_ON)
         align = device.align_bytes
-        if align <= page_size(guest):
+        if align <= read_page_size(guest):
             raise CapabilityError(
                 f"{device.name} has an alignment of {align} bytes, one page: every offset in whole "
                 "pages is aligned",
@@ -178,12 +178,12 @@ class Devdax(PaprScmTest):
             control, report = map_sync_cells(guest, device.path, (whole, half), pages=None)
         prove((control, report))
         on_host = OnHost(guest, region, device)
-        if faults := differences([control], FileKind.DEVICE, align_bytes=align):
+        if faults := table_differences([control], FileKind.DEVICE, align_bytes=align):
             raise ContractError("the control:\n  " + "\n  ".join(faults))
         if on_host.absent(control):
             raise ContractError(f"the control's stores are not in the backing file: {control.cell}")
         mapping = report.mapping
-        if mapping.result is Result.REFUSED and mapping.errno == errno.EINVAL:
+        if mapping.result is MapResult.REFUSED and mapping.errno == errno.EINVAL:
             shows, outcome = False, "the mapping is refused"
         elif not mapping.store_in_mapping:
             raise ContractError(f"{report.cell}: expected EINVAL, found {mapping}")

@@ -13,7 +13,12 @@ from __future__ import annotations
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import read_report
 from paprscm.guest.tools import compile_tool
-from paprscm.map_sync.fault_load import LoadReport, VerifyReport, expect_load, expect_verified
+from paprscm.map_sync.fault_load import (
+    FaultLoadReport,
+    FaultVerifyReport,
+    expect_load,
+    expect_verified,
+)
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.testcase import PaprScmTest
@@ -42,7 +47,7 @@ class Faults(PaprScmTest):
             f"mkdir /tmp/expected{slot} && {tool} load {words} --sync={'on' if sync else 'off'} "
             f"--threads={THREADS} --operations={OPERATIONS} --limit={LIMIT_S} {mounted.mountpoint}"
         )
-        load = read_report(LoadReport, result.stdout, result.status, result.stderr)
+        load = read_report(FaultLoadReport, result.stdout, result.status, result.stderr)
         self.measure(f"load {fstype}", result.stdout)
         expect_load(load)
         # Nothing of the load is left in memory then.
@@ -51,7 +56,7 @@ class Faults(PaprScmTest):
             f"mount -o dax=always {mounted.device} {mounted.mountpoint}"
         )
         result = guest.run(f"{tool} verify {words} {mounted.mountpoint}")
-        verified = read_report(VerifyReport, result.stdout, result.status, result.stderr)
+        verified = read_report(FaultVerifyReport, result.stdout, result.status, result.stderr)
         self.measure(f"verify {fstype}", result.stdout)
         expect_verified(verified, load)
         expect_no_complaints(guest.succeed(KERNEL_LOG))

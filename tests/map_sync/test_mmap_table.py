@@ -21,7 +21,7 @@ from paprscm.map_sync.mmap_table import (
     RANGES,
     FileKind,
     as_documented,
-    differences,
+    table_differences,
 )
 from paprscm.map_sync.probe import map_sync_cells
 from paprscm.pmem.mounts import FsType, dax_mount
@@ -63,7 +63,7 @@ class Cells(PaprScmTest):
     def judge(self, reports: Sequence[CellReport], kind: FileKind) -> None:
         """Compare all cells with the column of the table."""
         self.measure("cells", {str(r.cell): str(r.mapping) for r in reports})
-        if faults := differences(reports, kind):
+        if faults := table_differences(reports, kind):
             raise ContractError(f"{len(faults)} of {len(reports)} cells:\n  " + "\n  ".join(faults))
         if other := as_documented(reports, kind):
             self.remark(

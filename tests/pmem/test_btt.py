@@ -21,12 +21,12 @@ from paprscm.pmem.btt_race import (
     DONE,
     PROGRESS,
     WRITE_PATH,
-    Running,
+    RunningWriters,
     btt_sleep,
     expect_written,
     first_write,
-    start,
-    state,
+    read_writers,
+    start_writers,
 )
 from paprscm.pmem.namespaces import BlockDevice, create_namespace
 from paprscm.pmem.regions import wait_for_region
@@ -83,7 +83,9 @@ class Btt(PaprScmTest):
         disk = self.disk(guest)
         limit = "/proc/sys/kernel/watchdog_thresh"
         guest.succeed(f"[ ! -e {limit} ] || echo {WATCHDOG_S} > {limit}")
-        start(guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds)
+        start_writers(
+            guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds
+        )
 
     def ended(self, guest: Guest, after_s: float) -> int:
         """Check that all writer threads have ended; return the number of writes.
@@ -92,8 +94,8 @@ class Btt(PaprScmTest):
             guest: guest of the writers.
             after_s: time since their start, s.
         """
-        outcome = state(guest)
-        if isinstance(outcome, Running):
+        outcome = read_writers(guest)
+        if isinstance(outcome, RunningWriters):
             guest.check()
             raise ContractError(
                 f"{len(outcome.states)} of {THREADS} writer threads still running after "

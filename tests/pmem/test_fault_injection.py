@@ -16,7 +16,7 @@ from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
 from paprscm.pmem import fault_injection
 from paprscm.pmem.dump import RegionError
-from paprscm.pmem.fault_injection import LIBNVDIMM, Report, aim, expect_errors, fail_each
+from paprscm.pmem.fault_injection import LIBNVDIMM, FailNthReport, aim, expect_errors, fail_each
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
@@ -63,10 +63,10 @@ class FaultInjection(PaprScmTest):
         """Boot a guest with its DIMM; forget earlier leaks."""
         guest = self.boot(Machine(nvdimms=(PMEM_OFF.at(SLOT),)), allowed=allowed)
         region = wait_for_region(guest, SLOT)
-        fault_injection.forget_leaks(guest)
+        fault_injection.clear_leaks(guest)
         return guest, region
 
-    def judge(self, what: str, report: Report, *allowed: int, optional: int = 0) -> None:
+    def judge(self, what: str, report: FailNthReport, *allowed: int, optional: int = 0) -> None:
         """Check that the calls returned only allowed errors."""
         longest = max(round_.duration_us for round_ in report.rounds)
         self.measure(what, {"answers": report.answers, "longest_us": longest})
@@ -83,7 +83,7 @@ class FaultInjection(PaprScmTest):
             f"dd if={path} bs=64k count=4 iflag=direct 2> /dev/null | cksum > /tmp/read && "
             f'[ "$(cksum < /tmp/data)" = "$(cat /tmp/read)" ]'
         )
-        leaks = fault_injection.leaks(guest)
+        leaks = fault_injection.read_leaks(guest)
         ours = [one for one in leaks if any(word in one for word in ("papr_scm", "nvdimm", "nd_"))]
         self.measure("leaks", {"ours": len(ours), "others": len(leaks) - len(ours)})
         if ours:

@@ -15,7 +15,7 @@ from paprscm.checks import above, below
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Result, Verdict, judge, on_dax_file
+from paprscm.map_sync.verdict import MapResult, Verdict, judge_map_sync, on_dax_file
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount, try_mount
 from paprscm.pmem.namespaces import (
     BlockDevice,
@@ -27,7 +27,7 @@ from paprscm.pmem.namespaces import (
     find_namespaces,
     partition,
 )
-from paprscm.pmem.regions import Region, page_size, wait_for_region
+from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import GIB, MIB, Machine, Nvdimm
@@ -60,7 +60,7 @@ class Partitions(NamespaceTest):
         """Make four partitions that differ in start and size, and judge each."""
         guest = self.boot(Machine(nvdimms=(nvdimm.holding("fsdax"),)))
         disk = create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
-        page = page_size(guest)
+        page = read_page_size(guest)
         kinds = (
             ("begins and ends at a page", 0, 0, True),
             ("begins a sector later", 512, 0, False),
@@ -115,7 +115,7 @@ class Modes(NamespaceTest):
         """Make a namespace of each mode, and judge it."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         region = wait_for_region(guest, nvdimm.slot)
-        page = page_size(guest)
+        page = read_page_size(guest)
         kinds: list[tuple[NamespaceMode, NamespaceMap | None]] = [
             ("fsdax", "dev"),
             ("fsdax", "mem"),
@@ -172,7 +172,7 @@ class Modes(NamespaceTest):
         report = map_sync(guest, disk.path, truncate=False, length=page)
         self.measure(f"{disk.path}, {what}", report.line)
         kind = report.file.type if report.file else "absent"
-        outcome = (kind, judge(report).verdict, report.mapping.errno_name)
+        outcome = (kind, judge_map_sync(report).verdict, report.mapping.errno_name)
         self.check(f"{disk.path}, {what}", outcome, ("block", Verdict.NOT_DAX, "EOPNOTSUPP"))
 
     def devdax(self, guest: Guest, namespace: Namespace, nvdimm: Nvdimm) -> None:
@@ -186,9 +186,9 @@ class Modes(NamespaceTest):
         flags = report.mapping.vm_flags or frozenset()
         kind = report.file.type if report.file else "absent"
         self.check("the type of the devdax device", kind, "character")
-        granted = (report.mapping.result, "sf" in flags) == (Result.MAPPED, True)
+        granted = (report.mapping.result, "sf" in flags) == (MapResult.MAPPED, True)
         refused = (report.mapping.result, report.mapping.errno_name)
-        if not granted and (nvdimm.pmem or refused != (Result.REFUSED, "EOPNOTSUPP")):
+        if not granted and (nvdimm.pmem or refused != (MapResult.REFUSED, "EOPNOTSUPP")):
             self.check("MAP_SYNC on devdax", str(report.mapping), "granted, or EOPNOTSUPP")
 
     def test_pmem_on(self) -> None:
@@ -215,7 +215,7 @@ class Several(NamespaceTest):
         """Mount an XFS and an ext4 concurrently, and judge both."""
         guest = self.boot(Machine(nvdimms=(nvdimm,)))
         region = wait_for_region(guest, nvdimm.slot)
-        page = page_size(guest)
+        page = read_page_size(guest)
         kinds: tuple[tuple[FsType, int | None], ...] = (("xfs", 512 * MIB), ("ext4", None))
         disks: list[BlockDevice] = []
         for fstype, size in kinds:
@@ -356,7 +356,7 @@ class DmLinear(NamespaceTest):
         )
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
-        page = page_size(guest)
+        page = read_page_size(guest)
         # All devices exist concurrently, so that none reuses the dax_device of another
         # (known_issues/linux-dax-device-inherits-flags.md).
         cases = (
@@ -380,7 +380,7 @@ class DmLinear(NamespaceTest):
         guest = self.boot(Machine(nvdimms=dimms))
         disks = self.disks(guest, dimms)
         path = linear(guest, "grows", [disks[0]], at_mib=0)
-        make_filesystem(guest, path, "ext4", page_size(guest))
+        make_filesystem(guest, path, "ext4", read_page_size(guest))
         mount(guest, path, "ext4", "/mnt")
         self.probe(guest, "before", "/mnt/before", "ext4", Verdict.ACCEPTED)
         self.checkpoint()
@@ -391,7 +391,7 @@ class DmLinear(NamespaceTest):
         )
         report = map_sync(guest, "/mnt/after")
         self.measure("after", report.line)
-        outcome = judge(report)
+        outcome = judge_map_sync(report)
         self.known_issue(
             "linux-dm-stays-synchronous",
             shows=outcome.verdict is Verdict.ACCEPTED,
@@ -437,7 +437,7 @@ class Inherited(NamespaceTest):
         """
         guest = self.boot(Machine(nvdimms=(PMEM_OFF,)))
         region = wait_for_region(guest, 0)
-        page = page_size(guest)
+        page = read_page_size(guest)
         verdicts: list[Verdict] = []
         namespace = create_namespace(guest, region, mode="devdax", size_bytes=64 * MIB)
         for _try in range(6):
@@ -446,7 +446,7 @@ class Inherited(NamespaceTest):
             make_filesystem(guest, namespace.disk, "ext4", page)
             mount(guest, namespace.disk, "ext4", "/mnt")
             report = map_sync(guest, "/mnt/file")
-            verdicts.append(judge(report).verdict)
+            verdicts.append(judge_map_sync(report).verdict)
             guest.succeed("umount /mnt")
             if verdicts[-1] is not Verdict.REFUSED:
                 break
@@ -459,7 +459,7 @@ class Inherited(NamespaceTest):
             found=f"fsdax after devdax on pmem=off, try {len(verdicts)}: {verdicts[-1].value}",
         )
         if verdicts[-1] not in (Verdict.ACCEPTED, Verdict.REFUSED):
-            raise ContractError(str(judge(report)))
+            raise ContractError(str(judge_map_sync(report)))
 
 
 def turn(guest: Guest, namespace: str, mode: NamespaceMode) -> None:

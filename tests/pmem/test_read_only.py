@@ -28,7 +28,7 @@ from paprscm.pmem.namespaces import (
     create_namespace,
     find_namespaces,
 )
-from paprscm.pmem.regions import page_size, wait_for_region
+from paprscm.pmem.regions import read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON
 from paprscm.vm.machine import Machine, Nvdimm
@@ -100,7 +100,7 @@ class ReadOnly(PaprScmTest):
         for nvdimm, fstype in zip(self.dimms, self.fstypes, strict=True):
             region = wait_for_region(guest, nvdimm.slot)
             namespaces.append(create_namespace(guest, region, mode="fsdax", map="mem"))
-            make_filesystem(guest, namespaces[-1].disk, fstype, page_size(guest))
+            make_filesystem(guest, namespaces[-1].disk, fstype, read_page_size(guest))
             mount(guest, namespaces[-1].disk, fstype, f"/mnt/{fstype}")
         sums = [
             guest.succeed(
@@ -217,7 +217,7 @@ class ReadOnly(PaprScmTest):
         guest = self.boot(Machine(nvdimms=(armed,)))
         region = wait_for_region(guest, 0)
         disk = create_fsdax(guest, region)
-        make_filesystem(guest, disk, "ext4", page_size(guest))
+        make_filesystem(guest, disk, "ext4", read_page_size(guest))
         places = f"{region.device}/resource", f"/sys/block/{disk.name}/device/resource"
         start, data = (int(line, 16) for line in guest.succeed("cat " + " ".join(places)).split())
         guest.kill()
@@ -231,7 +231,7 @@ class ReadOnly(PaprScmTest):
         self.check("region read_only", region.read_only, True)
         (namespace,) = find_namespaces(guest, region)
         self.check("map", (namespace.map, namespace.disk.read_only), ("dev", True))
-        page = page_size(guest)
+        page = read_page_size(guest)
         guest.kill()
         self.check("the data", digest(file, data - start), before[1])
         self.checkpoint()

@@ -29,15 +29,15 @@ from paprscm.guest.tools import compile_tool
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import DaxMount, dax_mount, make_filesystem, mount
 from paprscm.power_cut.sudden_end import (
-    Entry,
     Ledger,
+    LedgerCounts,
     Phase,
+    ProgramState,
     Side,
-    State,
     Tally,
-    expect_force,
     expect_kept,
-    without_force,
+    require_statistical_power,
+    underpowered,
 )
 from paprscm.power_cut.sudden_end_report import PromiseReport
 from paprscm.testcase import PaprScmTest
@@ -102,14 +102,14 @@ class Promise(PaprScmTest):
             self.measure("sides", {str(side): tally.figures() for side, tally in tallies.items()})
             # Check after each cut: more cuts would hide the cause.
             expect_kept(tallies)
-            if cut >= cuts + MORE or (cut >= cuts and not without_force(tallies)):
+            if cut >= cuts + MORE or (cut >= cuts and not underpowered(tallies)):
                 check_offline(guest, [mounted.mount for mounted in mounts.values()])
                 break
             self.renew(guest, mounts, dice)
             runs = self.start(guest, cut, runs, dice)
             with Ledger(files.path(LEDGER_SLOT)) as ledger:
                 runs = self.kill(guest, ledger, runs, dice)
-        expect_force(tallies)
+        require_statistical_power(tallies)
 
     def cuts(self) -> int:
         """Number of kills of QEMU, from -p cuts=N."""
@@ -208,7 +208,7 @@ class Promise(PaprScmTest):
             ended[side] = dataclasses.replace(run, done=entry.done, phase=entry.phase)
         return ended
 
-    def stalled(self, guest: Guest, entries: dict[Side, Entry | None]) -> Error:
+    def stalled(self, guest: Guest, entries: dict[Side, LedgerCounts | None]) -> Error:
         """Build the error for programs without progress: their own error, or a stuck guest."""
         for side in [side for side, entry in entries.items() if entry is None]:
             # The program prints only errors; its progress is in the ledger.
@@ -217,10 +217,10 @@ class Promise(PaprScmTest):
         steps = ", ".join(f"{side}: {e.done if e else 'none'}" for side, e in entries.items())
         return GuestLostError(f"after {START_LIMIT_S:g} s not every program made a step: {steps}")
 
-    def entry(self, ledger: Ledger, side: Side, run: Run) -> Entry | None:
+    def entry(self, ledger: Ledger, side: Side, run: Run) -> LedgerCounts | None:
         """Progress of one side, or None before its first entry."""
         entry = ledger.read(run.nonce)
-        if entry is None or entry.state in (State.STARTING, State.RUNNING):
+        if entry is None or entry.state in (ProgramState.STARTING, ProgramState.RUNNING):
             return entry
         name = os.strerror(entry.errno) if entry.errno else "no errno"
         raise ContractError(
