@@ -51,7 +51,7 @@ def connect_serial(guest: Guest) -> None:
 def connect_ssh(guest: Guest) -> int:
     """Connect the terminal with a shell over ssh until it ends; return its exit status."""
     size = shutil.get_terminal_size()
-    channel = guest.shell(os.environ.get("TERM", "vt100"), size.columns, size.lines)
+    channel = guest.connect().shell(os.environ.get("TERM", "vt100"), size.columns, size.lines)
 
     def resize(_number: int, _frame: object) -> None:
         now = shutil.get_terminal_size()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from paprscm.errors import GuestLostError, HostError
-from paprscm.guest.ssh import CommandResult, TimedOutError, indented, short
+from paprscm.guest.command import CommandResult, TimedOutError, indented, short
 
 _HEADER = struct.Struct(">cII")
 _CHUNK = 1 << 15

@@ -18,13 +18,13 @@ from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
 from paprscm.errors import ConfigError
 from paprscm.guest import kernel_image
+from paprscm.guest.command import TimedOutError
 from paprscm.guest.dimm_content import DimmContents
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.guest import Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import NotRestoredError, Snapshot
-from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings

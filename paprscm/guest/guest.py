@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import re
 import shlex
@@ -13,19 +14,23 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TextIO
-
-import paramiko
+from typing import TYPE_CHECKING, TextIO
 
 from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.agent import Agent
+from paprscm.guest.command import (
+    CommandResult,
+    TimedOutError,
+    log_command,
+    outcome,
+    require_valid,
+)
 from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_ready
 from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.kmsg import Trouble
 from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
-from paprscm.guest.ssh import CommandResult, Ssh, TimedOutError, log_command, outcome, require_valid
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
 from paprscm.log import quoted
@@ -34,6 +39,9 @@ from paprscm.vm.backing_files import ScratchFiles
 from paprscm.vm.machine import Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
+
+if TYPE_CHECKING:
+    from paprscm.guest.ssh import Ssh
 
 # Last messages of a kernel without the drivers of this machine.
 _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: no root disk")
@@ -219,13 +227,6 @@ class Guest(Lifetime):
         """
         self.vm.plug(nvdimm)
 
-    def shell(self, term: str, columns: int, rows: int) -> paramiko.Channel:
-        """Start an interactive shell of the guest, on a pseudo terminal of this size."""
-        if self._ssh is None:
-            self.connect()
-        assert self._ssh is not None  # noqa: S101
-        return self._ssh.shell(term, columns, rows)
-
     def file(self, slot: int) -> Path:
         """Return the backing file of the DIMM in `slot`."""
         return self.vm.file(slot)
@@ -296,12 +297,15 @@ class Guest(Lifetime):
         if self._ssh is not None:
             self._ssh.close()
 
-    def connect(self) -> None:
+    def connect(self) -> Ssh:
         """Connect to the guest's ssh server, which may still be starting.
 
         Raises:
             GuestLostError: no connection within silence_limit_s, or the guest is lost.
         """
+        # Most guests need no ssh, and paramiko takes a tenth of a second to import.
+        from paprscm.guest.ssh import Ssh
+
         self._ssh = Ssh(
             port=self.ssh_port,
             client_key=self._equipment.client_key,
@@ -310,15 +314,19 @@ class Guest(Lifetime):
             alive=self.check,
         )
         self._resources.callback(self._ssh.close)
+        return self._ssh
 
     def _start(self) -> None:
         dimms = ", ".join(map(in_words, self.machine.nvdimms)) or "no DIMM"
         how = "restore" if self._snapshot else "boot"
         with log.step(f"{how} a guest ({dimms})"):
             self._start_qemu()
-            self.ssh_port = self._find_ssh_port()
             if self._snapshot:
-                self._restore(self._snapshot)
+                try:
+                    self._restore(self._snapshot)
+                except NotRestoredError as error:
+                    self._expect_not_killed(error)
+                    raise
             else:
                 self._boot()
             self._note("commands")
@@ -393,28 +401,20 @@ class Guest(Lifetime):
         """Load the state, plug the DIMMs and let the guest run."""
         # QEMU appends to it.
         (self.folder / "console.log").write_bytes(snapshot.console.read_bytes())
-        try:
-            load_state(self.qmp, snapshot)
-        except NotRestoredError as error:
-            self._expect_not_killed(error)
-            raise
+        load_state(self.qmp, snapshot)
         self._note("restored")
         for nvdimm in self.machine.nvdimms:
             self.vm.attach(nvdimm)
         self._port.wake(regions=len(self.machine.nvdimms))
         self.qmp.execute("cont")
         assert self._agent is not None  # noqa: S101
-        try:
-            self._port.wait_awake(self.check)
-            self._note("awake")
-            count = self._port.wait_regions(self.check)
-            self._note("regions")
-            if not self._agent.answers(self._settings.silence_limit_s):
-                self.check()
-                raise NotRestoredError("the agent of the restored guest does not answer")
-        except NotRestoredError as error:
-            self._expect_not_killed(error)
-            raise
+        self._port.wait_awake(self.check)
+        self._note("awake")
+        count = self._port.wait_regions(self.check)
+        self._note("regions")
+        if not self._agent.answers(self._settings.silence_limit_s):
+            self.check()
+            raise NotRestoredError("the agent of the restored guest does not answer")
         if count != (dimms := len(self.machine.nvdimms)):
             log.logger.info("%d regions of %d DIMMs have their driver", count, dimms)
 
@@ -428,7 +428,8 @@ class Guest(Lifetime):
     def _note(self, mark: str) -> None:
         setattr(self.times, mark, time.monotonic() - self.vm.exec_s)
 
-    def _find_ssh_port(self) -> int:
+    @functools.cached_property
+    def ssh_port(self) -> int:
         """Return the port that QEMU chose; choosing one beforehand would be a race."""
         answer = self.qmp.hmp("info usernet")
         match = re.search(r"TCP\[HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)", answer)

@@ -16,11 +16,11 @@ from pathlib import Path
 from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import tools
+from paprscm.guest.command import TimedOutError
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import Snapshot, save_state
-from paprscm.guest.ssh import TimedOutError
 from paprscm.host import process
 from paprscm.host.cache import Cache, CacheEntry
 from paprscm.vm.argv import PORT_NAME, Payload, qemu_argv

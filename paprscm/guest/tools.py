@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
+from paprscm.guest.command import CommandResult, TimedOutError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
-from paprscm.guest.ssh import CommandResult, TimedOutError
 from paprscm.paths import GUEST_TOOLS
 
 _SOURCES = GUEST_TOOLS

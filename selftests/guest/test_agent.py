@@ -20,7 +20,7 @@ import pytest
 
 from paprscm.errors import GuestLostError
 from paprscm.guest.agent import Agent
-from paprscm.guest.ssh import CommandResult, TimedOutError
+from paprscm.guest.command import CommandResult, TimedOutError
 from paprscm.paths import GUEST_TOOLS
 
 

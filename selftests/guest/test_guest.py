@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError
+from paprscm.guest.command import TimedOutError
 from paprscm.guest.guest import Guest
-from paprscm.guest.ssh import TimedOutError
 from paprscm.vm.machine import Machine, Nvdimm
 from paprscm.vm.qmp import RefusedError
 

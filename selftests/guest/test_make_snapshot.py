@@ -11,10 +11,10 @@ import pytest
 
 from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import make_snapshot
+from paprscm.guest.command import TimedOutError
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.make_snapshot import Recipe
 from paprscm.guest.report import ProbeError
-from paprscm.guest.ssh import TimedOutError
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
 from paprscm.vm.argv import Payload

@@ -11,8 +11,8 @@ from typing import cast
 import pytest
 
 from paprscm.errors import ContractError, HostError
+from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
-from paprscm.guest.ssh import CommandResult
 
 
 def result_of(command: str) -> CommandResult:

@@ -13,9 +13,9 @@ import pytest
 
 from paprscm.errors import HostError
 from paprscm.guest import tools
+from paprscm.guest.command import CommandResult, TimedOutError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
-from paprscm.guest.ssh import CommandResult, TimedOutError
 from paprscm.map_sync import probe, verdict
 from paprscm.map_sync.verdict import (
     STATX_ATTR_DAX,

@@ -17,9 +17,9 @@ from typing import cast
 import pytest
 
 from paprscm.errors import ContractError, Error, HostError
+from paprscm.guest.command import CommandResult
 from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.guest import Guest
-from paprscm.guest.ssh import CommandResult
 from paprscm.map_sync.verdict import Verdict, judge_map_sync, parse_map_sync
 from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index, node_name
 from paprscm.paths import GUEST_TOOLS
