@@ -28,7 +28,7 @@ from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, Nvdimm
 
 KIND = "snapshot"
-_FORMAT = "2"
+_FORMAT = "3"
 """Version of the way in which this file saves; part of the cache key."""
 _KEEP = 6
 """Snapshots to keep (about 100 MB each); every rebuilt kernel adds one."""
@@ -50,8 +50,14 @@ truncate -s 320M image
 mkfs.xfs -q image
 mkfs.ext4 -q -F image
 rm image
-for tool in sed od cat stat env sleep mount umount mkdir; do $tool --version; done
+for tool in @PROGRAMS@; do $tool --version < /dev/null > /dev/null 2>&1; done
 """
+# Programs of the tests and of guest_tools/pmem.sh.
+_PROGRAMS = (
+    "blkid blockdev busybox cat chmod cksum cp cut dd dmesg dmsetup env fio grep head ln ls mkdir"
+    " mktemp mount mv od partx readlink rm sed setsid sort stat strace sync tail taskset tee touch tr"
+    " truncate umount wc xfs_io"
+)
 
 # Test of a restored guest: CPUs, flushes, clock, random numbers.
 _QUERY = """
@@ -205,7 +211,9 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
             helper = list(binaries)[-1]
         if offline:
             guest.succeed("for f in /sys/devices/system/cpu/cpu[1-9]*/online; do echo 0 > $f; done")
-        guest.run(f"sync; echo 3 > /proc/sys/vm/drop_caches; {_WARM_UP}")
+        guest.run(
+            f"sync; echo 3 > /proc/sys/vm/drop_caches; {_WARM_UP.replace('@PROGRAMS@', _PROGRAMS)}"
+        )
         # Fill the page cache with what a connection reads from the disk.
         guest.connect()
         guest.succeed(
