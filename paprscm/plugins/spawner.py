@@ -17,6 +17,7 @@ from typing import Any
 
 from avocado.plugins.spawners.process import ProcessSpawner, ProcessSpawnerHandle
 
+_KIND = "avocado-instrumented"
 _MODULE = "paprscm.plugins.runner_server"
 # How often a runner is looked for whose server was killed.
 _POLL_S = 0.1
@@ -115,10 +116,17 @@ class ForkSpawner(ProcessSpawner):
     description = "Forks runners from a process that has imported the suite"
     _server: _Server | None = None
 
+    @staticmethod
+    async def check_task_requirements(runtime_task: Any) -> bool:
+        """Return True if there is a runner; Avocado starts one to learn that, for half a second."""
+        if runtime_task.task.runnable.kind == _KIND:
+            return True
+        return bool(await ProcessSpawner.check_task_requirements(runtime_task))
+
     async def spawn_task(self, runtime_task: Any) -> bool:
         """Start the runner of a task."""
         task = runtime_task.task
-        if task.runnable.kind == "avocado-instrumented":
+        if task.runnable.kind == _KIND:
             self.create_task_output_dir(runtime_task)
             if self._server is None:
                 self._server = _Server()
