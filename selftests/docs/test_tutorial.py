@@ -84,7 +84,7 @@ def test_the_tutorial_with_a_kernel_build(copy: Path, environment: Environment) 
     archive = kernel_source.find_source(Cache(cache_dir), environment.settings)
     assert archive is not None
     tree = copy.parent / "home/linux"
-    kernel_source.unpack_source(archive, tree)
+    kernel_source.unpack_source(archive / "linux.tar.xz", tree)
     try:
         assert follow(TUTORIAL.read_text(), copy, cache_dir) == 7
     finally:
