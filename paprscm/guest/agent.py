@@ -28,7 +28,7 @@ _MOST_PAYLOAD = 1 << 20
 
 @dataclass
 class _Running:
-    """A command that has not ended: what it printed so far, and its status when it has ended."""
+    """A command in progress: its output so far, and its exit code when it has ended."""
 
     out: bytearray = field(default_factory=bytearray)
     err: bytearray = field(default_factory=bytearray)
@@ -99,11 +99,10 @@ class Agent:
         if running.status is None:
             alive()
             raise GuestLostError(f"lost the guest in `{short(command)}`: {self._lost}")
-        status = os.waitstatus_to_exitcode(running.status)
         return CommandResult(
             command=command,
             # Below 0: the shell itself was killed.
-            status=status if status >= 0 else 255,
+            status=running.status if running.status >= 0 else 255,
             stdout=running.out.decode(errors="replace"),
             stderr=running.err.decode(errors="replace"),
             stdout_bytes=bytes(running.out),
@@ -175,7 +174,7 @@ class Agent:
         elif kind == b"e":
             running.err += payload
         elif kind == b"x":
-            (running.status,) = struct.unpack(">i", payload)
+            running.status = os.waitstatus_to_exitcode(*struct.unpack(">i", payload))
             running.changed.set()
         elif kind == b"f":
             (running.errno,) = struct.unpack(">I", payload)
@@ -185,8 +184,8 @@ class Agent:
         else:
             raise ValueError(f"a frame of kind {kind!r}")
 
-    def _lose(self, why: str) -> None:
+    def _lose(self, reason: str) -> None:
         with self._lock:
-            self._lost = self._lost or why
+            self._lost = self._lost or reason
             for running in self._running.values():
                 running.changed.set()

@@ -147,6 +147,7 @@ def test_a_guest_that_takes_nothing_is_noticed_in_time() -> None:
         struct.pack(">cII", b"o", 1, 1 << 31),
         struct.pack(">cII", b"?", 1, 0),
         struct.pack(">cII", b"x", 1, 2) + b"ab",
+        struct.pack(">cIIi", b"x", 1, 4, 0x7F),
     ],
 )
 def test_nonsense_is_a_lost_guest(frame: bytes) -> None:
