@@ -8,13 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from paprscm.device.command_line import RawMachine
-from paprscm.device.device_tree import (
-    DeviceTree,
-    associativity,
-    expected_node,
-    judge_persistent_memory,
-    parse_tree,
-)
+from paprscm.device.device_tree import DeviceTree, parse_tree
+from paprscm.device.expected_tree import associativity, expected_node, judge_persistent_memory
 from paprscm.device.launch import Attempt
 from paprscm.device.prediction import PlacedDimm, Prediction
 from paprscm.log import quoted

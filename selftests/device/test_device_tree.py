@@ -11,16 +11,14 @@ import pytest
 
 from paprscm.device.command_line import RawBackend, RawDimm, RawMachine
 from paprscm.device.comparison import judge_attempt, unusual_messages
-from paprscm.device.device_tree import (
+from paprscm.device.device_tree import Connector, DeviceTree, parse_tree
+from paprscm.device.expected_tree import (
     PARENT,
-    Connector,
-    DeviceTree,
     associativity,
     distance,
     expected_connectors,
     expected_node,
     judge_persistent_memory,
-    parse_tree,
     property_differences,
 )
 from paprscm.device.launch import Attempt

@@ -25,7 +25,8 @@ from paprscm.device.comparison import (
     numa_differences,
     unusual_messages,
 )
-from paprscm.device.device_tree import distance, parse_tree
+from paprscm.device.device_tree import parse_tree
+from paprscm.device.expected_tree import distance
 from paprscm.device.launch import Attempt, attempt
 from paprscm.device.prediction import predict
 from paprscm.device.refusals import RefusalReason

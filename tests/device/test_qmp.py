@@ -12,12 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from paprscm.device.device_tree import (
-    associativity,
-    expected_node,
-    judge_persistent_memory,
-    parse_tree,
-)
+from paprscm.device.device_tree import parse_tree
+from paprscm.device.expected_tree import associativity, expected_node, judge_persistent_memory
 from paprscm.device.launch import attempt
 from paprscm.device.refusal_rows import find_row
 from paprscm.device.refusals import RefusalReason, board, names_one, reason_patterns
