@@ -10,7 +10,7 @@ import shutil
 import stat
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,7 +109,6 @@ def build_initramfs(
     target: Path,
     *,
     executes: Mapping[str, bool],
-    also: Iterable[str] = (),
 ) -> Initramfs:
     """Write an initramfs that loads the kernel's modules and switches to the root disk.
 
@@ -119,7 +118,6 @@ def build_initramfs(
         busybox: a static ppc64el busybox.
         target: the archive to write.
         executes: result of vm.instructions.probe; `{}`: rewrite nothing.
-        also: names of further modules to load where they are there.
 
     Raises:
         ConfigError: the modules belong to another kernel; a required one is missing; one is
@@ -139,7 +137,7 @@ def build_initramfs(
             + ("a module" if len(missing) == 1 else "modules"),
             hint="run `make modules_install INSTALL_MOD_PATH=...` of the same build",
         )
-    order = load_order([*MODULES, *also], available, release=kernel.release)
+    order = load_order([*MODULES], available, release=kernel.release)
     files: dict[str, tuple[int, bytes]] = {}
     sites = 0
     with tempfile.TemporaryDirectory(prefix="paprscm-modules-") as folder:
