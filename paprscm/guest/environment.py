@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import NotRestoredError, Snapshot
 from paprscm.host import process
 from paprscm.host.cache import Cache
+from paprscm.paths import GUEST_TOOLS
 from paprscm.settings import Settings
 from paprscm.vm import binary
 from paprscm.vm.argv import Payload
@@ -184,6 +186,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
                     "userland": cache.identity(userland.disk),
                     "qemu": qemu.key,
                     "cpu": f"{board.cpu} {board.accel}",
+                    "script": hashlib.sha256((GUEST_TOOLS / "pmem.sh").read_bytes()).hexdigest(),
                 },
             ),
         )

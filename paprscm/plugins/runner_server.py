@@ -40,7 +40,7 @@ _MODULES = ("paprscm.testcase", "paprscm.map_sync.probe", "paprscm.flush.account
 def monitor(queue: Any) -> Iterator[dict[str, Any]]:
     """Pass a test's messages on as they come.
 
-    Avocado's own sleeps 10 ms before each (known_issues/avocado-delays-messages).
+    Avocado's own loop sleeps 10 ms before each message (known_issues/avocado-delays-messages).
     """
     while True:
         if not wait([queue._reader], _STATUS_INTERVAL_S):
@@ -65,7 +65,7 @@ def main() -> None:
         os.set_blocking(handle, False)
     signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    # ^C goes to the whole foreground group; what it means avocado decides.
+    # ^C reaches the whole foreground group; only avocado handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     runners: set[int] = set()
     rest = b""
@@ -116,8 +116,7 @@ def _become_runner(argv: list[str], commands: socket.socket, *pipe: int) -> None
     try:
         _name("runner")
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGINT):
-            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         commands.close()
         for handle in pipe:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Spawner "paprscm": runners are forked from a process that has imported everything already.
 
-With Avocado's own each test imports Avocado, paramiko and the suite anew, half a second of CPU.
+With Avocado's own spawner each test imports Avocado and the suite again: half a second of CPU time.
 """
 
 from __future__ import annotations
@@ -17,9 +17,11 @@ from typing import Any
 
 from avocado.plugins.spawners.process import ProcessSpawner, ProcessSpawnerHandle
 
+from paprscm.host.keeper import start_time
+
 _KIND = "avocado-instrumented"
 _MODULE = "paprscm.plugins.runner_server"
-# How often a runner is looked for whose server was killed.
+# Interval of the check for a runner whose server was killed, s.
 _POLL_S = 0.1
 
 
@@ -47,6 +49,7 @@ class _Server:
     def __init__(self) -> None:
         self._started: asyncio.Queue[int | None] = asyncio.Queue()
         self._ended: dict[int, asyncio.Event] = {}
+        self._begun: dict[int, str] = {}
         self._starting = asyncio.Lock()
         self._alive = True
         self._writer: asyncio.StreamWriter | None = None
@@ -79,23 +82,18 @@ class _Server:
     def send(self, **request: Any) -> None:
         if self._writer is not None and self._alive:
             self._writer.write(json.dumps(request).encode() + b"\n")
-        elif "signal" in request:
+        elif "signal" in request and start_time(request["pid"]) == self._begun[request["pid"]]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(request["pid"], request["signal"])
 
     async def end_of(self, pid: int) -> None:
         """Wait until a runner has ended, also when the server was killed."""
-        ended = self._ended[pid]
-        while not ended.is_set():
-            if self._alive:
-                with contextlib.suppress(asyncio.TimeoutError):
-                    await asyncio.wait_for(ended.wait(), 1)
-            else:
-                try:
-                    os.kill(pid, 0)
-                except ProcessLookupError:
-                    return
-                await asyncio.sleep(_POLL_S)
+        ended = asyncio.ensure_future(self._ended[pid].wait())
+        await asyncio.wait({ended, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+        # Not a child of ours: only the server could wait for it.
+        while not ended.done() and start_time(pid) == self._begun[pid]:
+            await asyncio.sleep(_POLL_S)
+        ended.cancel()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
         with contextlib.suppress(OSError):
@@ -103,6 +101,7 @@ class _Server:
                 report = json.loads(line)
                 if "started" in report:
                     self._ended[report["started"]] = asyncio.Event()
+                    self._begun[report["started"]] = start_time(report["started"])
                     self._started.put_nowait(report["started"])
                 else:
                     self._ended[report["ended"]].set()

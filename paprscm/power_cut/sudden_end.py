@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.report import ProbeError
+from paprscm.host.lifetime import Lifetime
 from paprscm.pmem.mounts import FsType
 from paprscm.power_cut.sudden_end_report import PromiseReport
 
@@ -69,7 +69,7 @@ class LedgerCounts:
     stage: str
 
 
-class Ledger:
+class Ledger(Lifetime):
     """The pages of a DIMM's backing file in which programs in the guest count their steps.
 
     The guest maps them with DAX, so that its stores are in this file at once, and stay there when
@@ -80,31 +80,16 @@ class Ledger:
     """
 
     def __init__(self, file: Path) -> None:
-        handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            self._ranges = _DataRanges(handle)
-            self._map = mmap.mmap(handle, 0, prot=mmap.PROT_READ)
-        except BaseException:
-            os.close(handle)
-            raise
+        super().__init__()
+        self._file = file
         self._places: dict[int, int] = {}
 
-    def __enter__(self) -> Self:
-        """Return self; the file is already open."""
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._map.close()
-        self._ranges.close()
+    def _start(self) -> None:
+        handle = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        self._ranges = _DataRanges(handle)
+        self._resources.callback(self._ranges.close)
+        self._map = mmap.mmap(handle, 0, prot=mmap.PROT_READ)
+        self._resources.callback(self._map.close)
 
     def read(self, nonce: int) -> LedgerCounts | None:
         """Return the counts of the program with this `nonce`; None: it has not begun.

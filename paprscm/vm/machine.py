@@ -89,6 +89,11 @@ class Nvdimm:
                 uuids.UUID(self.uuid)
             except ValueError as error:
                 raise ConfigError(f"'{self.uuid}' is not a uuid") from error
+        if self.holds and (self.file is not None or not self.share or self.read_only):
+            raise ConfigError(
+                f"a DIMM that holds {self.holds} needs a new backing file that the guest writes to",
+                hint="without file=, share=off and readonly=on",
+            )
         if self.file is not None:
             self._check_file(self.file)
 

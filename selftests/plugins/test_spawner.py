@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from paprscm.host.keeper import start_time
 from paprscm.plugins import spawner
 from paprscm.plugins.runner_server import monitor
 
@@ -107,7 +108,7 @@ def test_runners_outlive_their_server(tmp_path: Path) -> None:
             await asyncio.sleep(0.05)
         await one.wait()
         assert 0.5 < time.monotonic() - began < 10
-        assert not Path(f"/proc/{pid}").exists()
+        assert start_time(pid) == ""
 
     play(scenario)
 
