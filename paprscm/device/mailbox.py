@@ -144,6 +144,8 @@ class GuestMemory:
         fd: the memfd, for QEMU.
     """
 
+    fd: int
+
     def __init__(self, size_bytes: int, shared: GuestMemory | None = None) -> None:
         self.fd = os.dup(shared.fd) if shared else os.memfd_create("paprscm-memory")
         try:
