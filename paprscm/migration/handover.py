@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,12 +35,14 @@ class Handover:
     """One migration of a judged machine.
 
     Attributes:
+        judge: the judge of the destination.
         stream: the migration stream.
         states: its flush states, one per spapr-nvdimm.
         dimms: state of each DIMM, by slot.
         load_ns: start of the load, by time.monotonic_ns().
     """
 
+    judge: ScmJudge
     stream: bytes
     states: list[DimmState]
     dimms: dict[int, Loaded]
@@ -62,32 +64,63 @@ def spapr_dimms(judge: ScmJudge) -> list[Nvdimm]:
     return [nvdimm for nvdimm in judge.nvdimms if nvdimm.device == "spapr-nvdimm"]
 
 
-def hand_over(judge: ScmJudge, destination: BareMachine, way: Way = SHARED) -> Handover:
-    """Migrate the machine of a judge, and continue the judge on the destination.
+def hand_over(
+    judge: ScmJudge,
+    destination: BareMachine,
+    way: Way = SHARED,
+    *,
+    held: Collection[int] = (),
+    failing: Collection[int] = (),
+) -> Handover:
+    """Migrate a judged machine.
 
     The flush states in the stream must be those of the model: the same tokens, each pending or
-    with its result, under the DRC index of its DIMM. `held` and `failing` of the model's DIMMs must
-    be those of the destination's shim.
+    with its result, under the DRC index of its DIMM. The source stays stopped; call go_on() if it
+    is to continue.
+
+    Args:
+        judge: the judge of the source.
+        destination: a machine that waits for it.
+        way: the way of the migration.
+        held: slots whose syncs are held on the destination from the start.
+        failing: slots whose syncs fail there.
 
     Raises:
-        ContractError: they differ.
+        ContractError: the states differ.
         LoadError: the destination refuses the stream, or ends.
     """
-    judge.bare.keep_awake(True)
-    stream = save(judge.bare.vm, way)
+    stream = save_awake(judge.bare, way)
     states = read_states(stream)
-    wrong = _compare(judge, states)
-    if wrong:
+    follower = judge.follow(destination)
+    for nvdimm in spapr_dimms(judge):
+        slot, dimm = nvdimm.slot, follower.model.dimms[nvdimm.slot]
+        dimm.held, dimm.failing = slot in held, slot in failing
+        if dimm.held:
+            destination.vm.syncs(slot).hang()
+        if dimm.failing:
+            destination.vm.syncs(slot).fail(errno.EIO)
+    if wrong := _compare(follower, states):
         raise ContractError("flush state in the migration stream: " + "; ".join(wrong))
     load_ns = time.monotonic_ns()
     load(destination.vm, stream, way)
     destination.adopt()
-    judge.bare = destination
     dimms = {
         nvdimm.slot: Loaded(len(state.pending), state.last_token)
         for nvdimm, state in zip(spapr_dimms(judge), states, strict=True)
     }
-    return Handover(stream=stream, states=states, dimms=dimms, load_ns=load_ns)
+    return Handover(judge=follower, stream=stream, states=states, dimms=dimms, load_ns=load_ns)
+
+
+def save_awake(bare: BareMachine, way: Way = SHARED) -> bytes:
+    """Save a machine of hcalls; raises as save()."""
+    bare.keep_awake(True)
+    return save(bare.vm, way)
+
+
+def go_on(bare: BareMachine) -> None:
+    """Continue a machine that was saved."""
+    bare.qmp.execute("cont")
+    bare.keep_awake(False)
 
 
 def _compare(judge: ScmJudge, states: list[DimmState]) -> list[str]:
@@ -118,12 +151,13 @@ def _compare(judge: ScmJudge, states: list[DimmState]) -> list[str]:
     return wrong
 
 
-def compare_syncs(judge: ScmJudge, handover: Handover) -> list[str]:
+def compare_syncs(handover: Handover) -> list[str]:
     """Differences between the destination's syncs and the flushes that it has to execute.
 
     One sync for each flush that was pending in the stream or that began since, of its DIMM's file,
     covering the whole DIMM, begun after the load. No flush may be outstanding.
     """
+    judge = handover.judge
     wrong = []
     for nvdimm in spapr_dimms(judge):
         dimm, loaded = judge.model.dimms[nvdimm.slot], handover.dimms[nvdimm.slot]
@@ -199,7 +233,7 @@ class MigratingRunner(SequenceRunner):
     def run(self, sequence: Sequence[Any]) -> None:
         """Run one sequence, and compare the syncs of the last machine."""
         super().run(sequence)
-        if self._last is not None and (wrong := compare_syncs(self.judge, self._last)):
+        if self._last is not None and (wrong := compare_syncs(self._last)):
             raise ContractError("; ".join(wrong))
 
     def control(self, step: Any) -> None:
@@ -207,19 +241,13 @@ class MigratingRunner(SequenceRunner):
         if isinstance(step, Control):
             super().control(step)
             return
-        judge, source = self.judge, self.judge.bare
-        destination = self._follow(source)
-        for slot in FLUSHED:
-            dimm, syncs = judge.model.dimms[slot], destination.vm.syncs(slot)
-            dimm.held, dimm.failing = slot in step.held, slot in step.failing
-            if dimm.held:
-                syncs.hang()
-            if dimm.failing:
-                syncs.fail(errno.EIO)
+        source = self.judge.bare
         self.done.append(
             f"migrate: held {sorted(step.held)}, failing {sorted(step.failing)} on the destination"
         )
-        self._last = hand_over(judge, destination)
+        destination = self._follow(source)
+        self._last = hand_over(self.judge, destination, held=step.held, failing=step.failing)
+        self.judge = self._last.judge
         source.close()
         self.migrations += 1
         self.pending += self._last.pending
