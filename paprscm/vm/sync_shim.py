@@ -21,6 +21,7 @@ from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, Self
 
+from paprscm import timesheet
 from paprscm.build.toolchain import compile_c
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
@@ -425,6 +426,7 @@ class WatchedFile:
                 self._entry.released = generation
 
 
+@timesheet.during("waits")
 def _until(done: Callable[[], bool], limit_s: float) -> bool:
     """Poll until done() is true; return False after `limit_s`."""
     deadline = time.monotonic() + limit_s
