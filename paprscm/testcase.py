@@ -114,7 +114,8 @@ class QemuTest(Test):
             # Values of a varianter may have other types than str.
             texts = {name: str(value) for name, value in parameters.items() if value is not None}
             self.settings = settings.load(texts)
-            self.qemu = self.find_qemu()
+            with timesheet.during("set-up"):
+                self.qemu = self.find_qemu()
 
     def find_qemu(self) -> Qemu:
         """The QEMU under test."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Time of a test by activity: starts, DIMMs, tools, waits, commands; each moment counts once."""
+"""Time of a test by activity, such as starts, commands and waits; each moment counts once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
-Activity = Literal["starts", "DIMMs", "tools", "waits", "commands"]
+Activity = Literal["set-up", "starts", "DIMMs", "tools", "waits", "commands"]
 
-ACTIVITIES: Final[tuple[Activity, ...]] = ("starts", "DIMMs", "tools", "waits", "commands")
-"""Starts of a QEMU or guest, guest_tools/pmem.sh, other guest tools, deliberate waits, and other
-commands in a guest."""
+ACTIVITIES: Final[tuple[Activity, ...]] = (
+    *("set-up", "starts", "DIMMs", "tools", "waits", "commands"),
+)
+"""Finding QEMU, kernel and userland; starts of a QEMU or guest; guest_tools/pmem.sh; other guest
+tools; deliberate waits; other commands in a guest."""
 
 NAME: Final = "time"
 """Name of a test's record among its measurements."""
@@ -32,7 +34,8 @@ class Timesheet:
     """Wall-clock time and number of activities, of all threads together.
 
     If several activities run at a moment, nested or in threads, the moment belongs to the first one
-    in the order of ACTIVITIES. So the times have the wall-clock time as their sum.
+    in the order of ACTIVITIES, so the sum of the times is the wall-clock time. An activity that
+    begins during an earlier one of that order is not counted: a command of a tool is a tool.
 
     Args:
         clock: returns the time, s.
@@ -47,8 +50,8 @@ class Timesheet:
         """Begin anew, at the start of a test."""
         with self._lock:
             self._running = dict.fromkeys(ACTIVITIES, 0)
-            self._counts = dict.fromkeys(ACTIVITIES, 0)
             self._seconds = dict.fromkeys((*ACTIVITIES, REST), 0.0)
+            self._counts = dict.fromkeys(ACTIVITIES, 0)
             self._changed = self._clock()
             self._cpu_s = _cpu_s()
 
@@ -73,12 +76,15 @@ class Timesheet:
     def _change(self, activities: tuple[Activity, ...], step: int) -> None:
         with self._lock:
             now = self._clock()
-            current = next((name for name in ACTIVITIES if self._running[name]), REST)
-            self._seconds[current] += now - self._changed
+            self._seconds[self._current()] += now - self._changed
             self._changed = now
             for name in activities:
                 self._running[name] += step
-                self._counts[name] += step > 0
+            if step > 0 and (current := self._current()) in activities:
+                self._counts[current] += 1
+
+    def _current(self) -> Activity | Literal["rest"]:
+        return next((name for name in ACTIVITIES if self._running[name]), REST)
 
 
 # One for the process, as a logger is: a test has a process of its own.
