@@ -186,10 +186,10 @@ class Guest(Lifetime):
         Raises:
             ContractError: it still fails after `timeout_s`.
         """
-        # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
         loop = (
             "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
             'until out=$(sh -c "$2" 2>&1); status=$?; case $status in 0|126|127) ;; *) status=99; '
+            # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
             "[ $(cut -d. -f1 /proc/uptime) -ge $end ];; esac; do sleep 0.02; done; "
             'printf "%s\\n" "$out"; exit $status'
         )

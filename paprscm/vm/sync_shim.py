@@ -431,6 +431,7 @@ def _until(done: Callable[[], bool], limit_s: float) -> bool:
     """Poll until done() is true; return False after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not (ready := done()) and time.monotonic() < deadline:
+        # The shim only writes memory.
         time.sleep(0.0005)
     return ready
 

@@ -115,8 +115,8 @@ class FlushSlow(PaprScmTest):
         while True:
             steps = [step for path in paths for step in persist(guest, path, *[FLUSH] * 3)]
             with timesheet.during("waits"):
-                # Timers must fire meanwhile.
                 clock = "cut -d ' ' -f 1 /proc/uptime"
+                # The kernel's timers must fire meanwhile.
                 began, ended = guest.succeed(f"{clock}; sleep 1; {clock}").split()
             counts = syncs.counts()
             if counts.begun - counts.ended != 1:
