@@ -62,7 +62,11 @@ class FlushSlow(PaprScmTest):
 
     def state(self, guest: Guest, pid: int) -> tuple[str, int]:
         """The state of a process, and its pending signals."""
-        lines = guest.succeed(f"cat /proc/{pid}/status")
+        # A task that polls a flush runs for a moment between two sleeps.
+        read = f"status=$(cat /proc/{pid}/status)"
+        running = "case $status in *State:?R*) ;; *) break ;; esac"
+        loop = f"for try in $(seq 20); do {read} || exit; {running}; done"
+        lines = guest.succeed(f'{loop}; echo "$status"')
         status = dict(line.split(":\t", 1) for line in lines.splitlines() if ":\t" in line)
         return status["State"][0], int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
 
