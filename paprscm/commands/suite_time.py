@@ -38,7 +38,7 @@ _TITLES: Final = {
 _SAME: Final = ("tests", "side_by_side", "cpus", "accel", "page_size")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class JobTime:
     """Time of a job's slots; a slot runs one test after the other.
 
