@@ -254,13 +254,13 @@ def suite_table(series: Series) -> Table:
     return table
 
 
-def read_job(folder: Path, mode: str, duration_s: float, *, slots: int = 1) -> Job:
+def read_job(folder: Path, mode: str, began_s: float, ended_s: float, *, slots: int = 1) -> Job:
     """Read a job's results.
 
     Args:
         folder: parent of the job's folder.
         mode: mode of the job.
-        duration_s: duration of the job, s.
+        began_s, ended_s: start and end of the job, time.monotonic().
         slots: number of concurrent tests.
 
     Raises:
@@ -285,11 +285,11 @@ def read_job(folder: Path, mode: str, duration_s: float, *, slots: int = 1) -> J
             booted += "restored" not in marks
     return Job(
         mode=mode,
-        duration_s=duration_s,
+        duration_s=ended_s - began_s,
         tests=results,
         restored=restored,
         booted=booted,
-        time=account(tests, duration_s, slots),
+        time=account(tests, began_s, ended_s, slots),
     )
 
 
@@ -359,7 +359,7 @@ def _once(rounds: Iterable[Mapping[str, int]]) -> str:
 def _job(plan: Plan, mode: str, folder: Path, scratch: Path) -> Job:
     began = time.monotonic()
     _run(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
-    return read_job(folder, mode, time.monotonic() - began, slots=plan.slots(mode))
+    return read_job(folder, mode, began, time.monotonic(), slots=plan.slots(mode))
 
 
 def _run(argv: Sequence[str], log_file: Path) -> None:

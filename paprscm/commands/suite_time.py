@@ -21,6 +21,8 @@ from paprscm.timesheet import ACTIVITIES, NAME, REST
 
 AVOCADO: Final = "Avocado"
 UNRECORDED: Final = "no record"
+JOB_START: Final = "job start"
+JOB_END: Final = "job end"
 IDLE: Final = "idle"
 _TITLES: Final = {
     "set-up": "set-up of tests",
@@ -32,7 +34,9 @@ _TITLES: Final = {
     REST: "rest of tests",
     AVOCADO: "Avocado, in tasks",
     UNRECORDED: "killed tests",
-    IDLE: "no test: idle",
+    JOB_START: "before first test",
+    JOB_END: "after last test",
+    IDLE: "idle between them",
 }
 # Dimensions of series whose times can be compared; kernel and QEMU may differ.
 _SAME: Final = ("tests", "side_by_side", "cpus", "accel", "page_size")
@@ -43,8 +47,8 @@ class JobTime:
     """Time of a job's slots; a slot runs one test after the other.
 
     Attributes:
-        seconds: by activity, and for REST, AVOCADO, UNRECORDED and IDLE. The sum is the job's
-            duration times the number of slots.
+        seconds: by activity, and for REST, AVOCADO, UNRECORDED, JOB_START, JOB_END and IDLE. The
+            sum is the job's duration times the number of slots.
         counts: number of activities.
         cpu_s: CPU time of the tests and their QEMUs.
         unrecorded: tests that ended without a record: a killed test has none.
@@ -56,12 +60,14 @@ class JobTime:
     unrecorded: tuple[str, ...] = ()
 
 
-def account(tests: Iterable[Mapping[str, Any]], duration_s: float, slots: int) -> JobTime:
+def account(
+    tests: Sequence[Mapping[str, Any]], began_s: float, ended_s: float, slots: int
+) -> JobTime:
     """Account the time of a job.
 
     Args:
         tests: the tests of Avocado's results.json.
-        duration_s: duration of the job, s.
+        began_s, ended_s: start and end of the job by the clock of its tests, time.monotonic().
         slots: number of concurrent tests.
     """
     seconds = dict.fromkeys((*ACTIVITIES, REST, AVOCADO, UNRECORDED), 0.0)
@@ -82,7 +88,13 @@ def account(tests: Iterable[Mapping[str, Any]], duration_s: float, slots: int) -
         seconds[AVOCADO] += elapsed_s - sum(record["seconds"].values())
         counts.update(record["counts"])
         cpu_s += record["cpu_s"]
-    seconds[IDLE] = duration_s * slots - sum(seconds.values())
+    # Avocado writes -1 for a test that was not run.
+    ran = [test for test in tests if test.get("time_end", -1) >= 0]
+    times = [(test["time_start"], test["time_end"]) for test in ran]
+    starts, ends = zip(*times, strict=True) if times else ((began_s,), (ended_s,))
+    seconds[JOB_START] = (min(starts) - began_s) * slots
+    seconds[JOB_END] = (ended_s - max(ends)) * slots
+    seconds[IDLE] = (ended_s - began_s) * slots - sum(seconds.values())
     return JobTime(seconds=seconds, counts=dict(counts), cpu_s=cpu_s, unrecorded=tuple(unrecorded))
 
 

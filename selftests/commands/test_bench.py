@@ -213,7 +213,7 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "job-2026").mkdir()
     (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
-    job = bench_suite.read_job(tmp_path, "parallel", 5.0, slots=2)
+    job = bench_suite.read_job(tmp_path, "parallel", 7.0, 12.0, slots=2)
     assert (job.time.seconds["no record"], job.time.seconds["idle"]) == (4.0, 6.0)
     assert job.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
     assert job.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
@@ -224,7 +224,7 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
 def test_a_job_without_tests_shows_avocado_s_output(tmp_path: Path) -> None:
     (tmp_path / "avocado.log").write_text("guests cannot be prepared; no test was started\n")
     with pytest.raises(HostError, match="no test was started"):
-        bench_suite.read_job(tmp_path, "cold", 1.0)
+        bench_suite.read_job(tmp_path, "cold", 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +392,7 @@ def test_bench_suite_finds_the_same_in_each_mode(warm: Environment, tmp_path: Pa
         times = {name: series["values"][f"{mode} {name}"][0] for name in (*ACTIVITIES, "Avocado")}
         assert min(times.values()) >= 0
         assert 0 < times["starts"] < series["values"][f"{mode} all tests"][0]
-        assert series["values"][f"{mode} idle"][0] > 0
+        for name in ("job start", "job end"):
+            assert series["values"][f"{mode} {name}"][0] > 0
     kept = list((tmp_path / "bench-suite").glob("*/job-*/results.json"))
     assert len(kept) == len(modes)

@@ -56,7 +56,7 @@ def rows(series: Series, before: Series | None = None, *, width: int = 80) -> di
 
 
 def test_the_sum_is_the_time_of_the_slots() -> None:
-    job = suite_time.account(TESTS, 25.0, 2)
+    job = suite_time.account(TESTS, 0.0, 25.0, 2)
     spent = {name: seconds for name, seconds in job.seconds.items() if seconds}
     assert spent == {
         **{"starts": 3.0, "tools": 18.0, "commands": 5.0, "rest": 2.5},
@@ -70,10 +70,23 @@ def test_the_sum_is_the_time_of_the_slots() -> None:
     assert job.unrecorded == ("3-c",)
 
 
+def test_the_start_and_the_end_of_a_job_are_apart() -> None:
+    times = ((103.0, 113.0), (101.0, 121.0))
+    tests = [
+        {**test, "time_start": start, "time_end": end}
+        for test, (start, end) in zip(TESTS[:2], times, strict=True)
+    ]
+    skipped = {"id": "4-d", "status": "SKIP", "time_start": -1, "time_end": -1}
+    spent = suite_time.account([*tests, skipped], 100.0, 125.0, 2).seconds
+    # One slot is free from 101 to 103 and from 113 to 121.
+    assert (spent["job start"], spent["job end"], spent["idle"]) == (2.0, 8.0, 10.0)
+    assert sum(spent.values()) == 25.0 * 2
+
+
 @pytest.mark.parametrize("whiteboard", ["", "no JSON", "{}", None])
 def test_a_test_without_record_is_named(whiteboard: str | None) -> None:
     test = {"id": "1-x", "status": "ERROR", "time_elapsed": 4.0, "whiteboard": whiteboard}
-    job = suite_time.account([test], 5.0, 1)
+    job = suite_time.account([test], 0.0, 5.0, 1)
     assert (job.seconds["no record"], job.seconds["idle"]) == (4.0, 1.0)
     table = rows(series(job))
     assert table["killed tests"] == ["4.0", "80"]
@@ -81,12 +94,12 @@ def test_a_test_without_record_is_named(whiteboard: str | None) -> None:
 
 
 def test_the_table_has_seconds_share_and_number() -> None:
-    job = suite_time.account(TESTS[:2], 25.0, 2)
-    table = rows(series(job, suite_time.account(TESTS[:2], 35.0, 2)))
+    job = suite_time.account(TESTS[:2], 0.0, 25.0, 2)
+    table = rows(series(job, suite_time.account(TESTS[:2], 0.0, 35.0, 2)))
     # Medians of 50 s and 70 s: 60 s.
     assert table["starts"] == ["3.0", "5", "4"]
     assert table["guest tools"] == ["18.0", "30", "3"]
-    assert table["no test: idle"] == ["30.0", "50"]
+    assert table["idle between them"] == ["30.0", "50"]
     assert table["job x concurrent"] == ["60.0", "100"]
     assert table["CPU time of tests"] == ["7.0", "12"]
     assert "killed tests" not in table
@@ -94,7 +107,7 @@ def test_the_table_has_seconds_share_and_number() -> None:
 
 def test_three_modes_fit_into_80_columns() -> None:
     long = finished("1-a", 9000.0, count=9000, **dict.fromkeys(ACTIVITIES, 1234.5))
-    job = suite_time.account([long], 9999.0, 1)
+    job = suite_time.account([long], 0.0, 9999.0, 1)
     one = series(job)
     values: dict[str, list[float]] = {}
     found: dict[str, Any] = {key: {} for key in one.found}
@@ -110,7 +123,9 @@ def test_the_last_comparable_series_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "series.jsonl"
     assert read_series(file) == []
     slow, fast, other = (
-        series(suite_time.account([finished("1-a", spent_s, starts=spent_s)], 9.0, 1), cpus=cpus)
+        series(
+            suite_time.account([finished("1-a", spent_s, starts=spent_s)], 0.0, 9.0, 1), cpus=cpus
+        )
         for spent_s, cpus in ((4.0, "2"), (1.0, "2"), (7.0, "8"))
     )
     for earlier in (slow, fast, other):
@@ -126,5 +141,5 @@ def test_the_last_comparable_series_is_shown(tmp_path: Path) -> None:
 
 def test_a_series_of_before_this_measurement_has_no_times() -> None:
     old = Series({"tests": "tests/"}, 1e9, "s", {"parallel job": [9.0]}, {})
-    job = suite_time.account(TESTS[:1], 12.0, 1)
+    job = suite_time.account(TESTS[:1], 0.0, 12.0, 1)
     assert rows(series(job), old)["starts"] == ["2.0", "17", "1"]
