@@ -126,7 +126,7 @@ def time_table(series: Series, before: Series | None) -> Table:
     table = Table(
         box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), title_justify="left", caption_justify="left"
     )
-    table.title = "where the time of the concurrent tests went, seconds"
+    table.title = "where the time went, seconds"
     table.add_column(no_wrap=True)
     heads = [head for mode in modes for head in (mode, "%")]
     for head in (*heads, "number", *(["before"] if before else [])):
