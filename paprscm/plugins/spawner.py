@@ -92,7 +92,7 @@ class _Server:
         await asyncio.wait({ended, self._reading}, return_when=asyncio.FIRST_COMPLETED)
         # Not a child of ours: only the server could wait for it.
         while not ended.done() and start_time(pid) == self._begun[pid]:
-            await asyncio.sleep(_POLL_S)
+            await asyncio.sleep(_POLL_S)  # Only after the server was killed.
         ended.cancel()
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
