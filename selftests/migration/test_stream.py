@@ -65,7 +65,7 @@ def test_what_is_packed_is_read(
 
 
 def test_bytes_of_a_section() -> None:
-    """The layout, independent of pack(): 14 bytes of fields with a completed flush, then pending."""
+    """The layout, independent of pack()."""
     fields = bytes.fromhex(
         "01"
         "0000000000000003"
