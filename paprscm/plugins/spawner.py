@@ -29,9 +29,11 @@ class Runner:
         self._child = fork_server.call(_FUNCTION, argv)
         self.pid = self._child.pid
         self._child.socket.setblocking(False)
-        loop = asyncio.get_running_loop()
-        # Its result, which is empty if it was killed.
-        self._end = loop.create_task(loop.sock_recv(self._child.socket, 16))
+        self._end = asyncio.create_task(self._read_to_end())
+
+    async def _read_to_end(self) -> None:
+        while await asyncio.get_running_loop().sock_recv(self._child.socket, 16):
+            pass
 
     async def wait(self) -> int:
         await asyncio.wait([self._end])
