@@ -146,7 +146,9 @@ def _serve(connection: socket.socket) -> None:
         module, _, name = request["function"].partition(":")
         _name(module.rpartition(".")[2])
         result = getattr(importlib.import_module(module), name)(request["argument"])
-        connection.sendall(json.dumps(result).encode() + b"\n")
+        # Avocado's process may have ended.
+        with contextlib.suppress(BrokenPipeError):
+            connection.sendall(json.dumps(result).encode() + b"\n")
     except (SystemExit, KeyboardInterrupt):
         pass
     except BaseException:

@@ -36,8 +36,8 @@ def run(folder: Path, *words: str) -> tuple[str, str]:
     (folder / "three.py").write_text(TESTS)
     results = folder / "results"
     argv = [
-        *(Path(sys.executable).with_name("avocado"), "run", "--job-results-dir", results),
-        *("-p", f"cache_dir={folder}", *words, folder / "three.py"),
+        *(str(Path(sys.executable).with_name("avocado")), "run", "--job-results-dir", str(results)),
+        *("-p", f"cache_dir={folder}", *words, str(folder / "three.py")),
     ]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, timeout=300)
     assert "PASS 2" in done.stdout
