@@ -54,7 +54,7 @@ def fail(_):
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A server of its own for each test, without the suite's modules."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setattr(fork_server, "_MODULES", ())
     monkeypatch.setattr(spawner, "_FUNCTION", "stand_in:run")
     fork_server.start.cache_clear()
