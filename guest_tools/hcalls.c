@@ -52,7 +52,9 @@ struct mailbox {
 	u64 arrived;	/* the request that waits at the gate */
 	u64 index;	/* of the call in progress; `count` after the last one */
 	u64 open;	/* number of the open gate; used only in the first mailbox */
-	u64 unused[512 - 14];
+	u64 awake;	/* if not 0: do not sleep; written by the host */
+	u64 asleep;	/* this vCPU sleeps, or is about to */
+	u64 unused[512 - 16];
 	struct call calls[CALLS];
 };
 
@@ -85,8 +87,11 @@ static void cede(void)
 		       "cr5", "cr6", "cr7", "ctr", "xer", "memory");
 }
 
-/* Yield the host's processor for some time. */
-static void nap(u64 ticks)
+/*
+ * Yield the host's processor for some time. A vCPU that is asleep during a migration may never wake
+ * up (QEMU before 9.1 does not start its decrementer), so the host can keep it awake.
+ */
+static void nap(volatile struct mailbox *box, u64 ticks)
 {
 	u64 start = timebase(), gone;
 
@@ -96,10 +101,18 @@ static void nap(u64 ticks)
 		/* Falling asleep and waking up takes about this long. */
 		if (left < NAP_MIN / 2)
 			continue;
+		/* The host sets `awake` and then reads `asleep`: one of us sees the other's store. */
+		box->asleep = 1;
+		__sync_synchronize();
+		if (box->awake) {
+			box->asleep = 0;
+			continue;
+		}
 		/* Disable interrupts: a decrementer interrupt before H_CEDE could not end it. */
 		asm volatile("mtmsrd %0, 1" : : "r"(0UL) : "memory");
 		asm volatile("mtdec %0" : : "r"(left < DECREMENTER_MAX ? left : DECREMENTER_MAX));
 		cede();
+		box->asleep = 0;
 	}
 }
 
@@ -110,7 +123,7 @@ static u64 await_request(volatile struct mailbox *box, u64 seen)
 	while ((request = box->request) == seen) {
 		if (timebase() - start < LOOK)
 			continue;
-		nap(ticks);
+		nap(box, ticks);
 		ticks = ticks < NAP_MAX / 2 ? 2 * ticks : NAP_MAX;
 	}
 	/* Order the following reads after the read of the request. */
@@ -118,7 +131,7 @@ static u64 await_request(volatile struct mailbox *box, u64 seen)
 	return request;
 }
 
-static void make(volatile struct call *call)
+static void make(volatile struct mailbox *box, volatile struct call *call)
 {
 	int poll = call->flags & POLL;
 	u64 times = call->times, made = 0, busy = 0, began = timebase(), ended;
@@ -136,7 +149,7 @@ static void make(volatile struct call *call)
 		if (poll) {
 			/* The token is returned in r4, and is the second argument from now on. */
 			call->in[2] = call->out[1];
-			nap(call->pause);
+			nap(box, call->pause);
 		}
 	}
 	call->made = made;
@@ -152,6 +165,7 @@ void serve(volatile struct mailbox *box, u64 entry)
 	u64 request = box->request;
 
 	box->vector = 0;
+	box->asleep = 0;
 	box->entry = entry;
 	lwsync();
 	box->generation++;
@@ -169,7 +183,7 @@ void serve(volatile struct mailbox *box, u64 entry)
 		}
 		for (i = 0; i < count; i++) {
 			box->index = i;
-			make(&box->calls[i]);
+			make(box, &box->calls[i]);
 		}
 		box->index = count;
 		lwsync();

@@ -81,7 +81,8 @@ struct record {
 	uint64_t state;
 	uint64_t begin_ns, end_ns;
 	uint32_t file, operation, injected, delay_us, result, thread;
-	uint64_t reserved[2];
+	/* The bytes of the file that the call covers. */
+	uint64_t start, end;
 };
 
 struct page {
@@ -145,6 +146,8 @@ static struct file *by_fd(int fd)
 static struct range {
 	uintptr_t start, end;
 	struct file *file;
+	/* Position of `start` in the file. */
+	uint64_t offset;
 } ranges[256];
 static size_t n_ranges;
 static pthread_mutex_t ranges_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -156,10 +159,10 @@ static uintptr_t end_of(const void *address, size_t length)
 	return ((uintptr_t)address + length + unit - 1) & ~(unit - 1);
 }
 
-static void remember(uintptr_t start, uintptr_t end, struct file *file)
+static void remember(uintptr_t start, uintptr_t end, struct file *file, uint64_t offset)
 {
 	if (n_ranges < ARRAY_SIZE(ranges))
-		ranges[n_ranges++] = (struct range){ start, end, file };
+		ranges[n_ranges++] = (struct range){ start, end, file, offset };
 	else
 		add(&page->lost, 1);
 }
@@ -176,26 +179,34 @@ static void forget(uintptr_t start, uintptr_t end)
 		}
 		ranges[i] = ranges[--n_ranges];
 		if (old.start < start)
-			remember(old.start, start, old.file);
+			remember(old.start, start, old.file, old.offset);
 		if (end < old.end)
-			remember(end, old.end, old.file);
+			remember(end, old.end, old.file, old.offset + (end - old.start));
 	}
 }
 
-static struct file *by_address(const void *address, size_t length)
+/* The first mapping of a watched file in a range of addresses; its file is NULL if there is none. */
+static struct range by_address(const void *address, size_t length)
 {
 	uintptr_t start = (uintptr_t)address, end = start + (length ? length : 1);
-	struct file *file = NULL;
+	struct range range = { 0 };
 
 	if (!page)
-		return NULL;
+		return range;
 	pthread_mutex_lock(&ranges_lock);
-	for (size_t i = 0; i < n_ranges && !file; i++) {
+	for (size_t i = 0; i < n_ranges && !range.file; i++) {
 		if (ranges[i].start < end && start < ranges[i].end)
-			file = ranges[i].file;
+			range = ranges[i];
 	}
 	pthread_mutex_unlock(&ranges_lock);
-	return file;
+	/* The part that the call covers. */
+	if (start > range.start) {
+		range.offset += start - range.start;
+		range.start = start;
+	}
+	if (end < range.end)
+		range.end = end;
+	return range;
 }
 
 /*
@@ -214,7 +225,7 @@ EXPORT void *mmap(void *address, size_t length, int prot, int flags, int fd, off
 	if (map != MAP_FAILED) {
 		forget((uintptr_t)map, end_of(map, length));
 		if (file) {
-			remember((uintptr_t)map, end_of(map, length), file);
+			remember((uintptr_t)map, end_of(map, length), file, (uint64_t)offset);
 			add(&file->mapped, 1);
 		}
 	}
@@ -367,7 +378,8 @@ static void count_ended(struct counts *counts, bool failed)
 }
 
 /* Record that a call begins, and apply the rule; true if the real call must not be made. */
-static bool enter(struct call *call, struct file *file, enum operation operation)
+static bool enter(struct call *call, struct file *file, enum operation operation, uint64_t start,
+		  uint64_t end)
 {
 	uint64_t number = add(&page->begun, 1) - 1, begin_ns = now_ns();
 	struct record *record = &page->records[number % ARRAY_SIZE(page->records)];
@@ -382,6 +394,8 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 	record->injected = plan.injected;
 	record->delay_us = plan.delay_us;
 	record->thread = (uint32_t)syscall(SYS_gettid);
+	record->start = start;
+	record->end = end;
 	store(&record->state, call->state);
 	count_begun(&file->counts[operation]);
 	count_begun(&file->counts[OPERATIONS]);
@@ -421,7 +435,7 @@ EXPORT int fdatasync(int fd)
 
 	if (!file)
 		return REAL(fdatasync)(fd);
-	return leave(&call, enter(&call, file, FDATASYNC) ? -1 : REAL(fdatasync)(fd));
+	return leave(&call, enter(&call, file, FDATASYNC, 0, INT64_MAX) ? -1 : REAL(fdatasync)(fd));
 }
 
 EXPORT int fsync(int fd)
@@ -431,31 +445,39 @@ EXPORT int fsync(int fd)
 
 	if (!file)
 		return REAL(fsync)(fd);
-	return leave(&call, enter(&call, file, FSYNC) ? -1 : REAL(fsync)(fd));
+	return leave(&call, enter(&call, file, FSYNC, 0, INT64_MAX) ? -1 : REAL(fsync)(fd));
+}
+
+static bool enter_range(struct call *call, const struct range *range, enum operation operation)
+{
+	return enter(call, range->file, operation, range->offset,
+		     range->offset + (range->end - range->start));
 }
 
 EXPORT int msync(void *address, size_t length, int flags)
 {
-	struct file *file = by_address(address, length);
+	struct range range = by_address(address, length);
 	struct call call;
 
-	if (!file)
+	if (!range.file)
 		return REAL(msync)(address, length, flags);
-	return leave(&call, enter(&call, file, MSYNC) ? -1 : REAL(msync)(address, length, flags));
+	return leave(&call, enter_range(&call, &range, MSYNC) ?
+				    -1 :
+				    REAL(msync)(address, length, flags));
 }
 
 /* QEMU needs pmem_persist@LIBPMEM_1.0; a definition without a version matches that, too. */
 EXPORT void pmem_persist(const void *address, size_t length)
 {
-	struct file *file = by_address(address, length);
+	struct range range = by_address(address, length);
 	struct call call;
 
-	if (!file) {
+	if (!range.file) {
 		REAL(pmem_persist)(address, length);
 		return;
 	}
 	/* It cannot fail, so sync_shim.py does not allow a rule that makes it fail. */
-	enter(&call, file, PMEM_PERSIST);
+	enter_range(&call, &range, PMEM_PERSIST);
 	REAL(pmem_persist)(address, length);
 	leave(&call, 0);
 }

@@ -153,12 +153,20 @@ class QemuTest(Test):
         vm = Vm(argv, files, folder=self.folder("qemu"), by_hand=by_hand)
         return self.leave.enter_context(vm)
 
-    def bare(self, machine: Machine, *, shim: Shim | None = None) -> BareMachine:
+    def bare(
+        self,
+        machine: Machine,
+        *,
+        shim: Shim | None = None,
+        source: BareMachine | None = None,
+        shares_memory: bool = True,
+    ) -> BareMachine:
         """A machine that makes hypervisor calls; it ends with the test.
 
         Args:
             machine: its DIMMs, processors and memory (256 MiB or more).
             shim: loaded into its QEMU, to trace, delay and fail the syncs of backing files.
+            source, shares_memory: as for BareMachine: it waits for the state of `source`.
         """
         self.require_qemu(*machine.nvdimms)
         return self.leave.enter_context(
@@ -170,6 +178,8 @@ class QemuTest(Test):
                 scratch_dir=self.settings.scratch_dir,
                 board=self.board,
                 shim=shim,
+                source=source,
+                shares_memory=shares_memory,
             )
         )
 

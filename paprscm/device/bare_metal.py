@@ -77,6 +77,8 @@ class BareMachine(Lifetime):
         scratch_dir: folder of the backing files, which are removed with the machine.
         board: defaults for processors and memory; the firmware is always VOF.
         shim: loaded into this QEMU; see Vm.
+        source: the machine whose state this one will load; call adopt() after that.
+        shares_memory: map the same guest memory as `source`; only one of them may run at a time.
 
     Raises:
         ConfigError: the program cannot run on such a machine.
@@ -89,6 +91,7 @@ class BareMachine(Lifetime):
     """
 
     vm: Vm
+    _memory: GuestMemory
 
     def __init__(
         self,
@@ -100,6 +103,8 @@ class BareMachine(Lifetime):
         scratch_dir: Path,
         board: Board | None = None,
         shim: Shim | None = None,
+        source: BareMachine | None = None,
+        shares_memory: bool = False,
     ) -> None:
         self.board = board = replace(machine.board(board or Board()), firmware="vof")
         if board.memory_mib < FREE.stop // MIB:
@@ -117,6 +122,8 @@ class BareMachine(Lifetime):
         self._folder = folder
         self._scratch_dir = scratch_dir
         self._shim = shim
+        self._source = source
+        self._shares_memory = shares_memory
         self._running: list[int] = []
         self._gates = itertools.count(1)
 
@@ -259,8 +266,35 @@ class BareMachine(Lifetime):
         for box in self._boxes:
             box.end()
 
+    def keep_awake(self, awake: bool) -> None:
+        """Keep the vCPUs from sleeping, as a migration requires, or let them sleep again.
+
+        QEMU before 9.1 does not start the decrementer after a migration
+        (known_issues/qemu-decr-not-migrated.md), so that a vCPU that sleeps would not wake up.
+        """
+        boxes = [self._boxes[cpu] for cpu in self._running]
+        for box in boxes:
+            box.keep_awake(awake)
+        if awake:
+            self._wait(
+                lambda: not any(box.is_asleep for box in boxes),
+                time.monotonic() + _START_LIMIT_S,
+                lambda: HostError("a vCPU does not wake up"),
+            )
+
+    def adopt(self) -> None:
+        """Continue the batches of the source, whose state was loaded."""
+        if self._source is None:
+            raise ValueError("the machine was not started for an incoming migration")
+        self._running = list(self._source._running)
+        for box, other in zip(self._boxes, self._source._boxes, strict=True):
+            box.take_over(other)
+        self.keep_awake(False)
+
     def _start(self) -> None:
-        self._memory = GuestMemory(self.board.memory_mib * MIB)
+        source = self._source
+        shared = source._memory if source is not None and self._shares_memory else None
+        self._memory = GuestMemory(self.board.memory_mib * MIB, shared)
         self._resources.callback(self._memory.close)
         self._boxes = [Mailbox(self._memory, cpu) for cpu in range(self.board.smp)]
 
@@ -269,8 +303,9 @@ class BareMachine(Lifetime):
         parts = (self._qemu.argv_prefix, self.machine, self.board, files.paths)
         # The memory that we share is of no use to a person who runs the script.
         by_hand = [*bare_argv(*parts, program=self._program), "-monitor", "stdio"]
+        incoming = () if source is None else ("-incoming", "defer")
         self.vm = Vm(
-            bare_argv(*parts, program=self._program, memory_fd=self._memory.fd),
+            [*bare_argv(*parts, program=self._program, memory_fd=self._memory.fd), *incoming],
             files,
             folder=self._folder,
             by_hand=script(by_hand, self.machine.nvdimms, files.paths),
@@ -278,6 +313,8 @@ class BareMachine(Lifetime):
             shim=self._shim,
         )
         self._resources.enter_context(self.vm)
+        if source is not None:
+            return
         self._wait_for_start(0, 0, _START_LIMIT_S)
         self.ready_s = time.monotonic() - self.vm.exec_s
 

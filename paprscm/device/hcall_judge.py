@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections import Counter
@@ -77,6 +78,8 @@ class ScmJudge:
         nvdimms: its DIMMs.
 
     Attributes:
+        bare: the machine.
+        nvdimms: its DIMMs.
         model: the model of the machine.
         calls: number of judged calls.
         known_wrong: first answer according to each known issue, by its name. Such an answer does
@@ -85,9 +88,16 @@ class ScmJudge:
 
     def __init__(self, bare: BareMachine, nvdimms: Iterable[Nvdimm]) -> None:
         self.bare = bare
+        self.nvdimms = tuple(nvdimms)
         self.calls = 0
         self.known_wrong: dict[str, str] = {}
-        self.model = ScmModel(_dimms(bare, nvdimms))
+        self.model = ScmModel(_dimms(bare, self.nvdimms))
+
+    def follow(self, destination: BareMachine) -> ScmJudge:
+        """Return a judge of the machine that this one has migrated to; this judge stays valid."""
+        judge = copy.copy(self)
+        judge.bare, judge.model = destination, copy.deepcopy(self.model)
+        return judge
 
     def make(self, *requests: Request) -> list[Answer]:
         """Make the calls in one batch, judge each answer, and return the answers.

@@ -51,6 +51,8 @@ class _Word(IntEnum):
     ARRIVED = 11
     INDEX = 12
     OPEN = 13
+    AWAKE = 14
+    ASLEEP = 15
 
 
 @dataclass(frozen=True)
@@ -136,13 +138,16 @@ class GuestMemory:
 
     Args:
         size_bytes: its size; a multiple of the page size.
+        shared: map this memory instead of a new one; each of them can be closed first.
 
     Attributes:
         fd: the memfd, for QEMU.
     """
 
-    def __init__(self, size_bytes: int) -> None:
-        self.fd = os.memfd_create("paprscm-memory")
+    fd: int
+
+    def __init__(self, size_bytes: int, shared: GuestMemory | None = None) -> None:
+        self.fd = os.dup(shared.fd) if shared else os.memfd_create("paprscm-memory")
         try:
             os.truncate(self.fd, size_bytes)
             self._bytes = mmap.mmap(self.fd, size_bytes)
@@ -268,6 +273,15 @@ class Mailbox:
         index = self._load(_Word.INDEX)
         return self.calls[len(self._answers) + index] if index < self._sent else None
 
+    @property
+    def is_asleep(self) -> bool:
+        """True if the vCPU sleeps, or is about to."""
+        return bool(self._load(_Word.ASLEEP))
+
+    def keep_awake(self, awake: bool) -> None:
+        """Keep the vCPU from sleeping between polls, or let it sleep again."""
+        self._store(_Word.AWAKE, awake)
+
     def begin(self, calls: Iterable[Call], *, gate: int = 0) -> None:
         """Start a batch; the mailbox must be free.
 
@@ -292,6 +306,11 @@ class Mailbox:
             ]
             self._send()
         return not self._sent
+
+    def take_over(self, other: Mailbox) -> None:
+        """Continue the batch of another mailbox, whose machine has migrated to this one."""
+        self.calls, self.is_free = other.calls, other.is_free
+        self._answers, self._sent = other._answers, other._sent
 
     def end(self) -> list[Answer]:
         """End the batch, and return the answers so far."""

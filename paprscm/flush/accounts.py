@@ -11,7 +11,7 @@ from paprscm.errors import ContractError
 from paprscm.flush.trace import FlushTrace, TracedFlush, TraceReading
 from paprscm.guest.guest import Guest
 from paprscm.papr import drc_index
-from paprscm.vm.sync_shim import Operation
+from paprscm.vm.shim_layout import Operation
 
 
 @dataclass(frozen=True)

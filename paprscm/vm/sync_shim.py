@@ -9,7 +9,6 @@ delays, fails or holds the call according to the rule in that memory.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import mmap
 import os
 import shutil
@@ -17,7 +16,6 @@ import threading
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from enum import IntEnum, IntFlag
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,89 +23,27 @@ from paprscm.build.toolchain import compile_c
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
 from paprscm.paths import HOST_TOOLS
+from paprscm.vm.shim_layout import (
+    FILES,
+    MAGIC,
+    PAGE,
+    RECORDS,
+    RULE,
+    Injected,
+    Operation,
+    describe,
+)
 
 _SOURCE = HOST_TOOLS / "flush_shim.c"
 _FLAGS = "-std=gnu11 -O2 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden -pthread"
-_MAGIC = int.from_bytes(b"paprshim", "big")
-_FILES = 64
-_RECORDS = 65536
 # Time limit for the library to fill in a record that it has claimed, s; takes < 1 µs of CPU time.
 _FILL_LIMIT_S = 0.1
 _UINT32_MAX = (1 << 32) - 1
 
 
-class Operation(IntEnum):
-    """A call that makes a file's content durable; the values are those of flush_shim.c."""
-
-    FDATASYNC = 0
-    FSYNC = 1
-    MSYNC = 2
-    PMEM_PERSIST = 3
-
-
-class Injected(IntFlag):
-    """Faults that the shim injected into a call; the values are those of flush_shim.c."""
-
-    DELAYED = 1
-    FAILED = 2
-    HUNG = 4
-
-
 ALL = tuple(Operation)
 FALLIBLE = (Operation.FDATASYNC, Operation.FSYNC, Operation.MSYNC)
 """Calls that can fail; pmem_persist returns nothing."""
-
-_U32, _U64 = ctypes.c_uint32, ctypes.c_uint64
-
-
-def _struct(*members: tuple[Any, str]) -> Any:
-    """Build a C struct; each string names consecutive members of one type."""
-    fields = [(name, kind) for kind, names in members for name in names.split()]
-    return type("Struct", (ctypes.Structure,), {"_fields_": fields})
-
-
-_RULE = _struct(
-    (_U32, "delay_mask delay_epoch delay_low_us delay_high_us"),
-    (_U32, "fail_mask fail_epoch fail_errno fail_first fail_step fail_last"),
-    (_U32, "hang_mask hang_epoch"),
-)
-_COUNTS = _struct((_U64, "begun ended failed in_flight most"))
-_FILE = _struct(
-    (_U64, "dev ino"),
-    (_U32, "generation released"),
-    (_RULE * 2, "rules"),
-    (_U64, "drawn matched"),
-    (_COUNTS * (len(Operation) + 1), "counts"),
-    (_U64, "mapped"),
-)
-_RECORD = _struct(
-    (_U64, "state begin_ns end_ns"),
-    (_U32, "file operation injected delay_us result thread"),
-    (_U64 * 2, "reserved"),
-)
-_PAGE = _struct(
-    (_U64, "magic layout seed"),
-    (ctypes.c_int64, "loaded"),
-    (_U64, "lost files begun reserved"),
-    (_FILE * _FILES, "file"),
-    (_RECORD * _RECORDS, "records"),
-)
-
-
-def _layout() -> tuple[str, int]:
-    """Return C static assertions for the layout of flush_shim.c, and their digest."""
-    assertions = {f"{item.name} == {item.value}" for item in (*Operation, *Injected)}
-    structs = {"rule": _RULE, "counts": _COUNTS, "file": _FILE, "record": _RECORD, "page": _PAGE}
-    for name, struct in structs.items():
-        assertions.add(f"sizeof(struct {name}) == {ctypes.sizeof(struct)}")
-        for member, _kind in struct._fields_:
-            field = getattr(struct, member)
-            assertions.add(f"offsetof(struct {name}, {member}) == {field.offset}")
-            assertions.add(f"sizeof(((struct {name} *)0)->{member}) == {field.size}")
-    lines = [f'_Static_assert({item}, "paprscm/vm/sync_shim.py");' for item in sorted(assertions)]
-    digest = int.from_bytes(hashlib.sha256("\n".join(lines).encode()).digest()[:8], "big")
-    lines += [f"#define MAGIC {_MAGIC:#x}u", f"#define LAYOUT {digest:#x}u", ""]
-    return "\n".join(lines), digest
 
 
 def build(cache: Cache) -> Path:
@@ -116,7 +52,7 @@ def build(cache: Cache) -> Path:
     Raises:
         HostError: there is no C compiler, or it rejects the source.
     """
-    layout, _digest = _layout()
+    layout, _digest = describe()
     return compile_c(
         cache,
         "flush-shim",
@@ -141,6 +77,8 @@ class Record:
         injected: the faults that were injected.
         delay_s: injected delay, s.
         thread: kernel id (TID) of the calling thread.
+        start, end: the bytes of the file that the call covers; fdatasync and fsync cover it all,
+            with `end` 2^63 - 1.
     """
 
     number: int
@@ -152,6 +90,8 @@ class Record:
     injected: Injected
     delay_s: float
     thread: int
+    start: int
+    end: int
 
     @property
     def duration_s(self) -> float | None:
@@ -188,10 +128,10 @@ class Shim:
         os.write(self._copy, library.read_bytes())
         self._preload = ":".join((*before, f"/proc/{os.getpid()}/fd/{self._copy}"))
         self._handle = os.memfd_create("paprscm-shim")
-        os.ftruncate(self._handle, ctypes.sizeof(_PAGE))
+        os.ftruncate(self._handle, ctypes.sizeof(PAGE))
         # Its fields are aligned, so each access is atomic.
-        self._page = _PAGE.from_buffer(mmap.mmap(self._handle, ctypes.sizeof(_PAGE)))
-        self._page.magic, self._page.layout, self._page.seed = _MAGIC, _layout()[1], seed
+        self._page = PAGE.from_buffer(mmap.mmap(self._handle, ctypes.sizeof(PAGE)))
+        self._page.magic, self._page.layout, self._page.seed = MAGIC, describe()[1], seed
         self._files: list[WatchedFile] = []
         self._handles = [self._handle, self._copy]
 
@@ -255,8 +195,8 @@ class Shim:
         for known, entry in zip(self._files, self._page.file, strict=False):
             if (entry.dev, entry.ino) == (info.st_dev, info.st_ino):
                 return known
-        if number == _FILES:
-            raise HostError(f"{path} cannot be watched: {_FILES} files are watched already")
+        if number == FILES:
+            raise HostError(f"{path} cannot be watched: {FILES} files are watched already")
         entry = self._page.file[number]
         entry.dev, entry.ino = info.st_dev, info.st_ino
         _barrier()
@@ -277,7 +217,7 @@ class Shim:
                 break
             records.append(record)
         _barrier()
-        if since < (oldest := self._page.begun - _RECORDS):
+        if since < (oldest := self._page.begun - RECORDS):
             raise HostError(f"the flush shim's records {since} to {oldest - 1} are overwritten")
         return records
 
@@ -287,7 +227,7 @@ class Shim:
             raise HostError(f"{self._page.lost} mappings of watched files are unknown to the shim")
 
     def _read(self, number: int) -> Record | None:
-        slot = self._page.records[number % _RECORDS]
+        slot = self._page.records[number % RECORDS]
         # A QEMU that was killed while it filled in a record leaves it incomplete.
         _until(lambda: slot.state >> 1 > number, _FILL_LIMIT_S)
         state = slot.state
@@ -306,6 +246,8 @@ class Shim:
             injected=Injected(slot.injected),
             delay_s=slot.delay_us / 1e6,
             thread=slot.thread,
+            start=slot.start,
+            end=slot.end,
         )
 
 
@@ -321,7 +263,7 @@ class WatchedFile:
         self.path = path
         self._shim = shim
         self._entry = entry
-        self._rule = _RULE()
+        self._rule = RULE()
         self._changing = threading.Lock()
 
     def is_mapped(self) -> bool:
@@ -335,6 +277,20 @@ class WatchedFile:
         # In this order, so that `ended` cannot exceed `begun`.
         ended, failed, most = counts.ended, counts.failed, counts.most
         return Counts(counts.begun, ended, failed, most)
+
+    def records(self, since: int = 0) -> list[Record]:
+        """Return the calls on this file; as Shim.records()."""
+        return [record for record in self._shim.records(since) if record.path == self.path]
+
+    def partial(self, size_bytes: int, since: int = 0) -> list[Record]:
+        """Return the calls that do not cover the file's first bytes, and so cannot flush a DIMM.
+
+        Args:
+            size_bytes: the size of the DIMM without its label area.
+            since: number of the first record; raises as Shim.records() does.
+        """
+        records = self.records(since)
+        return [record for record in records if record.start > 0 or record.end < size_bytes]
 
     def delay(
         self, low_s: float, high_s: float | None = None, *, operations: Collection[Operation] = ALL

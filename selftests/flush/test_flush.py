@@ -18,7 +18,8 @@ from paprscm.flush.load import DurableCall, FlushLoadReport
 from paprscm.flush.trace import FlushHcall, FlushTrace, TracedFlush, expect_protocol
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.papr import ReturnCode
-from paprscm.vm.sync_shim import Counts, Injected, Operation, Record
+from paprscm.vm.shim_layout import Injected, Operation
+from paprscm.vm.sync_shim import Counts, Record
 
 BUSY = int(ReturnCode.H_LONG_BUSY_ORDER_10_MSEC)
 DRC = 0x90000000

@@ -21,9 +21,10 @@ from paprscm.build.debian import Archive
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
 from paprscm.host.process import Process
-from paprscm.vm import binary, sync_shim
+from paprscm.vm import binary, shim_layout, sync_shim
 from paprscm.vm.capabilities import sanitizers
-from paprscm.vm.sync_shim import FALLIBLE, Injected, Operation, Shim, WatchedFile
+from paprscm.vm.shim_layout import Injected, Operation
+from paprscm.vm.sync_shim import FALLIBLE, Shim, WatchedFile
 
 PAGE = os.sysconf("SC_PAGESIZE")
 RING = 65536
@@ -381,6 +382,28 @@ def test_a_result_of_the_kernel_is_passed_on(
     (record,) = flushes.records()
     assert (record.result, record.injected) == (errno.EINVAL, Injected(0))
     assert file.counts().failed == 1
+
+
+def test_the_bytes_that_a_call_covers(
+    flushes: Shim, file: WatchedFile, path: Path, driver: Driver
+) -> None:
+    address = driver.map(path, 4)
+    # The rest of the mapping keeps its place in the file.
+    driver.unmap(address, 1)
+    driver.msync(address + 2 * PAGE, PAGE)
+    driver.persist(address + PAGE, 100)
+    driver.msync(address + 3 * PAGE, PAGE)
+    driver.call(Operation.FDATASYNC, path)
+    *parts, whole = flushes.records()
+    assert [(part.start, part.end) for part in parts] == [
+        (2 * PAGE, 3 * PAGE),
+        (PAGE, PAGE + 100),
+        (3 * PAGE, 4 * PAGE),
+    ]
+    assert whole.start == 0
+    assert whole.end > 1 << 60
+    assert file.partial(4 * PAGE) == parts
+    assert file.partial(4 * PAGE, since=3) == []
 
 
 @pytest.mark.parametrize("operation", Operation)
@@ -811,11 +834,11 @@ def test_both_sides_have_the_same_layout(
 ) -> None:
     """Different layouts in C and Python fail at compile time."""
     assert library.exists()
-    swapped = [(name, kind) for name, kind in sync_shim._RULE._fields_ if name != "hang_mask"]
-    rule = sync_shim._struct(
-        *((kind, name) for name, kind in swapped), (sync_shim._U32, "hang_mask")
+    swapped = [(name, kind) for name, kind in shim_layout.RULE._fields_ if name != "hang_mask"]
+    rule = shim_layout._struct(
+        *((kind, name) for name, kind in swapped), (shim_layout._U32, "hang_mask")
     )
-    monkeypatch.setattr(sync_shim, "_RULE", rule)
+    monkeypatch.setattr(shim_layout, "RULE", rule)
     with pytest.raises(HostError, match="static assertion failed"):
         sync_shim.build(Cache(tmp_path))
 

@@ -26,7 +26,8 @@ from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm
-from paprscm.vm.sync_shim import Operation, Shim, WatchedFile
+from paprscm.vm.shim_layout import Operation
+from paprscm.vm.sync_shim import Shim, WatchedFile
 
 PAGE = 65536
 GOOD = PMEM_OFF.at(1, SMALL)

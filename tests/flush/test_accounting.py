@@ -22,7 +22,7 @@ from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
-from paprscm.vm.sync_shim import Operation
+from paprscm.vm.shim_layout import Operation
 
 
 class FlushAccounting(PaprScmTest):

@@ -17,7 +17,7 @@ from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope, drc_i
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Machine, Nvdimm, in_words
-from paprscm.vm.sync_shim import Operation
+from paprscm.vm.shim_layout import Operation
 
 FLUSH = Hcall.H_SCM_FLUSH
 # PAPR: loads and stores in real mode (Linux hvcall.h).
@@ -41,8 +41,10 @@ class FlushTest(QemuTest):
         return ScmJudge(self.bare(machine, shim=self.shim()), nvdimms)
 
     def counts(self, judge: ScmJudge, slot: int) -> dict[str, int]:
-        """Number of syncs of a DIMM's backing file, by operation."""
+        """Number of syncs of a DIMM's backing file, by operation; each covers the whole DIMM."""
         syncs = judge.bare.vm.syncs(slot)
+        partial = syncs.partial(judge.model.dimms[slot].size_bytes)
+        self.check(f"syncs of slot {slot} that omit a part of the DIMM", partial, [])
         ended = {operation.name.lower(): syncs.counts(operation).ended for operation in Operation}
         return {name: count for name, count in ended.items() if count}
 

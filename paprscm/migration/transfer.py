@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Transfer of a machine's state between two QEMUs: directly, or as bytes that a test can read."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from paprscm.errors import ContractError, GuestLostError, HostError
+from paprscm.host.process import describe_status
+from paprscm.vm.vm import Vm
+
+_LIMIT_S = 60.0
+_CHUNK = 1 << 20
+
+
+class LoadError(ContractError):
+    """A QEMU does not load a stream.
+
+    Attributes:
+        status: exit status of the QEMU, negative for a signal; None: it still runs.
+        text: its output.
+    """
+
+    def __init__(self, status: int | None, text: str) -> None:
+        how = "still runs" if status is None else describe_status(status)
+        super().__init__(f"QEMU does not load the stream ({how}); its output:\n{text}")
+        self.status = status
+        self.text = text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way to migrate.
+
+    Attributes:
+        name: for a report.
+        capabilities: set on both sides.
+        parameters: arguments of migrate-set-parameters, set on both sides.
+        contents: the stream carries the contents of memory that is shared with a file. Without
+            them both QEMUs need the same files (x-ignore-shared).
+    """
+
+    name: str = "unix"
+    capabilities: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    contents: bool = False
+
+    def prepare(self, vm: Vm) -> None:
+        """Set capabilities and parameters.
+
+        Raises:
+            RefusedError: QEMU lacks one of them.
+        """
+        wanted = {"events", *self.capabilities, *(() if self.contents else ("x-ignore-shared",))}
+        states = {
+            item["capability"]: item["state"]
+            for item in vm.qmp.execute("query-migrate-capabilities")
+        }
+        # An earlier migration of this QEMU may have set others.
+        changed = {name for name, state in states.items() if state} ^ wanted
+        vm.qmp.execute(
+            "migrate-set-capabilities",
+            capabilities=[{"capability": name, "state": name in wanted} for name in changed],
+        )
+        if self.parameters:
+            vm.qmp.execute("migrate-set-parameters", **self.parameters)
+
+
+SHARED = Way()
+"""State only: memory and DIMMs are files that both QEMUs map, one after the other."""
+COPIED = Way(name="unix, with contents", contents=True)
+"""Everything is in the stream."""
+
+
+def save(vm: Vm, way: Way = SHARED) -> bytes:
+    """Migrate a machine into memory; it is stopped afterwards, and can be continued with `cont`.
+
+    Raises:
+        ContractError: QEMU cannot save it; the machine goes on.
+        GuestLostError: QEMU ended.
+    """
+    way.prepare(vm)
+    with _listener(vm.scratch) as (path, listener):
+        received = bytearray()
+
+        def receive() -> None:
+            with contextlib.suppress(OSError):
+                connection, _ = listener.accept()
+                with connection:
+                    while chunk := connection.recv(_CHUNK):
+                        received.extend(chunk)
+
+        thread = threading.Thread(target=receive, daemon=True)
+        thread.start()
+        _start(vm, f"unix:{path}")
+        # QEMU reports the end after its last write, and closes the socket shortly after.
+        thread.join(_LIMIT_S)
+        if thread.is_alive():
+            raise HostError("QEMU has not closed the migration's socket")
+    return bytes(received)
+
+
+def load(vm: Vm, stream: bytes, way: Way = SHARED) -> None:
+    """Load a stream into a QEMU that waits for one (-incoming defer).
+
+    Raises:
+        LoadError: QEMU refuses the stream, or ends while it loads.
+    """
+    way.prepare(vm)
+    path = vm.scratch / "incoming"
+    with _load_errors(vm):
+        vm.qmp.execute("migrate-incoming", uri=f"unix:{path}")
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.settimeout(_LIMIT_S)
+        sock.connect(str(path))
+        path.unlink()
+        # QEMU closes its end at the first error.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            sock.sendall(stream)
+    wait_loaded(vm)
+
+
+def migrate(source: Vm, destination: Vm, way: Way = COPIED) -> None:
+    """Migrate from one QEMU to another.
+
+    Raises:
+        LoadError: the destination refuses, or ends.
+        ContractError: the source cannot save.
+    """
+    way.prepare(source)
+    way.prepare(destination)
+    uri = f"unix:{destination.scratch / 'incoming'}"
+    with _load_errors(destination):
+        destination.qmp.execute("migrate-incoming", uri=uri)
+    try:
+        _start(source, uri)
+    finally:
+        wait_loaded(destination)
+
+
+def wait_loaded(vm: Vm) -> None:
+    """Wait until an incoming migration has ended.
+
+    Raises:
+        LoadError: it failed.
+    """
+    deadline = time.monotonic() + _LIMIT_S
+    with _load_errors(vm):
+        while True:
+            status = vm.qmp.execute("query-migrate").get("status")
+            if status == "completed":
+                return
+            if status == "failed":
+                # It ends by itself, except with exit-on-error=false.
+                raise LoadError(vm.process.wait(2), vm.output())
+            if time.monotonic() > deadline:
+                raise LoadError(None, f"status {status} after {_LIMIT_S:g} s\n{vm.output()}")
+            # There is no event for the end of QEMU's process.
+            time.sleep(0.002)
+
+
+@contextlib.contextmanager
+def _load_errors(vm: Vm) -> Iterator[None]:
+    try:
+        yield
+    except GuestLostError as error:
+        raise LoadError(vm.process.wait(5), vm.output()) from error
+
+
+def _start(vm: Vm, uri: str) -> None:
+    """Run an outgoing migration to its end."""
+
+    def ended(data: dict[str, Any]) -> bool:
+        return data.get("status") in ("completed", "failed", "cancelled")
+
+    data = vm.qmp.execute_until("migrate", "MIGRATION", ended, limit_s=_LIMIT_S, uri=uri)
+    if data["status"] != "completed":
+        reason = vm.qmp.execute("query-migrate").get("error-desc", "no reason given")
+        raise ContractError(f"QEMU's migration has {data['status']}: {reason}")
+
+
+@contextlib.contextmanager
+def _listener(folder: Path) -> Iterator[tuple[Path, socket.socket]]:
+    path = folder / "outgoing"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen(1)
+        try:
+            yield path, listener
+        finally:
+            path.unlink()
