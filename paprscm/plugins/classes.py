@@ -79,7 +79,7 @@ def read_classes(names: list[str]) -> dict[str, dict[str, object]]:
     from paprscm.testcase import PaprScmTest, QemuTest
 
     answers = {}
-    # As of a tool: an import of a test may print, but not between the lines of the job.
+    # The output of test modules at their import is not part of the job's.
     with contextlib.redirect_stdout(sys.stderr):
         for name in names:
             path, _, class_name = name.rpartition(":")
