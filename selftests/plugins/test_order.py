@@ -69,6 +69,8 @@ def test_tests_start_by_their_durations(tmp_path: Path) -> None:
     first, log = run(tmp_path, "--max-parallel-tasks=1")
     assert first == "abc"
     assert "longest first" not in log
+    _, log = run(tmp_path, "--max-parallel-tasks=2", "--shuffle")
+    assert "longest first" not in log
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[1]", '{"a": "long"}', '{"a": null}', "\\xff"])
