@@ -16,14 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from paprscm import log
+from paprscm import log, timesheet
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.agent import Agent
 from paprscm.guest.command import (
     CommandResult,
     TimedOutError,
+    counted,
     log_command,
     outcome,
+    require_success,
     require_valid,
 )
 from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_ready
@@ -138,7 +140,8 @@ class Guest(Lifetime):
         channel = self._ssh if self._agent is None else self._agent
         assert channel is not None  # noqa: S101
         try:
-            result = channel.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
+            with counted(command):
+                result = channel.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
         except TimedOutError as error:
             self._lose(f"a command did not end within {limit_s:g} s")
             self._reported = True
@@ -160,9 +163,7 @@ class Guest(Lifetime):
         Raises:
             ContractError: it failed.
         """
-        result = require_valid(self.run(command, timeout_s=timeout_s, stdin=stdin))
-        if result.status:
-            raise ContractError(f"{outcome(result)}, expected 0")
+        result = require_success(self.run(command, timeout_s=timeout_s, stdin=stdin))
         return result.stdout.removesuffix("\n")
 
     def fail(
@@ -178,16 +179,17 @@ class Guest(Lifetime):
             raise ContractError(f"{outcome(result)}, expected it to fail")
         return result
 
+    @timesheet.during("waits")
     def wait_until(self, command: str, *, timeout_s: float = 10.0) -> str:
         """Repeat a command in the guest, in one round trip, until it succeeds; return its output.
 
         Raises:
             ContractError: it still fails after `timeout_s`.
         """
-        # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
         loop = (
             "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
             'until out=$(sh -c "$2" 2>&1); status=$?; case $status in 0|126|127) ;; *) status=99; '
+            # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
             "[ $(cut -d. -f1 /proc/uptime) -ge $end ];; esac; do sleep 0.02; done; "
             'printf "%s\\n" "$out"; exit $status'
         )
@@ -214,10 +216,7 @@ class Guest(Lifetime):
 
     def get(self, path: str) -> bytes:
         """Read a file of the guest, byte for byte."""
-        result = require_valid(self.run(f"cat -- {shlex.quote(path)}"))
-        if result.status:
-            raise ContractError(f"{outcome(result)}, expected 0")
-        return result.stdout_bytes
+        return require_success(self.run(f"cat -- {shlex.quote(path)}")).stdout_bytes
 
     def plug(self, nvdimm: Nvdimm) -> None:
         """Plug a DIMM into the running guest, which notices it asynchronously.
