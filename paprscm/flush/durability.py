@@ -24,7 +24,7 @@ from paprscm.errors import ContractError, HostError
 from paprscm.flush.load import DurableCall
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ProbeError, ToolReport, read_report
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 from paprscm.pmem.namespaces import CharacterDevice, file_offset
 from paprscm.pmem.regions import Region
 from paprscm.vm.sync_shim import Record
@@ -84,7 +84,7 @@ def compare_clocks(guest: Guest, region: Region, device: CharacterDevice) -> Clo
         HostError: the times contradict each other, so the device is not on that DIMM.
     """
     begin = file_offset(guest, region, device)
-    command = [str(compile_tool(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
+    command = [str(install_tool(guest, "flush")), "clock", f"--rounds={_ROUNDS}", device.path]
     with _TimeServer(guest.file(region.slot), begin):
         result = guest.run(shlex.join(command))
     rounds = read_report(_ClockReport, result.stdout, result.status, result.stderr).rounds

@@ -18,7 +18,7 @@ from paprscm.guest.report import (
     check_report,
     read_report,
 )
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 
 DurableOperation = Literal[
     "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
@@ -127,7 +127,7 @@ def run_flush_load(
         ProbeError: the program does not compile, or its report is invalid.
     """
     words = [
-        str(compile_tool(guest, "flush")),
+        str(install_tool(guest, "flush")),
         "load",
         f"--op={operation}",
         f"--threads={threads}",

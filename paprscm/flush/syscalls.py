@@ -16,7 +16,7 @@ from paprscm.guest.report import (
     malformed_as_probe_error,
     read_report,
 )
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 
 
 class Syscall(Fields, frozen=True, kw_only=True):
@@ -90,7 +90,7 @@ def persist(
         ProbeError: the program does not compile, or its report is invalid.
         ContractError: the file cannot be opened.
     """
-    tool = compile_tool(guest, "persist")
+    tool = install_tool(guest, "persist")
     result = guest.run(shlex.join([str(tool), path, *steps]), timeout_s=timeout_s)
     return parse_persist(result.stdout, result.status, steps, result.stderr)
 
@@ -109,7 +109,7 @@ class HeldFile:
 
     def __init__(self, guest: Guest, path: str, *steps: str) -> None:
         self._guest, self._steps = guest, steps
-        words = shlex.join([str(compile_tool(guest, "persist")), path, *steps])
+        words = shlex.join([str(install_tool(guest, "persist")), path, *steps])
         # The end of the program releases the lock; "await", or its end, closes "ready".
         self._folder = guest.succeed(
             "folder=$(mktemp -d) && cd $folder && mkfifo go ready && echo $folder\n"

@@ -26,6 +26,7 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import NotRestoredError, Snapshot
+from paprscm.guest.tools import ToolBinaries
 from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS
@@ -167,6 +168,11 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
     vmlinux, sites = kernel_image.fix(cache, under_test, executes)
 
     def equipment(userland: Userland, initrd: Path | None) -> Equipment:
+        programs = {
+            "userland": cache.identity(userland.disk),
+            "qemu": qemu.key,
+            "cpu": f"{board.cpu} {board.accel}",
+        }
         return Equipment(
             settings=settings,
             qemu=qemu.argv_prefix,
@@ -179,13 +185,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
             client_key=userland.client_key,
             host_key=userland.host_key_public,
             board=board,
+            tools=ToolBinaries(cache=cache, inputs=programs),
             contents=DimmContents(
                 cache=cache,
                 inputs={
+                    **programs,
                     "kernel": cache.identity(under_test.path),
-                    "userland": cache.identity(userland.disk),
-                    "qemu": qemu.key,
-                    "cpu": f"{board.cpu} {board.accel}",
                     "script": hashlib.sha256((GUEST_TOOLS / "pmem.sh").read_bytes()).hexdigest(),
                 },
             ),

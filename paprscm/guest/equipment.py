@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm.guest.dimm_content import DimmContents
+from paprscm.guest.tools import ToolBinaries
 from paprscm.settings import Settings
 from paprscm.vm.argv import Payload
 from paprscm.vm.machine import Board
@@ -24,6 +25,7 @@ class Equipment:
         host_key: the guest's public key.
         board: processors, memory and firmware, where a machine leaves them open.
         contents: contents for DIMMs that should not start empty; None: they start empty.
+        tools: binaries of guest tools; None: each guest compiles its own.
     """
 
     settings: Settings
@@ -33,3 +35,4 @@ class Equipment:
     host_key: str
     board: Board = Board()
     contents: DimmContents | None = None
+    tools: ToolBinaries | None = None

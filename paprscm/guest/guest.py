@@ -92,6 +92,7 @@ class Guest(Lifetime):
         self.machine = machine
         self.board = machine.board(equipment.board)
         self.dimms = GuestDimms(equipment.contents, self.file)
+        self.tools = equipment.tools
         self.folder = folder
         self.times = StartTimes()
         self._equipment = equipment

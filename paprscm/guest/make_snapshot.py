@@ -207,7 +207,7 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
         # Concurrently: the compiler takes most of the time.
         with ThreadPoolExecutor(recipe.equipment.board.smp) as pool:
             binaries = pool.map(
-                lambda tool: tools.compile_tool(guest, tool), (*tools.TOOLS, "warm")
+                lambda tool: tools.install_tool(guest, tool), (*tools.TOOLS, "warm")
             )
             helper = list(binaries)[-1]
         if offline:

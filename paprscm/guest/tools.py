@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Compile and run guest tools in the guest."""
+"""Compile guest tools in a guest, once per userland, and run them in guests."""
 
 from __future__ import annotations
 
 import hashlib
 import shlex
-from collections.abc import Sequence
-from pathlib import PurePosixPath
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from paprscm.guest.command import TOOLS_FOLDER, CommandResult, TimedOutError
-from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
+from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS
 
+if TYPE_CHECKING:
+    from paprscm.guest.guest import Guest
+
+KIND = "tool"
+# Binaries to keep (100 KB each); every changed tool adds one.
+_KEEP = 100
 _SOURCES = GUEST_TOOLS
 _INCLUDE = '#include "report.h"\n'
 _GCC = "gcc -O2 -Wall -Wextra -Werror"
@@ -21,22 +29,82 @@ _GCC_LIMIT_S = 120.0
 _NOT_BUILT = 70
 
 TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
-"""Tools that are compiled before a snapshot is made, so that restored guests have them."""
+"""Tools that are installed before a snapshot is made, so that restored guests have them."""
 
 
-def compile_tool(guest: Guest, name: str) -> PurePosixPath:
-    """Compile guest_tools/NAME.c in the guest unless the binary exists; return its path there.
+@dataclass(frozen=True, kw_only=True)
+class ToolBinaries:
+    """Cached binaries of guest tools, compiled in a guest by the gcc of its userland.
+
+    Attributes:
+        cache: keeps the binaries.
+        inputs: the part of the key that does not depend on the tool. It has the QEMU and the CPU on
+            which gcc ran, but no kernel: guests of all kernels use the same binaries.
+    """
+
+    cache: Cache
+    inputs: Mapping[str, str]
+
+    def ensure(self, name: str, compiled: Callable[[], bytes]) -> bytes:
+        """Return the binary of a tool; `compiled` makes it if it is not cached, or damaged."""
+
+        def build(folder: Path) -> None:
+            (folder / name).write_bytes(compiled())
+
+        source = hashlib.sha256(tool_source(name).encode()).hexdigest()
+        fields = {"tool": name, "source": source, "compiler": _GCC, **self.inputs}
+        entry = self.cache.ensure(KIND, fields, build)
+        self.cache.keep_newest(KIND, _KEEP)
+        return (entry.path / name).read_bytes()
+
+
+def install_tool(guest: Guest, name: str, *, anew: bool = False) -> PurePosixPath:
+    """Return the path of a tool in the guest, which has its binary then.
+
+    Args:
+        guest: the guest.
+        name: the tool, guest_tools/NAME.c.
+        anew: compile it in this guest, even if the guest or the cache has its binary.
+
+    Raises:
+        ProbeError: as compile_tool(), or gcc makes another binary in this guest than in an earlier
+            one.
+    """
+    target = _tool(name)[1]
+    base = shlex.quote(str(target))
+    if not anew and not guest.run(f"[ -x {base} ]").status:
+        return target
+    if anew or guest.tools is None:
+        binary = compile_tool(guest, name)
+    else:
+        binary = guest.tools.ensure(name, lambda: compile_tool(guest, name))
+    if anew and guest.tools and guest.tools.ensure(name, lambda: binary) != binary:
+        raise ProbeError(
+            f"gcc made another {name} in this guest than in the one whose binary is in the cache",
+            hint=f"compare kernel and QEMU of both; remove {guest.tools.cache.root / KIND}",
+        )
+    # By rename: another thread may install the same tool.
+    guest.succeed(
+        f"mkdir -p {TOOLS_FOLDER} && cat > {base}.$$ && chmod 755 {base}.$$ && mv {base}.$$ {base}",
+        stdin=binary,
+    )
+    return target
+
+
+def compile_tool(guest: Guest, name: str) -> bytes:
+    """Compile guest_tools/NAME.c in the guest; return the binary.
+
+    The same source and gcc make the same bytes: the binary has no path of the guest.
 
     Raises:
         ProbeError: the tool does not exist, or does not compile, or not within 120 s.
     """
-    content, target = _tool(name)
-    base = shlex.quote(str(target))
+    content, _target = _tool(name)
     try:
         result = guest.run(
-            f"[ -x {base} ] && {{ cat > /dev/null; exit; }}\n"
-            f"mkdir -p {TOOLS_FOLDER} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
-            f"&& mv {base}.$$ {base} && rm {base}.$$.c",
+            f"mkdir -p {TOOLS_FOLDER} && folder=$(mktemp -d {TOOLS_FOLDER}/XXXXXX) && "
+            f"cd $folder && cat > {name}.c && {_GCC} -o {name} {name}.c && cat {name} && "
+            f"cd / && rm -r $folder",
             stdin=content,
             timeout_s=_GCC_LIMIT_S,
         )
@@ -51,7 +119,7 @@ def compile_tool(guest: Guest, name: str) -> PurePosixPath:
             f"guest_tools/{name}.c does not compile in the guest (status {result.status}):\n"
             f"{result.stderr.strip()}"
         )
-    return target
+    return result.stdout_bytes
 
 
 def tools_digest(*names: str) -> str:
@@ -61,12 +129,12 @@ def tools_digest(*names: str) -> str:
 
 
 def run_tool(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
-    """Run a tool in the guest; compile it first if needed."""
+    """Run a tool in the guest; install it first if needed."""
     binary = str(_tool(name)[1])
     command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *words])}"
     result = guest.run(command)
     if result.status == _NOT_BUILT:
-        compile_tool(guest, name)
+        install_tool(guest, name)
         result = guest.run(command)
     return result
 

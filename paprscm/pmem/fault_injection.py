@@ -19,7 +19,7 @@ from paprscm import timesheet
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 
 Attribute = Literal["failslab", "fail_page_alloc", "fail_make_request"]
 
@@ -145,7 +145,7 @@ def fail_each(
     Raises:
         ProbeError: the report of the tool is invalid.
     """
-    tool = str(compile_tool(guest, "fail_nth"))
+    tool = str(install_tool(guest, "fail_nth"))
     options = [f"--most={most}", *(f"--undo={path}={text}" for path, text in undo)]
     result = guest.run(shlex.join([tool, *options, *words]), timeout_s=timeout_s)
     return read_report(FailNthReport, result.stdout, result.status, result.stderr)

@@ -134,7 +134,7 @@ def test_clocks_are_compared(binary: Path, tmp_path: Path, monkeypatch: pytest.M
     memory = tmp_path / "memory"
     memory.write_bytes(bytes(2 << 20))
     monkeypatch.setattr(durability, "file_offset", lambda *_: 0)
-    monkeypatch.setattr(durability, "compile_tool", lambda *_: binary)
+    monkeypatch.setattr(durability, "install_tool", lambda *_: binary)
     region, device = SimpleNamespace(slot=0), SimpleNamespace(path=str(memory))
     offset = compare_clocks(_Guest(binary, memory, 0), region, device)  # type: ignore[arg-type]
     true = time.monotonic_ns() - time.clock_gettime_ns(time.CLOCK_MONOTONIC_RAW)

@@ -1,17 +1,31 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Source of a guest tool as sent to the guest, and the key of its binary."""
+"""Source of a guest tool as sent to the guest, and its binary, which is compiled once."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
+from guest_tool import HostShell
 
 from paprscm.guest import tools
-from paprscm.guest.report import Fields, MalformedError, Natural, read_line
-from paprscm.guest.tools import TOOLS, tool_source, tools_digest
+from paprscm.guest.environment import Environment
+from paprscm.guest.guest import Guest
+from paprscm.guest.report import Fields, MalformedError, Natural, ProbeError, read_line
+from paprscm.guest.tools import (
+    KIND,
+    TOOLS,
+    ToolBinaries,
+    install_tool,
+    tool_source,
+    tools_digest,
+)
+from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS
 
 
@@ -50,6 +64,106 @@ def test_gcc_names_the_lines_of_both_files(sources: Path, tmp_path: Path) -> Non
     for name in ("report.h", "moved.c"):
         last = len((sources / name).read_text().splitlines())
         assert f"{name}:{last}:2: warning: #warning of {name}" in done.stderr
+
+
+INPUTS = {"userland": "a", "qemu": "b", "cpu": "c"}
+
+
+@pytest.fixture
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostShell:
+    """A shell for a "guest" that has no binaries yet, and an empty cache."""
+    monkeypatch.setattr(tools, "TOOLS_FOLDER", tmp_path / "tools")
+    shell = HostShell()
+    shell.tools = ToolBinaries(cache=Cache(tmp_path / "cache"), inputs=INPUTS)
+    return shell
+
+
+def install(shell: HostShell, *, anew: bool = False) -> tuple[bytes, bool]:
+    """Install `moved` in a guest without it; return the binary, and whether gcc ran."""
+    shutil.rmtree(tools.TOOLS_FOLDER, ignore_errors=True)
+    shell.commands.clear()
+    target = Path(install_tool(cast(Guest, shell), "moved", anew=anew))
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+    assert target.stat().st_mode & 0o777 == 0o755
+    return target.read_bytes(), any("gcc" in command for command in shell.commands)
+
+
+def test_the_second_guest_does_not_compile(shell: HostShell) -> None:
+    binary, compiled = install(shell)
+    assert compiled
+    assert binary[:4] == b"\x7fELF"
+    assert install(shell) == (binary, False)
+    shell.commands.clear()
+    install_tool(cast(Guest, shell), "moved")
+    assert len(shell.commands) == 1  # test for the binary
+
+
+def test_anew_compiles_the_same_bytes(shell: HostShell) -> None:
+    binary, _compiled = install(shell)
+    assert install(shell, anew=True) == (binary, True)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_other_inputs_make_another_binary(shell: HostShell, name: str) -> None:
+    install(shell)
+    assert shell.tools is not None
+    shell.tools = dataclasses.replace(shell.tools, inputs={**INPUTS, name: "other"})
+    assert install(shell)[1]
+
+
+@pytest.mark.parametrize("what", ["report.h", "moved.c", "flags"])
+def test_other_sources_make_another_binary(
+    shell: HostShell, sources: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    install(shell)
+    if what == "flags":
+        monkeypatch.setattr(tools, "_GCC", "gcc -O1")
+    else:
+        with (sources / what).open("a") as file:
+            file.write("/* more */\n")
+    assert install(shell)[1]
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-1], lambda text: text[:-1] + b"?"])
+def test_a_damaged_binary_is_compiled_again(
+    shell: HostShell, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    binary, _compiled = install(shell)
+    (file,) = (tmp_path / "cache" / KIND).glob("*/moved")
+    file.write_bytes(change(binary))
+    assert install(shell) == (binary, True)
+
+
+def test_a_foreign_binary_is_reported(shell: HostShell, tmp_path: Path) -> None:
+    """A complete entry that this gcc did not make."""
+    assert shell.tools is not None
+    shell.tools.ensure("moved", lambda: b"foreign")
+    assert install(shell) == (b"foreign", False)
+    with pytest.raises(ProbeError, match="gcc made another moved in this guest"):
+        install(shell, anew=True)
+
+
+def test_a_failed_compilation_is_not_kept(
+    shell: HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tools, "_GCC", "gcc -no-such-flag")
+    with pytest.raises(ProbeError, match="does not compile in the guest"):
+        install(shell)
+    assert Cache(tmp_path / "cache").entries() == []
+
+
+@pytest.mark.guest
+def test_guests_of_two_machines_have_the_same_binary(
+    environment: Environment, boot: Callable[..., Guest], tmp_path: Path
+) -> None:
+    """Restored or not: gcc in this guest makes the bytes that earlier guests made."""
+    own = environment.equipment.tools
+    assert own is not None
+    assert set(own.inputs) == {"userland", "qemu", "cpu"}
+    guest = boot()
+    path = install_tool(guest, "map_sync")
+    before = guest.get(str(path))
+    assert guest.get(str(install_tool(guest, "map_sync", anew=True))) == before
 
 
 class _Inner(Fields, frozen=True, kw_only=True):

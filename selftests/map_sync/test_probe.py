@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from guest_tool import HostShell
 
 from paprscm.errors import HostError
 from paprscm.guest import tools
@@ -387,42 +387,25 @@ def test_garbage(stdout: str) -> None:
         parse_map_sync(stdout, 0)
 
 
-class _HostShell:
-    """`run` of a guest, in this machine's shell."""
-
-    def __init__(self) -> None:
-        self.commands: list[str] = []
-
-    def run(
-        self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
-    ) -> CommandResult:
-        self.commands.append(command)
-        done = subprocess.run(
-            ["/bin/sh", "-c", command], input=stdin, capture_output=True, timeout=60, check=False
-        )
-        out, err = done.stdout.decode(), done.stderr.decode()
-        return CommandResult(command, done.returncode, out, err, done.stdout, 0.0)
-
-
 @pytest.fixture
-def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _HostShell:
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostShell:
     monkeypatch.setattr(tools, "TOOLS_FOLDER", tmp_path / "tools")
-    return _HostShell()
+    return HostShell()
 
 
-def test_map_sync_builds_once(shell: _HostShell, tmp_path: Path) -> None:
+def test_map_sync_builds_once(shell: HostShell, tmp_path: Path) -> None:
     guest = cast(Guest, shell)
     path = str(tmp_path / "it's a file; $(false)")
     first = probe.map_sync(guest, path)
-    assert len(shell.commands) == 3  # test for the binary, gcc, run
+    assert len(shell.commands) == 5  # run, test for the binary, gcc, copy, run
     second = probe.map_sync(guest, path, pages=2, sync=False, map_type="shared", control=False)
-    assert len(shell.commands) == 4
+    assert len(shell.commands) == 6
     assert judge_map_sync(first).verdict is Verdict.NOT_DAX
     assert (second.path, second.mapping.type, second.mapping.pages_accessed) == (path, "shared", 2)
     assert len(list((tmp_path / "tools").iterdir())) == 1
 
 
-def test_every_option_arrives(shell: _HostShell, tmp_path: Path) -> None:
+def test_every_option_arrives(shell: HostShell, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_bytes(bytes(8 * 4096))
     report = probe.map_sync(
@@ -446,33 +429,37 @@ def test_every_option_arrives(shell: _HostShell, tmp_path: Path) -> None:
 
 
 def test_a_tool_that_does_not_compile(
-    shell: _HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shell: HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tools, "_SOURCES", tmp_path)
     (tmp_path / "map_sync.c").write_text("int main(void) { int unused; return 0; }\n")
     with pytest.raises(ProbeError, match=r"does not compile in the guest(.|\n)*unused"):
         probe.map_sync(cast(Guest, shell), str(tmp_path / "file"))
     with pytest.raises(ProbeError, match=r"no_such_tool\.c: No such file"):
-        tools.compile_tool(cast(Guest, shell), "no_such_tool")
+        tools.install_tool(cast(Guest, shell), "no_such_tool")
 
 
 def test_a_compiler_that_takes_too_long(
-    shell: _HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shell: HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def run(command: str, **_limits: object) -> CommandResult:
-        raise TimedOutError("`gcc` did not end within 120 s")
+    run_here = shell.run
+
+    def run(command: str, **options: Any) -> CommandResult:
+        if "gcc" in command:
+            raise TimedOutError("`gcc` did not end within 120 s")
+        return run_here(command, **options)
 
     monkeypatch.setattr(shell, "run", run)
     with pytest.raises(ProbeError, match=r"did not compile guest_tools/map_sync\.c within 120 s"):
-        tools.compile_tool(cast(Guest, shell), "map_sync")
+        tools.install_tool(cast(Guest, shell), "map_sync")
 
 
-def test_a_report_of_another_request(shell: _HostShell, tmp_path: Path) -> None:
+def test_a_report_of_another_request(shell: HostShell, tmp_path: Path) -> None:
     """A stale or swapped report must not be accepted for the request."""
     guest = cast(Guest, shell)
     other = probe.map_sync(guest, str(tmp_path / "other"))
 
-    class Stale(_HostShell):
+    class Stale(HostShell):
         def run(
             self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
         ) -> CommandResult:

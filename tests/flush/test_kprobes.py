@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 
 from paprscm.guest.guest import Guest
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 from paprscm.testcase import PaprScmTest
 
 ISSUE = "linux-kprobe-restores-paca"
@@ -64,7 +64,7 @@ class Kprobes(PaprScmTest):
 
     def move(self, guest: Guest) -> str:
         """Move the process; return the first message of a broken kernel, or ""."""
-        console, tool = guest.console, compile_tool(guest, "moved")
+        console, tool = guest.console, install_tool(guest, "moved")
         start = len(console.lines)
         guest.succeed(
             f"setsid sh -c '{tool} {MOVES}; echo \"<1>moved: status $?\" > /dev/kmsg' "

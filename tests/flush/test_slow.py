@@ -17,7 +17,7 @@ from paprscm.errors import ConfigError, ContractError
 from paprscm.flush.syscalls import parse_persist, persist
 from paprscm.flush.trace import count_hcalls
 from paprscm.guest.guest import Guest
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import dax_mount, mount
 from paprscm.pmem.namespaces import create_namespace
@@ -57,7 +57,7 @@ class FlushSlow(PaprScmTest):
 
     def begin(self, guest: Guest, name: str, path: str, *steps: str) -> int:
         """Begin steps in the background, with the report in /tmp/NAME; return the pid."""
-        words = shlex.join([str(compile_tool(guest, "persist")), path, *steps])
+        words = shlex.join([str(install_tool(guest, "persist")), path, *steps])
         return int(guest.succeed(f"{words} > /tmp/{name} 2>&1 < /dev/null & echo $!"))
 
     def state(self, guest: Guest, pid: int) -> tuple[str, int]:

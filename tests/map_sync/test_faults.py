@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import read_report
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 from paprscm.map_sync.fault_load import (
     FaultLoadReport,
     FaultVerifyReport,
@@ -65,7 +65,7 @@ class Faults(PaprScmTest):
     def machine(self, *nvdimms: Nvdimm) -> Guest:
         """Boot a guest with these DIMMs, and compile the tool in it."""
         guest = self.boot(Machine(nvdimms=nvdimms))
-        self.tool = compile_tool(guest, "faults")
+        self.tool = install_tool(guest, "faults")
         return guest
 
     def test_map_sync_xfs(self) -> None:

@@ -7,6 +7,7 @@ backend's pmem= and the device's pmem-override= (hw/ppc/spapr_nvdimm.c, spapr_dt
 """
 
 from paprscm.guest.guest import Guest
+from paprscm.guest.tools import install_tool
 from paprscm.map_sync.probe import map_sync
 from paprscm.map_sync.verdict import Verdict
 from paprscm.pmem.mounts import FsType, dax_mount
@@ -65,6 +66,29 @@ class OneDimm(PaprScmTest):
     def test_plain_nvdimm_ext4(self) -> None:
         """On ext4 over a plain nvdimm, MAP_SYNC succeeds though the file behind it is ordinary."""
         self.judge(PLAIN, "ext4", Verdict.ACCEPTED)
+
+
+class Compiled(PaprScmTest):
+    """
+    The probe as gcc compiles it in this guest; other tests use a copy of such a binary.
+
+    :avocado: tags=map_sync
+    """
+
+    def test_in_the_guest(self) -> None:
+        """A probe that was compiled in this guest has both verdicts, on pmem=on and pmem=off.
+
+        It must be the same, byte for byte, as the one that other tests use.
+        """
+        cases = ((PMEM_ON.at(0), Verdict.ACCEPTED), (PMEM_OFF.at(1), Verdict.REFUSED))
+        guest = self.boot(Machine(nvdimms=tuple(dimm.holding("xfs") for dimm, _verdict in cases)))
+        install_tool(guest, "map_sync", anew=True)
+        for nvdimm, verdict in cases:
+            mountpoint = f"/mnt/{nvdimm.slot}"
+            dax_mount(guest, nvdimm.slot, "xfs", mountpoint)
+            report = map_sync(guest, f"{mountpoint}/file")
+            self.measure(f"probe slot {nvdimm.slot}", report.line)
+            self.check_map_sync(in_words(nvdimm), report, verdict, fstype="xfs")
 
 
 class TwoDimms(PaprScmTest):

@@ -16,7 +16,7 @@ from paprscm import timesheet
 from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
 from paprscm.guest.kmsg import SLEEPS, SOFT_LOCKUP, STALLS, has_frame, spins, traces
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 from paprscm.pmem.btt_race import (
     BTT_ISSUE,
     DONE,
@@ -85,7 +85,7 @@ class Btt(PaprScmTest):
         limit = "/proc/sys/kernel/watchdog_thresh"
         guest.succeed(f"[ ! -e {limit} ] || echo {WATCHDOG_S} > {limit}")
         start_writers(
-            guest, compile_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds
+            guest, install_tool(guest, "same_block"), disk.path, threads=THREADS, seconds=seconds
         )
 
     def ended(self, guest: Guest, after_s: float) -> int:

@@ -26,7 +26,7 @@ from paprscm import timesheet
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import read_report
-from paprscm.guest.tools import compile_tool
+from paprscm.guest.tools import install_tool
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import DaxMount, dax_mount, make_filesystem, mount
 from paprscm.power_cut.sudden_end import (
@@ -130,7 +130,7 @@ class Promise(PaprScmTest):
         }
         mounts[LEDGER_SLOT] = dax_mount(guest, LEDGER_SLOT, "ext4", LEDGER, reuse=again)
         if not again:
-            guest.succeed(f"cp {compile_tool(guest, 'promise')} {TOOL} && sync")
+            guest.succeed(f"cp {install_tool(guest, 'promise')} {TOOL} && sync")
         return mounts
 
     def renew(self, guest: Guest, mounts: dict[int, DaxMount], dice: random.Random) -> None:
