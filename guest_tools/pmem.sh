@@ -109,7 +109,7 @@ step_find() {
 	done
 	stat -c 'prop %s %n' -- "$@"
 	printf 'blob props\n'
-	cat -- "$@" | od -An -v -tx1
+	od -An -v -tx1 -- "$@"
 }
 
 # Print the device path of $name ($at), which must be below the region. Set disk.
@@ -243,7 +243,7 @@ step_filesystem() {
 }
 
 step_mount() {
-	mkdir -p "$mountpoint"
+	[ -d "$mountpoint" ] || mkdir -p "$mountpoint"
 	mount -t "$fstype" -o "$options" "$disk" "$mountpoint"
 	at "$mountpoint"
 	mountpoint=$at
@@ -263,7 +263,7 @@ step_mount() {
 }
 
 step_try_mount() {
-	mkdir -p "$mountpoint"
+	[ -d "$mountpoint" ] || mkdir -p "$mountpoint"
 	before=$(dmesg -t | wc -l)
 	# strace, because mount programs replace an errno by their own text; busybox, because it
 	# uses mount(2). If a read-write mount fails, it tries read-only: use the first result.

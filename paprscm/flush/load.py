@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from typing import Literal
 
@@ -18,7 +17,7 @@ from paprscm.guest.report import (
     check_report,
     read_report,
 )
-from paprscm.guest.tools import install_tool
+from paprscm.guest.tools import run_tool
 
 DurableOperation = Literal[
     "deep_flush", "fsync", "fdatasync", "msync", "dsync", "direct_dsync", "syncfs", "mixed"
@@ -127,7 +126,6 @@ def run_flush_load(
         ProbeError: the program does not compile, or its report is invalid.
     """
     words = [
-        str(install_tool(guest, "flush")),
         "load",
         f"--op={operation}",
         f"--threads={threads}",
@@ -136,7 +134,7 @@ def run_flush_load(
         f"--seed={seed}",
         *targets,
     ]
-    result = guest.run(shlex.join(words), timeout_s=limit_s + _MARGIN_S)
+    result = run_tool(guest, "flush", words, timeout_s=limit_s + _MARGIN_S)
     report = read_report(FlushLoadReport, result.stdout, result.status, result.stderr)
     requested = (seed, threads, len(targets))
     reported = (report.seed, report.threads, report.targets)

@@ -16,7 +16,7 @@ from paprscm.guest.report import (
     malformed_as_probe_error,
     read_report,
 )
-from paprscm.guest.tools import install_tool
+from paprscm.guest.tools import install_tool, run_tool
 
 
 class Syscall(Fields, frozen=True, kw_only=True):
@@ -90,8 +90,7 @@ def persist(
         ProbeError: the program does not compile, or its report is invalid.
         ContractError: the file cannot be opened.
     """
-    tool = install_tool(guest, "persist")
-    result = guest.run(shlex.join([str(tool), path, *steps]), timeout_s=timeout_s)
+    result = run_tool(guest, "persist", [path, *steps], timeout_s=timeout_s)
     return parse_persist(result.stdout, result.status, steps, result.stderr)
 
 

@@ -59,8 +59,8 @@ echo 1 > $I/events/paprscm/enable || exit 10
 _READ = f"""
 T=/sys/kernel/tracing D=/sys/kernel/debug
 dd if=$T/instances/paprscm/trace_pipe iflag=nonblock bs=65536 status=none 2> /dev/null
-cat $D/hcall_inst/cpu* | awk '$1 == {_FLUSH} {{ n += $2 }} END {{ print "hcalls", n + 0 }}'
-awk '{{ print "probe", $1, $2, $3 }}' $T/kprobe_profile
+awk 'FILENAME ~ /kprobe_profile/ {{ print "probe", $1, $2, $3; next }}
+$1 == {_FLUSH} {{ n += $2 }} END {{ print "hcalls", n + 0 }}' $D/hcall_inst/cpu* $T/kprobe_profile
 """
 
 _LACKING = {

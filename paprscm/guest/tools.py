@@ -128,14 +128,26 @@ def tools_digest(*names: str) -> str:
     return hashlib.sha256(f"{_GCC} {targets}".encode()).hexdigest()
 
 
-def run_tool(guest: Guest, name: str, words: Sequence[str]) -> CommandResult:
-    """Run a tool in the guest; install it first if needed."""
+def run_tool(
+    guest: Guest, name: str, words: Sequence[str], *, timeout_s: float | None = None
+) -> CommandResult:
+    """Run a tool in the guest, in one round trip if the guest has it; else install it first.
+
+    Args:
+        guest: the guest.
+        name: the tool, guest_tools/NAME.c.
+        words: its arguments.
+        timeout_s: time limit, s; None: the setting command_limit_s.
+
+    Raises:
+        ProbeError: as install_tool().
+    """
     binary = str(_tool(name)[1])
     command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *words])}"
-    result = guest.run(command)
+    result = guest.run(command, timeout_s=timeout_s)
     if result.status == _NOT_BUILT:
         install_tool(guest, name)
-        result = guest.run(command)
+        result = guest.run(command, timeout_s=timeout_s)
     return result
 
 
