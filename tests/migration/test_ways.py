@@ -6,7 +6,7 @@ See QEMU's docs/devel/migration/. A way that a QEMU lacks is left out, and recor
 
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError
-from paprscm.migration.handover import go_on, hand_over_by
+from paprscm.migration.handover import hand_over_by
 from paprscm.migration.transfer import Way
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
@@ -58,7 +58,7 @@ class Ways(QemuTest):
                 # Before the migration: one of the QEMUs lacks a capability or a parameter.
                 missing[way.name] = error.text
                 destination.close()
-                go_on(judge.bare)
+                judge.bare.go_on()
                 judge.release(0)
                 judge.poll_to_the_end()
             else:
