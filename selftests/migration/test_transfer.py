@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.device.bare_metal import FREE, BareMachine, compile_program
-from paprscm.device.mailbox import Call
+from paprscm.device.mailbox import MAILBOXES, Call, _Word
 from paprscm.errors import ContractError
 from paprscm.host.cache import Cache
 from paprscm.migration.handover import save_awake
@@ -110,9 +110,14 @@ def test_a_source_does_not_make_the_calls_of_its_destination(start: Start) -> No
     destination.adopt()
     assert [destination.call(FLUSH, DRC).outputs[0] for _ in range(3)] == [1, 2, 3]
     destination.close()
+    # The program overwrites this word when it has handled the request that it finds in memory.
+    place, sentinel = MAILBOXES + 8 * _Word.INDEX, bytes(7) + b"M"
+    source.write(place, sentinel)
     source.go_on()
-    # Time to make the calls, before they are replaced by the next ones.
-    time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while source.read(place, 8) == sentinel:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
     assert source.call(FLUSH, DRC).outputs[0] == 1
 
 
