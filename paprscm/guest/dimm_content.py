@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm.host.cache import Cache
-from paprscm.vm.backing_files import copy_content, is_blank
+from paprscm.vm.backing_files import is_blank, pack_content
 from paprscm.vm.machine import Nvdimm
 
 KIND = "dimm"
-_FORMAT = "1"
+_FORMAT = "2"
 # Contents to keep (a few MB each); every rebuilt kernel adds some.
 _KEEP = 200
 
@@ -35,7 +35,7 @@ class DimmContents:
     inputs: Mapping[str, str]
 
     def find(self, nvdimm: Nvdimm) -> Path | None:
-        """Return a sparse file with the content that the DIMM should hold; None: not cached."""
+        """Return a file with the packed content that the DIMM should hold; None: not cached."""
         entry = self.cache.find(KIND, self._fields(nvdimm))
         return entry.path / "content" if entry else None
 
@@ -43,8 +43,7 @@ class DimmContents:
         """Cache the content of a backing file; the guest must have flushed it."""
 
         def build(folder: Path) -> None:
-            (folder / "content").touch()
-            copy_content(file, folder / "content")
+            pack_content(file, folder / "content")
 
         self.cache.ensure(KIND, self._fields(nvdimm), build)
         self.cache.keep_newest(KIND, _KEEP)
@@ -74,7 +73,7 @@ class GuestDimms:
         self._missing: dict[int, Nvdimm] = {}
 
     def image(self, nvdimm: Nvdimm) -> Path | None:
-        """Return the content for the new backing file of a DIMM; None: it stays empty."""
+        """Return the packed content for the new backing file of a DIMM; None: it stays empty."""
         if self._contents is None or not nvdimm.holds:
             return None
         image = self._contents.find(nvdimm)

@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from paprscm.vm.machine import Nvdimm
 
 # Granularity at which zeros are skipped, bytes.
 _CHUNK = 1 << 16
+# Of a chunk in a packed file: offset and size, bytes.
+_CHUNK_HEADER = struct.Struct(">QI")
 
 
 def _written(file: Path) -> Iterator[tuple[int, bytes]]:
@@ -42,11 +45,19 @@ def is_blank(file: Path) -> bool:
     return next(_written(file), None) is None
 
 
-def copy_content(source: Path, target: Path) -> None:
-    """Copy the non-zero chunks into a file of zeros, which stays sparse."""
-    with target.open("r+b", buffering=0) as file:
+def pack_content(source: Path, target: Path) -> None:
+    """Write the non-zero chunks of a file and their offsets into a new file, for unpack_content."""
+    with target.open("xb") as file:
         for offset, chunk in _written(source):
-            os.pwrite(file.fileno(), chunk, offset)
+            file.write(_CHUNK_HEADER.pack(offset, len(chunk)) + chunk)
+
+
+def unpack_content(packed: Path, target: Path) -> None:
+    """Write packed chunks into a file of zeros, which stays sparse."""
+    with packed.open("rb") as chunks, target.open("r+b", buffering=0) as file:
+        while header := chunks.read(_CHUNK_HEADER.size):
+            offset, size = _CHUNK_HEADER.unpack(header)
+            os.pwrite(file.fileno(), chunks.read(size), offset)
 
 
 class ScratchFiles(Lifetime):
@@ -55,7 +66,7 @@ class ScratchFiles(Lifetime):
     Args:
         scratch_dir: parent of the scratch folder.
         nvdimms: the DIMMs; one with a `file` keeps that file.
-        image: returns the initial content of a DIMM's new file; None: zeros.
+        image: returns the packed initial content of a DIMM's new file; None: zeros.
 
     Raises:
         HostError: on entry, the files cannot be created.
@@ -98,7 +109,7 @@ class ScratchFiles(Lifetime):
         finally:
             os.close(handle)
         if image := self._image(nvdimm):
-            copy_content(image, Path(name))
+            unpack_content(image, Path(name))
         return Path(name)
 
 

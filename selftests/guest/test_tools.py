@@ -80,12 +80,13 @@ def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HostShell:
 
 def install(shell: HostShell, *, anew: bool = False) -> tuple[bytes, bool]:
     """Install `moved` in a guest without it; return the binary, and whether gcc ran."""
-    shutil.rmtree(tools.TOOLS_FOLDER, ignore_errors=True)
     shell.commands.clear()
     target = Path(install_tool(cast(Guest, shell), "moved", anew=anew))
     assert [path.name for path in target.parent.iterdir()] == [target.name]
     assert target.stat().st_mode & 0o777 == 0o755
-    return target.read_bytes(), any("gcc" in command for command in shell.commands)
+    binary = target.read_bytes()
+    shutil.rmtree(target.parent)
+    return binary, any("gcc" in command for command in shell.commands)
 
 
 def test_the_second_guest_does_not_compile(shell: HostShell) -> None:
@@ -93,8 +94,9 @@ def test_the_second_guest_does_not_compile(shell: HostShell) -> None:
     assert compiled
     assert binary[:4] == b"\x7fELF"
     assert install(shell) == (binary, False)
-    shell.commands.clear()
     target = install_tool(cast(Guest, shell), "moved")
+    shell.commands.clear()
+    assert install_tool(cast(Guest, shell), "moved") == target
     assert shell.commands == [f"[ -x {target} ]"]
 
 
