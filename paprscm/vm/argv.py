@@ -116,6 +116,8 @@ def qemu_argv(
     files: Mapping[int, Path],
     wiring: Wiring | None,
     memory: MemoryFile | None = None,
+    *,
+    incoming: bool = False,
 ) -> list[str]:
     """Return the command line of one guest, without a monitor; a pure function.
 
@@ -128,6 +130,7 @@ def qemu_argv(
         wiring: the channels; None: console and monitor on the terminal, for a manual run.
         memory: the guest's memory; None: QEMU allocates it. A restored guest gets its DIMMs later,
             by hotplug.
+        incoming: wait for the state of a running guest, which includes its memory and its DIMMs.
     """
     argv = [
         *_base(qemu, machine, board, "memory-backend=ram" if memory else ""),
@@ -156,6 +159,8 @@ def qemu_argv(
         ]
     for chardev, name in (("port", PORT_NAME), ("agent", AGENT_PORT)):
         argv += ["-device", f"virtserialport,chardev={chardev},name={name}"]
+    if incoming:
+        return [*argv, *_dimms(machine, files), "-incoming", "defer"]
     if memory and memory.restored:
         return [*argv, "-incoming", "defer", "-S"]
     return argv + _dimms(machine, files)
