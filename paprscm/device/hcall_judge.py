@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 from collections import Counter
@@ -91,6 +92,12 @@ class ScmJudge:
         self.calls = 0
         self.known_wrong: dict[str, str] = {}
         self.model = ScmModel(_dimms(bare, self.nvdimms))
+
+    def follow(self, destination: BareMachine) -> ScmJudge:
+        """Return a judge of the machine that this one has migrated to; this judge stays valid."""
+        judge = copy.copy(self)
+        judge.bare, judge.model = destination, copy.deepcopy(self.model)
+        return judge
 
     def make(self, *requests: Request) -> list[Answer]:
         """Make the calls in one batch, judge each answer, and return the answers.

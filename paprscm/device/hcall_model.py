@@ -10,7 +10,7 @@ the call and returns them, so an output that the call does not set is the argume
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -235,6 +235,37 @@ class ScmModel:
         dimm.held = False
         for flush in dimm.outstanding.values():
             flush.held = False
+
+    def migrate(
+        self, slot: int, *, completed: Mapping[int, int], pending: Collection[int]
+    ) -> list[str]:
+        """Continue a DIMM on another machine, and return contradictions with its migrated state.
+
+        The destination syncs again for each pending flush; the result of a completed one is kept
+        (QEMU commit b5513584a08d, spapr_nvdimm_flush_post_load). Set `held` and `failing` to those
+        of the destination before.
+
+        Args:
+            slot: slot of the DIMM.
+            completed: result codes of flushes that had ended, by token.
+            pending: tokens of the others.
+        """
+        dimm = self.dimms[slot]
+        wrong = []
+        tokens = sorted((*completed, *pending))
+        if tokens != sorted(dimm.outstanding):
+            wrong.append(f"tokens {tokens} instead of {sorted(dimm.outstanding)}")
+        for token, flush in dimm.outstanding.items():
+            if token in completed:
+                if flush.held:
+                    wrong.append(f"token {token} has ended while its sync was held")
+                if completed[token] != flush.end:
+                    code = return_code_name(completed[token])
+                    wrong.append(f"token {token} ended with {code}, expected {flush.end.name}")
+            else:
+                flush.held = dimm.held
+                flush.end = ReturnCode.H_HARDWARE if dimm.failing else ReturnCode.H_SUCCESS
+        return wrong
 
     def reset(self) -> None:
         """The machine was reset: QEMU completes and drops the flushes; tokens continue.

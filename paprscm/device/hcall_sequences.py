@@ -9,6 +9,8 @@ next; the last token cannot be reset, so arguments are relative to it.
 from __future__ import annotations
 
 import errno
+import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -37,6 +39,10 @@ FLUSHED: Final = (0, 1)
 """Their slots."""
 MOST_HELD = 16
 """Limit of hanging flushes in a sequence; QEMU syncs in up to 64 threads."""
+
+
+# Time limit for the search for a shorter sequence that fails, s.
+_SHRINK_LIMIT_S = 60.0
 
 
 class Token(NamedTuple):
@@ -167,6 +173,8 @@ class SequenceRunner:
             GuestLostError: QEMU ended.
         """
         failure, shortest = ContractError(""), self.done
+        failed: dict[str, ContractError] = {}
+        deadline = math.inf
 
         @seed(first)
         @settings(
@@ -179,12 +187,19 @@ class SequenceRunner:
         )
         @given(sequences)
         def run(sequence: list[list[Any]]) -> None:
-            nonlocal failure, shortest
+            nonlocal failure, shortest, deadline
+            if known := failed.get(repr(sequence)):
+                raise known
+            # A failure may take a minute to show: then do not look for a shorter sequence.
+            if time.monotonic() > deadline:
+                return
             self.sequences += 1
             try:
                 self.run([step for part in sequence for step in part])
             except ContractError as error:
-                failure, shortest = error, self.done
+                failed[repr(sequence)] = failure = error
+                shortest = self.done
+                deadline = min(deadline, time.monotonic() + _SHRINK_LIMIT_S)
                 self._recover()
                 raise
 
@@ -282,7 +297,7 @@ class SequenceRunner:
         held = dimm is not None and dimm.held and len(dimm.outstanding) >= MOST_HELD
         return None if held and step.call is Hcall.H_SCM_FLUSH else call_request
 
-    def control(self, step: Control) -> None:
+    def control(self, step: Any) -> None:
         """Apply an action to the machine and to the model."""
         judge = self.judge
         dimm, syncs = judge.model.dimms[step.slot], judge.bare.vm.syncs(step.slot)

@@ -48,6 +48,8 @@ class Nvdimm:
         holds: the content of its new backing file at the guest's start: "" (zeros), "fsdax", "xfs"
             or "ext4"; see paprscm/guest/dimm_content.py.
         file: an existing backing file of size_bytes + label_bytes; None: a temporary file.
+        number: number in the ids of its backend and its device; None: the slot.
+        address: its guest address; None: QEMU chooses it, by the order of the devices.
     """
 
     slot: int = 0
@@ -62,6 +64,8 @@ class Nvdimm:
     read_only: bool = False
     holds: str = ""
     file: Path | None = None
+    number: int | None = None
+    address: int | None = None
 
     def __post_init__(self) -> None:
         if self.device not in _DEVICES:
@@ -137,11 +141,16 @@ class Nvdimm:
         """The device's uuid."""
         return self.uuid or str(uuids.uuid5(_UUIDS, str(self.slot)))
 
+    @property
+    def memdev(self) -> str:
+        """Id of its memory backend, under which a migration finds its content."""
+        return f"mem{self.slot if self.number is None else self.number}"
+
     def backend(self, file: Path) -> Properties:
         """Return the memory backend's properties, as arguments of QMP's object-add."""
         properties: Properties = {
             "qom-type": "memory-backend-file",
-            "id": f"mem{self.slot}",
+            "id": self.memdev,
             "mem-path": str(file),
             "size": self.file_bytes,
             "share": self.share,
@@ -157,12 +166,14 @@ class Nvdimm:
         """Return the device's properties, as arguments of QMP's device_add."""
         properties: Properties = {
             "driver": self.device,
-            "id": f"nv{self.slot}",
-            "memdev": f"mem{self.slot}",
+            "id": f"nv{self.slot if self.number is None else self.number}",
+            "memdev": self.memdev,
             "slot": self.slot,
             "label-size": self.label_bytes,
             "uuid": self.guid,
         }
+        if self.address is not None:
+            properties["addr"] = self.address
         if self.pmem_override:
             properties["pmem-override"] = True
         if self.unarmed:

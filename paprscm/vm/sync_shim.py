@@ -278,6 +278,10 @@ class WatchedFile:
         ended, failed, most = counts.ended, counts.failed, counts.most
         return Counts(counts.begun, ended, failed, most)
 
+    def records(self, since: int = 0) -> list[Record]:
+        """Return the calls on this file; as Shim.records()."""
+        return [record for record in self._shim.records(since) if record.path == self.path]
+
     def partial(self, size_bytes: int, since: int = 0) -> list[Record]:
         """Return the calls that do not cover the file's first bytes, and so cannot flush a DIMM.
 
@@ -285,11 +289,8 @@ class WatchedFile:
             size_bytes: the size of the DIMM without its label area.
             since: number of the first record; raises as Shim.records() does.
         """
-        return [
-            record
-            for record in self._shim.records(since)
-            if record.path == self.path and (record.start > 0 or record.end < size_bytes)
-        ]
+        records = self.records(since)
+        return [record for record in records if record.start > 0 or record.end < size_bytes]
 
     def delay(
         self, low_s: float, high_s: float | None = None, *, operations: Collection[Operation] = ALL

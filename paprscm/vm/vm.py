@@ -98,7 +98,7 @@ class Vm(Lifetime):
     def _attach(self, nvdimm: Nvdimm, file: Path, watched: WatchedFile | None) -> None:
         with contextlib.ExitStack() as undo:
             self.qmp.execute("object-add", **nvdimm.backend(file))
-            undo.callback(self.qmp.execute, "object-del", id=f"mem{nvdimm.slot}")
+            undo.callback(self.qmp.execute, "object-del", id=nvdimm.memdev)
             if watched is not None:
                 _require_mapped(watched)
             self.qmp.execute("device_add", **nvdimm.frontend())

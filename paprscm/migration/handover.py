@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migration of a judged machine, whose flush state is compared with the model on the way."""
+
+from __future__ import annotations
+
+import errno
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from hypothesis import strategies as st
+
+from paprscm.device.bare_metal import BareMachine
+from paprscm.device.hcall_judge import ScmJudge
+from paprscm.device.hcall_sequences import FLUSHED, Control, Make, SequenceRunner, steps
+from paprscm.errors import ContractError
+from paprscm.migration.stream import DimmState, read_states
+from paprscm.migration.transfer import SHARED, Way, load, save
+from paprscm.papr import Hcall
+from paprscm.vm.machine import Nvdimm
+from paprscm.vm.shim_layout import Operation
+
+
+class Loaded(NamedTuple):
+    """The flush state of one DIMM at the moment of its load: number of flushes, last token."""
+
+    pending: int
+    last_token: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handover:
+    """One migration of a judged machine.
+
+    Attributes:
+        judge: the judge of the destination.
+        stream: the migration stream.
+        states: its flush states, one per spapr-nvdimm.
+        dimms: state of each DIMM, by slot.
+        load_ns: start of the load, by time.monotonic_ns().
+    """
+
+    judge: ScmJudge
+    stream: bytes
+    states: list[DimmState]
+    dimms: dict[int, Loaded]
+    load_ns: int
+
+    @property
+    def pending(self) -> int:
+        """Number of flushes that the destination syncs again."""
+        return sum(len(state.pending) for state in self.states)
+
+    @property
+    def completed(self) -> int:
+        """Number of flushes whose result was migrated."""
+        return sum(len(state.completed) for state in self.states)
+
+
+def spapr_dimms(judge: ScmJudge) -> list[Nvdimm]:
+    """The DIMMs with a section in the stream, in the order of their instances."""
+    return [nvdimm for nvdimm in judge.nvdimms if nvdimm.device == "spapr-nvdimm"]
+
+
+def hand_over(
+    judge: ScmJudge,
+    destination: BareMachine,
+    way: Way = SHARED,
+    *,
+    held: Collection[int] = (),
+    failing: Collection[int] = (),
+) -> Handover:
+    """Migrate a judged machine.
+
+    The flush states in the stream must be those of the model: the same tokens, each pending or
+    with its result, under the DRC index of its DIMM. The source stays stopped; call go_on() if it
+    is to continue.
+
+    Args:
+        judge: the judge of the source.
+        destination: a machine that waits for it.
+        way: the way of the migration.
+        held: slots whose syncs are held on the destination from the start.
+        failing: slots whose syncs fail there.
+
+    Raises:
+        ContractError: the states differ.
+        LoadError: the destination refuses the stream, or ends.
+    """
+    stream = save_awake(judge.bare, way)
+    states = read_states(stream)
+    follower = judge.follow(destination)
+    for nvdimm in spapr_dimms(judge):
+        slot, dimm = nvdimm.slot, follower.model.dimms[nvdimm.slot]
+        dimm.held, dimm.failing = slot in held, slot in failing
+        if dimm.held:
+            destination.vm.syncs(slot).hang()
+        if dimm.failing:
+            destination.vm.syncs(slot).fail(errno.EIO)
+    if wrong := _compare(follower, states):
+        raise ContractError("flush state in the migration stream: " + "; ".join(wrong))
+    load_ns = time.monotonic_ns()
+    load(destination.vm, stream, way)
+    destination.adopt()
+    dimms = {
+        nvdimm.slot: Loaded(len(state.pending), state.last_token)
+        for nvdimm, state in zip(spapr_dimms(judge), states, strict=True)
+    }
+    return Handover(judge=follower, stream=stream, states=states, dimms=dimms, load_ns=load_ns)
+
+
+def save_awake(bare: BareMachine, way: Way = SHARED) -> bytes:
+    """Save a machine of hcalls; raises as save()."""
+    bare.keep_awake(True)
+    return save(bare.vm, way)
+
+
+def go_on(bare: BareMachine) -> None:
+    """Continue a machine that was saved."""
+    bare.qmp.execute("cont")
+    bare.keep_awake(False)
+
+
+def _compare(judge: ScmJudge, states: list[DimmState]) -> list[str]:
+    """Differences between the stream and the model; moves the model to the destination."""
+    nvdimms = spapr_dimms(judge)
+    if len(states) != len(nvdimms):
+        return [f"{len(states)} sections for {len(nvdimms)} DIMMs"]
+    wrong = []
+    for nvdimm, state in zip(nvdimms, states, strict=True):
+        dimm = judge.model.dimms[nvdimm.slot]
+        found = (state.flush_required, state.last_token)
+        if found != (dimm.flushes, dimm.last_token):
+            wrong.append(
+                f"slot {nvdimm.slot}: flush required and last token {found}, expected "
+                f"{(dimm.flushes, dimm.last_token)}"
+            )
+        entries = (*state.completed, *state.pending)
+        drcs = {flush.drc for flush in entries} - {nvdimm.drc}
+        if drcs:
+            wrong.append(f"slot {nvdimm.slot}: DRC indices {sorted(map(hex, drcs))}")
+        doubles = [token for token, n in Counter(f.token for f in entries).items() if n > 1]
+        if doubles:
+            wrong.append(f"slot {nvdimm.slot}: tokens {doubles} occur twice")
+        completed = {flush.token: flush.result for flush in state.completed}
+        pending = [flush.token for flush in state.pending]
+        differences = judge.model.migrate(nvdimm.slot, completed=completed, pending=pending)
+        wrong += [f"slot {nvdimm.slot}: {text}" for text in differences]
+    return wrong
+
+
+def compare_syncs(handover: Handover) -> list[str]:
+    """Differences between the destination's syncs and the flushes that it has to execute.
+
+    One sync for each flush that was pending in the stream or that began since, of its DIMM's file,
+    covering the whole DIMM, begun after the load. No flush may be outstanding.
+    """
+    judge = handover.judge
+    wrong = []
+    for nvdimm in spapr_dimms(judge):
+        dimm, loaded = judge.model.dimms[nvdimm.slot], handover.dimms[nvdimm.slot]
+        if not dimm.flushes:
+            continue
+        syncs = judge.bare.vm.syncs(nvdimm.slot)
+        operation = Operation.PMEM_PERSIST if nvdimm.pmem else Operation.FDATASYNC
+        begun = syncs.counts(operation).begun
+        expected = loaded.pending + dimm.last_token - loaded.last_token
+        # A QEMU may also write back a persistent DIMM when it has loaded its content.
+        if begun < expected or (begun > expected and not nvdimm.pmem):
+            wrong.append(f"slot {nvdimm.slot}: {begun} syncs for {expected} flushes")
+        early = sum(record.begin_ns < handover.load_ns for record in syncs.records())
+        if early:
+            wrong.append(f"slot {nvdimm.slot}: {early} syncs began before the load")
+        if partial := syncs.partial(nvdimm.size_bytes):
+            wrong.append(f"slot {nvdimm.slot}: {len(partial)} syncs omit a part of the DIMM")
+    return wrong
+
+
+class Migrate(NamedTuple):
+    """A migration to a new QEMU.
+
+    Attributes:
+        held: slots whose syncs are held on the destination from the start.
+        failing: slots whose syncs fail there.
+    """
+
+    held: frozenset[int]
+    failing: frozenset[int]
+
+
+_slots = st.frozensets(st.sampled_from(FLUSHED))
+_migrations = st.builds(Migrate, _slots, _slots)
+_flushes = st.builds(
+    Make, st.just(Hcall.H_SCM_FLUSH), st.sampled_from(FLUSHED), st.tuples(st.just(0))
+)
+_holds = st.builds(Control, st.just("hold"), st.sampled_from(FLUSHED))
+# Flushes and holds, so that most migrations have pending flushes.
+_segments = st.lists(
+    st.integers(0, 9).flatmap(lambda n: _flushes if n < 3 else _holds if n < 5 else steps),
+    min_size=5,
+    max_size=25,
+)
+histories = st.lists(
+    st.one_of(_segments, st.builds(lambda part, end: [*part, end], _segments, _migrations)),
+    min_size=1,
+    max_size=5,
+)
+"""Sequences with migrations between them."""
+
+
+class MigratingRunner(SequenceRunner):
+    """Runs sequences with migrations.
+
+    Args:
+        start: starts a machine with the DIMMs; returns its judge.
+        follow: starts the destination of a machine, with a shim.
+
+    Attributes:
+        pending, completed: number of flushes that were migrated so far.
+        migrations: number of migrations.
+    """
+
+    def __init__(
+        self, start: Callable[[], ScmJudge], follow: Callable[[BareMachine], BareMachine]
+    ) -> None:
+        super().__init__(start)
+        self._follow = follow
+        self._last: Handover | None = None
+        self.pending = self.completed = self.migrations = 0
+
+    def run(self, sequence: Sequence[Any]) -> None:
+        """Run one sequence, and compare the syncs of the last machine."""
+        super().run(sequence)
+        if self._last is not None and (wrong := compare_syncs(self._last)):
+            raise ContractError("; ".join(wrong))
+
+    def control(self, step: Any) -> None:
+        """Apply an action to the machine and to the model."""
+        if isinstance(step, Control):
+            super().control(step)
+            return
+        source = self.judge.bare
+        self.done.append(
+            f"migrate: held {sorted(step.held)}, failing {sorted(step.failing)} on the destination"
+        )
+        destination = self._follow(source)
+        self._last = hand_over(self.judge, destination, held=step.held, failing=step.failing)
+        self.judge = self._last.judge
+        source.close()
+        self.migrations += 1
+        self.pending += self._last.pending
+        self.completed += self._last.completed
+
+    def _recover(self) -> None:
+        # Not a reset: QEMU waits there for flushes that may never end.
+        self.hcalls += self.judge.calls
+        self.judge.bare.close()
+        self.judge, self._last = self._start(), None
