@@ -20,6 +20,7 @@ from paprscm.host.cache import Cache
 from paprscm.migration.stream import DimmState, read_states
 from paprscm.migration.transfer import Way, load, migrate, save
 from paprscm.paths import GUEST_TOOLS
+from paprscm.vm.backing_files import written_chunks
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 
@@ -95,10 +96,10 @@ def write_synced(guest: Guest, slot: int, path: str) -> SyncedData:
     content = os.urandom(4096)
     options = "bs=4096 iflag=fullblock conv=fsync,notrunc status=none"
     require_valid(guest.run(f"dd of={path} {options}", stdin=content))
-    place = guest.file(slot).read_bytes().find(content)
-    if place < 0:
-        raise ContractError(f"data that were synced to {path} are not in the file of slot {slot}")
-    return SyncedData(content, place)
+    for start, chunk in written_chunks(guest.file(slot)):
+        if (place := chunk.find(content)) >= 0:
+            return SyncedData(content, start + place)
+    raise ContractError(f"data that were synced to {path} are not in the file of slot {slot}")
 
 
 class Mover:
