@@ -245,7 +245,7 @@ class LinuxPromises(LinuxTest):
     """
 
     def test_other_files(self) -> None:
-        """When a migration to another file has ended, data that the guest had synced are synced there.
+        """After a migration to another file, data that the guest had synced are synced there.
 
         The guest does not sync them again, because its fsync has succeeded.
         """
