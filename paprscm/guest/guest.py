@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import re
 import threading
 import time
@@ -28,8 +29,8 @@ from paprscm.guest.verbs import Verbs
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
 from paprscm.vm.argv import MemoryFile, qemu_argv, script
-from paprscm.vm.backing_files import ScratchFiles
-from paprscm.vm.machine import Machine, Nvdimm, in_words
+from paprscm.vm.backing_files import ScratchFiles, copy_content
+from paprscm.vm.machine import MIB, Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 
@@ -270,7 +271,19 @@ class Guest(Verbs, Lifetime):
         )
         self.console, self._port = self._channels.console, self._channels.port
         self._agent = self._channels.agent
+        if self._migrates:
+            self._memory = self._own_memory()
         self._use(self._start_vm(self.machine, self.folder, self._shim))
+
+    def _own_memory(self) -> MemoryFile:
+        """Create the file of the memory of a guest that migrates; all its QEMUs map it."""
+        handle = os.memfd_create("paprscm-memory")
+        self._resources.callback(os.close, handle)
+        os.ftruncate(handle, self.board.memory_mib * MIB)
+        path = Path(f"/proc/{os.getpid()}/fd/{handle}")
+        if self._memory is not None:
+            copy_content(self._memory.path, path)
+        return MemoryFile(path=path, restored=self._memory is not None, shared=True)
 
     def _start_vm(
         self, machine: Machine, folder: Path, shim: Shim | None, *, incoming: bool = False
@@ -312,6 +325,8 @@ class Guest(Verbs, Lifetime):
     @contextlib.contextmanager
     def moving(self, vm: Vm) -> Iterator[None]:
         """Continue at a successor, which loads the guest's state inside this context.
+
+        Both QEMUs map the same memory; it may be in the stream only if the guest is stopped.
 
         Running commands continue; meanwhile no input is sent to the guest. Then the old QEMU is
         killed. After an exception the guest stays where it is.

@@ -85,12 +85,15 @@ class MemoryFile:
         path: the file.
         restored: True: the file is the guest's initial memory, its writes stay private, and it
             waits for its state (-incoming) before it runs. False: the guest writes to the file.
+        shared: the guest writes to the file although it was restored; the next QEMU of a guest that
+            migrates maps the same file.
         has_rom: the QEMU can open the file read-only and still give the guest writable memory
             (readonly=on,rom=off, since QEMU 9.0).
     """
 
     path: Path
     restored: bool
+    shared: bool = False
     has_rom: bool = False
 
     def backend(self, size_mib: int) -> Properties:
@@ -100,9 +103,9 @@ class MemoryFile:
             "id": "ram",
             "mem-path": str(self.path),
             "size": size_mib * MIB,
-            "share": not self.restored,
+            "share": self.shared or not self.restored,
         }
-        if self.restored and self.has_rom:
+        if self.restored and self.has_rom and not self.shared:
             # Without rom=off, readonly=on makes the guest's memory a ROM.
             properties |= {"readonly": True, "rom": "off"}
         return properties
