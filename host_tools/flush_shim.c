@@ -461,9 +461,9 @@ EXPORT int msync(void *address, size_t length, int flags)
 
 	if (!range.file)
 		return REAL(msync)(address, length, flags);
-	return leave(&call, enter_range(&call, &range, MSYNC) ?
-				    -1 :
-				    REAL(msync)(address, length, flags));
+	if (enter_range(&call, &range, MSYNC))
+		return leave(&call, -1);
+	return leave(&call, REAL(msync)(address, length, flags));
 }
 
 /* QEMU needs pmem_persist@LIBPMEM_1.0; a definition without a version matches that, too. */

@@ -16,7 +16,7 @@ from typing import Any
 from avocado import Test
 from avocado.core.exceptions import TestCancel, TestWarn
 
-from paprscm import settings
+from paprscm import settings, timesheet
 from paprscm.build.debian import Archive
 from paprscm.checks import Difference, describe, differ
 from paprscm.device.bare_metal import BareMachine, compile_program
@@ -106,6 +106,7 @@ class QemuTest(Test):
         """Reasons to end as WARN."""
         self.differences: list[Difference] = []
         """Differences collected by `check`, raised at the end of the test."""
+        timesheet.restart()
         self._started = 0
         self._metrics: dict[str, Any] = {}
         with self.verdict():
@@ -113,7 +114,8 @@ class QemuTest(Test):
             # Values of a varianter may have other types than str.
             texts = {name: str(value) for name, value in parameters.items() if value is not None}
             self.settings = settings.load(texts)
-            self.qemu = self.find_qemu()
+            with timesheet.during("set-up"):
+                self.qemu = self.find_qemu()
 
     def find_qemu(self) -> Qemu:
         """The QEMU under test."""
@@ -125,6 +127,7 @@ class QemuTest(Test):
         """End the processes of a timed-out test, whose thread still runs."""
         with contextlib.suppress(ContractError):
             self.leave.close()
+        self.measure(timesheet.NAME, timesheet.record())
         self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
 
     def folder(self, name: str) -> Path:
@@ -138,6 +141,7 @@ class QemuTest(Test):
         board = board_of(replace(self.settings, accel="tcg"), self.qemu)
         return replace(board, firmware="vof", cpu=Board().cpu if board.cpu == "host" else board.cpu)
 
+    @timesheet.during("starts")
     def vm(self, machine: Machine | None = None) -> Vm:
         """A machine with its DIMMs, stopped before its first instruction.
 
@@ -153,6 +157,7 @@ class QemuTest(Test):
         vm = Vm(argv, files, folder=self.folder("qemu"), by_hand=by_hand)
         return self.leave.enter_context(vm)
 
+    @timesheet.during("starts")
     def bare(
         self,
         machine: Machine,
@@ -370,6 +375,7 @@ class PaprScmTest(QemuTest):
             self.check(f"{what}: file system of {report.path}", fs_name, fstype)
         self.check(what, judgement.verdict.value, expected.value, detail=judgement.reason)
 
+    @timesheet.during("starts")
     def boot(
         self,
         machine: Machine | None = None,

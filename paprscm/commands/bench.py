@@ -8,13 +8,19 @@ import os
 import sys
 from collections.abc import Callable
 
-from rich.console import Console
-from rich.table import Table
+from rich.console import Console, Group, RenderableType
 
 from paprscm import log, settings
 from paprscm.build.debian import Archive
-from paprscm.commands import bench_flushes, bench_hcalls, bench_starts, bench_suite, flush_plot
-from paprscm.commands.series import Series, append_series
+from paprscm.commands import (
+    bench_flushes,
+    bench_hcalls,
+    bench_starts,
+    bench_suite,
+    flush_plot,
+    suite_time,
+)
+from paprscm.commands.series import Series, append_series, read_series
 from paprscm.errors import ConfigError, HostError
 from paprscm.guest.environment import prepare
 from paprscm.paths import SUITE_VARIABLE
@@ -55,7 +61,14 @@ def suite(arguments: argparse.Namespace, chosen: Settings) -> int:
     )
     keep = arguments.series.parent / "bench-suite" if arguments.keep else None
     series, doubts = bench_suite.measure_suite(plan, arguments.n, keep=keep)
-    _show(arguments, series, bench_suite.suite_table)
+    before = suite_time.comparable(series, read_series(arguments.series))
+    _show(
+        arguments,
+        series,
+        lambda series: Group(
+            bench_suite.suite_table(series), suite_time.time_table(series, before)
+        ),
+    )
     for doubt in doubts:
         print(f"paprscm: {doubt}", file=sys.stderr)
     if not doubts and not arguments.json:
@@ -99,7 +112,7 @@ def _check_rounds(arguments: argparse.Namespace) -> None:
 def _show(
     arguments: argparse.Namespace,
     series: Series,
-    table: Callable[[Series], Table],
+    table: Callable[[Series], RenderableType],
 ) -> None:
     """Record a series and print it."""
     append_series(series, arguments.series)

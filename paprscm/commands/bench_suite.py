@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.table import Table
@@ -24,6 +24,7 @@ from rich.table import Table
 from paprscm import log
 from paprscm.commands.leaks import LeakWatch
 from paprscm.commands.series import Series
+from paprscm.commands.suite_time import JobTime, account, time_values
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment
 from paprscm.host.keeper import PR_SET_PDEATHSIG
@@ -53,6 +54,7 @@ class Job:
         duration_s: from its start to its end.
         tests: result of each test, by name.
         restored, booted: number of restored and of booted guests.
+        time: where the time went.
     """
 
     mode: str
@@ -60,6 +62,7 @@ class Job:
     tests: dict[str, JobTest]
     restored: int
     booted: int
+    time: JobTime = field(default_factory=JobTime)
 
     @property
     def statuses(self) -> dict[str, int]:
@@ -92,13 +95,16 @@ class Plan:
         """The command line of one job."""
         start = "cold" if mode == "cold" else "auto"
         settings = {**self.chosen, "start": start, "scratch_dir": str(scratch)}
-        tasks = self.concurrent if mode == "parallel" else 1
         return [
             *(str(Path(sys.executable).with_name("avocado")), "run", *self.words),
-            *(f"--max-parallel-tasks={tasks}", "--job-results-dir", str(results)),
+            *(f"--max-parallel-tasks={self.slots(mode)}", "--job-results-dir", str(results)),
             *self.tests,
             *(word for name, value in settings.items() for word in ("-p", f"{name}={value}")),
         ]
+
+    def slots(self, mode: str) -> int:
+        """The number of concurrent tests."""
+        return self.concurrent if mode == "parallel" else 1
 
     def title(self, mode: str) -> str:
         """Description of the mode."""
@@ -228,7 +234,8 @@ def suite_table(series: Series) -> Table:
     rounds = f"medians of {count} rounds" if count > 1 else "1 round"
     table.title = f"the suite, {rounds}, seconds, QEMU {series.environment['qemu']}"
     table.add_column("mode", no_wrap=True)
-    for name in ("job", "min-max", "all tests", "one test"):
+    spread = ["min-max"] if count > 1 else []
+    for name in ("job", *spread, "all tests", "one test"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("guests")
     table.add_column("tests")
@@ -238,7 +245,7 @@ def suite_table(series: Series) -> Table:
         table.add_row(
             title,
             f"{job['median']:.1f}",
-            f"{job['min']:.1f}-{job['max']:.1f}" if count > 1 else "",
+            *(f"{job['min']:.1f}-{job['max']:.1f}" for _ in spread),
             f"{summary[f'{mode} all tests']['median']:.1f}",
             f"{summary[f'{mode} one test']['median']:.2f}",
             _once(series.found["guests"][mode]),
@@ -247,13 +254,14 @@ def suite_table(series: Series) -> Table:
     return table
 
 
-def read_job(folder: Path, mode: str, duration_s: float) -> Job:
+def read_job(folder: Path, mode: str, began_s: float, ended_s: float, *, slots: int = 1) -> Job:
     """Read a job's results.
 
     Args:
         folder: parent of the job's folder.
         mode: mode of the job.
-        duration_s: duration of the job, s.
+        began_s, ended_s: start and end of the job, time.monotonic().
+        slots: number of concurrent tests.
 
     Raises:
         HostError: the job ran no test.
@@ -275,7 +283,14 @@ def read_job(folder: Path, mode: str, duration_s: float) -> Job:
         for marks in _starts(test.get("whiteboard") or ""):
             restored += "restored" in marks
             booted += "restored" not in marks
-    return Job(mode=mode, duration_s=duration_s, tests=results, restored=restored, booted=booted)
+    return Job(
+        mode=mode,
+        duration_s=ended_s - began_s,
+        tests=results,
+        restored=restored,
+        booted=booted,
+        time=account(tests, began_s, ended_s, slots),
+    )
 
 
 def _starts(whiteboard: str) -> list[dict[str, float]]:
@@ -302,7 +317,9 @@ def _series(plan: Plan, began: float, jobs: Sequence[Job], doubts: Sequence[str]
     statuses: dict[str, list[dict[str, int]]] = {}
     guests: dict[str, list[dict[str, int]]] = {}
     each: dict[str, dict[str, list[float]]] = {}
+    times = {mode: [job.time for job in jobs if job.mode == mode] for mode in plan.modes}
     for mode in plan.modes:
+        values |= time_values(mode, times[mode])
         for job in (job for job in jobs if job.mode == mode):
             own_s = [test.duration_s for test in job.tests.values()]
             values.setdefault(f"{mode} job", []).append(job.duration_s)
@@ -323,6 +340,8 @@ def _series(plan: Plan, began: float, jobs: Sequence[Job], doubts: Sequence[str]
         "statuses": statuses,
         "guests": guests,
         "tests": each,
+        "counts": {mode: [job.counts for job in times[mode]] for mode in times},
+        "unrecorded": {mode: [job.unrecorded for job in times[mode]] for mode in times},
         "doubts": list(doubts),
     }
     return Series(dimensions, began, "s", values, results)
@@ -340,7 +359,7 @@ def _once(rounds: Iterable[Mapping[str, int]]) -> str:
 def _job(plan: Plan, mode: str, folder: Path, scratch: Path) -> Job:
     began = time.monotonic()
     _run(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
-    return read_job(folder, mode, time.monotonic() - began)
+    return read_job(folder, mode, began, time.monotonic(), slots=plan.slots(mode))
 
 
 def _run(argv: Sequence[str], log_file: Path) -> None:

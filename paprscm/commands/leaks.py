@@ -113,6 +113,7 @@ class LeakWatch:
             problems = _more(before, after)
             if not problems or time.monotonic() >= deadline:
                 break
+            # The ends of other processes' children cause no event here.
             time.sleep(_STEP_S)
         unchanged = 0
         if snapshot is not None:

@@ -45,6 +45,13 @@ def append_series(series: Series, file: Path) -> None:
         lines.write(series.as_json() + "\n")
 
 
+def read_series(file: Path) -> list[Series]:
+    """The series of a file, in the order in which they were appended."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    names = [part.name for part in dataclasses.fields(Series)]
+    return [Series(*(json.loads(line)[name] for name in names)) for line in lines]
+
+
 def _spread(values: Sequence[float]) -> dict[str, float]:
     quartiles = [values[0]] * 3
     if len(values) > 1:

@@ -139,6 +139,18 @@ class ScmJudge:
                 + more
             )
 
+    def hold(self, *slots: int) -> None:
+        """Hold the syncs of these DIMMs that begin from now on; requires a shim."""
+        for slot in slots:
+            self.bare.vm.syncs(slot).hang()
+            self.model.dimms[slot].held = True
+
+    def release(self, *slots: int) -> None:
+        """Release the syncs of these DIMMs."""
+        for slot in slots:
+            self.bare.vm.syncs(slot).release()
+            self.model.release(slot)
+
     def poll_to_the_end(self, *slots: int, limit: int = 100_000) -> None:
         """Poll every outstanding flush of these DIMMs until it ends.
 

@@ -250,8 +250,7 @@ class ScmModel:
             completed: result codes of flushes that had ended, by token.
             pending: tokens of the others.
         """
-        dimm = self.dimms[slot]
-        wrong = []
+        dimm, wrong = self.dimms[slot], []
         tokens = sorted((*completed, *pending))
         if tokens != sorted(dimm.outstanding):
             wrong.append(f"tokens {tokens} instead of {sorted(dimm.outstanding)}")
@@ -259,9 +258,9 @@ class ScmModel:
             if token in completed:
                 if flush.held:
                     wrong.append(f"token {token} has ended while its sync was held")
-                if completed[token] != flush.end:
-                    code = return_code_name(completed[token])
-                    wrong.append(f"token {token} ended with {code}, expected {flush.end.name}")
+                if (code := completed[token]) != flush.end:
+                    ended = return_code_name(code)
+                    wrong.append(f"token {token} ended with {ended}, expected {flush.end.name}")
             else:
                 flush.held = dimm.held
                 flush.end = ReturnCode.H_HARDWARE if dimm.failing else ReturnCode.H_SUCCESS

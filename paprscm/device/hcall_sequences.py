@@ -309,11 +309,9 @@ class SequenceRunner:
             dimm.failing = step.verb == "fail"
             syncs.fail(errno.EIO) if dimm.failing else syncs.clear()
         elif step.verb == "hold":
-            syncs.hang()
-            dimm.held = True
+            judge.hold(step.slot)
         elif step.verb == "release":
-            syncs.release()
-            judge.model.release(step.slot)
+            judge.release(step.slot)
         else:
             # QEMU waits for every flush before it resets.
             for slot in FLUSHED:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from paprscm import timesheet
 from paprscm.errors import ContractError, HostError
 from paprscm.host.process import Process, describe_status
 from paprscm.log import quoted
@@ -70,6 +71,7 @@ class Attempt:
         return f"{end}; QEMU printed:\n{quoted(self.text)}"
 
 
+@timesheet.during("starts")
 def attempt(
     qemu: Qemu,
     words: Sequence[str],

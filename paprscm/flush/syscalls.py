@@ -135,6 +135,7 @@ class HeldFile:
             '        *"(disk sleep)"*) exit 0 ;;\n'
             '        *"(zombie)"* | *"No such"*) exit 1 ;;\n'
             "    esac\n"
+            # A change of a process's state causes no event.
             "    sleep 0.02\n"
             "done\n"
             "exit 2"

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from paprscm import log
-from paprscm.errors import GuestLostError, HostError
+from paprscm import log, timesheet
+from paprscm.errors import ContractError, GuestLostError, HostError
 from paprscm.log import quoted
 
 _CRASHES = (signal.SIGILL, signal.SIGABRT, signal.SIGFPE, signal.SIGSEGV, signal.SIGSYS)
@@ -48,6 +51,9 @@ class CommandResult:
         return ""
 
 
+TOOLS_FOLDER = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest
+
+
 class TimedOutError(GuestLostError):
     """A command did not end within its limit; the guest is lost."""
 
@@ -62,6 +68,14 @@ def indented(output: bytes | bytearray) -> str:
     """The last lines of a command's output, for a message."""
     lines = bytes(output).decode(errors="replace").splitlines()[-10:]
     return "\n".join(f"    {line}" for line in lines) or "    (nothing)"
+
+
+@contextmanager
+def counted(command: str) -> Iterator[None]:
+    """Count the time of a command, as that of a guest tool if it names one."""
+    tools = ("tools",) if str(TOOLS_FOLDER) in command else ()
+    with timesheet.during("commands", *tools):
+        yield
 
 
 def log_command(result: CommandResult) -> None:
@@ -93,4 +107,16 @@ def require_valid(result: CommandResult) -> CommandResult:
     """
     if result.tool_failure:
         raise HostError(f"{result.tool_failure}: {outcome(result)}")
+    return result
+
+
+def require_success(result: CommandResult) -> CommandResult:
+    """Return the result if its status is 0.
+
+    Raises:
+        ContractError: it is another one.
+        HostError: as require_valid().
+    """
+    if require_valid(result).status:
+        raise ContractError(f"{outcome(result)}, expected 0")
     return result

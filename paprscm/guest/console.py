@@ -15,6 +15,7 @@ from typing import TextIO
 import pexpect
 import pexpect.fdpexpect
 
+from paprscm import timesheet
 from paprscm.errors import ConfigError, GuestLostError
 from paprscm.guest.kmsg import Trouble, classify, text_of
 from paprscm.settings import Settings
@@ -57,6 +58,7 @@ class Console:
         self._thread = threading.Thread(target=self._read, name="console", daemon=True)
         self._thread.start()
 
+    @timesheet.during("waits")
     def wait_for(
         self,
         marks: Mapping[str, re.Pattern[str]],
@@ -92,6 +94,7 @@ class Console:
                     return None
                 self._changed.wait(min(deadline, quiet) - now)
 
+    @timesheet.during("waits")
     def settle(self, quiet_s: float = 0.3, at_most_s: float = 3.0) -> None:
         """Wait until the guest prints nothing for `quiet_s`: a call trace has many lines."""
         deadline = time.monotonic() + at_most_s

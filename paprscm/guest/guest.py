@@ -19,7 +19,7 @@ from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.agent import Agent
 from paprscm.guest.channels import Channels
-from paprscm.guest.command import CommandResult, TimedOutError, log_command
+from paprscm.guest.command import CommandResult, TimedOutError, counted, log_command
 from paprscm.guest.console import StartTimes, StuckError, wait_until_ready
 from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.equipment import Equipment
@@ -135,7 +135,8 @@ class Guest(Verbs, Lifetime):
         channel = self._ssh if self._agent is None else self._agent
         assert channel is not None  # noqa: S101
         try:
-            result = channel.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
+            with counted(command):
+                result = channel.run(command, stdin=stdin, timeout_s=limit_s, alive=self.check)
         except TimedOutError as error:
             self._lose(f"a command did not end within {limit_s:g} s")
             self._reported = True

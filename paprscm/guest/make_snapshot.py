@@ -64,6 +64,7 @@ _PROGRAMS = (
 _QUERY = """
 set -e
 for cpu in $(seq 0 $(($(nproc) - 1))); do
+	# The CPU's timer must fire.
 	taskset -c $cpu sleep 0.01
 done
 for drc in @DRCS@; do
@@ -228,6 +229,7 @@ def _save(folder: Path, recipe: Recipe, *, offline: bool) -> None:
         )
         guest.succeed("kill -STOP $(cat /run/dropbear.pid)")
         guest.disconnect()
+        # The kernel's deferred work causes no event.
         time.sleep(_QUIET_S)
         guest.check()
         save_state(guest.qmp, folder / "state")

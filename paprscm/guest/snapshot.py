@@ -91,6 +91,7 @@ def save_state(qmp: Qmp, file: Path) -> None:
     while not file.exists():
         if time.monotonic() > deadline:
             raise HostError(f"QEMU's state was not written to {file} within {_LOAD_LIMIT_S:g} s")
+        # The end of QEMU's child causes no event here.
         time.sleep(0.005)
 
 

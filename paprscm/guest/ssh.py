@@ -60,6 +60,7 @@ class Ssh:
                     raise GuestLostError(
                         f"no ssh connection to the guest within {timeout_s:g} s: {error}"
                     ) from error
+                # A server that begins to listen causes no event.
                 time.sleep(0.02)
 
     def run(

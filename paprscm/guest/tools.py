@@ -8,13 +8,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
-from paprscm.guest.command import CommandResult, TimedOutError
+from paprscm.guest.command import TOOLS_FOLDER, CommandResult, TimedOutError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.paths import GUEST_TOOLS
 
 _SOURCES = GUEST_TOOLS
-_TARGET = PurePosixPath("/tmp/paprscm-tools")  # noqa: S108 - a folder of the guest
 _INCLUDE = '#include "report.h"\n'
 _GCC = "gcc -O2 -Wall -Wextra -Werror"
 _GCC_LIMIT_S = 120.0
@@ -36,7 +35,7 @@ def compile_tool(guest: Guest, name: str) -> PurePosixPath:
     try:
         result = guest.run(
             f"[ -x {base} ] && {{ cat > /dev/null; exit; }}\n"
-            f"mkdir -p {_TARGET} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
+            f"mkdir -p {TOOLS_FOLDER} && cat > {base}.$$.c && {_GCC} -o {base}.$$ {base}.$$.c "
             f"&& mv {base}.$$ {base} && rm {base}.$$.c",
             stdin=content,
             timeout_s=_GCC_LIMIT_S,
@@ -92,4 +91,4 @@ def tool_source(name: str) -> str:
 def _tool(name: str) -> tuple[bytes, PurePosixPath]:
     """Return a tool's source and the path of its binary in the guest, which contains its digest."""
     content = tool_source(name).encode()
-    return content, _TARGET / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"
+    return content, TOOLS_FOLDER / f"{name}-{hashlib.sha256(content).hexdigest()[:12]}"

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from paprscm import timesheet
 from paprscm.errors import ContractError
-from paprscm.guest.command import CommandResult, outcome, require_valid
+from paprscm.guest.command import CommandResult, outcome, require_success, require_valid
 from paprscm.log import quoted
 
 
@@ -26,9 +27,7 @@ class Verbs:
         Raises:
             ContractError: it failed.
         """
-        result = require_valid(self.run(command, timeout_s=timeout_s, stdin=stdin))
-        if result.status:
-            raise ContractError(f"{outcome(result)}, expected 0")
+        result = require_success(self.run(command, timeout_s=timeout_s, stdin=stdin))
         return result.stdout.removesuffix("\n")
 
     def fail(
@@ -44,16 +43,17 @@ class Verbs:
             raise ContractError(f"{outcome(result)}, expected it to fail")
         return result
 
+    @timesheet.during("waits")
     def wait_until(self, command: str, *, timeout_s: float = 10.0) -> str:
         """Repeat a command in the guest, in one round trip, until it succeeds; return its output.
 
         Raises:
             ContractError: it still fails after `timeout_s`.
         """
-        # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
         loop = (
             "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
             'until out=$(sh -c "$2" 2>&1); status=$?; case $status in 0|126|127) ;; *) status=99; '
+            # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
             "[ $(cut -d. -f1 /proc/uptime) -ge $end ];; esac; do sleep 0.02; done; "
             'printf "%s\\n" "$out"; exit $status'
         )
@@ -80,7 +80,4 @@ class Verbs:
 
     def get(self, path: str) -> bytes:
         """Read a file of the guest, byte for byte."""
-        result = require_valid(self.run(f"cat -- {shlex.quote(path)}"))
-        if result.status:
-            raise ContractError(f"{outcome(result)}, expected 0")
-        return result.stdout_bytes
+        return require_success(self.run(f"cat -- {shlex.quote(path)}")).stdout_bytes

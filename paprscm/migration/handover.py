@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 from hypothesis import strategies as st
 
 from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge
+from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.device.hcall_sequences import FLUSHED, Control, Make, SequenceRunner, steps
 from paprscm.errors import ContractError
-from paprscm.migration.stream import DimmState, read_states
-from paprscm.migration.transfer import SHARED, Way, load, save
-from paprscm.papr import Hcall
+from paprscm.migration.stream import DimmState, FlushState, read_states
+from paprscm.migration.transfer import SHARED, Way, load, migrate, save
+from paprscm.papr import Hcall, drc_index
 from paprscm.vm.machine import Nvdimm
 from paprscm.vm.shim_layout import Operation
 
@@ -36,14 +36,12 @@ class Handover:
 
     Attributes:
         judge: the judge of the destination.
-        stream: the migration stream.
         states: its flush states, one per spapr-nvdimm.
         dimms: state of each DIMM, by slot.
         load_ns: start of the load, by time.monotonic_ns().
     """
 
     judge: ScmJudge
-    stream: bytes
     states: list[DimmState]
     dimms: dict[int, Loaded]
     load_ns: int
@@ -57,6 +55,50 @@ class Handover:
     def completed(self) -> int:
         """Number of flushes whose result was migrated."""
         return sum(len(state.completed) for state in self.states)
+
+    def finish(self) -> list[str]:
+        """Poll each flush to its end and once more; return the differences of compare_syncs().
+
+        Raises:
+            ContractError: an answer differs from the model's.
+        """
+        dimms = self.judge.model.dimms
+        outstanding = {slot: sorted(dimm.outstanding) for slot, dimm in dimms.items()}
+        self.judge.poll_to_the_end()
+        self.judge.make(
+            *(
+                request(Hcall.H_SCM_FLUSH, drc_index(slot), token)
+                for slot, tokens in outstanding.items()
+                for token in tokens
+            )
+        )
+        return self.compare_syncs()
+
+    def compare_syncs(self) -> list[str]:
+        """Differences between the destination's syncs and the flushes that it has to execute.
+
+        One sync for each flush that was pending in the stream or that began since, of its own file,
+        covering the whole DIMM, begun after the load. No flush may be outstanding.
+        """
+        judge = self.judge
+        wrong = []
+        for nvdimm in spapr_dimms(judge):
+            dimm, loaded = judge.model.dimms[nvdimm.slot], self.dimms[nvdimm.slot]
+            if not dimm.flushes:
+                continue
+            syncs = judge.bare.vm.syncs(nvdimm.slot)
+            operation = Operation.PMEM_PERSIST if nvdimm.pmem else Operation.FDATASYNC
+            begun = syncs.counts(operation).begun
+            expected = loaded.pending + dimm.last_token - loaded.last_token
+            # A QEMU may also write back a persistent DIMM when it has loaded its content.
+            if begun < expected or (begun > expected and not nvdimm.pmem):
+                wrong.append(f"slot {nvdimm.slot}: {begun} syncs for {expected} flushes")
+            early = sum(record.begin_ns < self.load_ns for record in syncs.records())
+            if early:
+                wrong.append(f"slot {nvdimm.slot}: {early} syncs began before the load")
+            if partial := syncs.partial(nvdimm.size_bytes):
+                wrong.append(f"slot {nvdimm.slot}: {len(partial)} syncs omit a part of the DIMM")
+        return wrong
 
 
 def spapr_dimms(judge: ScmJudge) -> list[Nvdimm]:
@@ -89,26 +131,77 @@ def hand_over(
         ContractError: the states differ.
         LoadError: the destination refuses the stream, or ends.
     """
-    stream = save_awake(judge.bare, way)
-    states = read_states(stream)
-    follower = judge.follow(destination)
-    for nvdimm in spapr_dimms(judge):
-        slot, dimm = nvdimm.slot, follower.model.dimms[nvdimm.slot]
-        dimm.held, dimm.failing = slot in held, slot in failing
-        if dimm.held:
-            destination.vm.syncs(slot).hang()
-        if dimm.failing:
-            destination.vm.syncs(slot).fail(errno.EIO)
-    if wrong := _compare(follower, states):
-        raise ContractError("flush state in the migration stream: " + "; ".join(wrong))
+    judge.bare.keep_awake(True)
+    for slot in held:
+        destination.vm.syncs(slot).hang()
+    for slot in failing:
+        destination.vm.syncs(slot).fail(errno.EIO)
+    stream = save(judge.bare.vm, way)
     load_ns = time.monotonic_ns()
     load(destination.vm, stream, way)
+    return _follow(judge, destination, read_states(stream), load_ns, held, failing)
+
+
+def hand_over_by(judge: ScmJudge, destination: BareMachine, way: Way) -> Handover:
+    """Migrate a judged machine in a way that this process cannot see.
+
+    Each of its outstanding flushes must be held or have ended; the destination holds them, too.
+
+    Raises:
+        as hand_over(); and RefusedError if a QEMU does not know this way.
+    """
+    judge.bare.keep_awake(True)
+    held = [slot for slot, dimm in judge.model.dimms.items() if dimm.held]
+    for slot in held:
+        destination.vm.syncs(slot).hang()
+    load_ns = time.monotonic_ns()
+    migrate(judge.bare.vm, destination.vm, way)
+    return _follow(judge, destination, predict_states(judge), load_ns, held, ())
+
+
+def predict_states(judge: ScmJudge) -> list[DimmState]:
+    """The states that the stream of a machine has to carry, if each unheld flush has ended."""
+    states = []
+    for instance, nvdimm in enumerate(spapr_dimms(judge)):
+        dimm = judge.model.dimms[nvdimm.slot]
+        flushes = {
+            token: FlushState(token, 0 if flush.held else flush.end, nvdimm.drc)
+            for token, flush in dimm.outstanding.items()
+        }
+        states.append(
+            DimmState(
+                section=0,
+                instance=instance,
+                flush_required=dimm.flushes,
+                last_token=dimm.last_token,
+                completed=tuple(f for t, f in flushes.items() if not dimm.outstanding[t].held),
+                pending=tuple(f for t, f in flushes.items() if dimm.outstanding[t].held),
+            )
+        )
+    return states
+
+
+def _follow(
+    judge: ScmJudge,
+    destination: BareMachine,
+    states: list[DimmState],
+    load_ns: int,
+    held: Collection[int],
+    failing: Collection[int],
+) -> Handover:
+    """Compare the states with the model, and continue on the destination."""
+    follower = judge.follow(destination)
+    for nvdimm in spapr_dimms(judge):
+        dimm = follower.model.dimms[nvdimm.slot]
+        dimm.held, dimm.failing = nvdimm.slot in held, nvdimm.slot in failing
+    if wrong := _compare(follower, states):
+        raise ContractError("flush state in the migration stream: " + "; ".join(wrong))
     destination.adopt()
     dimms = {
         nvdimm.slot: Loaded(len(state.pending), state.last_token)
         for nvdimm, state in zip(spapr_dimms(judge), states, strict=True)
     }
-    return Handover(judge=follower, stream=stream, states=states, dimms=dimms, load_ns=load_ns)
+    return Handover(judge=follower, states=states, dimms=dimms, load_ns=load_ns)
 
 
 def save_awake(bare: BareMachine, way: Way = SHARED) -> bytes:
@@ -148,33 +241,6 @@ def _compare(judge: ScmJudge, states: list[DimmState]) -> list[str]:
         pending = [flush.token for flush in state.pending]
         differences = judge.model.migrate(nvdimm.slot, completed=completed, pending=pending)
         wrong += [f"slot {nvdimm.slot}: {text}" for text in differences]
-    return wrong
-
-
-def compare_syncs(handover: Handover) -> list[str]:
-    """Differences between the destination's syncs and the flushes that it has to execute.
-
-    One sync for each flush that was pending in the stream or that began since, of its DIMM's file,
-    covering the whole DIMM, begun after the load. No flush may be outstanding.
-    """
-    judge = handover.judge
-    wrong = []
-    for nvdimm in spapr_dimms(judge):
-        dimm, loaded = judge.model.dimms[nvdimm.slot], handover.dimms[nvdimm.slot]
-        if not dimm.flushes:
-            continue
-        syncs = judge.bare.vm.syncs(nvdimm.slot)
-        operation = Operation.PMEM_PERSIST if nvdimm.pmem else Operation.FDATASYNC
-        begun = syncs.counts(operation).begun
-        expected = loaded.pending + dimm.last_token - loaded.last_token
-        # A QEMU may also write back a persistent DIMM when it has loaded its content.
-        if begun < expected or (begun > expected and not nvdimm.pmem):
-            wrong.append(f"slot {nvdimm.slot}: {begun} syncs for {expected} flushes")
-        early = sum(record.begin_ns < handover.load_ns for record in syncs.records())
-        if early:
-            wrong.append(f"slot {nvdimm.slot}: {early} syncs began before the load")
-        if partial := syncs.partial(nvdimm.size_bytes):
-            wrong.append(f"slot {nvdimm.slot}: {len(partial)} syncs omit a part of the DIMM")
     return wrong
 
 
@@ -233,7 +299,7 @@ class MigratingRunner(SequenceRunner):
     def run(self, sequence: Sequence[Any]) -> None:
         """Run one sequence, and compare the syncs of the last machine."""
         super().run(sequence)
-        if self._last is not None and (wrong := compare_syncs(self._last)):
+        if self._last is not None and (wrong := self._last.compare_syncs()):
             raise ContractError("; ".join(wrong))
 
     def control(self, step: Any) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import socket
 import threading
 import time
@@ -34,6 +35,11 @@ class LoadError(ContractError):
         self.status = status
         self.text = text
 
+    @property
+    def is_refusal(self) -> bool:
+        """True if QEMU refused the stream and ended in order, as opposed to a crash or a hang."""
+        return self.status == 1
+
 
 @dataclass(frozen=True, kw_only=True)
 class Way:
@@ -41,13 +47,16 @@ class Way:
 
     Attributes:
         name: for a report.
+        scheme: "bytes" (through this process, which sees the stream), or what QEMU's URI begins
+            with: "unix", "exec" or "file".
         capabilities: set on both sides.
         parameters: arguments of migrate-set-parameters, set on both sides.
         contents: the stream carries the contents of memory that is shared with a file. Without
             them both QEMUs need the same files (x-ignore-shared).
     """
 
-    name: str = "unix"
+    name: str
+    scheme: str = "bytes"
     capabilities: tuple[str, ...] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     contents: bool = False
@@ -73,9 +82,9 @@ class Way:
             vm.qmp.execute("migrate-set-parameters", **self.parameters)
 
 
-SHARED = Way()
+SHARED = Way(name="state only")
 """State only: memory and DIMMs are files that both QEMUs map, one after the other."""
-COPIED = Way(name="unix, with contents", contents=True)
+COPIED = Way(name="with contents", contents=True)
 """Everything is in the stream."""
 
 
@@ -127,22 +136,49 @@ def load(vm: Vm, stream: bytes, way: Way = SHARED) -> None:
     wait_loaded(vm)
 
 
-def migrate(source: Vm, destination: Vm, way: Way = COPIED) -> None:
-    """Migrate from one QEMU to another.
+def migrate(source: Vm, destination: Vm, way: Way) -> bytes | None:
+    """Migrate a machine from one QEMU to another; return the stream if this process saw it.
 
     Raises:
         LoadError: the destination refuses, or ends.
         ContractError: the source cannot save.
+        RefusedError: a QEMU does not know this way.
     """
+    if way.scheme == "bytes":
+        stream = save(source, way)
+        load(destination, stream, way)
+        return stream
     way.prepare(source)
     way.prepare(destination)
-    uri = f"unix:{destination.scratch / 'incoming'}"
+    path = shlex.quote(str(destination.scratch / "stream"))
+    if way.scheme == "unix":
+        with _load_errors(destination):
+            destination.qmp.execute("migrate-incoming", uri=f"unix:{path}")
+        try:
+            _start(source, f"unix:{path}")
+        finally:
+            wait_loaded(destination)
+        return None
+    # QEMU 7.2 reports "completed" before cat has written everything.
+    out = (
+        f"exec:cat > {path}.new && mv {path}.new {path}" if way.scheme == "exec" else f"file:{path}"
+    )
+    _start(source, out)
+    _wait_for(destination.scratch / "stream")
     with _load_errors(destination):
+        uri = f"exec:cat {path}" if way.scheme == "exec" else f"file:{path}"
         destination.qmp.execute("migrate-incoming", uri=uri)
-    try:
-        _start(source, uri)
-    finally:
-        wait_loaded(destination)
+    wait_loaded(destination)
+    return None
+
+
+def _wait_for(file: Path) -> None:
+    deadline = time.monotonic() + _LIMIT_S
+    while not file.exists():
+        if time.monotonic() > deadline:
+            raise HostError(f"{file} was not written within {_LIMIT_S:g} s")
+        # Written by a program that QEMU has started.
+        time.sleep(0.005)
 
 
 def wait_loaded(vm: Vm) -> None:

@@ -30,9 +30,11 @@ setsid sh -c '"$@" > /tmp/same_block.out 2> /tmp/same_block.err &
 	echo $! > /tmp/same_block.pid; wait $!; echo $? > /tmp/same_block.status' \
 	sh {words} < /dev/null > /dev/null 2>&1 &
 """
-# Its last line on the console comes a moment before its end.
 _STATE = """
-for try in 1 2 3 4 5; do [ -s /tmp/same_block.status ] || sleep 1; done
+for try in $(seq 50); do
+	# Its last line on the console comes a moment before its end.
+	[ -s /tmp/same_block.status ] || sleep 0.1
+done
 if [ -s /tmp/same_block.status ]; then
 	echo ended; cat /tmp/same_block.status /tmp/same_block.out; cat /tmp/same_block.err >&2
 else

@@ -8,6 +8,7 @@ import re
 import shlex
 from typing import Final
 
+from paprscm import timesheet
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.papr import drc_index
@@ -96,6 +97,7 @@ def read_script() -> bytes:
     return (GUEST_TOOLS / "pmem.sh").read_bytes()
 
 
+@timesheet.during("DIMMs")
 def run_steps(
     guest: Guest,
     title: str,

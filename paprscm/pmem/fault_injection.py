@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Final, Literal
 
+from paprscm import timesheet
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
@@ -191,8 +192,10 @@ def read_leaks(guest: Guest) -> list[str]:
 
     kmemleak reports objects that are older than 5 s and did not change between two scans.
     """
-    with guest.expect_messages(r"kmemleak: \d+ new suspected memory leaks"):
+    messages = r"kmemleak: \d+ new suspected memory leaks"
+    with guest.expect_messages(messages), timesheet.during("waits"):
         text = guest.succeed(
+            # kmemleak does not report younger objects.
             f"sleep {_LEAK_AGE_S}; for n in 1 2 3; do echo scan > {DEBUGFS}/kmemleak; done; "
             f"cat {DEBUGFS}/kmemleak",
             timeout_s=_SCAN_LIMIT_S,

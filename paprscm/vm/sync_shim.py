@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from paprscm import timesheet
 from paprscm.build.toolchain import compile_c
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
@@ -381,10 +382,12 @@ class WatchedFile:
                 self._entry.released = generation
 
 
+@timesheet.during("waits")
 def _until(done: Callable[[], bool], limit_s: float) -> bool:
     """Poll until done() is true; return False after `limit_s`."""
     deadline = time.monotonic() + limit_s
     while not (ready := done()) and time.monotonic() < deadline:
+        # The shim only writes memory.
         time.sleep(0.0005)
     return ready
 

@@ -23,11 +23,13 @@ from paprscm.commands import bench_starts, bench_suite, cli
 from paprscm.commands.bench_suite import Job, JobTest, Plan
 from paprscm.commands.leaks import LeakWatch, check_digests
 from paprscm.commands.series import Series
+from paprscm.commands.suite_time import JobTime
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host.cache import Cache
 from paprscm.paths import ROOT
 from paprscm.settings import Settings
+from paprscm.timesheet import ACTIVITIES
 
 SNAPSHOT = SimpleNamespace(folder=Path("/nonexistent"))
 
@@ -55,7 +57,8 @@ def job(mode: str, **statuses: str) -> Job:
         name: JobTest(status, 2.0, "" if status == "PASS" else "expected 1, found 2")
         for name, status in statuses.items()
     }
-    return Job(mode=mode, duration_s=10.0, tests=tests, restored=1, booted=1)
+    time = JobTime({"starts": 4.0, "idle": 6.0}, {"starts": 2}, 3.0, ())
+    return Job(mode=mode, duration_s=10.0, tests=tests, restored=1, booted=1, time=time)
 
 
 # --- the series
@@ -121,7 +124,11 @@ def test_the_series_of_the_suite_and_its_table(monkeypatch: pytest.MonkeyPatch) 
     assert series.values["cold job"] == [30.0, 40.0]
     assert series.values["parallel job"] == [6.0, 7.0]
     assert series.values["warm all tests"] == [6.0, 6.0]
+    assert series.values["warm starts"] == [4.0, 4.0]
+    assert series.values["cold CPU"] == [3.0, 3.0]
     report = json.loads(series.as_json())
+    assert report["summary"]["parallel idle"]["median"] == 6.0
+    assert report["found"]["counts"]["cold"] == [{"starts": 2}] * 2
     assert report["found"]["statuses"]["warm"] == [{"PASS": 2, "CANCEL": 1}] * 2
     assert report["found"]["guests"]["cold"] == [{"restored": 0, "booted": 1}] * 2
     assert report["environment"]["side_by_side"] == "3"
@@ -206,7 +213,8 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
     ]
     (tmp_path / "job-2026").mkdir()
     (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
-    job = bench_suite.read_job(tmp_path, "warm", 5.0)
+    job = bench_suite.read_job(tmp_path, "parallel", 7.0, 12.0, slots=2)
+    assert (job.time.seconds["no record"], job.time.seconds["idle"]) == (4.0, 6.0)
     assert job.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
     assert job.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
     assert (job.restored, job.booted) == (1, 1)
@@ -216,7 +224,7 @@ def test_avocado_s_results_are_read(tmp_path: Path) -> None:
 def test_a_job_without_tests_shows_avocado_s_output(tmp_path: Path) -> None:
     (tmp_path / "avocado.log").write_text("guests cannot be prepared; no test was started\n")
     with pytest.raises(HostError, match="no test was started"):
-        bench_suite.read_job(tmp_path, "cold", 1.0)
+        bench_suite.read_job(tmp_path, "cold", 0.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -378,5 +386,13 @@ def test_bench_suite_finds_the_same_in_each_mode(warm: Environment, tmp_path: Pa
     for mode in modes:
         restored = int(mode != "cold")
         assert found["guests"][mode] == [{"restored": restored, "booted": 1 - restored}]
+        assert found["unrecorded"][mode] == [[]]
+        # One guest, and one attempt to start a QEMU.
+        assert found["counts"][mode][0]["starts"] == 2
+        times = {name: series["values"][f"{mode} {name}"][0] for name in (*ACTIVITIES, "Avocado")}
+        assert min(times.values()) >= 0
+        assert 0 < times["starts"] < series["values"][f"{mode} all tests"][0]
+        for name in ("job start", "job end"):
+            assert series["values"][f"{mode} {name}"][0] > 0
     kept = list((tmp_path / "bench-suite").glob("*/job-*/results.json"))
     assert len(kept) == len(modes)

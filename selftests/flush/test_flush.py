@@ -84,7 +84,9 @@ def test_a_report_with_another_status() -> None:
 
 
 def sync(begin: int, end: int | None, result: int | None = 0) -> Record:
-    return Record(0, Path("file"), Operation.FDATASYNC, begin, end, result, Injected(0), 0.0, 1)
+    # The last two are the bytes that it covers.
+    injected = Injected(0)
+    return Record(0, Path("file"), Operation.FDATASYNC, begin, end, result, injected, 0.0, 1, 0, 1)
 
 
 def call(begin: int, end: int, errno: int = 0) -> DurableCall:

@@ -406,7 +406,7 @@ class _HostShell:
 
 @pytest.fixture
 def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> _HostShell:
-    monkeypatch.setattr(tools, "_TARGET", tmp_path / "tools")
+    monkeypatch.setattr(tools, "TOOLS_FOLDER", tmp_path / "tools")
     return _HostShell()
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+from paprscm import timesheet
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
@@ -56,6 +57,7 @@ class FlushHang(PaprScmTest):
         self.begun = syncs.wait_begun(self.begun + 1).begun
         return guest
 
+    @timesheet.during("waits")
     def expect_end(self, guest: Guest, limit_s: float) -> float:
         """Wait until QEMU has ended with status 0; return the duration, s."""
         began = time.monotonic()
@@ -91,7 +93,8 @@ class FlushHang(PaprScmTest):
         with ThreadPoolExecutor(1) as pool:
             done = self.begin_reset(guest, pool)
             try:
-                blocked = bool(wait([done], HELD_S).not_done)
+                with timesheet.during("waits"):
+                    blocked = bool(wait([done], HELD_S).not_done)
                 self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
                 then(guest, done)
             finally:
@@ -130,7 +133,8 @@ class FlushHang(PaprScmTest):
 
         def then(guest: Guest, done: Future[object]) -> None:
             guest.process.send_signal(signal.SIGTERM)
-            early = guest.process.wait(HELD_S) is not None
+            with timesheet.during("waits"):
+                early = guest.process.wait(HELD_S) is not None
             self.measure("ended by SIGTERM while the flush hangs", early)
             self.expect("the reset ended with QEMU", done.done(), early)
             guest.vm.syncs(DIMM.slot).release()
@@ -173,7 +177,9 @@ class FlushHang(PaprScmTest):
         guest.qmp.execute("system_powerdown")
         # nd_pmem's flush, in addition to the one that hangs: the guest got the powerdown request.
         syncs.wait_begun(self.begun + 1)
-        self.expect("QEMU's exit status while the flush hangs", guest.process.wait(HELD_S), None)
+        with timesheet.during("waits"):
+            status = guest.process.wait(HELD_S)
+        self.expect("QEMU's exit status while the flush hangs", status, None)
         self.expect("the guest has powered down", self.powered_down(guest), False)
         # QEMU itself still works.
         self.expect("QEMU's status", guest.qmp.execute("query-status")["status"], "running")

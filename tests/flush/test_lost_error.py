@@ -47,11 +47,12 @@ class LostError(PaprScmTest):
         guest.succeed(f"{command} && sync")
         syncs = guest.vm.syncs(SLOT)
         # The control: the changed time stamp makes fsync write the journal, by one such bio.
+        # Time stamps have the resolution of the kernel's tick, 10 ms or less.
         guest.succeed(f"sleep 0.1; {command}")
         if (count := accounts.take().count) < 2:
             raise HostError(f"{count} flushes: no bio had two flushes")
         syncs.fail(errno.EIO, nth=1)
-        result = guest.run(f"sleep 0.1; {command}")
+        result = guest.run(f"sleep 0.1; {command}")  # As above.
         syncs.clear()
         flushes = accounts.take().flushes[SLOT]
         codes = [flush.code for flush in flushes]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import shlex
 
+from paprscm import timesheet
 from paprscm.checks import above, at_least, at_most, below
 from paprscm.errors import ConfigError, ContractError
 from paprscm.flush.syscalls import parse_persist, persist
@@ -61,7 +62,11 @@ class FlushSlow(PaprScmTest):
 
     def state(self, guest: Guest, pid: int) -> tuple[str, int]:
         """The state of a process, and its pending signals."""
-        lines = guest.succeed(f"cat /proc/{pid}/status")
+        # A task that polls a flush runs for a moment between two sleeps.
+        read = f"status=$(cat /proc/{pid}/status)"
+        running = "case $status in *State:?R*) ;; *) break ;; esac"
+        loop = f"for try in $(seq 20); do {read} || exit; {running}; done"
+        lines = guest.succeed(f'{loop}; echo "$status"')
         status = dict(line.split(":\t", 1) for line in lines.splitlines() if ":\t" in line)
         return status["State"][0], int(status["SigPnd"], 16) | int(status["ShdPnd"], 16)
 
@@ -113,9 +118,10 @@ class FlushSlow(PaprScmTest):
         quick, ticks, rounds = [], [], 0
         while True:
             steps = [step for path in paths for step in persist(guest, path, *[FLUSH] * 3)]
-            began, ended = guest.succeed(
-                "cut -d ' ' -f 1 /proc/uptime; sleep 1; cut -d ' ' -f 1 /proc/uptime"
-            ).split()
+            with timesheet.during("waits"):
+                clock = "cut -d ' ' -f 1 /proc/uptime"
+                # The kernel's timers must fire meanwhile.
+                began, ended = guest.succeed(f"{clock}; sleep 1; {clock}").split()
             counts = syncs.counts()
             if counts.begun - counts.ended != 1:
                 break
@@ -162,7 +168,9 @@ class FlushSlow(PaprScmTest):
         syncs.wait_begun(syncs.counts().ended + 2)
         # The control: a task that the watcher does report.
         guest.wait_until(f"dmesg | grep 'INFO: task persist.*:{behind} blocked'", timeout_s=30)
-        log = guest.succeed("sleep 5; dmesg")
+        with timesheet.during("waits"):
+            # Two periods of the kernel's watcher, which must not report the other task.
+            log = guest.succeed("sleep 5; dmesg")
         states = {pid: self.state(guest, pid)[0] for pid in (waits, behind)}
         syncs.release()
         guest.wait_until(f"! test -d /proc/{waits} && ! test -d /proc/{behind}")
@@ -197,7 +205,8 @@ class FlushSlow(PaprScmTest):
         syncs.wait_begun(before.begun + 1)
         guest.succeed(f"kill -KILL {pid}")
         polls = count_hcalls(guest)
-        guest.succeed("sleep 2")
+        with timesheet.during("waits"):
+            guest.succeed("sleep 2")  # The driver goes on with its polls meanwhile.
         if guest.run(f"test -d /proc/{pid}").status:
             self.remark("a process that waits for a flush can be killed; so far it could not")
         else:

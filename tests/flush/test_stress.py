@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from paprscm import timesheet
 from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError, HostError
 from paprscm.flush.accounts import FlushAccounts
@@ -193,7 +194,8 @@ def expect_threads_end(pid: int) -> None:
             raise ContractError(
                 f"{len(workers)} idle threads of QEMU's pool after {POOL_LIMIT_S:g} s"
             )
-        time.sleep(0.2)
+        # QEMU ends a thread after 10 s without work (util/thread-pool.c), without an event.
+        timesheet.pause(0.2)
 
 
 class FlushMemory(QemuTest):

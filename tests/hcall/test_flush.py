@@ -200,8 +200,7 @@ class Syncs(FlushTest):
         """While a sync hangs, each poll returns long-busy, and other DIMMs can be flushed."""
         judge = self.judge(FIRST, SECOND)
         held = judge.bare.vm.syncs(0)
-        held.hang()
-        judge.model.dimms[0].held = True
+        judge.hold(0)
         judge.make(*(request(FLUSH, FIRST.drc, 0) for _ in range(3)))
         held.wait_begun(3)
         for _ in range(20):
@@ -209,8 +208,7 @@ class Syncs(FlushTest):
             judge.make(request(FLUSH, SECOND.drc, 0))
             judge.poll_to_the_end(1)
         self.check("syncs that ended while they were held", held.counts().ended, 0)
-        held.release()
-        judge.model.release(0)
+        judge.release(0)
         judge.poll_to_the_end()
         self.check("syncs of slot 0", self.counts(judge, 0), {"fdatasync": 3})
         self.check("syncs of slot 1", self.counts(judge, 1), {"fdatasync": 20})
@@ -268,11 +266,9 @@ class Syncs(FlushTest):
         nvdimms = self.possible((FIRST, PERSISTENT, OVERRIDDEN, OLD))
         judge = self.judge(*nvdimms)
         held = judge.bare.vm.syncs(0)
-        held.hang()
-        judge.model.dimms[0].held = True
+        judge.hold(0)
         judge.make(*(request(FLUSH, nvdimm.drc, token) for nvdimm in nvdimms for token in (0, 1)))
-        held.release()
-        judge.model.release(0)
+        judge.release(0)
         judge.poll_to_the_end()
         held.fail(errno.EIO)
         judge.model.dimms[0].failing = True

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
+from paprscm import timesheet
 from paprscm.checks import at_most
 from paprscm.device.bare_metal import BareMachine
 from paprscm.device.mailbox import Call
@@ -144,7 +145,8 @@ class Hostile(QemuTest):
             self.begin(bare, 4)
             if syncs.counts().begun >= POOL_THREADS:
                 break
-            time.sleep(0.02)
+            # QEMU counts a new thread as idle until it takes its flush.
+            timesheet.pause(0.02)
         syncs.wait_begun(POOL_THREADS, 1)
         blocked = self.blocks(lambda: self.write_disk(bare), 2, syncs.release)
         self.known_issue(
@@ -180,6 +182,7 @@ class Hostile(QemuTest):
             + ("stops QEMU's main loop" if blocked else "leaves the monitor able to answer"),
         )
 
+    @timesheet.during("waits")
     def blocks(
         self, action: Callable[[], object], limit_s: float, free: Callable[[], None]
     ) -> bool:

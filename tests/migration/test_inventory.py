@@ -12,7 +12,7 @@ from paprscm.checks import containing
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
-from paprscm.migration.handover import compare_syncs, go_on, hand_over
+from paprscm.migration.handover import go_on, hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, drc_index
 from paprscm.testcase import QemuTest
@@ -98,9 +98,8 @@ class Inventory(QemuTest):
         machine = Machine(nvdimms=dimms, smp=1, memory_mib=256)
         judge = ScmJudge(self.bare(machine, shim=self.shim()), dimms)
         held = [dimm.slot for dimm in dimms if dimm.flushes_by_hcall and flushes]
+        judge.hold(*held)
         for slot in held:
-            judge.bare.vm.syncs(slot).hang()
-            judge.model.dimms[slot].held = True
             judge.make(*[request(FLUSH, drc_index(slot), 0)] * (flushes + slot))
         # A DIMM's file goes with its number.
         files = {dimm.memdev: dimm.file for dimm in dimms}
@@ -116,12 +115,13 @@ class Inventory(QemuTest):
         result = "works"
         try:
             handover = hand_over(judge, destination, held=[slot for slot in held if slot in slots])
-            self.use(handover.judge, held)
-            if wrong := compare_syncs(handover):
+            self.use(handover.judge)
+            handover.judge.release(*held)
+            if wrong := handover.finish():
                 result = f"accepted, then {wrong[0]}"
         except LoadError as error:
             result = f"refused: {error.text}"
-            if error.status != 1:
+            if not error.is_refusal:
                 result = "not refused in order: " + describe_status(error.status or 0)
         except GuestLostError as error:
             result = f"accepted, then {error.message}"
@@ -130,14 +130,12 @@ class Inventory(QemuTest):
         destination.close()
         # The source goes on.
         go_on(judge.bare)
-        for slot in held:
-            judge.bare.vm.syncs(slot).release()
-            judge.model.release(slot)
+        judge.release(*held)
         judge.poll_to_the_end()
         judge.bare.close()
         return result.replace("\n", " ")
 
-    def use(self, judge: ScmJudge, held: list[int]) -> None:
+    def use(self, judge: ScmJudge) -> None:
         """Make all calls that the source's DIMMs permit, with the source's DRC indices."""
         for slot, dimm in judge.model.dimms.items():
             drc, blocks = drc_index(slot), dimm.blocks
@@ -147,10 +145,6 @@ class Inventory(QemuTest):
                 request(Hcall.H_SCM_BIND_MEM, drc, 0, blocks, BIND_ANY_ADDRESS, 0),
                 request(Hcall.H_SCM_READ_METADATA, drc, 0, 8),
             )
-        for slot in held:
-            judge.bare.vm.syncs(slot).release()
-            judge.model.release(slot)
-        judge.poll_to_the_end()
 
     def judge_issue(self, issue: str, rows: tuple[Row, ...], flushes: int) -> None:
         """Report a known issue if a row neither works nor is refused."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 from paprscm.checks import containing
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
-from paprscm.migration.handover import compare_syncs, go_on, hand_over, save_awake
+from paprscm.migration.handover import go_on, hand_over, save_awake
 from paprscm.migration.transfer import LoadError, load
 from paprscm.papr import Hcall
 from paprscm.testcase import QemuTest
@@ -65,9 +65,7 @@ class Modes(QemuTest):
     def try_pair(self, judge: ScmJudge, machine: Machine, pair: str) -> bool:
         """Migrate with a pending flush if there can be one; True if the destination accepts."""
         (before,), (after,) = judge.nvdimms, machine.nvdimms
-        syncs = judge.bare.vm.syncs(0)
-        syncs.hang()
-        judge.model.dimms[0].held = True
+        judge.hold(0)
         judge.make(request(FLUSH, before.drc, 0))
         destination = self.bare(machine, shim=self.shim(), source=judge.bare)
         matches = before.flushes_by_hcall == after.flushes_by_hcall
@@ -78,10 +76,8 @@ class Modes(QemuTest):
             # Its operation is that of the destination's backend.
             follower.nvdimms = machine.nvdimms
             follower.make(request(FLUSH, before.drc, follower.model.dimms[0].last_token))
-            destination.vm.syncs(0).release()
-            follower.model.release(0)
-            follower.poll_to_the_end()
-            self.check(f"syncs, {pair}", compare_syncs(handover), [])
+            follower.release(0)
+            self.check(f"syncs, {pair}", handover.finish(), [])
         else:
             try:
                 load(destination.vm, save_awake(judge.bare))
@@ -96,7 +92,6 @@ class Modes(QemuTest):
         destination.close()
         go_on(judge.bare)
         judge.make(request(FLUSH, before.drc, judge.model.dimms[0].last_token))
-        syncs.clear()
-        judge.model.release(0)
+        judge.release(0)
         judge.poll_to_the_end()
         return matches

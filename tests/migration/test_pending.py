@@ -10,9 +10,9 @@ import itertools
 
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.device.mailbox import Call
-from paprscm.migration.handover import Handover, compare_syncs, hand_over, save_awake
+from paprscm.migration.handover import Handover, hand_over, save_awake
 from paprscm.migration.stream import read_states
-from paprscm.migration.transfer import COPIED, SHARED, Way
+from paprscm.migration.transfer import COPIED, load
 from paprscm.papr import Hcall, ReturnCode, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
@@ -25,62 +25,22 @@ CASES = ((0, 1), (1, 1), (16, 2), (64, 4), (1000, 8))
 H_LOGICAL_CI_STORE = 0x40
 
 
-class PendingTest(QemuTest):
-    """Base of the tests that migrate machines with flushes."""
-
-    def judge(self, *nvdimms: Nvdimm, smp: int = 1) -> ScmJudge:
-        """Start a machine whose files other QEMUs can use, too; return its judge."""
-        dimms = self.keep(*nvdimms).nvdimms()
-        machine = Machine(nvdimms=dimms, smp=smp, memory_mib=256)
-        return ScmJudge(self.bare(machine, shim=self.shim()), dimms)
-
-    def hold(self, judge: ScmJudge, *slots: int) -> None:
-        """Hold the syncs of these DIMMs."""
-        for slot in slots:
-            judge.bare.vm.syncs(slot).hang()
-            judge.model.dimms[slot].held = True
-
-    def release(self, judge: ScmJudge, *slots: int) -> None:
-        """Let the syncs of these DIMMs end."""
-        for slot in slots:
-            judge.bare.vm.syncs(slot).clear()
-            judge.model.release(slot)
-
-    def move(
-        self,
-        judge: ScmJudge,
-        way: Way = SHARED,
-        *,
-        held: tuple[int, ...] = (),
-        copied: bool = False,
-    ) -> Handover:
-        """Migrate to a new QEMU; `copied` gives it files and memory of its own."""
-        dimms = self.keep(*judge.nvdimms).nvdimms() if copied else judge.nvdimms
-        machine = Machine(nvdimms=dimms, smp=judge.bare.board.smp, memory_mib=256)
-        destination = self.bare(
-            machine, shim=self.shim(), source=judge.bare, shares_memory=not copied
-        )
-        return hand_over(judge, destination, way, held=held)
-
-    def finish(self, handover: Handover, what: str) -> None:
-        """Poll each flush to its end and once more, and compare the syncs."""
-        judge = handover.judge
-        outstanding = {slot: sorted(dimm.outstanding) for slot, dimm in judge.model.dimms.items()}
-        judge.poll_to_the_end()
-        judge.make(
-            *(
-                request(FLUSH, drc_index(slot), token)
-                for slot, tokens in outstanding.items()
-                for token in tokens
-            )
-        )
-        self.check(f"syncs of the destination, {what}", compare_syncs(handover), [])
-
-
-class Pending(PendingTest):
+class Pending(QemuTest):
     """
     :avocado: tags=hcall,flush,migration
     """
+
+    def start(self, *nvdimms: Nvdimm) -> ScmJudge:
+        """Start a machine whose files other QEMUs can use, too; return its judge."""
+        dimms = self.keep(*nvdimms).nvdimms()
+        machine = Machine(nvdimms=dimms, smp=1, memory_mib=256)
+        return ScmJudge(self.bare(machine, shim=self.shim()), dimms)
+
+    def move(self, judge: ScmJudge, *, held: tuple[int, ...] = ()) -> Handover:
+        """Migrate to a new QEMU with the same files."""
+        machine = Machine(nvdimms=judge.nvdimms, smp=1, memory_mib=256)
+        destination = self.bare(machine, shim=self.shim(), source=judge.bare)
+        return hand_over(judge, destination, held=held)
 
     def test_table(self) -> None:
         """On the destination each token is long-busy until its new sync has ended, then ends once.
@@ -89,8 +49,8 @@ class Pending(PendingTest):
         """
         for count, dimms in CASES:
             slots = tuple(range(dimms))
-            judge = self.judge(*(PMEM_OFF.at(slot, SMALL) for slot in slots))
-            self.hold(judge, *slots[::2])
+            judge = self.start(*(PMEM_OFF.at(slot, SMALL) for slot in slots))
+            judge.hold(*slots[::2])
             requests = [request(FLUSH, drc_index(n % dimms), 0) for n in range(count)]
             pending = [one for one in requests if one.arguments[0] in map(drc_index, slots[::2])]
             # First those that end without being asked for: later the held ones occupy QEMU's
@@ -110,33 +70,36 @@ class Pending(PendingTest):
                     for token in sorted(judge.model.dimms[slot].outstanding)
                 )
             )
-            self.release(judge, *slots)
-            self.finish(handover, f"{count} flushes of {dimms} DIMMs")
+            judge.release(*slots)
+            self.check(f"{count} flushes of {dimms} DIMMs", handover.finish(), [])
             judge.bare.close()
 
     def test_override(self) -> None:
         """A pending flush of a pmem-override DIMM is synced again over the whole DIMM."""
-        judge = self.judge(*self.possible((OVERRIDE.at(0, SMALL), PMEM_OFF.at(1, SMALL))))
+        judge = self.start(*self.possible((OVERRIDE.at(0, SMALL), PMEM_OFF.at(1, SMALL))))
         slots = tuple(judge.model.dimms)
-        self.hold(judge, *slots)
+        judge.hold(*slots)
         judge.make(*(request(FLUSH, drc_index(slot), 0) for slot in slots for _ in range(3)))
         handover = self.move(judge, held=slots)
-        self.release(handover.judge, *slots)
-        self.finish(handover, "3 flushes of each DIMM")
+        handover.judge.release(*slots)
+        self.check("3 flushes of each DIMM", handover.finish(), [])
 
     def test_contents_in_the_stream(self) -> None:
         """A flush that was pending makes the data durable in the file that the guest has now."""
-        judge = self.judge(PMEM_OFF.at(0, SMALL))
+        judge = self.start(PMEM_OFF.at(0, SMALL))
         address = judge.model.dimms[0].address
         pattern = 0x8182838485868788
-        self.hold(judge, 0)
+        judge.hold(0)
         stored = judge.bare.call(H_LOGICAL_CI_STORE, 8, address + 4096, pattern)
         self.expect("code of H_LOGICAL_CI_STORE", stored.code, 0)
         judge.make(request(FLUSH, drc_index(0), 0))
-        handover = self.move(judge, COPIED, held=(0,), copied=True)
+        copies = self.keep(*judge.nvdimms).nvdimms()
+        machine = Machine(nvdimms=copies, smp=1, memory_mib=256)
+        destination = self.bare(machine, shim=self.shim(), source=judge.bare, shares_memory=False)
+        handover = hand_over(judge, destination, COPIED, held=[0])
         judge.bare.close()
-        self.release(handover.judge, 0)
-        self.finish(handover, "a copied DIMM")
+        handover.judge.release(0)
+        self.check("a copied DIMM", handover.finish(), [])
         with handover.judge.bare.file(0).open("rb") as file:
             file.seek(4096)
             self.check(
@@ -145,21 +108,21 @@ class Pending(PendingTest):
 
     def test_to_and_fro(self) -> None:
         """After ten migrations with the same pending flushes, each of them ends once."""
-        judge = self.judge(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
+        judge = self.start(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
         for _ in range(10):
-            self.hold(judge, 0, 1)
+            judge.hold(0, 1)
             judge.make(request(FLUSH, drc_index(0), 0), request(FLUSH, drc_index(1), 0))
             handover = self.move(judge, held=(0, 1))
             judge.bare.close()
             judge = handover.judge
         self.check("flushes that the last machine has loaded", handover.pending, 20)
-        self.release(judge, 0, 1)
-        self.finish(handover, "ten migrations")
+        judge.release(0, 1)
+        self.check("ten migrations", handover.finish(), [])
 
     def test_round_trip(self) -> None:
         """A machine that is loaded and saved again has the same flush state, byte for byte."""
-        judge = self.judge(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
-        self.hold(judge, 0)
+        judge = self.start(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
+        judge.hold(0)
         judge.make(*(request(FLUSH, drc_index(slot), 0) for slot in (0, 1) for _ in range(5)))
         judge.bare.vm.syncs(1).wait_ended(5, 60)
         handover = self.move(judge, held=(0,))
@@ -169,27 +132,19 @@ class Pending(PendingTest):
 
     def test_calls_in_flight(self) -> None:
         """A vCPU that polls a flush during the migration gets its end from the destination."""
-        judge = self.judge(PMEM_OFF.at(0, SMALL))
-        self.hold(judge, 0)
+        judge = self.start(PMEM_OFF.at(0, SMALL))
+        judge.hold(0)
         judge.make(*(request(FLUSH, drc_index(0), 0) for _ in range(20)))
         polls = [Call(FLUSH, (drc_index(0), token), 1 << 40, True, 100) for token in range(1, 21)]
         judge.bare.start(polls)
         handover = self.move(judge, held=(0,))
         follower = handover.judge
         self.check("polls that ended while they were held", follower.bare.in_progress(), 0)
-        self.release(follower, 0)
+        follower.release(0)
         answers = follower.bare.finish(timeout_s=60)
         follower.judge([request(FLUSH, *poll.args) for poll in polls], answers)
         self.check("polls that were long-busy", all(answer.busy for answer in answers[:1]), True)
-        self.finish(handover, "polls in flight")
-
-
-class Results(PendingTest):
-    """
-    The result that the guest gets is that of the sync of its own machine.
-
-    :avocado: tags=hcall,flush,migration
-    """
+        self.check("polls in flight", handover.finish(), [])
 
     def test_failures(self) -> None:
         """The destination's sync decides a pending flush, whatever became of the source's.
@@ -197,11 +152,11 @@ class Results(PendingTest):
         A failed flush that was completed before the migration stays failed.
         """
         for failing in (False, True):
-            judge = self.judge(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
+            judge = self.start(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
             ended = judge.bare.vm.syncs(1)
             ended.fail(errno.EIO)
             judge.model.dimms[1].failing = True
-            self.hold(judge, 0)
+            judge.hold(0)
             judge.make(request(FLUSH, drc_index(0), 0), request(FLUSH, drc_index(1), 0))
             ended.wait_ended(1, 60)
             # On the source, the held sync ends with the other result, after its state was sent.
@@ -216,6 +171,35 @@ class Results(PendingTest):
             expected = ReturnCode.H_HARDWARE if failing else ReturnCode.H_SUCCESS
             outstanding = follower.model.dimms[0].outstanding
             self.check("expected end of the pending flush", outstanding[1].end, expected)
-            self.finish(handover, f"failing {failing}")
+            self.check(f"failing {failing}", handover.finish(), [])
             destination.close()
             judge.bare.close()
+
+    def test_error_after_save(self) -> None:
+        """If the source's sync fails, the guest is not told that its flush has succeeded.
+
+        The kernel reports a failed write-back once to each open file, and marks the pages as clean
+        (Linux Documentation/filesystems/vfs.rst, "Writeback errors"). A destination that opens the
+        file after that cannot learn of it.
+        """
+        judge = self.start(PMEM_OFF.at(0, SMALL))
+        judge.hold(0)
+        judge.make(request(FLUSH, drc_index(0), 0))
+        stream = save_awake(judge.bare)
+        (state,) = read_states(stream)
+        syncs = judge.bare.vm.syncs(0)
+        syncs.fail(errno.EIO)
+        syncs.release()
+        syncs.wait_ended(1, 60)
+        machine = Machine(nvdimms=judge.nvdimms, smp=1, memory_mib=256)
+        destination = self.bare(machine, shim=self.shim(), source=judge.bare)
+        load(destination.vm, stream)
+        destination.adopt()
+        poll = Call(FLUSH, (drc_index(0), 1), 100_000, True, 100)
+        (answer,) = destination.batch([poll], timeout_s=60)
+        self.known_issue(
+            "qemu-flush-error-after-save-lost",
+            shows=answer.code == ReturnCode.H_SUCCESS,
+            found=f"the source's sync failed after its flush was saved as "
+            f"{'pending' if state.pending else 'completed'}; the destination answers {answer}",
+        )

@@ -22,6 +22,7 @@ import re
 import time
 from dataclasses import dataclass
 
+from paprscm import timesheet
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import read_report
@@ -174,6 +175,7 @@ class Promise(PaprScmTest):
         guest.succeed("\n".join(lines))
         return runs
 
+    @timesheet.during("waits")
     def kill(
         self, guest: Guest, ledger: Ledger, runs: dict[Side, Run], dice: random.Random
     ) -> dict[Side, Run]:
@@ -194,6 +196,7 @@ class Promise(PaprScmTest):
                 raise self.stalled(guest, entries)
             # The guest's stores to the mapped file cause no event on the host, so poll.
             time.sleep(0.001)
+        # The moment of the cut is random.
         time.sleep(delay_s)
         guest.kill()
         # Reads the console to its end.
@@ -234,7 +237,8 @@ class Promise(PaprScmTest):
             f"{run.folder}; echo status $?"
             for side, run in runs.items()
         ]
-        printed = guest.succeed("\n".join([*lines, "echo kernel", KERNEL_LOG]))
+        with timesheet.during("tools"):
+            printed = guest.succeed("\n".join([*lines, "echo kernel", KERNEL_LOG]))
         parts, _, messages = printed.partition("kernel\n")
         expect_no_complaints(messages)
         matches = re.findall(r"side (\d+)\n(.*\n)status (\d+)\n", parts)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Migrations that do not come to their end: cancelled, or with one of the two QEMUs killed.
+
+The source goes on with its pending flushes, or the destination has not begun to run; never both,
+and never neither while the source is alive.
+"""
+
+import socket
+import time
+from collections.abc import Callable
+
+from paprscm.device.hcall_judge import ScmJudge, request
+from paprscm.errors import ContractError
+from paprscm.migration.handover import go_on
+from paprscm.migration.transfer import COPIED, SHARED, Way
+from paprscm.papr import Hcall, drc_index
+from paprscm.testcase import QemuTest
+from paprscm.vm.dimms import PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine
+
+FLUSH = Hcall.H_SCM_FLUSH
+LIMIT_S = 30.0
+
+Act = Callable[[ScmJudge, socket.socket], None]
+
+
+def cancel(judge: ScmJudge, _connection: socket.socket) -> None:
+    """Cancel the migration."""
+    judge.bare.qmp.execute("migrate_cancel")
+
+
+def hang_up(_judge: ScmJudge, connection: socket.socket) -> None:
+    """Close the socket, as a destination that ends."""
+    connection.close()
+
+
+class BrokenOff(QemuTest):
+    """
+    :avocado: tags=hcall,flush,migration
+    """
+
+    def source(self) -> ScmJudge:
+        """A machine with a completed flush and three pending ones."""
+        dimms = self.keep(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL)).nvdimms()
+        machine = Machine(nvdimms=dimms, smp=1, memory_mib=256)
+        judge = ScmJudge(self.bare(machine, shim=self.shim()), dimms)
+        judge.make(request(FLUSH, drc_index(1), 0))
+        judge.bare.vm.syncs(1).wait_ended(1, 60)
+        judge.hold(0)
+        judge.make(*[request(FLUSH, drc_index(0), 0)] * 3)
+        return judge
+
+    def goes_on(self, judge: ScmJudge, what: str) -> None:
+        """Check that each flush of the source ends once, with one sync in all."""
+        if judge.bare.qmp.execute("query-status")["status"] != "running":
+            go_on(judge.bare)
+        judge.bare.keep_awake(False)
+        judge.make(*(request(FLUSH, drc_index(0), token) for token in (1, 2, 3)))
+        judge.release(0)
+        judge.poll_to_the_end()
+        judge.make(*(request(FLUSH, drc_index(0), token) for token in (1, 2, 3)))
+        self.check(f"syncs of the source, {what}", judge.bare.vm.syncs(0).counts().begun, 3)
+        self.check(f"syncs of slot 1, {what}", judge.bare.vm.syncs(1).counts().begun, 1)
+
+    def break_off(
+        self,
+        judge: ScmJudge,
+        way: Way,
+        received: int,
+        act: Callable[[ScmJudge, socket.socket], None],
+    ) -> str:
+        """Migrate into a socket, read some bytes, break it off; return the migration's status."""
+        bare = judge.bare
+        bare.keep_awake(True)
+        way.prepare(bare.vm)
+        path = bare.vm.scratch / "outgoing"
+        with socket.socket(socket.AF_UNIX) as listener:
+            # A small buffer: QEMU cannot send much more than was read.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            listener.bind(str(path))
+            listener.listen(1)
+            listener.settimeout(LIMIT_S)
+            bare.qmp.execute("migrate", uri=f"unix:{path}")
+            connection, _ = listener.accept()
+            path.unlink()
+            with connection:
+                connection.settimeout(LIMIT_S)
+                while received > 0 and (chunk := connection.recv(received)):
+                    received -= len(chunk)
+                act(judge, connection)
+                return self.wait_ended(judge)
+
+    def wait_ended(self, judge: ScmJudge) -> str:
+        """Wait for the end of a migration; return its status."""
+        deadline = time.monotonic() + LIMIT_S
+        while time.monotonic() < deadline:
+            status = str(judge.bare.qmp.execute("query-migrate").get("status"))
+            if status in ("cancelled", "failed", "completed"):
+                return status
+            # The event may have come before the migration was broken off.
+            time.sleep(0.005)
+        raise ContractError(f"the migration has the status {status} after {LIMIT_S:g} s")
+
+    def test_cancelled(self) -> None:
+        """A cancelled migration leaves the source and its flushes as they were."""
+        # While it sends memory. Later QEMU does not answer its monitor until everything is sent.
+        for received in (0, self.random().randrange(1 << 20)):
+            judge = self.source()
+            status = self.break_off(judge, COPIED, received, cancel)
+            self.check(f"status, cancelled after {received} bytes", status, "cancelled")
+            self.goes_on(judge, f"cancelled after {received} bytes")
+            judge.bare.close()
+
+    def test_destination_killed(self) -> None:
+        """When the destination goes, the migration fails, and the source goes on."""
+        generator = self.random()
+        for way in (SHARED, SHARED, COPIED):
+            judge = self.source()
+            received = generator.randrange(1, 2 << 20)
+            status = self.break_off(judge, way, received, hang_up)
+            what = f"broken off after {received} bytes {way.name}"
+            self.check(f"status, {what}", status, "failed")
+            self.goes_on(judge, what)
+            judge.bare.close()
