@@ -45,9 +45,8 @@ HELD_S = 1.0
 FOLDER = "/mnt/ext4"
 THREADS = 8
 """Half of them on each DIMM."""
-BOOT_S = 120.0
-END_S = 30.0
-"""Time limit for QEMU's end on a busy host."""
+BEGIN_S, END_S, BOOT_S = 60.0, 60.0, 120.0
+"""Time limits on a busy host: for a load to begin, for QEMU's end, for a start of the guest."""
 LOAD_S = 1
 """Time in which calls of a load begin, s: longer than a migration without contents takes."""
 
@@ -169,6 +168,8 @@ class LinuxMoves(LinuxTest):
         successor = self.successor(plan.way)
         syncs = {dimm.slot: guest.vm.syncs(dimm.slot) for dimm in DIMMS}
         before = {slot: file.counts().begun for slot, file in syncs.items()}
+        if plan.held is not None:
+            syncs[plan.held].hang()
         with ThreadPoolExecutor(1) as pool:
             load = pool.submit(
                 run_flush_load,
@@ -180,11 +181,9 @@ class LinuxMoves(LinuxTest):
                 limit_s=LOAD_S,
                 seed=seed,
             )
-            for slot, file in syncs.items():
-                file.wait_begun(before[slot] + 10)
-            if plan.held is not None:
-                syncs[plan.held].hang()
-                syncs[plan.held].wait_begun(syncs[plan.held].counts().begun + 1)
+            # With one flush held, those of the other DIMM may wait as well, see flushing().
+            for slot in syncs if plan.held is None else [plan.held]:
+                syncs[slot].wait_begun(before[slot] + 1, BEGIN_S)
             move = self.mover.move(
                 successor,
                 plan.way,
@@ -296,7 +295,7 @@ class LinuxEnds(LinuxTest):
         path = f"{find_region(guest, IDLE.slot).device}/deep_flush"
         for number in range(PENDING):
             guest.succeed(f"echo 1 > {path} < /dev/null 2> /dev/null &")
-            syncs.wait_begun(number + 1)
+            syncs.wait_begun(number + 1, BEGIN_S)
 
     def test_reboot_after_migration(self) -> None:
         """A guest that reboots with flushes pending since its migration boots when they end.
@@ -313,7 +312,7 @@ class LinuxEnds(LinuxTest):
         syncs = vm.syncs(IDLE.slot)
         syncs.hang()
         self.mover.move(vm, SAME_FILES)
-        syncs.wait_begun(1)
+        syncs.wait_begun(1, BEGIN_S)
         # The suite's guests end with the first reset (-no-reboot).
         vm.qmp.execute("set-action", reboot="reset")
         printed = len(guest.console.lines)
