@@ -26,16 +26,18 @@ def lines(channels: Channels, last: str) -> list[str]:
 
 def test_the_console_goes_on_with_the_next_qemu() -> None:
     ended = threading.Event()
+    words = ["one", "two", "three"]
     with Channels(on_event=ended.set) as channels:
-        first = writer(channels, "echo one >&$1; read -r _ <&$1")
-        channels.follow(first)
-        assert lines(channels, "one") == ["one"]
-        second = writer(channels, "echo two >&$1; read -r _ <&$1")
-        channels.follow(second)
-        first.kill()
-        assert lines(channels, "two") == ["one", "two"]
-        assert not ended.wait(0.2), "the console ended with the first QEMU"
-        second.kill()
+        old: Process | None = None
+        for number, word in enumerate(words, 1):
+            new = writer(channels, f"echo {word} >&$1; read -r _ <&$1")
+            channels.follow(new)
+            if old is not None:
+                old.kill()
+            assert lines(channels, word) == words[:number]
+            assert not ended.wait(0.2), "the console ended before the last QEMU"
+            old = new
+        new.kill()
         assert ended.wait(20), "the console did not end with the last QEMU"
         assert channels.console.closed
 

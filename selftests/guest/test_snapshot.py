@@ -158,6 +158,10 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     [memory_object] = [word for word in words if word.startswith("memory-backend-file")]
     # Its writes must not reach the memory file that other guests share.
     assert memory_object.split(",share=")[1].strip(",") == ("off," + own).strip(",")
+    # All QEMUs of a guest that migrates write to the same file.
+    shared = dataclasses.replace(memory, shared=True).backend(256)
+    assert shared["share"] is True
+    assert "readonly" not in shared
     # For QEMU a booted and a restored machine must be the same.
     saved = qemu_argv(
         ("qemu",),
