@@ -101,6 +101,7 @@ def test_a_missing_feature_of_qemu_is_a_missing_capability() -> None:
         version=(7, 2, 0),
         version_text="7.2.0",
         machine="pseries-7.2",
+        machine_types=frozenset({"pseries-7.2"}),
         properties={"memory-backend-file": frozenset(), "spapr-nvdimm": frozenset()},
         has_kvm=False,
         has_netdev_user=True,
