@@ -27,14 +27,12 @@ def marked(mark: str) -> dict[int, str]:
 def role_of(words: list[str], comm: str) -> str:
     """The role of a process of the run, from its command line and its name."""
     line = " ".join(words)
-    if "paprscm.plugins.runner_server" in line:
-        return "runner or test" if comm == "runner" else "server of runners"
+    if "paprscm.plugins.fork_server" in line:
+        return {"runner": "runner or test", "cli": "paprscm image"}.get(comm, comm)
     for part, role in (
         ("keeper.py", "keeper"),
         ("qemu-system", "qemu"),
-        ("avocado_instrumented capabilities", "question to a runner"),
         ("avocado-instrumented", "runner or test"),
-        ("paprscm.commands.cli", "paprscm image"),
         ("/avocado", "avocado"),
         ("make", "make"),
     ):

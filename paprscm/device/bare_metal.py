@@ -285,6 +285,13 @@ class BareMachine(Lifetime):
                 lambda: HostError("a vCPU does not wake up"),
             )
 
+    def go_on(self) -> None:
+        """Continue a machine without batches that was stopped to be saved."""
+        for cpu in self._running:
+            self._boxes[cpu].empty()
+        self.qmp.execute("cont")
+        self.keep_awake(False)
+
     def adopt(self) -> None:
         """Continue the batches of the source, whose state was loaded."""
         if self._source is None:

@@ -117,8 +117,8 @@ def hand_over(
     """Migrate a judged machine.
 
     The flush states in the stream must be those of the model: the same tokens, each pending or
-    with its result, under the DRC index of its DIMM. The source stays stopped; call go_on() if it
-    is to continue.
+    with its result, under the DRC index of its DIMM. The source stays stopped; call its go_on() to
+    continue it.
 
     Args:
         judge: the judge of the source.
@@ -208,12 +208,6 @@ def save_awake(bare: BareMachine, way: Way = SHARED) -> bytes:
     """Save a machine of hcalls; raises as save()."""
     bare.keep_awake(True)
     return save(bare.vm, way)
-
-
-def go_on(bare: BareMachine) -> None:
-    """Continue a machine that was saved."""
-    bare.qmp.execute("cont")
-    bare.keep_awake(False)
 
 
 def _compare(judge: ScmJudge, states: list[DimmState]) -> list[str]:

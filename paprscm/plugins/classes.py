@@ -13,8 +13,6 @@ import contextlib
 import functools
 import importlib.util
 import inspect
-import json
-import subprocess
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -23,6 +21,8 @@ from types import ModuleType
 
 from avocado.core.exceptions import JobError
 from avocado.core.job import Job
+
+from paprscm.plugins import fork_server
 
 _LIMIT_S = 120
 
@@ -62,44 +62,37 @@ def _query(names: tuple[str, ...]) -> dict[str, ClassFacts]:
     """Facts by "path:Class"; cached, because several plugins need those of the same job."""
     if not names:
         return {}
-    argv = [sys.executable, "-P", "-m", __name__]
     try:
-        result = subprocess.run(
-            argv,
-            input=json.dumps(names),
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-            timeout=_LIMIT_S,
-        )
-    except subprocess.SubprocessError as error:
-        raise JobError(f"the classes of the job's tests cannot be read: {error}") from error
-    answers = json.loads(result.stdout)
+        answers = fork_server.call(f"{__name__}:read_classes", names).result(_LIMIT_S)
+    except TimeoutError as error:
+        raise JobError(f"reading the classes of the job's tests took {_LIMIT_S} s") from error
+    if answers is None:
+        raise JobError("the classes of the job's tests cannot be read: an import ended the process")
     return {
         name: ClassFacts(**{**facts, "parameters": tuple(facts["parameters"])})
         for name, facts in answers.items()
     }
 
 
-def main() -> None:
-    """Read class names from standard input, and print their facts; both as JSON."""
+def read_classes(names: list[str]) -> dict[str, dict[str, object]]:
+    """Facts by "path:Class", as dictionaries; a child of the fork server calls it."""
     from paprscm.testcase import PaprScmTest, QemuTest
 
     answers = {}
-    names = json.load(sys.stdin)
-    # Only the answer goes to standard output.
+    # The output of test modules at their import is not part of the job's.
     with contextlib.redirect_stdout(sys.stderr):
         for name in names:
             path, _, class_name = name.rpartition(":")
             # Any exception, and sys.exit(): Avocado reports errors of the module.
             with contextlib.suppress(Exception, SystemExit):
                 test_class = getattr(_module(path), class_name)
-                answers[name] = ClassFacts(
+                facts = ClassFacts(
                     ours=issubclass(test_class, QemuTest),
                     needs_guest=issubclass(test_class, PaprScmTest),
                     parameters=tuple(sorted(_parameters(test_class.__mro__))),
                 )
-    json.dump({name: asdict(facts) for name, facts in answers.items()}, sys.stdout)
+                answers[name] = asdict(facts)
+    return answers
 
 
 @functools.cache
@@ -137,7 +130,3 @@ def _requested_names(module: str) -> frozenset[str]:
             ):
                 names.add(name)
     return frozenset(names)
-
-
-if __name__ == "__main__":
-    main()

@@ -63,11 +63,11 @@ class Decide(JobPre):
             if ours.isdisjoint(str(test.uri) for test in suite.tests):
                 suite.config[OPTION] = _AVOCADO.as_full_dict()[OPTION]["default"]
                 continue
-            decided = compute_budget(read_resources(), _settings(suite))
+            decided = compute_budget(read_resources(), suite_settings(suite))
             suite.config[OPTION] = decided.tests
             LOG_JOB.info("Tests side by side: %s", decided.reason)
 
 
-def _settings(suite: TestSuite) -> settings.Settings:
+def suite_settings(suite: TestSuite) -> settings.Settings:
     parameters = dict(suite.config.get("run.test_parameters") or [])
     return settings.load({k: v for k, v in parameters.items() if k in settings.names()})

@@ -6,8 +6,6 @@ from __future__ import annotations
 import difflib
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -20,6 +18,7 @@ from avocado.core.plugin_interfaces import JobPre
 from paprscm import settings
 from paprscm.errors import CAPABILITY_STATUS
 from paprscm.host.process import join_run
+from paprscm.plugins import fork_server
 from paprscm.plugins.classes import read_facts
 
 # From this number of tests with guests on, a snapshot saves more time than it costs.
@@ -39,7 +38,7 @@ class Prepare(JobPre):
     def pre(self, job: Job) -> None:
         """Run `paprscm image`; fail the job at once if guests are impossible.
 
-        In a separate process, for the reason given in paprscm/plugins/classes.py.
+        In a child of the fork server, for the reason given in paprscm/plugins/classes.py.
         """
         facts = read_facts(job)
         tests = [test for suite in job.test_suites for test in suite.tests]
@@ -65,7 +64,7 @@ class Prepare(JobPre):
         if status == CAPABILITY_STATUS and guests < len(ours):
             # Tests with guests end as CANCEL, each with the reason; the others can run.
             status = _image("--only-qemu", *options)
-        if status:
+        if status != 0:
             raise JobError("guests cannot be prepared; no test was started")
 
 
@@ -80,9 +79,11 @@ def _check_socket_path() -> None:
         )
 
 
-def _image(*options: str) -> int:
-    command = [sys.executable, "-m", "paprscm.commands.cli", "image", "--quiet", *options]
-    return subprocess.run(command, check=False).returncode
+def _image(*options: str) -> int | None:
+    """Run `paprscm image`; return its status, or None if it was ended."""
+    argv = ["image", "--quiet", *options]
+    status: int | None = fork_server.call("paprscm.commands.cli:main", argv).result()
+    return status
 
 
 def _check_names(names: Collection[str], read_names: Collection[str]) -> None:

@@ -9,11 +9,13 @@ initialized when the plugin is loaded, and Avocado silently drops a plugin that 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from avocado.core.plugin_interfaces import Settings
 
 from paprscm.paths import AVOCADO_CFG, SUITE_VARIABLE
+from paprscm.plugins import fork_server
 
 
 class ProjectSettings(Settings):
@@ -23,4 +25,8 @@ class ProjectSettings(Settings):
         """Append them; the later one overrides. In a checkout they are the same file."""
         files = [AVOCADO_CFG] if SUITE_VARIABLE in os.environ else []
         files.append(Path("avocado.cfg").resolve())
-        paths.extend(str(file) for file in dict.fromkeys(files) if file.is_file())
+        present = [str(file) for file in dict.fromkeys(files) if file.is_file()]
+        paths.extend(present)
+        if present and Path(sys.argv[0]).name == "avocado" and "run" in sys.argv:
+            # A job needs the server soon; its imports run while Avocado's do.
+            fork_server.start()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -187,6 +188,42 @@ def test_a_reset_forgets_flushes_but_not_the_last_token() -> None:
     scm.reset()
     assert one(scm, FLUSH, DRC, 1) == (ReturnCode.H_P2, "unknown token")
     assert scm.allowed(FLUSH, (DRC, 0))[0].outputs[0] == 2
+
+
+def test_a_migrated_flush_gets_the_result_of_its_new_sync() -> None:
+    scm = model()
+    for held in (False, True, True):
+        scm.dimms[0].held = held
+        one(scm, FLUSH, DRC, 0)
+    scm.dimms[0].held, scm.dimms[0].failing = False, True
+    assert scm.migrate(0, completed={1: ReturnCode.H_SUCCESS}, pending=[3, 2]) == []
+    ends = [[a.code for a in scm.allowed(FLUSH, (DRC, token))] for token in (1, 2, 3)]
+    assert ends == [
+        [BUSY, ReturnCode.H_SUCCESS],
+        [BUSY, ReturnCode.H_HARDWARE],
+        [BUSY, ReturnCode.H_HARDWARE],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("completed", "pending", "message"),
+    [
+        ({}, [2], r"tokens \[2\] instead of \[1, 2\]"),
+        ({}, [1, 2, 3], r"tokens \[1, 2, 3\] instead of \[1, 2\]"),
+        ({1: 0}, [1, 2], r"tokens \[1, 1, 2\] instead of \[1, 2\]"),
+        ({1: 0, 2: 0}, [], "token 2 has ended while its sync was held"),
+        ({1: -1}, [2], "token 1 ended with H_HARDWARE, expected H_SUCCESS"),
+    ],
+)
+def test_a_migrated_state_that_contradicts_the_model(
+    completed: dict[int, int], pending: list[int], message: str
+) -> None:
+    scm = model()
+    one(scm, FLUSH, DRC, 0)
+    scm.dimms[0].held = True
+    one(scm, FLUSH, DRC, 0)
+    (wrong,) = scm.migrate(0, completed=completed, pending=pending)
+    assert re.fullmatch(message, wrong)
 
 
 def test_every_branch_can_be_reached() -> None:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -194,11 +197,42 @@ def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path
     assert {test["status"] for test in tests.values()} == {"CANCEL"}
     assert "without virtio-rng-pci" in tests["test_pass"]["fail_reason"]
     built = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert built <= {"locks", "qemu-facts"}, "an artifact was built that no test needs"
+    assert built <= {"locks", "qemu-facts", "durations.json"}, (
+        "an artifact was built that no test needs"
+    )
     output = avocado("run", *words, str(tmp_path / "verdicts.py"))
     assert "built without virtio-rng-pci" in output
     assert "no test was started" in output
     assert "STARTED" not in output
+
+
+# Names of the server itself, and of its second child, `paprscm image`.
+@pytest.mark.parametrize("awaited", ["fork-server", "cli"])
+def test_a_killed_server_is_replaced(tmp_path: Path, awaited: str) -> None:
+    (tmp_path / "known.py").write_text(KNOWN)
+    test = f"{tmp_path}/known.py:Known.test_gone"
+    words = "run", "--job-results-dir", str(tmp_path / "results"), test
+    with subprocess.Popen([AVOCADO, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as run:
+        children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+        while not (servers := children.read_text().split()):
+            assert run.poll() is None
+        (server,) = servers
+        while awaited not in names_below(server):
+            assert run.poll() is None
+        os.kill(int(server), signal.SIGKILL)
+        assert run.stdout is not None
+        assert "PASS 1" in run.stdout.read()
+    assert run.returncode == 0
+
+
+def names_below(server: str) -> set[str]:
+    """Names of a server and of its children."""
+    children = Path(f"/proc/{server}/task/{server}/children").read_text().split()
+    names = set()
+    for pid in (server, *children):
+        with contextlib.suppress(OSError):
+            names.add(Path(f"/proc/{pid}/comm").read_text().strip())
+    return names
 
 
 def test_a_temporary_folder_that_is_too_long_is_refused(

@@ -36,11 +36,45 @@ from paprscm.papr import SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.machine import GIB, MIB
 
-# Minimum number of machines for the properties; number of concurrent QEMUs.
-MACHINES = 500
+# Batches of machines for each four reasons (the first ones are always the simplest machines);
+# number of concurrent QEMUs.
+EXAMPLES = 8
 AT_ONCE = 2
 # Time limit for finding a simpler machine with the same fault.
 SIMPLER_S = 60.0
+
+# Reasons for which QEMU refuses random machines, by the wrong part; all others: the memory.
+BACKEND = (
+    RefusalReason.EMPTY_BACKEND,
+    RefusalReason.FILE_TOO_SMALL,
+    RefusalReason.NO_MEMDEV,
+    RefusalReason.MEMDEV_BUSY,
+    RefusalReason.ARMED_READONLY,
+    RefusalReason.NO_FILE,
+    RefusalReason.LABEL_TOO_BIG,
+    RefusalReason.NOT_IN_BLOCKS,
+)
+PROPERTY = (
+    RefusalReason.LABEL_TOO_SMALL,
+    RefusalReason.NO_LABEL,
+    RefusalReason.UUID_MALFORMED,
+    RefusalReason.NO_UUID,
+    RefusalReason.OVERRIDE_UNKNOWN,
+    RefusalReason.NVDIMM_OFF,
+    RefusalReason.NODE_OUT_OF_RANGE,
+)
+PLACE = (
+    RefusalReason.TOO_MANY_SLOTS,
+    RefusalReason.SLOT_OUT_OF_RANGE,
+    RefusalReason.SLOT_BUSY,
+    RefusalReason.NO_SLOTS,
+    RefusalReason.NO_FREE_SLOT,
+    RefusalReason.NO_SPACE,
+    RefusalReason.ADDR_UNALIGNED,
+    RefusalReason.ADDR_OUTSIDE,
+    RefusalReason.ADDR_CONFLICT,
+    RefusalReason.FRAGMENTED,
+)
 
 # Backend of the smallest DIMM.
 PLAIN = RawBackend(SCM_BLOCK_SIZE + SCM_MIN_LABEL_SIZE)
@@ -224,18 +258,32 @@ class AnyMachine(TreeTest):
     :avocado: tags=device,device_tree
     """
 
-    def test_machines(self) -> None:
-        """QEMU refuses an invalid machine with the reason; a valid one has the expected tree."""
+    def test_memory(self) -> None:
+        """QEMU refuses wrong memory or NUMA nodes with the reason; a valid machine has its tree."""
+        others = {*BACKEND, *PROPERTY, *PLACE}
+        self.try_reasons([reason for reason in FLAWS if reason not in others])
+
+    def test_backends(self) -> None:
+        """QEMU refuses a wrong backend with the reason; a valid machine has the expected tree."""
+        self.try_reasons(BACKEND)
+
+    def test_properties(self) -> None:
+        """QEMU refuses a DIMM's wrong property with the reason; a valid machine has its tree."""
+        self.try_reasons(PROPERTY)
+
+    def test_places(self) -> None:
+        """QEMU refuses a wrong slot or address with the reason; a valid machine has its tree."""
+        self.try_reasons(PLACE)
+
+    def try_reasons(self, reasons: Sequence[RefusalReason]) -> None:
+        """Try machines, and require that QEMU gives each of these reasons."""
         source = self.random()
         began = time.monotonic()
         # Eight machines per batch: up to four with one flaw each, one of any kind, the rest valid.
-        reasons = [reason for reason in RefusalReason if reason in FLAWS]
         groups = [reasons[n : n + 4] for n in range(0, len(reasons), 4)]
-        # Two more, because each group begins with the same, simplest machines.
-        examples = MACHINES // (8 * len(groups)) + 2
         try:
             for group in groups:
-                self.try_group(group, examples=examples, seed=source.getrandbits(64))
+                self.try_group(group, seed=source.getrandbits(64))
         finally:
             self.measure("machines", sum(self.outcomes.values()))
             self.measure("outcomes", dict(self.outcomes.most_common()))
@@ -253,7 +301,7 @@ class AnyMachine(TreeTest):
         if 10 * self.outcomes["accepted"] < 3 * sum(self.outcomes.values()):
             raise ContractError(f"too few machines were accepted: {self.outcomes['accepted']}")
 
-    def try_group(self, reasons: Sequence[RefusalReason], *, examples: int, seed: int) -> None:
+    def try_group(self, reasons: Sequence[RefusalReason], *, seed: int) -> None:
         """Try batches of machines: valid ones, and one for each of these reasons."""
         has_pmem = self.qemu.has_pmem and self.qemu.has_pmem_override
         valid = valid_machines(has_pmem)
@@ -265,7 +313,7 @@ class AnyMachine(TreeTest):
 
         @hypothesis.seed(seed)
         @hypothesis.settings(
-            max_examples=examples,
+            max_examples=EXAMPLES,
             database=None,
             deadline=None,
             report_multiple_bugs=False,

@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
-from paprscm.migration.handover import go_on
 from paprscm.migration.transfer import COPIED, SHARED, Way
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
@@ -53,7 +52,7 @@ class BrokenOff(QemuTest):
     def goes_on(self, judge: ScmJudge, what: str) -> None:
         """Check that each flush of the source ends once, with one sync in all."""
         if judge.bare.qmp.execute("query-status")["status"] != "running":
-            go_on(judge.bare)
+            judge.bare.go_on()
         judge.bare.keep_awake(False)
         judge.make(*(request(FLUSH, drc_index(0), token) for token in (1, 2, 3)))
         judge.release(0)

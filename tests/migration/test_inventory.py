@@ -12,7 +12,7 @@ from paprscm.checks import containing
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
-from paprscm.migration.handover import go_on, hand_over
+from paprscm.migration.handover import hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, drc_index
 from paprscm.testcase import QemuTest
@@ -129,7 +129,7 @@ class Inventory(QemuTest):
             result = f"accepted, then {error.message}"
         destination.close()
         # The source goes on.
-        go_on(judge.bare)
+        judge.bare.go_on()
         judge.release(*held)
         judge.poll_to_the_end()
         judge.bare.close()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from paprscm.checks import containing
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
-from paprscm.migration.handover import go_on, hand_over, save_awake
+from paprscm.migration.handover import hand_over, save_awake
 from paprscm.migration.transfer import LoadError, load
 from paprscm.papr import Hcall
 from paprscm.testcase import QemuTest
@@ -90,7 +90,7 @@ class Modes(QemuTest):
             else:
                 raise ContractError(f"{pair}: the destination accepts the machine")
         destination.close()
-        go_on(judge.bare)
+        judge.bare.go_on()
         judge.make(request(FLUSH, before.drc, judge.model.dimms[0].last_token))
         judge.release(0)
         judge.poll_to_the_end()

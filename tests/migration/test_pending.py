@@ -12,7 +12,7 @@ from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.device.mailbox import Call
 from paprscm.migration.handover import Handover, hand_over, save_awake
 from paprscm.migration.stream import read_states
-from paprscm.migration.transfer import COPIED
+from paprscm.migration.transfer import COPIED, load
 from paprscm.papr import Hcall, ReturnCode, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
@@ -174,3 +174,32 @@ class Pending(QemuTest):
             self.check(f"failing {failing}", handover.finish(), [])
             destination.close()
             judge.bare.close()
+
+    def test_error_after_save(self) -> None:
+        """If the source's sync fails, the guest is not told that its flush has succeeded.
+
+        The kernel reports a failed write-back once to each open file, and marks the pages as clean
+        (Linux Documentation/filesystems/vfs.rst, "Writeback errors"). A destination that opens the
+        file after that cannot learn of it.
+        """
+        judge = self.start(PMEM_OFF.at(0, SMALL))
+        judge.hold(0)
+        judge.make(request(FLUSH, drc_index(0), 0))
+        stream = save_awake(judge.bare)
+        (state,) = read_states(stream)
+        syncs = judge.bare.vm.syncs(0)
+        syncs.fail(errno.EIO)
+        syncs.release()
+        syncs.wait_ended(1, 60)
+        machine = Machine(nvdimms=judge.nvdimms, smp=1, memory_mib=256)
+        destination = self.bare(machine, shim=self.shim(), source=judge.bare)
+        load(destination.vm, stream)
+        destination.adopt()
+        poll = Call(FLUSH, (drc_index(0), 1), 100_000, True, 100)
+        (answer,) = destination.batch([poll], timeout_s=60)
+        self.known_issue(
+            "qemu-flush-error-after-save-lost",
+            shows=answer.code == ReturnCode.H_SUCCESS,
+            found=f"the source's sync failed after its flush was saved as "
+            f"{'pending' if state.pending else 'completed'}; the destination answers {answer}",
+        )
