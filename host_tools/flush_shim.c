@@ -537,6 +537,6 @@ __attribute__((constructor)) static void load_shim(void)
 	page = map_page(fd);
 	if (!page)
 		return;
-	close(fd);
+	/* fd stays open for a QEMU that replaces this one in its process (cpr-exec). */
 	store(&page->loaded, getpid());
 }

@@ -293,12 +293,11 @@ class BareMachine(Lifetime):
         self.keep_awake(False)
 
     def adopt(self) -> None:
-        """Continue the batches of the source, whose state was loaded."""
-        if self._source is None:
-            raise ValueError("the machine was not started for an incoming migration")
-        self._running = list(self._source._running)
-        for box, other in zip(self._boxes, self._source._boxes, strict=True):
-            box.take_over(other)
+        """Continue the batches of the source, or its own, after its state was loaded."""
+        if source := self._source:
+            self._running = list(source._running)
+            for box, other in zip(self._boxes, source._boxes, strict=True):
+                box.take_over(other)
         self.keep_awake(False)
 
     def _start(self) -> None:
