@@ -5,13 +5,17 @@ The source goes on with its pending flushes, or the destination has not begun to
 and never neither while the source is alive.
 """
 
+import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 
+from paprscm import timesheet
+from paprscm.device.bare_metal import BareMachine
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
-from paprscm.migration.transfer import COPIED, SHARED, Way
+from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, wait_loaded
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
@@ -121,3 +125,62 @@ class BrokenOff(QemuTest):
             self.check(f"status, {what}", status, "failed")
             self.goes_on(judge, what)
             judge.bare.close()
+
+    def start_migration(self, judge: ScmJudge) -> BareMachine:
+        """Begin to migrate to a new QEMU with files of its own; return that machine."""
+        copies = self.keep(*judge.nvdimms).nvdimms()
+        machine = Machine(nvdimms=copies, smp=1, memory_mib=256)
+        destination = self.bare(machine, shim=self.shim(), source=judge.bare, shares_memory=False)
+        destination.vm.syncs(0).hang()
+        judge.bare.keep_awake(True)
+        for bare in (judge.bare, destination):
+            COPIED.prepare(bare.vm)
+        uri = f"unix:{destination.vm.scratch / 'incoming'}"
+        destination.qmp.execute("migrate-incoming", uri=uri)
+        judge.bare.qmp.execute("migrate", uri=uri)
+        return destination
+
+    def test_killed(self) -> None:
+        """One QEMU that is killed during a migration leaves a machine that works, or none.
+
+        Without the destination, the source goes on. Without the source, the destination runs only
+        if it has received everything; else it ends with a message.
+        """
+        generator = self.random()
+        ends: Counter[str] = Counter()
+        for _ in range(int(self.params.get("kills", default=2))):
+            judge = self.source()
+            destination = self.start_migration(judge)
+            # At any moment of the migration, which takes half a second on an idle host.
+            timesheet.pause(generator.uniform(0, 0.6))
+            destination.process.send_signal(signal.SIGKILL)
+            status = self.wait_ended(judge)
+            ends[f"destination killed, {status}"] += 1
+            if status == "failed":
+                self.goes_on(judge, "destination killed")
+            destination.close()
+            judge.bare.close()
+
+            judge = self.source()
+            destination = self.start_migration(judge)
+            # As above.
+            timesheet.pause(generator.uniform(0, 0.6))
+            judge.bare.process.send_signal(signal.SIGKILL)
+            try:
+                wait_loaded(destination.vm)
+            except LoadError as error:
+                ends["source killed, refused"] += 1
+                self.check("exit status of the destination", error.is_refusal, True)
+                self.check("its message", bool(error.text), True)
+            else:
+                ends["source killed, completed"] += 1
+                destination.adopt()
+                follower = judge.follow(destination)
+                follower.make(*(request(FLUSH, drc_index(0), token) for token in (1, 2, 3)))
+                follower.release(0)
+                follower.poll_to_the_end()
+                syncs = destination.vm.syncs(0).counts().begun
+                self.check("syncs of the destination, source killed", syncs, 3)
+            destination.close()
+        self.measure("ends", dict(ends))
+        self.log.info("%s", dict(ends))

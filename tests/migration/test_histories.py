@@ -4,7 +4,7 @@
 from paprscm.device.bare_metal import BareMachine
 from paprscm.device.hcall_judge import ScmJudge
 from paprscm.device.hcall_sequences import DIMMS
-from paprscm.migration.handover import MigratingRunner, histories
+from paprscm.migration.histories import MigratingRunner, histories
 from paprscm.testcase import QemuTest
 from paprscm.vm.machine import Machine
 
