@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 

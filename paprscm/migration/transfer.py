@@ -213,7 +213,7 @@ def cpr_exec(vm: Vm) -> None:
     """
     stream, monitor = vm.scratch / "stream", vm.scratch / "monitor"
     uri = f"file:{stream}"
-    command = vm.command("-qmp", f"unix:{monitor},server=on,wait=off", "-incoming", uri)
+    command = vm.successor("-qmp", f"unix:{monitor},server=on,wait=off", "-incoming", uri)
     _set_mode(vm, "cpr-exec", cpr_exec_command=command)
     vm.qmp.execute("migrate", uri=uri)
     _wait_for(monitor)

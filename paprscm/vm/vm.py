@@ -117,9 +117,14 @@ class Vm(Lifetime):
         """Return the syncs of the backing file of the DIMM in `slot`; requires a shim."""
         return self._watched[slot]
 
-    def command(self, *words: str) -> list[str]:
-        """Return the command line with these words instead of its monitor."""
-        return [*(self._shim.prefix() if self._shim else ()), *self._argv, *words]
+    def successor(self, *words: str) -> list[str]:
+        """Return the command line of a QEMU that replaces this one in its process.
+
+        Args:
+            words: its monitor, and other options.
+        """
+        shim = self._shim.prefix(inherits=False) if self._shim else ()
+        return [*shim, *self._argv, *words]
 
     def reconnect(self, path: Path) -> None:
         """Use the monitor at this socket from now on, of a new QEMU in the same process."""
@@ -144,10 +149,12 @@ class Vm(Lifetime):
         with theirs, (self.folder / "qemu.log").open("wb") as output:
             self.exec_s = time.monotonic()
             self.process = Process(
-                # Not -mon: QEMU 11.1 prints a deprecation warning at each start.
-                self.command(
-                    "-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-qmp", "chardev:qmp"
-                ),
+                [
+                    *(shim.prefix() if shim else ()),
+                    *self._argv,
+                    # Not -mon: QEMU 11.1 prints a deprecation warning at each start.
+                    *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-qmp", "chardev:qmp"),
+                ],
                 stdout=output.fileno(),
                 stderr=subprocess.STDOUT,
                 pass_fds=(*self._pass_fds, theirs.fileno(), *(shim.pass_fds if shim else ())),

@@ -8,7 +8,7 @@ need no download; see binary.local().
 from paprscm.build.debian import Archive
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError, ContractError
-from paprscm.migration.handover import go_on, hand_over
+from paprscm.migration.handover import hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
@@ -67,7 +67,7 @@ class Versions(QemuTest):
                 if not error.is_refusal or number + 2 < len(qemus):
                     raise
                 refusal = error.text
-                go_on(judge.bare)
+                judge.bare.go_on()
                 break
             judge.bare.close()
             judge = handover.judge
