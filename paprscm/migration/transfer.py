@@ -157,7 +157,11 @@ def migrate(source: Vm, destination: Vm, way: Way) -> bytes | None:
         with _load_errors(destination):
             destination.qmp.execute("migrate-incoming", uri=f"unix:{path}")
         try:
-            _start(source, uri=f"unix:{path}")
+            if "postcopy-ram" in way.capabilities:
+                source.qmp.execute("migrate", uri=f"unix:{path}")
+                source.qmp.execute("migrate-start-postcopy")
+            else:
+                _start(source, uri=f"unix:{path}")
         finally:
             wait_loaded(destination)
         return None
