@@ -128,6 +128,7 @@ class BareMachine(Lifetime):
         self._shares_memory = shares_memory
         self._incoming = [word for uri in incoming for word in ("-incoming", uri)]
         self._running: list[int] = []
+        self._kept = b""
         self._gates = itertools.count(1)
 
     @property
@@ -285,10 +286,16 @@ class BareMachine(Lifetime):
                 lambda: HostError("a vCPU does not wake up"),
             )
 
+    def remember(self) -> None:
+        """Keep a copy of what the program has in memory, for go_on(); the machine is stopped.
+
+        A destination with the same memory changes it: mailboxes and the stacks behind them.
+        """
+        self._kept = self.read(MAILBOXES, self.board.smp * MAILBOX_SIZE)
+
     def go_on(self) -> None:
-        """Continue a machine without batches that was stopped to be saved."""
-        for cpu in self._running:
-            self._boxes[cpu].empty()
+        """Continue the machine as it was at remember()."""
+        self.write(MAILBOXES, self._kept)
         self.qmp.execute("cont")
         self.keep_awake(False)
 

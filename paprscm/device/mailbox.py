@@ -307,10 +307,6 @@ class Mailbox:
             self._send()
         return not self._sent
 
-    def empty(self) -> None:
-        """Drop the calls in memory, which another machine with the same memory may have left."""
-        self._store(_Word.COUNT, 0)
-
     def take_over(self, other: Mailbox) -> None:
         """Continue the batch of another mailbox, whose machine has migrated to this one."""
         self.calls, self.is_free = other.calls, other.is_free

@@ -128,12 +128,11 @@ def hand_over(
         ContractError: the states differ.
         LoadError: the destination refuses the stream, or ends.
     """
-    judge.bare.keep_awake(True)
     for slot in held:
         destination.vm.syncs(slot).hang()
     for slot in failing:
         destination.vm.syncs(slot).fail(errno.EIO)
-    stream = save(judge.bare.vm, way)
+    stream = save_awake(judge.bare, way)
     load_ns = time.monotonic_ns()
     load(destination.vm, stream, way)
     return _follow(judge, destination, read_states(stream), load_ns, held, failing)
@@ -219,9 +218,11 @@ def _follow(
 
 
 def save_awake(bare: BareMachine, way: Way = SHARED) -> bytes:
-    """Save a machine of hcalls; raises as save()."""
+    """Save a machine of hcalls, so that it can go on; raises as save()."""
     bare.keep_awake(True)
-    return save(bare.vm, way)
+    stream = save(bare.vm, way)
+    bare.remember()
+    return stream
 
 
 def _compare(judge: ScmJudge, states: list[DimmState]) -> list[str]:
