@@ -140,6 +140,7 @@ class Ways(QemuTest):
                 sent = source.qmp.execute("query-migrate")["ram"]["postcopy-bytes"]
                 found[str(folder)] = f"{sent} bytes after the machine"
                 self.check("bytes sent after the machine", sent > 0, True)
+                handover.judge.make(request(FLUSH, drc_index(0), 0))
                 handover.judge.release(0)
                 self.check(f"syncs, {folder}", handover.finish(), [])
                 destination.close()
