@@ -41,11 +41,14 @@ class Snapshot:
         folder: its files: the guest's memory, the state of the rest of the machine, its console.
         board: the board of the saved machine, which has no DIMM.
         has_rom: see MemoryFile.
+        offline: saved with its secondary CPUs offline, because this QEMU does not restore running
+            ones.
     """
 
     folder: Path
     board: Board
     has_rom: bool
+    offline: bool = False
 
     @property
     def memory(self) -> MemoryFile:

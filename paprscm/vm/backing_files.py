@@ -19,7 +19,7 @@ from paprscm.vm.machine import Nvdimm
 _CHUNK = 1 << 16
 
 
-def _written(file: Path) -> Iterator[tuple[int, bytes]]:
+def written_chunks(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield offset and bytes of each chunk of a sparse file that is not all zeros."""
     with file.open("rb", buffering=0) as source:
         end = 0
@@ -39,13 +39,13 @@ def _written(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def is_blank(file: Path) -> bool:
     """Return True if a file contains only zeros."""
-    return next(_written(file), None) is None
+    return next(written_chunks(file), None) is None
 
 
 def copy_content(source: Path, target: Path) -> None:
     """Copy the non-zero chunks into a file of zeros, which stays sparse."""
     with target.open("r+b", buffering=0) as file:
-        for offset, chunk in _written(source):
+        for offset, chunk in written_chunks(source):
             os.pwrite(file.fileno(), chunk, offset)
 
 

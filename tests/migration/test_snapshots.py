@@ -69,8 +69,8 @@ class Snapshots(QemuTest):
         judge.hold(0)
         for token in (3, 4, 5):
             judge.make(request(FLUSH, drc_index(0), 0))
-            # Several at once can be queued behind each other in QEMU's pool of threads, and then
-            # block the writes to the qcow2 file (known_issues/qemu-flushes-starve-disks.md).
+            # Several at once could block the writes to the qcow2 file, see
+            # known_issues/qemu-thread-pool-waits-for-hung-request.md.
             syncs.wait_begun(token)
         judge.bare.keep_awake(True)
         run_job(vm, "snapshot-save", **snapshot)
