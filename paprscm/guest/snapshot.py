@@ -10,7 +10,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paprscm.errors import GuestLostError, HostError
@@ -68,10 +68,9 @@ class Snapshot:
     def fits(self, machine: Machine, board: Board) -> bool:
         """Return True if a machine equals the saved one, apart from DIMMs, which are plugged."""
         saved = Machine()
-        return board == self.board and (
-            (machine.slots, machine.cmdline, machine.dimm_room_bytes)
-            == (saved.slots, saved.cmdline, saved.dimm_room_bytes)
-        )
+        rest = replace(machine, nvdimms=(), smp=None, memory_mib=None, cpu=None)
+        same_room = machine.dimm_room_bytes == saved.dimm_room_bytes
+        return board == self.board and rest == saved and same_room
 
 
 def save_state(qmp: Qmp, file: Path) -> None:

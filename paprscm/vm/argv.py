@@ -203,10 +203,11 @@ def bare_argv(
 def _base(qemu: Sequence[str], machine: Machine, board: Board, option: str = "") -> list[str]:
     """Return the part that all machines share: type, processors, memory."""
     words = [
-        "pseries",
+        machine.type,
         *(["x-vof=on"] if board.firmware == "vof" else []),
         *([TCG_CAPS] if board.accel == "tcg" else []),
         *([option] if option else []),
+        *machine.options,
     ]
     maxmem_mib = board.memory_mib + machine.dimm_room_bytes // MIB
     return [

@@ -121,6 +121,7 @@ def test_a_lost_guest_stays_a_lost_guest(ends: tuple[Port, socket.socket]) -> No
         ({"nvdimms": tuple(Nvdimm(slot=n) for n in range(8))}, True),
         ({"cmdline": ("dyndbg",)}, False),
         ({"slots": 9}, False),
+        ({"type": "pseries-7.2"}, False),
         ({"smp": 1}, False),
         ({"memory_mib": 512}, False),
         # More DIMM space than the saved guest has.
