@@ -7,7 +7,7 @@
  * by its name. Calls on all other files are passed through.
  *
  * The state is one struct page in a memfd, shared with the test: paprscm/vm/sync_shim.py creates
- * it, PAPRSCM_SHIM=<fd> names it, and both sides map it. Its layout is checked twice: at compile
+ * it, PAPRSCM_SHIM=<fd or path> names it, and both sides map it. Its layout is checked twice: at compile
  * time against sync_shim.py's description (flush_shim_layout.inc), and at run time by the digest of
  * that description. Without such a page the library only passes calls on.
  *
@@ -20,6 +20,7 @@
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <pthread.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -524,7 +525,7 @@ __attribute__((constructor)) static void load_shim(void)
 
 	if (!text)
 		return;
-	fd = parse_fd(text);
+	fd = *text == '/' ? open(text, O_RDWR | O_CLOEXEC) : parse_fd(text);
 	/* For QEMU only, not for programs that it starts. */
 	unsetenv("PAPRSCM_SHIM");
 	unsetenv("LD_PRELOAD");

@@ -165,18 +165,22 @@ class QemuTest(Test):
         shim: Shim | None = None,
         source: BareMachine | None = None,
         shares_memory: bool = True,
+        incoming: Sequence[str] = ("defer",),
+        qemu: Qemu | None = None,
     ) -> BareMachine:
         """A machine that makes hypervisor calls; it ends with the test.
 
         Args:
             machine: its DIMMs, processors and memory (256 MiB or more).
             shim: loaded into its QEMU, to trace, delay and fail the syncs of backing files.
-            source, shares_memory: as for BareMachine: it waits for the state of `source`.
+            source, shares_memory, incoming: as for BareMachine: it waits for the state of `source`.
+            qemu: its QEMU; None: the one under test.
         """
-        self.require_qemu(*machine.nvdimms)
+        qemu = qemu or self.qemu
+        self.require_qemu(*machine.nvdimms, qemu=qemu)
         return self.leave.enter_context(
             BareMachine(
-                self.qemu,
+                qemu,
                 compile_program(Cache(self.settings.cache_dir)),
                 machine,
                 folder=self.folder("qemu"),
@@ -185,6 +189,7 @@ class QemuTest(Test):
                 shim=shim,
                 source=source,
                 shares_memory=shares_memory,
+                incoming=incoming,
             )
         )
 
@@ -192,9 +197,9 @@ class QemuTest(Test):
         """Backing files for DIMMs that several guests use, one after the other."""
         return self.leave.enter_context(BackingFiles(self.settings.scratch_dir, nvdimms))
 
-    def shim(self) -> Shim:
+    def shim(self, qemu: Qemu | None = None) -> Shim:
         """A flush shim for one QEMU of this test; CANCEL if QEMU cannot load it."""
-        before = sanitizers(self.qemu.path)
+        before = sanitizers((qemu or self.qemu).path)
         library = build(Cache(self.settings.cache_dir))
         return self.leave.enter_context(Shim(library, before=before))
 
@@ -229,10 +234,10 @@ class QemuTest(Test):
             differences, self.differences = self.differences, []
             raise ContractError(describe(differences))
 
-    def require_qemu(self, *nvdimms: Nvdimm) -> None:
-        """CANCEL the test unless the QEMU under test has what these DIMMs need."""
+    def require_qemu(self, *nvdimms: Nvdimm, qemu: Qemu | None = None) -> None:
+        """CANCEL the test unless a QEMU, by default the one under test, supports these DIMMs."""
         for nvdimm in nvdimms:
-            require(self.qemu, nvdimm)
+            require(qemu or self.qemu, nvdimm)
 
     def possible(self, nvdimms: Iterable[Nvdimm]) -> tuple[Nvdimm, ...]:
         """The DIMMs that this QEMU supports; the number of the others is a measurement."""

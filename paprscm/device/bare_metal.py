@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import struct
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -79,6 +79,7 @@ class BareMachine(Lifetime):
         shim: loaded into this QEMU; see Vm.
         source: the machine whose state this one will load; call adopt() after that.
         shares_memory: map the same guest memory as `source`; only one of them may run at a time.
+        incoming: QEMU's -incoming, once for each; only with `source`.
 
     Raises:
         ConfigError: the program cannot run on such a machine.
@@ -105,6 +106,7 @@ class BareMachine(Lifetime):
         shim: Shim | None = None,
         source: BareMachine | None = None,
         shares_memory: bool = False,
+        incoming: Sequence[str] = ("defer",),
     ) -> None:
         self.board = board = replace(machine.board(board or Board()), firmware="vof")
         if board.memory_mib < FREE.stop // MIB:
@@ -124,6 +126,7 @@ class BareMachine(Lifetime):
         self._shim = shim
         self._source = source
         self._shares_memory = shares_memory
+        self._incoming = [word for uri in incoming for word in ("-incoming", uri)]
         self._running: list[int] = []
         self._kept = b""
         self._gates = itertools.count(1)
@@ -297,12 +300,11 @@ class BareMachine(Lifetime):
         self.keep_awake(False)
 
     def adopt(self) -> None:
-        """Continue the batches of the source, whose state was loaded."""
-        if self._source is None:
-            raise ValueError("the machine was not started for an incoming migration")
-        self._running = list(self._source._running)
-        for box, other in zip(self._boxes, self._source._boxes, strict=True):
-            box.take_over(other)
+        """Continue the batches of the source, or its own, after its state was loaded."""
+        if source := self._source:
+            self._running = list(source._running)
+            for box, other in zip(self._boxes, source._boxes, strict=True):
+                box.take_over(other)
         self.keep_awake(False)
 
     def _start(self) -> None:
@@ -317,7 +319,7 @@ class BareMachine(Lifetime):
         parts = (self._qemu.argv_prefix, self.machine, self.board, files.paths)
         # The memory that we share is of no use to a person who runs the script.
         by_hand = [*bare_argv(*parts, program=self._program), "-monitor", "stdio"]
-        incoming = () if source is None else ("-incoming", "defer")
+        incoming = () if source is None else self._incoming
         self.vm = Vm(
             [*bare_argv(*parts, program=self._program, memory_fd=self._memory.fd), *incoming],
             files,

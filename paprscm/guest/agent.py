@@ -8,10 +8,12 @@ connection first.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import select
 import socket
 import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ _HEADER = struct.Struct(">cII")
 _CHUNK = 1 << 15
 # The agent answers with no more than it was sent, or than fits into its buffer.
 _MOST_PAYLOAD = 1 << 20
+_TAKE_LIMIT_S = 10.0
 
 
 @dataclass
@@ -114,6 +117,21 @@ class Agent:
         with self._begun() as (number, running):
             self._send(_frame(b"h", number), time.monotonic() + timeout_s)
             return running.changed.wait(timeout_s) and not self._lost
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """Send nothing inside, after the guest has taken what was sent; commands continue.
+
+        Raises:
+            HostError: the guest does not take it.
+        """
+        with self._sending:
+            deadline = time.monotonic() + _TAKE_LIMIT_S
+            while fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0" * 4) != b"\0" * 4:
+                if time.monotonic() > deadline:
+                    raise HostError("the guest's agent does not take its commands")
+                time.sleep(0.001)
+            yield
 
     def close(self) -> None:
         """Hang up; callers that wait for the end of a command are woken."""

@@ -83,6 +83,7 @@ class Environment:
         allowed: Iterable[str] = (),
         mirror: TextIO | None = None,
         shim: Shim | None = None,
+        migrates: bool = False,
     ) -> Iterator[Guest]:
         """Run a guest: restored from the snapshot if the machine fits it, else booted.
 
@@ -93,6 +94,7 @@ class Environment:
             allowed: expected kernel messages (regular expressions).
             mirror: stream that receives a copy of its console output.
             shim: preloaded into its QEMU, to record and disturb the syncs of the backing files.
+            migrates: as for Guest.
         """
         patterns = list(allowed)
 
@@ -105,6 +107,7 @@ class Environment:
                 mirror=mirror,
                 snapshot=snapshot,
                 shim=shim,
+                migrates=migrates,
             )
 
         snapshot = self.snapshot

@@ -6,9 +6,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import os
 import re
-import shlex
-import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -16,29 +15,22 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
-from paprscm import log, timesheet
+from paprscm import log
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.guest.agent import Agent
-from paprscm.guest.command import (
-    CommandResult,
-    TimedOutError,
-    counted,
-    log_command,
-    outcome,
-    require_success,
-    require_valid,
-)
-from paprscm.guest.console import Console, StartTimes, StuckError, wait_until_ready
+from paprscm.guest.channels import Channels
+from paprscm.guest.command import CommandResult, TimedOutError, counted, log_command
+from paprscm.guest.console import StartTimes, StuckError, wait_until_ready
 from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.kmsg import Trouble
-from paprscm.guest.snapshot import NotRestoredError, Port, Snapshot, load_state
+from paprscm.guest.snapshot import NotRestoredError, Snapshot, load_state
+from paprscm.guest.verbs import Verbs
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
-from paprscm.log import quoted
-from paprscm.vm.argv import MemoryFile, Wiring, qemu_argv, script
-from paprscm.vm.backing_files import ScratchFiles
-from paprscm.vm.machine import Machine, Nvdimm, in_words
+from paprscm.vm.argv import MemoryFile, qemu_argv, script
+from paprscm.vm.backing_files import ScratchFiles, copy_content
+from paprscm.vm.machine import MIB, Machine, Nvdimm, in_words
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 
@@ -50,7 +42,7 @@ _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: 
 _NO_ROOT_HINT = "the kernel needs virtio_pci, virtio_blk and ext4, built in or in modules="
 
 
-class Guest(Lifetime):
+class Guest(Verbs, Lifetime):
     """One guest; use it as a context manager.
 
     Args:
@@ -63,6 +55,7 @@ class Guest(Lifetime):
         snapshot: state to restore instead of booting; it must fit the machine.
         memory_file: file that becomes the memory of a guest that will be saved.
         shim: preloaded into its QEMU, to record and disturb the syncs of the backing files.
+        migrates: the guest may continue at another QEMU, see successor().
 
     Raises:
         NotRestoredError: the restored guest does not run.
@@ -81,8 +74,10 @@ class Guest(Lifetime):
         snapshot: Snapshot | None = None,
         memory_file: Path | None = None,
         shim: Shim | None = None,
+        migrates: bool = False,
     ) -> None:
         super().__init__()
+        self._migrates = migrates
         self._mirror = mirror
         self._shim = shim
         self._snapshot = snapshot
@@ -157,67 +152,6 @@ class Guest(Lifetime):
         log_command(result)
         self.check()
         return result
-
-    def succeed(self, command: str, *, timeout_s: float | None = None, stdin: bytes = b"") -> str:
-        """Run a command that must exit with status 0; return stdout without its last newline.
-
-        Raises:
-            ContractError: it failed.
-        """
-        result = require_success(self.run(command, timeout_s=timeout_s, stdin=stdin))
-        return result.stdout.removesuffix("\n")
-
-    def fail(
-        self, command: str, *, timeout_s: float | None = None, stdin: bytes = b""
-    ) -> CommandResult:
-        """Run a command that must exit with a status other than 0.
-
-        Raises:
-            ContractError: it succeeded.
-        """
-        result = require_valid(self.run(command, timeout_s=timeout_s, stdin=stdin))
-        if not result.status:
-            raise ContractError(f"{outcome(result)}, expected it to fail")
-        return result
-
-    @timesheet.during("waits")
-    def wait_until(self, command: str, *, timeout_s: float = 10.0) -> str:
-        """Repeat a command in the guest, in one round trip, until it succeeds; return its output.
-
-        Raises:
-            ContractError: it still fails after `timeout_s`.
-        """
-        loop = (
-            "end=$(( $(cut -d. -f1 /proc/uptime) + $1 )); "
-            'until out=$(sh -c "$2" 2>&1); status=$?; case $status in 0|126|127) ;; *) status=99; '
-            # Repeated by the guest itself: 20 ms between two attempts cost nothing there.
-            "[ $(cut -d. -f1 /proc/uptime) -ge $end ];; esac; do sleep 0.02; done; "
-            'printf "%s\\n" "$out"; exit $status'
-        )
-        line = shlex.join(["sh", "-c", loop, "wait_until", str(int(timeout_s) + 1), command])
-        result = require_valid(self.run(line, timeout_s=timeout_s * 2 + 10))
-        if result.status:
-            raise ContractError(
-                f"`{command}` still fails after {timeout_s:g} s; its output:\n"
-                f"{quoted(result.stdout)}"
-            )
-        return result.stdout.removesuffix("\n")
-
-    def put(self, data: bytes | Path, target: str, *, mode: int = 0o644) -> None:
-        """Write a file in the guest, byte for byte.
-
-        Args:
-            data: the content, or a file of the host.
-            target: the path in the guest; its folder must exist.
-            mode: the file's permissions.
-        """
-        content = data.read_bytes() if isinstance(data, Path) else data
-        path = shlex.quote(target)
-        self.succeed(f"cat > {path} && chmod {mode:o} {path}", stdin=content)
-
-    def get(self, path: str) -> bytes:
-        """Read a file of the guest, byte for byte."""
-        return require_success(self.run(f"cat -- {shlex.quote(path)}")).stdout_bytes
 
     def plug(self, nvdimm: Nvdimm) -> None:
         """Plug a DIMM into the running guest, which notices it asynchronously.
@@ -333,46 +267,80 @@ class Guest(Lifetime):
 
     def _start_qemu(self) -> None:
         """Start QEMU, with its console on a socket that it inherits."""
-        stack, equipment, machine = self._resources, self._equipment, self.machine
+        # Exit order is the reverse: QEMU ends first, so that the console's reader reaches EOF.
+        self._channels = self._resources.enter_context(
+            Channels(on_event=self._on_event, allowed=self._allowed, mirror=self._mirror)
+        )
+        self.console, self._port = self._channels.console, self._channels.port
+        self._agent = self._channels.agent
+        if self._migrates:
+            self._memory = self._own_memory()
+        self._use(self._start_vm(self.machine, self.folder, self._shim))
+
+    def _own_memory(self) -> MemoryFile:
+        """Create the file of the memory of a guest that migrates; all its QEMUs map it."""
+        handle = os.memfd_create("paprscm-memory")
+        self._resources.callback(os.close, handle)
+        os.ftruncate(handle, self.board.memory_mib * MIB)
+        path = Path(f"/proc/{os.getpid()}/fd/{handle}")
+        if self._memory is not None:
+            copy_content(self._memory.path, path)
+        return MemoryFile(path=path, restored=self._memory is not None, shared=True)
+
+    def _start_vm(
+        self, machine: Machine, folder: Path, shim: Shim | None, *, incoming: bool = False
+    ) -> Vm:
+        stack, equipment, channels = self._resources, self._equipment, self._channels
         files = stack.enter_context(
             ScratchFiles(self._settings.scratch_dir, machine.nvdimms, image=self.dimms.image)
         )
-        with contextlib.ExitStack() as theirs:
+        parts = (equipment.qemu, machine, self.board, equipment.payload, files.paths)
+        wiring = channels.wiring(folder)
+        return stack.enter_context(
+            Vm(
+                qemu_argv(*parts, wiring, self._memory, incoming=incoming),
+                files,
+                folder=folder,
+                by_hand=script(qemu_argv(*parts, None), machine.nvdimms, files.paths),
+                pass_fds=channels.pass_fds,
+                shim=shim,
+            )
+        )
 
-            def pair() -> tuple[socket.socket, int]:
-                ours, other = socket.socketpair()
-                return ours, theirs.enter_context(other).fileno()
+    def _use(self, vm: Vm) -> None:
+        """Continue with this QEMU."""
+        self.vm, self.process, self.qmp = vm, vm.process, vm.qmp
+        if self._migrates:
+            self._channels.follow(vm.process)
+        else:
+            self._channels.let_go()
 
-            sock, console_fd = pair()
-            # Exit order is the reverse: QEMU ends first, so that the console's reader reaches EOF.
-            self.console = Console(
-                sock, on_event=self._on_event, allowed=self._allowed, mirror=self._mirror
-            )
-            stack.callback(self.console.close)
-            sock, port_fd = pair()
-            self._port = Port(sock)
-            stack.callback(self._port.close)
-            sock, agent_fd = pair()
-            self._agent = Agent(sock)
-            stack.callback(self._agent.close)
-            wiring = Wiring(
-                console_fd=console_fd,
-                port_fd=port_fd,
-                agent_fd=agent_fd,
-                console_log=self.folder / "console.log",
-            )
-            parts = (equipment.qemu, machine, self.board, equipment.payload, files.paths)
-            self.vm = stack.enter_context(
-                Vm(
-                    qemu_argv(*parts, wiring, self._memory),
-                    files,
-                    folder=self.folder,
-                    by_hand=script(qemu_argv(*parts, None), machine.nvdimms, files.paths),
-                    pass_fds=(console_fd, port_fd, agent_fd),
-                    shim=self._shim,
-                )
-            )
-        self.process, self.qmp = self.vm.process, self.vm.qmp
+    def successor(self, machine: Machine, *, folder: Path, shim: Shim | None = None) -> Vm:
+        """Start a QEMU that waits for this guest's state; it ends with the guest.
+
+        Args:
+            machine: as the guest's, but its DIMMs may have other files.
+            folder, shim: of this QEMU.
+        """
+        return self._start_vm(machine, folder, shim, incoming=True)
+
+    @contextlib.contextmanager
+    def moving(self, vm: Vm) -> Iterator[None]:
+        """Continue at a successor, which loads the guest's state inside this context.
+
+        Both QEMUs map the same memory; it may be in the stream only if the guest is stopped.
+
+        Running commands continue; meanwhile no input is sent to the guest. Then the old QEMU is
+        killed. After an exception the guest stays where it is.
+        """
+        assert self._agent is not None  # noqa: S101
+        with self._agent.silent():
+            yield
+            old = self.process
+            self._use(vm)
+            # Before any input: it would take it from the socket that both have.
+            old.kill()
+        self.__dict__.pop("ssh_port", None)
 
     def _boot(self) -> None:
         """Wait for the guest's marks, and for its agent or ssh server."""

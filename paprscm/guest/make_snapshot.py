@@ -38,7 +38,8 @@ _RECORD = "proof.json"
 # Time for the end of the connection's process and for deferred work of the guest's kernel, s.
 _QUIET_S = 1.0
 # Restores to test, by way of saving: if QEMU loses timers, only some of the restores work.
-_PROOFS = {"as it is": 3, "secondary CPUs offline": 5}
+_AS_IT_IS = "as it is"
+_PROOFS = {_AS_IT_IS: 3, "secondary CPUs offline": 5}
 _CLOCK_LIMIT_S = 5.0
 _SLOTS = (1, 4)
 
@@ -164,13 +165,15 @@ def ensure_snapshot(recipe: Recipe) -> Outcome:
 
 def _outcome(entry: CacheEntry, recipe: Recipe) -> Outcome:
     record = json.loads((entry.path / _RECORD).read_text())
-    snapshot = _snapshot(entry.path, recipe) if record["how"] else None
+    how = record["how"]
+    snapshot = _snapshot(entry.path, recipe, offline=how != _AS_IT_IS) if how else None
     return Outcome(snapshot=snapshot, reason="; ".join(record["failed"]))
 
 
-def _snapshot(folder: Path, recipe: Recipe) -> Snapshot:
+def _snapshot(folder: Path, recipe: Recipe, *, offline: bool) -> Snapshot:
     has_rom = recipe.qemu.has("memory-backend-file", "rom")
-    return Snapshot(folder=folder, board=recipe.equipment.board, has_rom=has_rom)
+    board = recipe.equipment.board
+    return Snapshot(folder=folder, board=board, has_rom=has_rom, offline=offline)
 
 
 def _build(folder: Path, recipe: Recipe) -> None:
@@ -179,9 +182,10 @@ def _build(folder: Path, recipe: Recipe) -> None:
     ways = list(_PROOFS) if recipe.equipment.board.smp > 1 else list(_PROOFS)[:1]
     for how in ways:
         try:
-            _save(folder, recipe, offline=how != "as it is")
+            offline = how != _AS_IT_IS
+            _save(folder, recipe, offline=offline)
             with log.step(f"restoring it {_PROOFS[how]} times"):
-                _prove(_snapshot(folder, recipe), recipe, _PROOFS[how])
+                _prove(_snapshot(folder, recipe, offline=offline), recipe, _PROOFS[how])
         except (ConfigError, KilledError, TimedOutError, ProbeError):
             # Unrelated to this way of saving, so it is not recorded.
             raise

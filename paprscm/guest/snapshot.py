@@ -10,7 +10,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from paprscm.errors import GuestLostError, HostError
@@ -41,11 +41,14 @@ class Snapshot:
         folder: its files: the guest's memory, the state of the rest of the machine, its console.
         board: the board of the saved machine, which has no DIMM.
         has_rom: see MemoryFile.
+        offline: saved with its secondary CPUs offline, because this QEMU does not restore running
+            ones.
     """
 
     folder: Path
     board: Board
     has_rom: bool
+    offline: bool = False
 
     @property
     def memory(self) -> MemoryFile:
@@ -65,10 +68,9 @@ class Snapshot:
     def fits(self, machine: Machine, board: Board) -> bool:
         """Return True if a machine equals the saved one, apart from DIMMs, which are plugged."""
         saved = Machine()
-        return board == self.board and (
-            (machine.slots, machine.cmdline, machine.dimm_room_bytes)
-            == (saved.slots, saved.cmdline, saved.dimm_room_bytes)
-        )
+        rest = replace(machine, nvdimms=(), smp=None, memory_mib=None, cpu=None)
+        same_room = machine.dimm_room_bytes == saved.dimm_room_bytes
+        return board == self.board and rest == saved and same_room
 
 
 def save_state(qmp: Qmp, file: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -146,12 +146,29 @@ def hand_over_by(judge: ScmJudge, destination: BareMachine, way: Way) -> Handove
     Raises:
         as hand_over(); and RefusedError if a QEMU does not know this way.
     """
+    for slot, dimm in judge.model.dimms.items():
+        if dimm.held:
+            destination.vm.syncs(slot).hang()
+
+    def move() -> BareMachine:
+        migrate(judge.bare.vm, destination.vm, way)
+        return destination
+
+    return hand_over_with(judge, move)
+
+
+def hand_over_with(judge: ScmJudge, move: Callable[[], BareMachine]) -> Handover:
+    """Migrate a judged machine with a function that returns the destination.
+
+    Each of its outstanding flushes must be held or have ended; the destination holds them, too.
+
+    Raises:
+        ContractError: the machine does not continue.
+    """
     judge.bare.keep_awake(True)
     held = [slot for slot, dimm in judge.model.dimms.items() if dimm.held]
-    for slot in held:
-        destination.vm.syncs(slot).hang()
     load_ns = time.monotonic_ns()
-    migrate(judge.bare.vm, destination.vm, way)
+    destination = move()
     return _follow(judge, destination, predict_states(judge), load_ns, held, ())
 
 

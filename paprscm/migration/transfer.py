@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import shlex
 import socket
@@ -13,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from paprscm.errors import ContractError, GuestLostError, HostError
+from paprscm.errors import CapabilityError, ContractError, GuestLostError, HostError
 from paprscm.host.process import describe_status
+from paprscm.vm.qmp import RefusedError
 from paprscm.vm.vm import Vm
 
 _LIMIT_S = 60.0
@@ -108,7 +110,7 @@ def save(vm: Vm, way: Way = SHARED) -> bytes:
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()
-        _start(vm, f"unix:{path}")
+        _start(vm, uri=f"unix:{path}")
         # QEMU reports the end after its last write, and closes the socket shortly after.
         thread.join(_LIMIT_S)
         if thread.is_alive():
@@ -155,7 +157,11 @@ def migrate(source: Vm, destination: Vm, way: Way) -> bytes | None:
         with _load_errors(destination):
             destination.qmp.execute("migrate-incoming", uri=f"unix:{path}")
         try:
-            _start(source, f"unix:{path}")
+            if "postcopy-ram" in way.capabilities:
+                source.qmp.execute("migrate", uri=f"unix:{path}")
+                source.qmp.execute("migrate-start-postcopy")
+            else:
+                _start(source, uri=f"unix:{path}")
         finally:
             wait_loaded(destination)
         return None
@@ -163,13 +169,69 @@ def migrate(source: Vm, destination: Vm, way: Way) -> bytes | None:
     out = (
         f"exec:cat > {path}.new && mv {path}.new {path}" if way.scheme == "exec" else f"file:{path}"
     )
-    _start(source, out)
+    _start(source, uri=out)
     _wait_for(destination.scratch / "stream")
     with _load_errors(destination):
         uri = f"exec:cat {path}" if way.scheme == "exec" else f"file:{path}"
         destination.qmp.execute("migrate-incoming", uri=uri)
     wait_loaded(destination)
     return None
+
+
+@contextlib.contextmanager
+def cpr_transfer(source: Vm) -> Iterator[tuple[str, str]]:
+    """Migrate in the mode cpr-transfer to a QEMU that must be started in the context.
+
+    It yields that QEMU's -incoming options. Its monitor does not open before the source has sent
+    the first part of its state (QEMU docs/devel/migration/CPR.rst).
+
+    Raises:
+        CapabilityError: QEMU has no such mode.
+        ContractError: the source cannot save, or the destination does not load.
+    """
+    _set_mode(source, "cpr-transfer")
+    paths = {name: source.scratch / name for name in ("main", "cpr")}
+    address = {"transport": "socket", "type": "unix"}
+    channels = [
+        {"channel-type": name, "addr": {**address, "path": str(path)}}
+        for name, path in paths.items()
+    ]
+
+    def send() -> None:
+        _wait_for(paths["cpr"])
+        _start(source, channels=channels)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        sent = pool.submit(send)
+        words = ",".join(f"addr.{name}={value}" for name, value in address.items())
+        yield f"unix:{paths['main']}", f"cpr,{words},addr.path={paths['cpr']}"
+        sent.result()
+
+
+def cpr_exec(vm: Vm) -> None:
+    """Replace a QEMU by a new one in the same process, in the mode cpr-exec.
+
+    Raises:
+        CapabilityError: QEMU has no such mode.
+        ContractError: the new one does not load the state.
+    """
+    stream, monitor = vm.scratch / "stream", vm.scratch / "monitor"
+    uri = f"file:{stream}"
+    command = vm.successor("-qmp", f"unix:{monitor},server=on,wait=off", "-incoming", uri)
+    _set_mode(vm, "cpr-exec", cpr_exec_command=command)
+    vm.qmp.execute("migrate", uri=uri)
+    _wait_for(monitor)
+    vm.reconnect(monitor)
+    wait_loaded(vm)
+
+
+def _set_mode(vm: Vm, mode: str, **parameters: Any) -> None:
+    """Set a mode of live update, with its parameters."""
+    way = Way(name=mode, parameters={"mode": mode, **parameters}, contents=True)
+    try:
+        way.prepare(vm)
+    except RefusedError as error:
+        raise CapabilityError(f"this QEMU has no {mode}: {error.text}") from error
 
 
 def _wait_for(file: Path) -> None:
@@ -210,13 +272,13 @@ def _load_errors(vm: Vm) -> Iterator[None]:
         raise LoadError(vm.process.wait(5), vm.output()) from error
 
 
-def _start(vm: Vm, uri: str) -> None:
-    """Run an outgoing migration to its end."""
+def _start(vm: Vm, **arguments: Any) -> None:
+    """Run an outgoing migration, with the arguments of QMP's migrate, to its end."""
 
     def ended(data: dict[str, Any]) -> bool:
         return data.get("status") in ("completed", "failed", "cancelled")
 
-    data = vm.qmp.execute_until("migrate", "MIGRATION", ended, limit_s=_LIMIT_S, uri=uri)
+    data = vm.qmp.execute_until("migrate", "MIGRATION", ended, limit_s=_LIMIT_S, **arguments)
     if data["status"] != "completed":
         reason = vm.qmp.execute("query-migrate").get("error-desc", "no reason given")
         raise ContractError(f"QEMU's migration has {data['status']}: {reason}")

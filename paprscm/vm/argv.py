@@ -85,12 +85,15 @@ class MemoryFile:
         path: the file.
         restored: True: the file is the guest's initial memory, its writes stay private, and it
             waits for its state (-incoming) before it runs. False: the guest writes to the file.
+        shared: the guest writes to the file although it was restored; the next QEMU of a guest that
+            migrates maps the same file.
         has_rom: the QEMU can open the file read-only and still give the guest writable memory
             (readonly=on,rom=off, since QEMU 9.0).
     """
 
     path: Path
     restored: bool
+    shared: bool = False
     has_rom: bool = False
 
     def backend(self, size_mib: int) -> Properties:
@@ -100,9 +103,9 @@ class MemoryFile:
             "id": "ram",
             "mem-path": str(self.path),
             "size": size_mib * MIB,
-            "share": not self.restored,
+            "share": self.shared or not self.restored,
         }
-        if self.restored and self.has_rom:
+        if self.restored and self.has_rom and not self.shared:
             # Without rom=off, readonly=on makes the guest's memory a ROM.
             properties |= {"readonly": True, "rom": "off"}
         return properties
@@ -116,6 +119,8 @@ def qemu_argv(
     files: Mapping[int, Path],
     wiring: Wiring | None,
     memory: MemoryFile | None = None,
+    *,
+    incoming: bool = False,
 ) -> list[str]:
     """Return the command line of one guest, without a monitor; a pure function.
 
@@ -128,6 +133,7 @@ def qemu_argv(
         wiring: the channels; None: console and monitor on the terminal, for a manual run.
         memory: the guest's memory; None: QEMU allocates it. A restored guest gets its DIMMs later,
             by hotplug.
+        incoming: wait for the state of a running guest, which includes its memory and its DIMMs.
     """
     argv = [
         *_base(qemu, machine, board, "memory-backend=ram" if memory else ""),
@@ -156,6 +162,8 @@ def qemu_argv(
         ]
     for chardev, name in (("port", PORT_NAME), ("agent", AGENT_PORT)):
         argv += ["-device", f"virtserialport,chardev={chardev},name={name}"]
+    if incoming:
+        return [*argv, *_dimms(machine, files), "-incoming", "defer"]
     if memory and memory.restored:
         return [*argv, "-incoming", "defer", "-S"]
     return argv + _dimms(machine, files)
@@ -195,10 +203,11 @@ def bare_argv(
 def _base(qemu: Sequence[str], machine: Machine, board: Board, option: str = "") -> list[str]:
     """Return the part that all machines share: type, processors, memory."""
     words = [
-        "pseries",
+        machine.type,
         *(["x-vof=on"] if board.firmware == "vof" else []),
         *([TCG_CAPS] if board.accel == "tcg" else []),
         *([option] if option else []),
+        *machine.options,
     ]
     maxmem_mib = board.memory_mib + machine.dimm_room_bytes // MIB
     return [

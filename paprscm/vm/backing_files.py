@@ -22,7 +22,7 @@ _CHUNK = 1 << 16
 _CHUNK_HEADER = struct.Struct(">QI")
 
 
-def _written(file: Path) -> Iterator[tuple[int, bytes]]:
+def written_chunks(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield offset and bytes of each chunk of a sparse file that is not all zeros."""
     with file.open("rb", buffering=0) as source:
         end = 0
@@ -42,13 +42,13 @@ def _written(file: Path) -> Iterator[tuple[int, bytes]]:
 
 def is_blank(file: Path) -> bool:
     """Return True if a file contains only zeros."""
-    return next(_written(file), None) is None
+    return next(written_chunks(file), None) is None
 
 
 def pack_content(source: Path, target: Path) -> None:
     """Write the non-zero chunks of a file and their offsets into a new file, for unpack_content."""
     with target.open("xb") as file:
-        for offset, chunk in _written(source):
+        for offset, chunk in written_chunks(source):
             file.write(_CHUNK_HEADER.pack(offset, len(chunk)) + chunk)
 
 
@@ -58,6 +58,13 @@ def unpack_content(packed: Path, target: Path) -> None:
         while header := chunks.read(_CHUNK_HEADER.size):
             offset, size = _CHUNK_HEADER.unpack(header)
             os.pwrite(file.fileno(), chunks.read(size), offset)
+
+
+def copy_content(source: Path, target: Path) -> None:
+    """Copy the non-zero chunks into a file of zeros, which stays sparse."""
+    with target.open("r+b", buffering=0) as file:
+        for offset, chunk in written_chunks(source):
+            os.pwrite(file.fileno(), chunk, offset)
 
 
 class ScratchFiles(Lifetime):

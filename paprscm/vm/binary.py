@@ -32,6 +32,8 @@ _FETCH_HINT = "qemu=debian:trixie fetches one that has it"
 _FETCHED_FORMAT = "1"
 """Version of the layout of a fetched QEMU; part of its cache key."""
 _NEEDS_BYTES = 600_000_000
+_SUITES = ("bookworm", "trixie", "sid")
+"""Debian suites whose QEMU local() looks for."""
 _DEBIAN_ARCH = {"x86_64": "amd64", "aarch64": "arm64", "ppc64le": "ppc64el"}
 KVM_API_VERSION = 12
 """The only value that KVM_GET_API_VERSION returns (Linux Documentation/virt/kvm/api.rst, 4.1)."""
@@ -48,6 +50,7 @@ class Qemu:
         version: major, minor, micro.
         version_text: the version with the distribution's package version.
         machine: the machine type behind the alias "pseries".
+        machine_types: names of all machine types.
         properties: names of properties by type, for "machine" (pseries) and each of
             capabilities.QUERIED_TYPES that this QEMU knows.
         has_kvm: built with KVM for its target.
@@ -63,6 +66,7 @@ class Qemu:
     version: tuple[int, int, int]
     version_text: str
     machine: str
+    machine_types: frozenset[str] = field(repr=False)
     properties: Mapping[str, frozenset[str]] = field(hash=False, repr=False)
     has_kvm: bool
     has_netdev_user: bool
@@ -80,6 +84,13 @@ class Qemu:
             raise KeyError(type_name)
         names = self.properties.get(type_name)
         return names is not None and (property_name is None or property_name in names)
+
+    @property
+    def pseries_types(self) -> list[str]:
+        """Versioned pseries machine types, from the oldest to the newest."""
+        names = (re.fullmatch(r"pseries-(\d+)\.(\d+)", name) for name in self.machine_types)
+        versions = sorted((int(name[1]), int(name[2])) for name in names if name)
+        return [f"pseries-{major}.{minor}" for major, minor in versions]
 
     @property
     def has_vof(self) -> bool:
@@ -213,6 +224,16 @@ def is_fetched(cache: Cache, setting: str) -> bool:
     return cache.find("qemu", _fetched_fields(setting.removeprefix("debian:"), arch)) is not None
 
 
+def local(archive: Archive) -> list[Qemu]:
+    """The QEMUs that need no download: the installed one, and those fetched before; no doubles."""
+    settings = [f"debian:{suite}" for suite in _SUITES]
+    settings = [setting for setting in settings if is_fetched(archive.cache, setting)]
+    if shutil.which(BINARY):
+        settings.insert(0, "auto")
+    qemus = (resolve(archive, setting) for setting in settings)
+    return list({qemu.key: qemu for qemu in qemus}.values())
+
+
 def _fetched_fields(suite: str, arch: str) -> dict[str, str]:
     return {"suite": suite, "arch": arch, "format": _FETCHED_FORMAT}
 
@@ -331,6 +352,7 @@ def _from_facts(facts: JSON, argv_prefix: tuple[str, ...], path: Path, key: str)
         version=(major, minor, micro),
         version_text=facts["version_text"],
         machine=facts["machine"],
+        machine_types=frozenset(facts["machine_types"]),
         properties={kind: frozenset(names) for kind, names in facts["properties"].items()},
         has_kvm=facts["kvm"],
         has_netdev_user=facts["netdev_user"],

@@ -25,7 +25,7 @@ JSON: TypeAlias = Any
 """A value that json.dumps() accepts and json.loads() returns."""
 
 BINARY = "qemu-system-ppc64"
-FORMAT = "2"
+FORMAT = "3"
 """Version of the value that ask() returns; part of its cache key."""
 
 _ANSWER_LIMIT_S = 20.0
@@ -92,6 +92,7 @@ def ask(argv_prefix: Sequence[str], path: Path) -> dict[str, JSON]:
             "version_text": "{major}.{minor}.{micro}".format(**numbers)
             + (f" ({version['package']})" if version["package"] else ""),
             "machine": pseries[0],
+            "machine_types": _names(machines),
             "properties": properties,
             "kvm": qmp.execute("query-kvm")["present"],
             # Every QEMU's QMP schema lists the backend; only an attempt shows if it is built in.

@@ -239,6 +239,8 @@ class Machine:
         slots: number of memory slots, and so of PMEM DRCs.
         cmdline: words to add to the kernel's command line.
         smp, memory_mib, cpu: as in Board; None: from the settings.
+        type: QEMU's machine type.
+        options: further options of -machine.
     """
 
     nvdimms: tuple[Nvdimm, ...] = ()
@@ -247,6 +249,8 @@ class Machine:
     smp: int | None = None
     memory_mib: int | None = None
     cpu: str | None = None
+    type: str = "pseries"
+    options: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         taken: set[int] = set()

@@ -145,10 +145,15 @@ class Shim:
         while self._handles:
             os.close(self._handles.pop())
 
-    def prefix(self) -> tuple[str, ...]:
-        """Return command-line words before QEMU's own that preload the library into QEMU only."""
+    def prefix(self, *, inherits: bool = True) -> tuple[str, ...]:
+        """Return command-line words before QEMU's own that preload the library into QEMU only.
+
+        Args:
+            inherits: QEMU inherits pass_fds.
+        """
         env = shutil.which("env") or "/usr/bin/env"
-        return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={self._handle}"
+        page = str(self._handle) if inherits else f"/proc/{os.getpid()}/fd/{self._handle}"
+        return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={page}"
 
     @property
     def pass_fds(self) -> tuple[int, ...]:

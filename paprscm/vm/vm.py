@@ -117,6 +117,21 @@ class Vm(Lifetime):
         """Return the syncs of the backing file of the DIMM in `slot`; requires a shim."""
         return self._watched[slot]
 
+    def successor(self, *words: str) -> list[str]:
+        """Return the command line of a QEMU that replaces this one in its process.
+
+        Args:
+            words: its monitor, and other options.
+        """
+        shim = self._shim.prefix(inherits=False) if self._shim else ()
+        return [*shim, *self._argv, *words]
+
+    def reconnect(self, path: Path) -> None:
+        """Use the monitor at this socket from now on, of a new QEMU in the same process."""
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(path))
+            self._connect(sock.dup())
+
     def output(self) -> str:
         """Return QEMU's output so far, indented for a message."""
         return quoted((self.folder / "qemu.log").read_text(errors="replace"))
@@ -148,8 +163,7 @@ class Vm(Lifetime):
             )
         stack.callback(self.process.kill)
         try:
-            # wait() raises KilledError if QEMU was killed from outside.
-            self.qmp = Qmp(ours, on_disconnect=lambda: self.process.wait(_END_LIMIT_S))
+            self._connect(ours)
         except GuestLostError as error:
             status = self.process.wait(_END_LIMIT_S)
             how = "does not answer" if status is None else describe_status(status)
@@ -157,13 +171,17 @@ class Vm(Lifetime):
                 f"QEMU did not start ({how}); its output:\n{self.output()}",
                 hint=f"its command line: {self.folder / 'qemu.sh'}",
             ) from error
-        stack.callback(self.qmp.close)
         if shim:
             shim.require_loaded()
             backends = {memdev["id"] for memdev in self.qmp.execute("query-memdev")}
             for slot, watched in self._watched.items():
                 if f"mem{slot}" in backends:
                     _require_mapped(watched)
+
+    def _connect(self, sock: socket.socket) -> None:
+        # wait() raises KilledError if QEMU was killed from outside.
+        self.qmp = Qmp(sock, on_disconnect=lambda: self.process.wait(_END_LIMIT_S))
+        self._resources.callback(self.qmp.close)
 
 
 def _require_mapped(file: WatchedFile) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.errors import GuestLostError
+from paprscm.errors import GuestLostError, HostError
 from paprscm.guest.agent import Agent
 from paprscm.guest.command import CommandResult, TimedOutError
 from paprscm.paths import GUEST_TOOLS
@@ -128,6 +128,28 @@ def test_close_wakes_who_waits(agent: Agent) -> None:
         run(agent, "sleep 9", timeout_s=50)
     with pytest.raises(GuestLostError):
         run(agent, "true")
+
+
+def test_nothing_is_sent_while_the_guest_moves(agent: Agent) -> None:
+    """A running command's output arrives; the next command waits."""
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(run, agent, "sleep 0.2; echo before")
+        while not agent.answers(20):
+            pass
+        with agent.silent():
+            late = pool.submit(run, agent, "echo after")
+            assert running.result(20).stdout == "before\n"
+            assert not late.done()
+        assert late.result(20).stdout == "after\n"
+
+
+def test_a_guest_that_does_not_take_its_input_cannot_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("paprscm.guest.agent._TAKE_LIMIT_S", 0.1)
+    ours, theirs = socket.socketpair()
+    with theirs, contextlib.closing(Agent(ours)) as agent:
+        assert not agent.answers(0.01)
+        with pytest.raises(HostError, match="does not take"), agent.silent():
+            pytest.fail("it moves")
 
 
 def test_a_guest_that_takes_nothing_is_noticed_in_time() -> None:

@@ -121,6 +121,7 @@ def test_a_lost_guest_stays_a_lost_guest(ends: tuple[Port, socket.socket]) -> No
         ({"nvdimms": tuple(Nvdimm(slot=n) for n in range(8))}, True),
         ({"cmdline": ("dyndbg",)}, False),
         ({"slots": 9}, False),
+        ({"type": "pseries-7.2"}, False),
         ({"smp": 1}, False),
         ({"memory_mib": 512}, False),
         # More DIMM space than the saved guest has.
@@ -150,10 +151,18 @@ def test_a_restored_machine_gets_its_dimms_later(has_rom: bool) -> None:
     words = qemu_argv(("qemu",), machine, BOARD, payload, files, wiring, memory)
     assert words[-3:] == ["-incoming", "defer", "-S"]
     assert not [word for word in words if "spapr-nvdimm" in word]
+    # A machine that takes over a running guest has them from the start, and runs by itself.
+    next_ = qemu_argv(("qemu",), machine, BOARD, payload, files, wiring, memory, incoming=True)
+    assert next_[-2:] == ["-incoming", "defer"]
+    assert [word for word in next_ if word.startswith("spapr-nvdimm")]
     own = "readonly=on,rom=off" if has_rom else ""
     [memory_object] = [word for word in words if word.startswith("memory-backend-file")]
     # Its writes must not reach the memory file that other guests share.
     assert memory_object.split(",share=")[1].strip(",") == ("off," + own).strip(",")
+    # All QEMUs of a guest that migrates write to the same file.
+    shared = dataclasses.replace(memory, shared=True).backend(256)
+    assert shared["share"] is True
+    assert "readonly" not in shared
     # For QEMU a booted and a restored machine must be the same.
     saved = qemu_argv(
         ("qemu",),

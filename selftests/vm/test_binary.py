@@ -92,6 +92,8 @@ def test_features_of_the_host_s_qemu(cache: Cache) -> None:
     assert not qemu.has("memory-backend-ram", "mem-path")
     assert qemu.has("machine", "x-vof") is qemu.has_vof
     assert "power9_v2.0" in qemu.cpu_models
+    assert qemu.pseries_types[-1] == qemu.machine
+    assert qemu.pseries_types.index("pseries-6.2") < qemu.pseries_types.index("pseries-7.0")
     assert "device_add" in qemu.qmp_commands
     assert "x-ignore-shared" in qemu.migration_capabilities
 

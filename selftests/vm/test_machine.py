@@ -101,6 +101,7 @@ def test_a_missing_feature_of_qemu_is_a_missing_capability() -> None:
         version=(7, 2, 0),
         version_text="7.2.0",
         machine="pseries-7.2",
+        machine_types=frozenset({"pseries-7.2"}),
         properties={"memory-backend-file": frozenset(), "spapr-nvdimm": frozenset()},
         has_kvm=False,
         has_netdev_user=True,
@@ -113,6 +114,13 @@ def test_a_missing_feature_of_qemu_is_a_missing_capability() -> None:
         require(bare, Nvdimm(pmem=True))
     with pytest.raises(CapabilityError, match="no pmem-override"):
         require(bare, Nvdimm(pmem_override=True))
+
+
+def test_type_and_options_of_the_machine() -> None:
+    machine = Machine(type="pseries-7.2", options=("aux-ram-share=on",))
+    words = after(argv(machine, Board()), "-machine")[0].split(",")
+    assert words[0] == "pseries-7.2"
+    assert words[-1] == "aux-ram-share=on"
 
 
 def test_slof_and_kvm_have_no_tcg_options() -> None:

@@ -803,6 +803,17 @@ def test_loaded_is_the_pid(flushes: Shim, program: Path) -> None:
     driver.end()
 
 
+def test_a_program_that_does_not_inherit_the_page(
+    flushes: Shim, file: WatchedFile, path: Path, program: Path
+) -> None:
+    """Like a QEMU that replaces another one in its process (cpr-exec)."""
+    driver = Driver(*flushes.prefix(inherits=False), program)
+    assert flushes.require_loaded() == driver.process.pid
+    file.fail(errno.EIO)
+    assert driver.call(Operation.FDATASYNC, path) == [errno.EIO]
+    driver.end()
+
+
 def test_a_program_started_by_its_loader(flushes: Shim, file: WatchedFile, program: Path) -> None:
     """Like a fetched QEMU (paprscm/vm/binary.py)."""
     with program.open("rb") as binary:

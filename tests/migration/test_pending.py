@@ -23,6 +23,7 @@ FLUSH = Hcall.H_SCM_FLUSH
 CASES = ((0, 1), (1, 1), (16, 2), (64, 4), (1000, 8))
 # PAPR: loads and stores in real mode (Linux hvcall.h).
 H_LOGICAL_CI_STORE = 0x40
+PLACE, PATTERN = 4096, bytes.fromhex("8182838485868788")
 
 
 class Pending(QemuTest):
@@ -84,27 +85,42 @@ class Pending(QemuTest):
         handover.judge.release(*slots)
         self.check("3 flushes of each DIMM", handover.finish(), [])
 
-    def test_contents_in_the_stream(self) -> None:
-        """A flush that was pending makes the data durable in the file that the guest has now."""
-        judge = self.start(PMEM_OFF.at(0, SMALL))
-        address = judge.model.dimms[0].address
-        pattern = 0x8182838485868788
-        judge.hold(0)
-        stored = judge.bare.call(H_LOGICAL_CI_STORE, 8, address + 4096, pattern)
+    def copy(self, judge: ScmJudge, *, held: tuple[int, ...] = ()) -> Handover:
+        """Store a pattern in slot 0, flush, and migrate to a QEMU with files of its own."""
+        address = judge.model.dimms[0].address + PLACE
+        stored = judge.bare.call(H_LOGICAL_CI_STORE, 8, address, int.from_bytes(PATTERN, "big"))
         self.expect("code of H_LOGICAL_CI_STORE", stored.code, 0)
         judge.make(request(FLUSH, drc_index(0), 0))
+        if not held:
+            judge.poll_to_the_end()
         copies = self.keep(*judge.nvdimms).nvdimms()
         machine = Machine(nvdimms=copies, smp=1, memory_mib=256)
         destination = self.bare(machine, shim=self.shim(), source=judge.bare, shares_memory=False)
-        handover = hand_over(judge, destination, COPIED, held=[0])
+        handover = hand_over(judge, destination, COPIED, held=held)
         judge.bare.close()
+        with destination.file(0).open("rb") as file:
+            file.seek(PLACE)
+            self.check("content of the destination's file", file.read(8), PATTERN)
+        return handover
+
+    def test_contents_in_the_stream(self) -> None:
+        """A flush that was pending makes the data durable in the file that the guest has now."""
+        judge = self.start(PMEM_OFF.at(0, SMALL))
+        judge.hold(0)
+        handover = self.copy(judge, held=(0,))
         handover.judge.release(0)
         self.check("a copied DIMM", handover.finish(), [])
-        with handover.judge.bare.file(0).open("rb") as file:
-            file.seek(4096)
-            self.check(
-                "content of the destination's file", file.read(8), pattern.to_bytes(8, "big")
-            )
+
+    def test_promise_in_another_file(self) -> None:
+        """Data of a flush that has succeeded are durable in the file that the guest has now."""
+        handover = self.copy(self.start(PMEM_OFF.at(0, SMALL)))
+        syncs = handover.judge.bare.vm.syncs(0)
+        whole = len(syncs.records()) - len(syncs.partial(SMALL))
+        self.known_issue(
+            "qemu-migration-leaves-dimm-unsynced",
+            shows=whole == 0,
+            found=f"{whole} syncs of a DIMM's new file after the migration",
+        )
 
     def test_to_and_fro(self) -> None:
         """After ten migrations with the same pending flushes, each of them ends once."""

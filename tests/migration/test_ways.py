@@ -4,12 +4,16 @@
 See QEMU's docs/devel/migration/. A way that a QEMU lacks is left out, and recorded.
 """
 
+from pathlib import Path
+
+from paprscm.checks import containing
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError
 from paprscm.migration.handover import hand_over_by
-from paprscm.migration.transfer import Way
+from paprscm.migration.transfer import LoadError, Way
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
+from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
 from paprscm.vm.qmp import RefusedError
@@ -32,6 +36,16 @@ WAYS = (
     Way(name="return-path", scheme="unix", capabilities=("return-path",)),
     Way(name="switchover-ack", scheme="unix", capabilities=("return-path", "switchover-ack")),
 )
+# Slow at first, so that the machine moves while most of its memory is at the source.
+POSTCOPY = Way(
+    name="postcopy",
+    scheme="unix",
+    capabilities=("postcopy-ram",),
+    parameters={"max-bandwidth": 1 << 20},
+    contents=True,
+)
+# A file system for which QEMU permits postcopy (migration/postcopy-ram.c).
+TMPFS = Path("/dev/shm")  # noqa: S108
 
 
 class Ways(QemuTest):
@@ -85,3 +99,55 @@ class Ways(QemuTest):
         self.log.info("ways left out: %s", missing)
         if not counts:
             raise CapabilityError("this QEMU has none of the ways")
+
+    def test_postcopy(self) -> None:
+        """Pending flushes arrive at a destination that runs before it has all of the memory.
+
+        Or it refuses postcopy, with a reason, and the source goes on.
+        """
+        found, late = {}, ""
+        for folder in (TMPFS, self.settings.scratch_dir):
+            machines = []
+            for _ in range(2):
+                files = BackingFiles(folder, [PMEM_OFF.at(0, SMALL)])
+                dimms = self.leave.enter_context(files).nvdimms()
+                machines.append(Machine(nvdimms=dimms, smp=1, memory_mib=256))
+            source = self.bare(machines[0], shim=self.shim())
+            judge = ScmJudge(source, machines[0].nvdimms)
+            judge.make(*[request(FLUSH, drc_index(0), 0)] * 2)
+            source.vm.syncs(0).wait_ended(2, 60)
+            judge.hold(0)
+            judge.make(*[request(FLUSH, drc_index(0), 0)] * 3)
+            destination = self.bare(
+                machines[1], shim=self.shim(), source=source, shares_memory=False
+            )
+            try:
+                handover = hand_over_by(judge, destination, POSTCOPY)
+            except RefusedError as error:
+                found[str(folder)] = error.text
+                self.check("reason of the refusal", error.text, containing("ostcopy"))
+                destination.close()
+                source.go_on()
+                judge.release(0)
+                judge.poll_to_the_end()
+            except LoadError as error:
+                status = source.qmp.execute("query-migrate")["status"]
+                if "userfault register" not in error.text or status != "postcopy-paused":
+                    raise
+                found[str(folder)] = late = f"the source is {status}: {error.text.strip()}"
+                destination.close()
+            else:
+                sent = source.qmp.execute("query-migrate")["ram"]["postcopy-bytes"]
+                found[str(folder)] = f"{sent} bytes after the machine"
+                self.check("bytes sent after the machine", sent > 0, True)
+                handover.judge.make(request(FLUSH, drc_index(0), 0))
+                handover.judge.release(0)
+                self.check(f"syncs, {folder}", handover.finish(), [])
+                destination.close()
+            source.close()
+        # Without userfaultfd, QEMU refuses postcopy for another reason.
+        if late or any("TMPFS" in text for text in found.values()):
+            self.known_issue(
+                "qemu-postcopy-refused-late", shows=bool(late), found=late or str(found)
+            )
+        self.measure("postcopy", found)
