@@ -130,6 +130,7 @@ class Agent:
             while fcntl.ioctl(self._sock, termios.TIOCOUTQ, b"\0" * 4) != b"\0" * 4:
                 if time.monotonic() > deadline:
                     raise HostError("the guest's agent does not take its commands")
+                # A socket that the other end has emptied causes no event.
                 time.sleep(0.001)
             yield
 

@@ -316,6 +316,7 @@ class LinuxEnds(LinuxTest):
         # The suite's guests end with the first reset (-no-reboot).
         vm.qmp.execute("set-action", reboot="reset")
         printed = len(guest.console.lines)
+        # The command's own end must arrive first.
         guest.succeed("(sleep 0.1; echo b > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &")
         with ThreadPoolExecutor(1) as pool:
             blocked = False
@@ -362,10 +363,12 @@ class LinuxEnds(LinuxTest):
             allowed=[r"sysrq: Trigger a crash", r"Kernel panic", r"OS terminated"],
         )
         data = self.synced(guest, DISK)
+        # In the page cache: a pending flush may block the root disk.
         guest.succeed("sleep 0")
         self.flushing(guest)
         syncs = guest.vm.syncs(IDLE.slot)
         ended = syncs.counts().ended
+        # The command's own end must arrive first.
         guest.succeed("(sleep 0.1; echo c > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &")
         began = time.monotonic()
         status = guest.process.wait(END_S)
