@@ -4,9 +4,11 @@
 See QEMU's docs/devel/migration/. A way that a QEMU lacks is left out, and recorded.
 """
 
+import time
 from pathlib import Path
 
 from paprscm.checks import containing
+from paprscm.device.bare_metal import BareMachine
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError
 from paprscm.migration.handover import hand_over_by
@@ -131,7 +133,7 @@ class Ways(QemuTest):
                 judge.release(0)
                 judge.poll_to_the_end()
             except LoadError as error:
-                status = source.qmp.execute("query-migrate")["status"]
+                status = self.wait_settled(source)
                 if "userfault register" not in error.text or status != "postcopy-paused":
                     raise
                 found[str(folder)] = late = f"the source is {status}: {error.text.strip()}"
@@ -151,3 +153,13 @@ class Ways(QemuTest):
                 "qemu-postcopy-refused-late", shows=bool(late), found=late or str(found)
             )
         self.measure("postcopy", found)
+
+    def wait_settled(self, source: BareMachine) -> str:
+        """Wait until a source has noticed that its destination is gone; return the status."""
+        deadline = time.monotonic() + 30
+        while True:
+            status = str(source.qmp.execute("query-migrate")["status"])
+            if not status.endswith("active") or time.monotonic() > deadline:
+                return status
+            # The event may have come already.
+            time.sleep(0.005)
