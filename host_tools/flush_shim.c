@@ -7,9 +7,9 @@
  * by its name. Calls on all other files are passed through.
  *
  * The state is one struct page in a memfd, shared with the test: paprscm/vm/sync_shim.py creates
- * it, PAPRSCM_SHIM=<fd or path> names it, and both sides map it. Its layout is checked twice: at compile
- * time against sync_shim.py's description (flush_shim_layout.inc), and at run time by the digest of
- * that description. Without such a page the library only passes calls on.
+ * it, PAPRSCM_SHIM=<fd or path> names it, and both sides map it. Its layout is checked twice: at
+ * compile time against sync_shim.py's description (flush_shim_layout.inc), and at run time by the
+ * digest of that description. Without such a page the library only passes calls on.
  *
  * A call uses no malloc, no stdio, and no lock except that of the table of mappings.
  *

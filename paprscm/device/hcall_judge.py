@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -151,6 +152,25 @@ class ScmJudge:
             self.bare.vm.syncs(slot).release()
             self.model.release(slot)
 
+    def wait_completed(self, slot: int, count: int, limit_s: float = 60.0) -> None:
+        """Wait until `count` syncs of a DIMM have ended, and QEMU has taken note of it.
+
+        A worker thread reports the end of a sync to QEMU's main loop shortly after the shim has
+        counted it; then it sleeps or ends.
+
+        Raises:
+            ContractError: they have not ended in time.
+        """
+        syncs, tasks = self.bare.vm.syncs(slot), Path(f"/proc/{self.bare.process.pid}/task")
+        syncs.wait_ended(count, limit_s)
+        deadline = time.monotonic() + limit_s
+        for thread in {record.thread for record in syncs.records()}:
+            while _runs(tasks / str(thread)) and time.monotonic() < deadline:
+                # A thread that falls asleep causes no event.
+                time.sleep(0.001)
+        # The main loop has run once when it answers.
+        self.bare.qmp.execute("query-status")
+
     def poll_to_the_end(self, *slots: int, limit: int = 100_000) -> None:
         """Poll every outstanding flush of these DIMMs until it ends.
 
@@ -262,6 +282,14 @@ def _dimms(bare: BareMachine, nvdimms: Iterable[Nvdimm]) -> list[ModelDimm]:
             )
         )
     return models
+
+
+def _runs(task: Path) -> bool:
+    """Return True if a thread (/proc/PID/task/TID) exists and does not sleep."""
+    try:
+        return (task / "stat").read_text().rpartition(")")[2].split()[0] != "S"
+    except OSError:
+        return False
 
 
 def _number(value: int) -> str:

@@ -48,7 +48,7 @@ class BrokenOff(QemuTest):
         machine = Machine(nvdimms=dimms, smp=1, memory_mib=256)
         judge = ScmJudge(self.bare(machine, shim=self.shim()), dimms)
         judge.make(request(FLUSH, drc_index(1), 0))
-        judge.bare.vm.syncs(1).wait_ended(1, 60)
+        judge.wait_completed(1, 1)
         judge.hold(0)
         judge.make(*[request(FLUSH, drc_index(0), 0)] * 3)
         return judge

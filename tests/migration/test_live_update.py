@@ -31,7 +31,7 @@ class LiveUpdate(QemuTest):
         self.machine = Machine(nvdimms=dimms, smp=1, memory_mib=256, options=options)
         judge = ScmJudge(self.bare(self.machine, shim=self.shim()), dimms)
         judge.make(*[request(FLUSH, drc_index(1), 0)] * 2)
-        judge.bare.vm.syncs(1).wait_ended(2, 60)
+        judge.wait_completed(1, 2)
         judge.hold(0)
         judge.make(*[request(FLUSH, drc_index(0), 0)] * 3)
         return judge

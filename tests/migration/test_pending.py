@@ -58,7 +58,7 @@ class Pending(QemuTest):
             # threads.
             judge.make(*(one for one in requests if one not in pending))
             for slot in slots[1::2]:
-                judge.bare.vm.syncs(slot).wait_ended(len(requests[slot::dimms]), 60)
+                judge.wait_completed(slot, len(requests[slot::dimms]))
             judge.make(*pending)
             handover = self.move(judge, held=slots[::2])
             self.check(f"pending of {count} flushes", handover.pending, len(pending))
@@ -140,7 +140,7 @@ class Pending(QemuTest):
         judge = self.start(PMEM_OFF.at(0, SMALL), PMEM_OFF.at(1, SMALL))
         judge.hold(0)
         judge.make(*(request(FLUSH, drc_index(slot), 0) for slot in (0, 1) for _ in range(5)))
-        judge.bare.vm.syncs(1).wait_ended(5, 60)
+        judge.wait_completed(1, 5)
         handover = self.move(judge, held=(0,))
         again = save_awake(handover.judge.bare)
         for before, after in itertools.zip_longest(handover.states, read_states(again)):
@@ -174,7 +174,7 @@ class Pending(QemuTest):
             judge.model.dimms[1].failing = True
             judge.hold(0)
             judge.make(request(FLUSH, drc_index(0), 0), request(FLUSH, drc_index(1), 0))
-            ended.wait_ended(1, 60)
+            judge.wait_completed(1, 1)
             # On the source, the held sync ends with the other result, after its state was sent.
             if not failing:
                 judge.bare.vm.syncs(0).fail(errno.EIO)

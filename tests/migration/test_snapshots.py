@@ -65,7 +65,7 @@ class Snapshots(QemuTest):
         snapshot = {"tag": "flushes", "vmstate": node, "devices": [node]}
         # Tokens 1 and 2 have ended, 3 to 5 are pending.
         judge.make(*[request(FLUSH, drc_index(0), 0)] * 2)
-        syncs.wait_ended(2, 60)
+        judge.wait_completed(0, 2)
         judge.hold(0)
         for token in (3, 4, 5):
             judge.make(request(FLUSH, drc_index(0), 0))

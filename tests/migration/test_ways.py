@@ -69,7 +69,7 @@ class Ways(QemuTest):
             judge = ScmJudge(self.bare(machine, shim=self.shim()), dimms)
             for slot in ended:
                 judge.make(*requests[slot :: len(slots)])
-                judge.bare.vm.syncs(slot).wait_ended(len(requests[slot :: len(slots)]), 60)
+                judge.wait_completed(slot, len(requests[slot :: len(slots)]))
             judge.hold(*held)
             for slot in held:
                 judge.make(*requests[slot :: len(slots)])
@@ -117,7 +117,7 @@ class Ways(QemuTest):
             source = self.bare(machines[0], shim=self.shim())
             judge = ScmJudge(source, machines[0].nvdimms)
             judge.make(*[request(FLUSH, drc_index(0), 0)] * 2)
-            source.vm.syncs(0).wait_ended(2, 60)
+            judge.wait_completed(0, 2)
             judge.hold(0)
             judge.make(*[request(FLUSH, drc_index(0), 0)] * 3)
             destination = self.bare(
