@@ -181,10 +181,21 @@ def run_ten(start: str, folder: Path) -> dict[str, tuple[str, Path]]:
     return outcomes
 
 
-def test_ten_tests_do_not_depend_on_the_start(snapshot: Snapshot, tmp_path: Path) -> None:
+def test_ten_tests_do_not_depend_on_the_start(
+    environment: Environment, snapshot: Snapshot, tmp_path: Path
+) -> None:
     """Ten tests of the suite, cold and warm: verdicts, device tree, sysfs and kernel messages."""
     del snapshot
-    cold, warm = (run_ten(start, tmp_path / start) for start in ("cold", "auto"))
+
+    def contents() -> set[Path]:
+        return set((environment.settings.cache_dir / "dimm").glob("*"))
+
+    before = contents()
+    cold = run_ten("cold", tmp_path / "cold")
+    if contents() != before:
+        # A guest that made the content of a DIMM has other messages and device numbers.
+        cold = run_ten("cold", tmp_path / "again")
+    warm = run_ten("auto", tmp_path / "auto")
     faults = []
     for name in sorted(cold.keys() | warm.keys()):
         (status, seen), (status_warm, seen_warm) = cold[name], warm[name]
