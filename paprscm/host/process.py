@@ -28,7 +28,8 @@ from paprscm.errors import HostError, KilledError
 from paprscm.host import keeper, oom
 
 _KEEPER = Path(keeper.__file__)
-_KILL_LIMIT_S = 10.0
+# A killed process may first have to finish an fdatasync, which takes seconds on a busy disk.
+_KILL_LIMIT_S = 60.0
 _FULL_BYTES = 1 << 20
 
 T = TypeVar("T")
@@ -207,7 +208,7 @@ class Process:
 
         Raises:
             KilledError: it had already been ended from outside.
-            HostError: a process is still alive after 10 s (in uninterruptible sleep).
+            HostError: a process is still alive after 60 s (in uninterruptible sleep).
         """
         if self.status is None:
             self._hang_up()
