@@ -95,6 +95,6 @@ record = _OWN.record
 
 
 def pause(duration_s: float) -> None:
-    """Sleep in a test, where there is no event to wait for."""
+    """Sleep in a test that has no event to wait for."""
     with during("waits"):
         time.sleep(duration_s)  # Its callers give the reason.

@@ -273,7 +273,7 @@ class BareMachine(Lifetime):
     def keep_awake(self, awake: bool) -> None:
         """Keep the vCPUs from sleeping, as a migration requires, or let them sleep again.
 
-        QEMU before 9.1 does not start the decrementer after a migration
+        QEMU before 8.2 does not start the decrementer after a migration
         (known_issues/qemu-decr-not-migrated.md), so that a vCPU that sleeps would not wake up.
         """
         boxes = [self._boxes[cpu] for cpu in self._running]

@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from paprscm.device.bare_metal import BareMachine
 from paprscm.device.hcall_judge import ScmJudge, request
@@ -20,13 +19,6 @@ from paprscm.vm.machine import Nvdimm
 from paprscm.vm.shim_layout import Operation
 
 
-class Loaded(NamedTuple):
-    """The flush state of one DIMM at the moment of its load: number of flushes, last token."""
-
-    pending: int
-    last_token: int
-
-
 @dataclass(frozen=True, kw_only=True)
 class Handover:
     """One migration of a judged machine.
@@ -34,13 +26,11 @@ class Handover:
     Attributes:
         judge: the judge of the destination.
         states: its flush states, one per spapr-nvdimm.
-        dimms: state of each DIMM, by slot.
         load_ns: start of the load, by time.monotonic_ns().
     """
 
     judge: ScmJudge
     states: list[DimmState]
-    dimms: dict[int, Loaded]
     load_ns: int
 
     @property
@@ -79,14 +69,14 @@ class Handover:
         """
         judge = self.judge
         wrong = []
-        for nvdimm in spapr_dimms(judge):
-            dimm, loaded = judge.model.dimms[nvdimm.slot], self.dimms[nvdimm.slot]
+        for nvdimm, state in zip(spapr_dimms(judge), self.states, strict=True):
+            dimm = judge.model.dimms[nvdimm.slot]
             if not dimm.flushes:
                 continue
             syncs = judge.bare.vm.syncs(nvdimm.slot)
             operation = Operation.PMEM_PERSIST if nvdimm.pmem else Operation.FDATASYNC
             begun = syncs.counts(operation).begun
-            expected = loaded.pending + dimm.last_token - loaded.last_token
+            expected = len(state.pending) + dimm.last_token - state.last_token
             # A QEMU may also write back a persistent DIMM when it has loaded its content.
             if begun < expected or (begun > expected and not nvdimm.pmem):
                 wrong.append(f"slot {nvdimm.slot}: {begun} syncs for {expected} flushes")
@@ -210,11 +200,7 @@ def _follow(
     if wrong := _compare(follower, states):
         raise ContractError("flush state in the migration stream: " + "; ".join(wrong))
     destination.adopt()
-    dimms = {
-        nvdimm.slot: Loaded(len(state.pending), state.last_token)
-        for nvdimm, state in zip(spapr_dimms(judge), states, strict=True)
-    }
-    return Handover(judge=follower, states=states, dimms=dimms, load_ns=load_ns)
+    return Handover(judge=follower, states=states, load_ns=load_ns)
 
 
 def save_awake(bare: BareMachine, way: Way = SHARED) -> bytes:

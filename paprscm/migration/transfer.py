@@ -28,12 +28,13 @@ class LoadError(ContractError):
 
     Attributes:
         status: exit status of the QEMU, negative for a signal; None: it still runs.
+        how: description of the status.
         text: its output.
     """
 
     def __init__(self, status: int | None, text: str) -> None:
-        how = "still runs" if status is None else describe_status(status)
-        super().__init__(f"QEMU does not load the stream ({how}); its output:\n{text}")
+        self.how = "still runs" if status is None else describe_status(status)
+        super().__init__(f"QEMU does not load the stream ({self.how}); its output:\n{text}")
         self.status = status
         self.text = text
 
@@ -260,7 +261,7 @@ def wait_loaded(vm: Vm) -> None:
                 raise LoadError(vm.process.wait(2), vm.output())
             if time.monotonic() > deadline:
                 raise LoadError(None, f"status {status} after {_LIMIT_S:g} s\n{vm.output()}")
-            # There is no event for the end of QEMU's process.
+            # The end of QEMU's process causes no event.
             time.sleep(0.002)
 
 

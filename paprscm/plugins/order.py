@@ -67,7 +67,7 @@ class LongestFirst(JobPre, JobPost):
 
 
 def read_durations(file: Path) -> dict[str, float]:
-    """The stored durations, s, by test; empty if there is no valid file."""
+    """Stored duration of each test, s; empty if the file is missing or damaged."""
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
         stored = json.loads(file.read_bytes())
         return {str(test): float(seconds) for test, seconds in stored.items()}

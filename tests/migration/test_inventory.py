@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from paprscm.checks import containing
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError, GuestLostError
-from paprscm.host.process import describe_status
 from paprscm.migration.handover import hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, drc_index
@@ -122,10 +121,8 @@ class Inventory(QemuTest):
         except LoadError as error:
             result = f"refused: {error.text}"
             if not error.is_refusal:
-                result = "not refused in order: " + describe_status(error.status or 0)
-        except GuestLostError as error:
-            result = f"accepted, then {error.message}"
-        except ContractError as error:
+                result = "not refused in order: " + error.how
+        except (GuestLostError, ContractError) as error:
             result = f"accepted, then {error.message}"
         destination.close()
         # The source goes on.
@@ -164,7 +161,7 @@ class Inventory(QemuTest):
             self.usual(f"the reason names {row.reason}", row.reason in result, True)
 
     def test_harmless(self) -> None:
-        """What the guest does not depend on may differ: all of its calls work as before."""
+        """Properties that the guest does not use may differ; all of its calls work as before."""
         for row in HARMLESS:
             for flushes in (0, 2):
                 self.check(row.name, self.try_row(row, flushes=flushes), "works")

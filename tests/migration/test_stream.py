@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Streams whose flush state was cut or altered: refused with a message, in bounded memory.
 
-A signal is never an answer: the destination may run other users' guests in the same process
-group, and a core dump has the guest's memory. See vmstate_spapr_nvdimm_states and
-spapr_nvdimm_flush_post_load in QEMU's hw/ppc/spapr_nvdimm.c.
+QEMU must not be ended by a signal: its core dump contains the guest's memory. See
+vmstate_spapr_nvdimm_states and spapr_nvdimm_flush_post_load in QEMU's hw/ppc/spapr_nvdimm.c.
 """
 
 import itertools
@@ -15,7 +14,6 @@ from paprscm.device.bare_metal import BareMachine
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.device.mailbox import Call
 from paprscm.errors import GuestLostError
-from paprscm.host.process import describe_status
 from paprscm.migration.handover import save_awake
 from paprscm.migration.stream import DimmState, FlushState, read_states, rewrite, without
 from paprscm.migration.transfer import LoadError, load
@@ -107,7 +105,7 @@ class Altered(QemuTest):
         except LoadError as error:
             if error.is_refusal:
                 return "refused", error.text
-            return describe_status(error.status or 0), error.text
+            return error.how, error.text
         except GuestLostError as error:
             return f"accepted, then {error.message.splitlines()[0]}", ""
         finally:

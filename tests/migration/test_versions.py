@@ -111,7 +111,9 @@ class Versions(QemuTest):
                 raise ContractError(f"{older.version_text} refuses the machine:\n{refusal}")
         self.measure("pairs", pairs)
         if not pairs:
-            raise CapabilityError("there is no other QEMU", hint="-p other_qemu=debian:trixie")
+            raise CapabilityError(
+                "this machine has no other QEMU", hint="-p other_qemu=debian:trixie"
+            )
 
     def test_oldest_machine_type(self) -> None:
         """The oldest machine type that supports NVDIMMs migrates them as the newest one does."""
