@@ -32,6 +32,8 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "store_log.h"
+
 #define EXPORT __attribute__((visibility("default")))
 #define ARRAY_SIZE(array) (sizeof(array) / sizeof((array)[0]))
 
@@ -226,12 +228,19 @@ EXPORT void *mmap(void *address, size_t length, int prot, int flags, int fd, off
 	if (map != MAP_FAILED) {
 		forget((uintptr_t)map, end_of(map, length));
 		if (file) {
+			log_file((uint32_t)(file - page->file), fd);
 			remember((uintptr_t)map, end_of(map, length), file, (uint64_t)offset);
 			add(&file->mapped, 1);
 		}
 	}
 	pthread_mutex_unlock(&ranges_lock);
 	return map;
+}
+
+/* A mapping for the log, which is not recorded. */
+void *map_unseen(int fd, size_t size, int prot, int flags)
+{
+	return REAL(mmap)(NULL, size, prot, flags, fd, 0);
 }
 
 _Static_assert(sizeof(off_t) == sizeof(off64_t), "mmap and mmap64 are one");
@@ -400,6 +409,7 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 	store(&record->state, call->state);
 	count_begun(&file->counts[operation]);
 	count_begun(&file->counts[OPERATIONS]);
+	log_begin(number, record->file);
 
 	/* Poll, because sync_shim.py only writes memory, and does not wake us. */
 	while (plan.injected & HUNG && load(&file->released) < plan.hang_epoch)
@@ -422,6 +432,7 @@ static int leave(const struct call *call, int result)
 		record->result = (uint32_t)error;
 		swap_if(&record->state, &state, state | 1);
 	}
+	log_end((call->state >> 1) - 1, (uint32_t)(call->file - page->file), (uint32_t)error);
 	count_ended(&call->file->counts[call->operation], error);
 	count_ended(&call->file->counts[OPERATIONS], error);
 	if (error)
@@ -500,6 +511,20 @@ static int parse_fd(const char *text)
 	return fd;
 }
 
+/* A descriptor that we inherit, or the path of one of the process that started us; -1: not set. */
+static int take_fd(const char *name)
+{
+	const char *text = getenv(name);
+	int fd;
+
+	if (!text)
+		return -1;
+	fd = *text == '/' ? open(text, O_RDWR | O_CLOEXEC) : parse_fd(text);
+	/* For QEMU only, not for programs that it starts. */
+	unsetenv(name);
+	return fd;
+}
+
 static struct page *map_page(int fd)
 {
 	struct stat info;
@@ -520,14 +545,10 @@ static struct page *map_page(int fd)
 
 __attribute__((constructor)) static void load_shim(void)
 {
-	const char *text = getenv("PAPRSCM_SHIM");
-	int fd;
+	int fd = take_fd("PAPRSCM_SHIM"), log = take_fd("PAPRSCM_STORE_LOG");
 
-	if (!text)
+	if (fd < 0)
 		return;
-	fd = *text == '/' ? open(text, O_RDWR | O_CLOEXEC) : parse_fd(text);
-	/* For QEMU only, not for programs that it starts. */
-	unsetenv("PAPRSCM_SHIM");
 	unsetenv("LD_PRELOAD");
 	real.fdatasync = dlsym(RTLD_NEXT, "fdatasync");
 	real.fsync = dlsym(RTLD_NEXT, "fsync");
@@ -539,5 +560,7 @@ __attribute__((constructor)) static void load_shim(void)
 	if (!page)
 		return;
 	close(fd);
+	if (log >= 0)
+		log_to(log);
 	store(&page->loaded, getpid());
 }

@@ -197,11 +197,16 @@ class QemuTest(Test):
         """Backing files for DIMMs that several guests use, one after the other."""
         return self.leave.enter_context(BackingFiles(self.settings.scratch_dir, nvdimms))
 
-    def shim(self, qemu: Qemu | None = None) -> Shim:
-        """A flush shim for one QEMU of this test; CANCEL if QEMU cannot load it."""
+    def shim(self, qemu: Qemu | None = None, *, log: Path | None = None) -> Shim:
+        """A flush shim for one QEMU of this test; CANCEL if QEMU cannot load it.
+
+        Args:
+            qemu: the QEMU; None: the one under test.
+            log: as for Shim.
+        """
         before = sanitizers((qemu or self.qemu).path)
         library = build(Cache(self.settings.cache_dir))
-        return self.leave.enter_context(Shim(library, before=before))
+        return self.leave.enter_context(Shim(library, before=before, log=log))
 
     def check(self, what: str, found: object, expected: object, *, detail: str = "") -> bool:
         """Compare and continue: the end of the test reports all differences together (FAIL).

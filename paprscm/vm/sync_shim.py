@@ -35,7 +35,8 @@ from paprscm.vm.shim_layout import (
     describe,
 )
 
-_SOURCE = HOST_TOOLS / "flush_shim.c"
+_SOURCES = (HOST_TOOLS / "flush_shim.c", HOST_TOOLS / "store_log.c")
+_HEADERS = (HOST_TOOLS / "store_log.h",)
 _FLAGS = "-std=gnu11 -O2 -Wall -Wextra -Werror -shared -fPIC -fvisibility=hidden -pthread"
 # Time limit for the library to fill in a record that it has claimed, s; takes < 1 µs of CPU time.
 _FILL_LIMIT_S = 0.1
@@ -57,10 +58,13 @@ def build(cache: Cache) -> Path:
     return compile_c(
         cache,
         "flush-shim",
-        [_SOURCE],
+        _SOURCES,
         compiler="cc",
         flags=_FLAGS,
-        headers={"flush_shim_layout.inc": layout},
+        headers={
+            "flush_shim_layout.inc": layout,
+            **{header.name: header.read_text() for header in _HEADERS},
+        },
     )
 
 
@@ -119,9 +123,18 @@ class Shim:
         library: the path that build() returned.
         before: capabilities.sanitizers() of the QEMU.
         seed: seed of the random delays, which makes them repeatable.
+        log: a file to which the contents of all watched files are logged (host_tools/store_log.h);
+            None: no log.
     """
 
-    def __init__(self, library: Path, *, before: Sequence[str] = (), seed: int = 0) -> None:
+    def __init__(
+        self,
+        library: Path,
+        *,
+        before: Sequence[str] = (),
+        seed: int = 0,
+        log: Path | None = None,
+    ) -> None:
         self._library = library
         # LD_PRELOAD cannot contain every path (ld.so(8): " :$"), and a library on a noexec mount
         # cannot be loaded.
@@ -135,6 +148,10 @@ class Shim:
         self._page.magic, self._page.layout, self._page.seed = MAGIC, describe()[1], seed
         self._files: list[WatchedFile] = []
         self._handles = [self._handle, self._copy]
+        self._log: int | None = None
+        if log is not None:
+            self._log = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            self._handles.append(self._log)
 
     def __enter__(self) -> Self:
         return self
@@ -152,13 +169,16 @@ class Shim:
             inherits: QEMU inherits pass_fds.
         """
         env = shutil.which("env") or "/usr/bin/env"
-        page = str(self._handle) if inherits else f"/proc/{os.getpid()}/fd/{self._handle}"
-        return env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={page}"
+        place = "" if inherits else f"/proc/{os.getpid()}/fd/"
+        words = [env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={place}{self._handle}"]
+        if self._log is not None:
+            words.append(f"PAPRSCM_STORE_LOG={place}{self._log}")
+        return tuple(words)
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
         """Descriptors that QEMU must inherit under the same numbers."""
-        return (self._handle,)
+        return (self._handle,) if self._log is None else (self._handle, self._log)
 
     @property
     def loaded(self) -> int | None:

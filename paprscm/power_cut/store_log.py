@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Contents of backing files at the begin of each sync, logged by the flush shim."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Final
+
+from paprscm.errors import HostError
+
+PAGE: Final = 4096
+"""Unit of the log, bytes: the smallest page of a host."""
+ZEROS: Final = bytes(PAGE)
+_ENTRY: Final = struct.Struct("<IIQII")
+_PAGE: Final = struct.Struct(f"<II{PAGE}s")
+
+
+class Kind(IntEnum):
+    """Kind of an entry; the values are those of store_log.h."""
+
+    BEGIN = 1
+    END = 2
+
+
+@dataclass(frozen=True)
+class Sync:
+    """A sync in the log.
+
+    Attributes:
+        number: its number, as of the shim's records.
+        file: number of its file, in the order in which the files were watched.
+        point: number of the point at which it began.
+        ended: number of the first point after its end; None: it did not end.
+        error: its errno, 0 for success.
+    """
+
+    number: int
+    file: int
+    point: int
+    ended: int | None = None
+    error: int = 0
+
+
+@dataclass(frozen=True)
+class StoreLog:
+    """The content of the files at each point: the begin of a sync, or the end of the log.
+
+    Attributes:
+        pages: for each point, the contents that have changed since the point before, by file and
+            number of the page.
+        syncs: the syncs, in the order in which they began.
+    """
+
+    pages: Sequence[Mapping[tuple[int, int], bytes]]
+    syncs: Sequence[Sync]
+
+    @property
+    def last(self) -> int:
+        """Number of the last point."""
+        return len(self.pages) - 1
+
+    @property
+    def histories(self) -> dict[tuple[int, int], list[tuple[int, bytes]]]:
+        """For each page by file and number: the points at which it changed, and its content."""
+        histories: dict[tuple[int, int], list[tuple[int, bytes]]] = {}
+        for point, changed in enumerate(self.pages):
+            for where, content in changed.items():
+                histories.setdefault(where, []).append((point, content))
+        return histories
+
+
+def read_log(path: Path, files: Sequence[Path]) -> StoreLog:
+    """Read the log of a QEMU that is stopped or has ended; its last point is now.
+
+    Args:
+        path: the log.
+        files: the watched files, in the order in which they were watched.
+
+    Raises:
+        HostError: the log is not complete.
+    """
+    pages: list[dict[tuple[int, int], bytes]] = []
+    syncs: dict[int, Sync] = {}
+    now: dict[tuple[int, int], bytes] = {}
+    data = memoryview(path.read_bytes())
+
+    def unpack(at: int) -> tuple[int, int, bytes]:
+        file, page, content = _PAGE.unpack_from(data, at)
+        return file, page, content
+
+    at = 0
+    while at < len(data):
+        try:
+            kind, count, number, file, result = _ENTRY.unpack_from(data, at)
+            at += _ENTRY.size
+            heads = range(at, at + count * _PAGE.size, _PAGE.size)
+            changed = {(one, page): content for one, page, content in map(unpack, heads)}
+        except struct.error as error:
+            raise HostError(f"the log of stores {path} ends within an entry") from error
+        at += count * _PAGE.size
+        if kind == Kind.BEGIN:
+            syncs[number] = Sync(number, file, len(pages))
+            pages.append(changed)
+            now |= changed
+        elif kind == Kind.END:
+            syncs[number] = Sync(number, file, syncs[number].point, len(pages), result)
+        else:
+            raise HostError(f"the log of stores {path} has an entry of the unknown kind {kind}")
+    pages.append(dict(_changes(files, now)))
+    return StoreLog(pages, tuple(syncs.values()))
+
+
+def _changes(
+    files: Sequence[Path], known: Mapping[tuple[int, int], bytes]
+) -> Iterator[tuple[tuple[int, int], bytes]]:
+    """Pages of the files that differ from the log."""
+    for number, path in enumerate(files):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            there = set(data_pages(handle))
+            there |= {page for file, page in known if file == number}
+            for page in sorted(there):
+                content = os.pread(handle, PAGE, page * PAGE)
+                if content != known.get((number, page), ZEROS):
+                    yield (number, page), content
+        finally:
+            os.close(handle)
+
+
+def data_pages(handle: int) -> Iterator[int]:
+    """Numbers of the pages of a sparse file that are not in a hole."""
+    size = os.fstat(handle).st_size
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(handle, at, os.SEEK_DATA)
+        except OSError:
+            # ENXIO: only a hole follows.
+            return
+        at = os.lseek(handle, start, os.SEEK_HOLE)
+        yield from range(start // PAGE, -(-at // PAGE))
