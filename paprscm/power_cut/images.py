@@ -124,8 +124,8 @@ class Image:
 def images(cut: Cut, dice: random.Random, *, limit: int, torn: bool = False) -> Iterator[Image]:
     """Different legal images: all of them if there are at most `limit`, else a choice.
 
-    The choice has the oldest and the newest image, those with one page newer or older than all
-    others, and random ones, half of them with few pages that differ from the oldest image.
+    The choice begins with the oldest image. The others are random: the newest one, those with one
+    page newer or older than all others, and mixtures with few, half or most pages chosen freely.
 
     Args:
         cut: the cut.
@@ -151,24 +151,28 @@ def _all(cut: Cut) -> Iterator[Image]:
 
 
 def _some(cut: Cut, dice: random.Random, *, torn: bool) -> Iterator[Image]:
+    """The oldest image, which shows most losses, and then random ones without end."""
     oldest = {place: contents[0] for place, contents in cut.versions.items()}
     newest = {place: contents[-1] for place, contents in cut.versions.items()}
-    yield Image("oldest", oldest)
-    yield Image("newest", newest)
     free = cut.free
-    if not free:
-        return
-    for place in dice.sample(free, len(free)):
-        yield Image(f"only {place} newer", {**oldest, place: newest[place]})
-        yield Image(f"only {place} older", {**newest, place: oldest[place]})
-    for number in itertools.count():
-        share = dice.choice((0.1, 0.5, 0.5, 0.9))
-        pages = dict(oldest)
-        for place in free:
-            if dice.random() < share:
-                contents = cut.versions[place]
-                pages[place] = _tear(contents, dice) if torn else dice.choice(contents)
-        yield Image(f"random {number}", pages)
+    yield Image("oldest", oldest)
+    for number in itertools.count() if free else ():
+        place, kind = dice.choice(free), dice.random()
+        if kind < 0.1:
+            yield Image("newest", newest)
+        elif kind < 0.3:
+            yield Image(f"only {place} newer", {**oldest, place: newest[place]})
+        elif kind < 0.5:
+            yield Image(f"only {place} older", {**newest, place: oldest[place]})
+        else:
+            share = dice.choice((0.1, 0.5, 0.9))
+            chosen = [place for place in free if dice.random() < share]
+            contents = {place: cut.versions[place] for place in chosen}
+            pages = {
+                place: _tear(legal, dice) if torn else dice.choice(legal)
+                for place, legal in contents.items()
+            }
+            yield Image(f"random {number}", {**oldest, **pages})
 
 
 def _tear(contents: Sequence[bytes], dice: random.Random) -> bytes:
