@@ -17,17 +17,26 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import log, settings
+from paprscm import known_issues, log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree
-from paprscm.commands import bench, bench_flushes, bench_suite, doctor, manual, shell
+from paprscm.commands import (
+    bench,
+    bench_flushes,
+    bench_suite,
+    doctor,
+    manual,
+    reproduce,
+    shell,
+)
 from paprscm.commands.dimm_syntax import parse_nvdimm
 from paprscm.device import bare_metal, hcall_judge
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host import transfer
 from paprscm.host.cache import Cache
+from paprscm.known_issues import PRODUCTS, read_issue
 from paprscm.paths import SUITE_VARIABLE, TESTS
 from paprscm.settings import Settings
 from paprscm.vm import sync_shim
@@ -120,6 +129,12 @@ def parser() -> argparse.ArgumentParser:
     branches.add_argument(
         "results", nargs="?", type=Path, default=latest, help=f"{latest}, or another"
     )
+
+    text = "Run the reproduction of known issues; status 0: gone, 1: shown, 2: could not tell."
+    again = add("reproduce", _reproduce, text)
+    again.add_argument("issues", nargs="*", metavar="ISSUE", help="files of known_issues/")
+    text = "all known issues, or those of one product"
+    again.add_argument("--all", nargs="?", const="", choices=("", *PRODUCTS), help=text)
 
     kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
     kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -285,6 +300,21 @@ def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen
     Console().print(hcall_judge.branch_table(hcall_judge.read_branches(arguments.results)))
     return 0
+
+
+def _reproduce(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen  # Loading has checked them; an issue may have settings of its own.
+    values = {name: getattr(arguments, name) for name in settings.names()}
+    given = {name: value for name, value in values.items() if value is not None}
+    issues = [read_issue(name) for name in arguments.issues]
+    if arguments.all is not None:
+        every = map(read_issue, known_issues.names())
+        issues += [issue for issue in every if arguments.all in ("", issue.product)]
+    if not issues:
+        raise ConfigError("no known issue is named", hint="known_issues/README.md lists them")
+    if len(issues) == 1:
+        return reproduce.reproduce_one(given, issues[0])
+    return reproduce.reproduce_many(given, issues)
 
 
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
