@@ -158,6 +158,7 @@ def _plain_bug(issue: KnownIssue) -> str:
     facts = [
         f"Version: {_versions(issue)}",
         f"Location: {issue.location}",
+        f"Effect: {_effect(issue)}",
         f"## Steps to reproduce\n\n{_steps(issue)}",
         f"## Fix\n\n{issue.section('Fix')}",
     ]
