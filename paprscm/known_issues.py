@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Known issues: one file each, with the versions that introduced and fixed the bug."""
+"""Known issues: one file each, with versions, severity, tests, and a reproduction."""
 
 from __future__ import annotations
 
+import difflib
 import enum
 import re
 from collections.abc import Iterable, Mapping
@@ -21,9 +22,39 @@ FOLDER = KNOWN_ISSUES
 RECORD_PREFIX = "known issue "
 """Prefix of the measurements of QemuTest.known_issue(); the issue's name follows."""
 
+SEVERITIES = {
+    "silent data loss": "data are lost, damaged or not durable, and nothing reports it",
+    "harm to the host": "a guest uses resources of its host without limit",
+    "loss of service": "a crash or a hang; a machine or a DIMM that is unusable",
+    "wrong result": "a wrong value, state or message, or a missing report",
+    "slow": "the right result, too late",
+}
+"""Severities, the worst one first, with their meanings."""
+
+TRIGGERS = {
+    "guest kernel": "code in the guest that makes hypervisor calls",
+    "guest root": "root in the guest",
+    "guest user": "a program in the guest that may use the disk, the file or the DAX device",
+    "host user": "the user of QEMU's command line or monitor",
+    "host failure": "an I/O error, a full or a slow disk of the host",
+    "migration": "a migration or a snapshot that is restored",
+    "test runner": "a run of Avocado",
+}
+"""Who or what triggers an issue, with their meanings."""
+
+SCRIPTS = ("host.sh", "guest.sh")
+"""Reproductions in the folder of an issue: on the host, or in a guest."""
+
+SHARED = ("lib.sh", "bare.h")
+"""Files in the folder of known issues that several reproductions use."""
+
 _RELEASE = 1000
 _LAST_MINOR = {"Linux": 19, "QEMU": 2}
 _HINT = "see known_issues/README.md for the format"
+_FIELD = re.compile(r"^- \*\*([A-Z][a-z ]+):\*\* (.+(?:\n  .+)*)$", re.MULTILINE)
+_TEST = re.compile(r"`((?:tests|selftests)/\S+\.py:\S+)`")
+_SOURCE = re.compile(r"`([\w./-]+\.(?:c|h|S|py))(?::\w+)?`")
+_SETTING = re.compile(r"[a-z_]+=\S+")
 _LISTED = re.compile(r"(\d+)\.(\d+)(?:\.([1-9]\d*)|-rc(\d+))?")
 _VERSION = re.compile(r"v?(\d+)\.(\d+)(?:\.(\d+))?(?:-rc(\d+))?(.*)")
 _DEVELOPMENT = re.compile(r"(-g[0-9a-f]{6,}|\+|-dirty)$")
@@ -53,23 +84,84 @@ class IssueState(enum.Enum):
     FIXED = "fixed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class KnownIssue:
     """A bug of a product under test.
 
     Attributes:
         name: its file's name without the suffix.
         title: its first line.
+        location: source files, and functions or structures in them, as Markdown.
+        severity: one of SEVERITIES.
+        trigger: one of TRIGGERS.
         product: one of PRODUCTS.
         since: versions that introduced it.
         fixed_in: versions that fixed it; empty if no fix is known.
+        seen_in: versions in which it was seen, in words.
+        reported: where it was reported, in words.
+        shown_by: tests that show it, "tests/FOLDER/FILE.py:Class.test"; or words, if no test does.
+        machine: the DIMMs of a guest that shows it, each as for `paprscm shell --nvdimm`.
+        settings: settings of the suite that its reproduction needs, by name.
+        text: the description: all that follows the fields.
+        folder: the folder of its reproduction and its fix, which may not exist.
     """
 
     name: str
     title: str
+    location: str
+    severity: str
+    trigger: str
     product: str
     since: tuple[VersionNumber, ...]
     fixed_in: tuple[VersionNumber, ...]
+    seen_in: str
+    reported: str
+    shown_by: str
+    machine: tuple[str, ...]
+    settings: Mapping[str, str]
+    text: str
+    folder: Path
+
+    @property
+    def script(self) -> Path | None:
+        """Its reproduction, host.sh or guest.sh; None if only a test shows it."""
+        return next(filter(Path.is_file, (self.folder / name for name in SCRIPTS)), None)
+
+    @property
+    def patch(self) -> Path | None:
+        """The fix, for the newest version of the product; None if there is none."""
+        file = self.folder / "fix.patch"
+        return file if file.is_file() else None
+
+    @property
+    def attachments(self) -> list[Path]:
+        """Files of the reproduction; empty if the issue has none of its own."""
+        if not self.folder.is_dir():
+            return []
+        own = sorted(file for file in self.folder.iterdir() if file.suffix != ".patch")
+        texts = [file.read_text() for file in own]
+        shared = [name for name in SHARED if any(f"../{name}" in text for text in texts)]
+        return [*(self.folder.parent / name for name in shared), *own]
+
+    @property
+    def tests(self) -> list[str]:
+        """Tests that show the issue: "tests/FOLDER/FILE.py:Class.test"."""
+        return _TEST.findall(self.shown_by)
+
+    @property
+    def files(self) -> list[str]:
+        """Source files of the product that have the bug, relative to its tree."""
+        return _SOURCE.findall(self.location)
+
+    def section(self, heading: str) -> str:
+        """Text of a section of the description, without its heading; empty if it is missing."""
+        parts = re.split(r"^## (.+)\n", self.text, flags=re.MULTILINE)
+        return dict(zip(parts[1::2], parts[2::2], strict=True)).get(heading, "").strip("\n")
+
+    @property
+    def description(self) -> str:
+        """The text before the first section."""
+        return self.text.partition("\n## ")[0].strip()
 
     def state(self, version: str) -> IssueState:
         """State of the bug in a version of the product.
@@ -162,6 +254,11 @@ def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
     )
 
 
+def names(*, folder: Path = FOLDER) -> list[str]:
+    """Names of all known issues."""
+    return sorted(file.stem for file in folder.glob("*-*.md"))
+
+
 def read_issue(name: str, *, folder: Path = FOLDER) -> KnownIssue:
     """Read the file of one known issue.
 
@@ -169,32 +266,90 @@ def read_issue(name: str, *, folder: Path = FOLDER) -> KnownIssue:
         name: the file's name without ".md".
 
     Raises:
-        ConfigError: the file does not exist, or its lines "- **Since:** Linux 5.3" and
-            "- **Fixed in:** 6.12.112, 7.1" (or "none") cannot be parsed.
+        ConfigError: the file does not exist, or its fields are not those of README.md.
     """
     file = folder / f"{name}.md"
     try:
         text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"known issue {file}: {error.strerror}") from error
-    product, _, brought = _line(file, text, "Since").partition(" ")
+        close = difflib.get_close_matches(name, names(folder=folder), 1)
+        raise ConfigError(
+            f"known issue {file}: {error.strerror}", hint=f"{close[0]}?" if close else None
+        ) from error
+    heading, _, rest = text.partition("\n\n")
+    head, _, body = rest.partition("\n\n")
+    fields = _Fields(file, head)
+    product, _, brought = fields.take("Since").partition(" ")
     if product not in PRODUCTS:
         raise ConfigError(f"{file}: 'Since' names none of {', '.join(PRODUCTS)}", hint=_HINT)
-    fixed = _line(file, text, "Fixed in")
+    fixed = fields.take("Fixed in")
     since = _numbers(file, brought)
     fixed_in = () if fixed == "none" else _numbers(file, fixed)
     for number in fixed_in:
         if not reached(since, number) or number in since:
             raise ConfigError(f"{file}: fixed in {number}, which does not come after 'Since'")
-    title = text.splitlines()[0].removeprefix("# ")
-    return KnownIssue(name, title, product, since, fixed_in)
+    issue = KnownIssue(
+        name=name,
+        title=heading.removeprefix("# "),
+        location=fields.take("Location").removeprefix(f"{product} "),
+        severity=fields.take("Severity", SEVERITIES),
+        trigger=fields.take("Triggered by", TRIGGERS),
+        product=product,
+        since=since,
+        fixed_in=fixed_in,
+        seen_in=fields.take("Seen in"),
+        reported=fields.take("Reported"),
+        shown_by=fields.take("Shown by"),
+        machine=tuple(re.findall(r"`([^`]+)`", fields.take("Machine", optional=True))),
+        settings=_settings(file, fields.take("Settings", optional=True)),
+        text=body,
+        folder=folder / name,
+    )
+    fields.expect_empty()
+    return issue
 
 
-def _line(file: Path, text: str, name: str) -> str:
-    lines = re.findall(rf"^- \*\*{name}:\*\* (.+)$", text, re.MULTILINE)
-    if len(lines) != 1:
-        raise ConfigError(f"{file} has {len(lines)} lines '- **{name}:** …', not one", hint=_HINT)
-    return str(lines[0])
+class _Fields:
+    """The list of fields below a title, "- **Name:** value"; a line may continue, indented."""
+
+    def __init__(self, file: Path, head: str) -> None:
+        self._file = file
+        if _FIELD.sub("", head).strip():
+            raise ConfigError(f"{file} has text between its fields", hint=_HINT)
+        self._values: dict[str, str] = {}
+        for name, value in _FIELD.findall(head):
+            if name in self._values:
+                raise ConfigError(f"{file} has the field '{name}' twice", hint=_HINT)
+            self._values[name] = " ".join(value.split())
+
+    def take(self, name: str, allowed: Iterable[str] = (), *, optional: bool = False) -> str:
+        """Remove a field and return its value, one of `allowed` if any are given."""
+        value = self._values.pop(name, None)
+        if value is None:
+            if optional:
+                return ""
+            raise ConfigError(f"{self._file} has no field '- **{name}:** …'", hint=_HINT)
+        if allowed and value not in allowed:
+            raise ConfigError(
+                f"{self._file}: {name} is '{value}', not one of {', '.join(allowed)}", hint=_HINT
+            )
+        return value
+
+    def expect_empty(self) -> None:
+        """Refuse fields that nobody has taken, such as a misspelled one."""
+        if self._values:
+            raise ConfigError(
+                f"{self._file} has unknown fields: {', '.join(self._values)}", hint=_HINT
+            )
+
+
+def _settings(file: Path, text: str) -> dict[str, str]:
+    """Parse "`kernel=debug`, `page_size=4k`"."""
+    words = re.findall(r"`([^`]+)`", text)
+    for word in words:
+        if not _SETTING.fullmatch(word):
+            raise ConfigError(f"{file}: setting '{word}' is not NAME=VALUE", hint=_HINT)
+    return dict(word.split("=", 1) for word in words)
 
 
 def _numbers(file: Path, text: str) -> tuple[VersionNumber, ...]:

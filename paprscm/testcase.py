@@ -295,7 +295,8 @@ class QemuTest(Test):
                 f"known issue {issue} no longer shows on {version}: if it is fixed there, update "
                 f"'Fixed in' of {file}"
             )
-        self.measure(RECORD_PREFIX + issue, {"version": version, "shows": shows, "update": update})
+        verdict = {"version": version, "shows": shows, "found": found, "update": update}
+        self.measure(RECORD_PREFIX + issue, verdict)
         self.log.info("known issue %s %s: %s", issue, "shows" if shows else "does not show", found)
         if not shows:
             return

@@ -17,17 +17,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from paprscm import log, settings
+from paprscm import known_issues, log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree
-from paprscm.commands import bench, bench_flushes, bench_suite, doctor, manual, shell
+from paprscm.commands import (
+    bench,
+    bench_flushes,
+    bench_suite,
+    doctor,
+    issue_report,
+    manual,
+    reproduce,
+    shell,
+)
 from paprscm.commands.dimm_syntax import parse_nvdimm
 from paprscm.device import bare_metal, hcall_judge
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host import transfer
 from paprscm.host.cache import Cache
+from paprscm.known_issues import PRODUCTS, read_issue
 from paprscm.paths import SUITE_VARIABLE, TESTS
 from paprscm.settings import Settings
 from paprscm.vm import sync_shim
@@ -121,11 +131,25 @@ def parser() -> argparse.ArgumentParser:
         "results", nargs="?", type=Path, default=latest, help=f"{latest}, or another"
     )
 
+    text = "Run the reproduction of known issues; status 0: gone, 1: shown, 2: could not tell."
+    again = add("reproduce", _reproduce, text)
+    again.add_argument("issues", nargs="*", metavar="ISSUE", help="files of known_issues/")
+    text = "all known issues, or those of one product"
+    again.add_argument("--all", nargs="?", const="", choices=("", *PRODUCTS), help=text)
+
+    text = "Print a known issue as a report to its project; nothing is sent."
+    report = add("report-issue", _report_issue, text)
+    report.add_argument("issue", metavar="ISSUE", help="a file of known_issues/")
+    text = "source of the product, a tree or a tar archive: its MAINTAINERS names the receivers"
+    manual.takes_files(report.add_argument("--source", type=Path, help=text))
+
     kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
     kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
     build = kernels.add_parser("build", help="Build a vmlinux.", parents=[common])
     build.add_argument("--source", type=Path, help="a kernel tree; default: Debian's source")
     build.add_argument("--config", type=Path, help="that tree's .config; default: the suite's own")
+    text = "apply this patch to Debian's source; may be repeated"
+    manual.takes_files(build.add_argument("--patch", type=Path, action="append", help=text))
     build.set_defaults(verb=_kernel_build)
 
     cache = verbs.add_parser("cache", help="Manage the cache of built and fetched artifacts.")
@@ -287,12 +311,43 @@ def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     return 0
 
 
+def _reproduce(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen  # Loading has checked them; an issue may have settings of its own.
+    values = {name: getattr(arguments, name) for name in settings.names()}
+    given = {name: value for name, value in values.items() if value is not None}
+    issues = [read_issue(name) for name in arguments.issues]
+    if arguments.all is not None:
+        every = map(read_issue, known_issues.names())
+        issues += [issue for issue in every if arguments.all in ("", issue.product)]
+    if not issues:
+        raise ConfigError("no known issue is named", hint="known_issues/README.md lists them")
+    if len(issues) == 1:
+        return reproduce.reproduce_one(given, issues[0])
+    return reproduce.reproduce_many(given, issues)
+
+
+def _report_issue(arguments: argparse.Namespace, chosen: Settings) -> int:
+    issue = read_issue(arguments.issue)
+    source = arguments.source
+    if source is None and issue.product == "Linux":
+        entry = kernel_source.find_source(Cache(chosen.cache_dir), chosen)
+        source = entry / kernel_source.ARCHIVE if entry else None
+    print(issue_report.render(issue, issue_report.read_maintainers(issue, source)), end="")
+    return 0
+
+
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
     archive = Archive.of(chosen)
     if arguments.source is None:
         if arguments.config is not None:
             raise ConfigError("--config without --source", hint="give its source tree, too")
-        built = build_default(archive, chosen)
+        built = build_default(archive, chosen, patches=arguments.patch or ())
+    elif arguments.patch:
+        patch = arguments.patch[0]
+        raise ConfigError(
+            "--patch with --source: the tree is yours",
+            hint=f"git -C {arguments.source} apply {patch}",
+        )
     else:
         built = build_tree(
             archive.cache,

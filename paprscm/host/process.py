@@ -328,10 +328,11 @@ def run_in_background(task: Callable[[Callable[[], None]], T]) -> Iterator[Backg
 
 @dataclass(frozen=True)
 class Completed:
-    """Output of a tool (lines of both streams) and its duration, s."""
+    """Output of a tool (lines of both streams), its duration, s, and its exit status."""
 
     lines: tuple[str, ...]
     duration_s: float
+    status: int
 
     @property
     def text(self) -> str:
@@ -350,6 +351,7 @@ def run(
     idle_s: float | None = None,
     on_idle: Callable[[], None] | None = None,
     keep_lines: int = 2000,
+    check: bool = True,
 ) -> Completed:
     """Run a tool to its end; it cannot outlive us, nor can its descendants.
 
@@ -362,6 +364,7 @@ def run(
         on_line: called with each line of its output, stdout and stderr together.
         idle_s, on_idle: call `on_idle` at least every `idle_s` seconds while it runs.
         keep_lines: maximum number of last lines in the result.
+        check: an exit status other than 0 is an error.
 
     Raises:
         HostError: it cannot be started, fails or times out; with the last lines of its output.
@@ -400,9 +403,10 @@ def run(
             if not chunk:
                 break
         status = process.wait()
-    if status:
+    assert status is not None  # noqa: S101 - without a limit, wait() returns at the end
+    if status and check:
         raise _failure(argv, describe_status(status), lines, log_file)
-    return Completed(tuple(lines), time.monotonic() - started)
+    return Completed(tuple(lines), time.monotonic() - started, status)
 
 
 def _failure(

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+# shellcheck shell=sh
+#
+# Functions of the reproductions, for a POSIX shell: . "$(dirname "$0")/../lib.sh"
+#
+# A reproduction calls `expected TEXT` once, and ends with `shown TEXT`, `gone TEXT` or
+# `unknown TEXT`: exit status 1, 0 or 2. An exit by mistake lacks the line "found: …".
+
+here=$(cd "$(dirname "$0")" && pwd)
+qemu=${QEMU:-qemu-system-ppc64}
+dimms=
+
+expected() {
+	echo "expected: $*"
+}
+
+gone() {
+	echo "found: $*"
+	exit 0
+}
+
+shown() {
+	echo "found: $*"
+	exit 1
+}
+
+unknown() {
+	echo "found: $*"
+	exit 2
+}
+
+# need COMMAND…: the reproduction cannot tell without them.
+need() {
+	for command; do
+		command -v "$command" > /dev/null || unknown "$command is not installed"
+	done
+}
+
+# On the host.
+
+# dimm N [BACKEND-OPTION…]: add a DIMM of 256 MiB with a label area of 128 KiB; its file is dimmN.
+dimm() {
+	number=$1
+	shift
+	[ -e "dimm$number" ] || truncate -s 262272K "dimm$number" || unknown "no file dimm$number"
+	backend=memory-backend-file,id=mem$number,mem-path=dimm$number,size=262272K,share=on
+	for option; do
+		backend=$backend,$option
+	done
+	device=spapr-nvdimm,id=nv$number,memdev=mem$number,slot=$number,label-size=128K
+	device=$device,uuid=11111111-0000-0000-0000-00000000000$number
+	dimms="$dimms -object $backend -device $device"
+}
+
+# machine [OPTION…]: start a pseries machine with the DIMMs; its status is $?.
+machine() {
+	# shellcheck disable=SC2086 # $dimms is a list of words
+	timeout 60 "$qemu" -machine pseries,x-vof=on,nvdimm=on -accel tcg \
+		-m 512M,slots=8,maxmem=8G -nodefaults -display none -no-reboot $dimms "$@"
+}
+
+# compile PROGRAM: compile PROGRAM.c, which includes bare.h, to ./PROGRAM.
+compile() {
+	cc=${CC:-powerpc64le-linux-gnu-gcc}
+	need "$cc"
+	"$cc" -mbig-endian -mabi=elfv2 -mcpu=power8 -msoft-float -mno-altivec -mno-vsx -O1 -Wall \
+		-ffreestanding -fno-asynchronous-unwind-tables -nostdlib -static \
+		-Wl,-Ttext=0,--build-id=none -o "$1" "$here/$1.c" || unknown "$1.c does not compile"
+}
+
+# bare PROGRAM [OPTION…]: run PROGRAM.c in a machine with the DIMMs. Its output is in the file `out`,
+# that of QEMU in `err`, and QEMU's exit status, 128 + n for signal n, in $status.
+bare() {
+	program=$1
+	shift
+	compile "$program"
+	machine -serial stdio -kernel "$program" "$@" > out 2> err
+	status=$?
+	# VOF prints carriage returns.
+	tr -d '\r' < out > text && mv text out
+	cat out
+	grep -v "TCG doesn't support requested feature" err
+	[ "$status" -ne 124 ] || unknown "QEMU did not exit within 60 s"
+	[ "$status" -ne 1 ] || unknown "QEMU does not start: $(tail -n 1 err)"
+}
