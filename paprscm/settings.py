@@ -140,6 +140,18 @@ def meaning(name: str) -> str:
     raise KeyError(name)
 
 
+def changed(chosen: Settings) -> dict[str, str]:
+    """The settings that differ from their defaults, as texts that load() accepts."""
+    usual = Settings()
+    values = {name: getattr(chosen, name) for name in names()}
+    texts = {True: "yes", False: "no", None: ""}
+    return {
+        name: texts[value] if isinstance(value, bool | None) else str(value)
+        for name, value in values.items()
+        if value != getattr(usual, name)
+    }
+
+
 def load(
     overrides: Mapping[str, str | None] | None = None, *, config: Path = Path("avocado.cfg")
 ) -> Settings:
