@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Generate docs/rooms.svg and docs/contracts.md.
+"""Generate docs/rooms.svg, docs/contracts.md and paprscm/results/record.schema.json.
 
 .venv/bin/python tools/docs.py            # write them
 .venv/bin/python tools/docs.py --check    # status 1 if one is not up to date
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import html
+import json
 import re
 import sys
 import textwrap
@@ -17,8 +18,9 @@ import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
+from paprscm.results.record import schema
+
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = ROOT / "docs"
 ISSUES = {file.stem for file in (ROOT / "known_issues").glob("*-*.md")}
 Function = ast.FunctionDef
 
@@ -160,11 +162,15 @@ class Module:
 def main(words: list[str]) -> None:
     """Write the files; with --check, print the outdated ones and exit with status 1."""
     old = []
-    for name, text in (("rooms.svg", rooms_svg()), ("contracts.md", contracts_md())):
-        file = DOCS / name
+    for name, text in (
+        ("docs/rooms.svg", rooms_svg()),
+        ("docs/contracts.md", contracts_md()),
+        ("paprscm/results/record.schema.json", json.dumps(schema(), indent=1) + "\n"),
+    ):
+        file = ROOT / name
         if file.is_file() and file.read_text() == text:
             continue
-        old.append(f"docs/{name}")
+        old.append(name)
         if words != ["--check"]:
             file.write_text(text)
     if words == ["--check"] and old:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import mmap
 import re
 import struct
@@ -18,6 +19,7 @@ from typing import IO, cast
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
+from elftools.elf.segments import NoteSegment
 
 from paprscm.errors import CapabilityError, ConfigError
 
@@ -296,7 +298,8 @@ def _machine(name: str | int) -> str:
 
 
 def _build_id(elf: ELFFile) -> str | None:
-    notes = (note for segment in elf.iter_segments("PT_NOTE") for note in segment.iter_notes())
+    segments = (part for part in elf.iter_segments() if isinstance(part, NoteSegment))
+    notes = itertools.chain.from_iterable(part.iter_notes() for part in segments)
     return next((str(n["n_desc"]) for n in notes if n["n_type"] == "NT_GNU_BUILD_ID"), None)
 
 

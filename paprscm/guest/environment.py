@@ -141,7 +141,6 @@ class Environment:
             "snapshot": self.snapshot.folder.name if self.snapshot else "none",
         }
 
-
     def recorded(self) -> record.Environment:
         """The environment in the record of a job."""
         board = self.equipment.board

@@ -52,9 +52,7 @@ def describe_suite(folder: Path = ROOT) -> Suite:
         except Error:
             # No commit yet, or a damaged checkout.
             pass
-    return Suite(
-        version=importlib.metadata.version("paprscm"), commit=commit, modified=modified
-    )
+    return Suite(version=importlib.metadata.version("paprscm"), commit=commit, modified=modified)
 
 
 def _line(file: Path, pattern: str) -> str | None:

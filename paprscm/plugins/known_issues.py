@@ -25,5 +25,5 @@ class KnownIssues(JobPost):
         if job.config.get("stdout_claimed_by"):
             return
         with contextlib.suppress(ConfigError):
-            for sentence in updates(read_record(Path(job.logdir)).tests):
+            for sentence in updates(read_record(Path(str(job.logdir))).tests):
                 LOG_UI.warning("UPDATE     : %s", sentence)

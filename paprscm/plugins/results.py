@@ -46,7 +46,7 @@ class Results(ResultEvents):
         facts = read_facts(job)
         if not any(test.ours for test in facts.values()):
             return
-        self._folder = Path(job.logdir)
+        self._folder = Path(str(job.logdir))
         record = Record(job=_job(job), host=describe_host(), suite=describe_suite())
         self._writer = Writer(self._folder, record, _planned(job, facts))
 
