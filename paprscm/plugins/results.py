@@ -12,13 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+from avocado.core.exceptions import JobError
 from avocado.core.job import Job as AvocadoJob
 from avocado.core.output import LOG_UI
 from avocado.core.plugin_interfaces import ResultEvents
 from avocado.core.task.runtime import RuntimeTask
 
+from paprscm.errors import Error
 from paprscm.host.inventory import describe_host, describe_suite
+from paprscm.plugins import fork_server
 from paprscm.plugins.classes import ClassFacts, read_facts
+from paprscm.plugins.parallel import suite_settings
+from paprscm.results.formats import parse_names
 from paprscm.results.observations import harmless, read_whiteboard
 from paprscm.results.record import Job, Record, Status, Test, Times
 from paprscm.results.writer import Writer
@@ -26,6 +31,7 @@ from paprscm.results.writer import Writer
 # Avocado's placeholder for a test without a reason.
 _UNKNOWN = "<unknown>"
 _REASON_LIMIT = 16_384
+_FORMATS_LIMIT_S = 120
 
 
 class Results(ResultEvents):
@@ -40,6 +46,7 @@ class Results(ResultEvents):
         del config
         self._writer: Writer | None = None
         self._folder = Path()
+        self._formats = ""
 
     def pre_tests(self, job: AvocadoJob) -> None:
         """Record the job and its tests."""
@@ -47,6 +54,11 @@ class Results(ResultEvents):
         if not any(test.ours for test in facts.values()):
             return
         self._folder = Path(str(job.logdir))
+        self._formats = suite_settings(job.test_suites[0]).formats
+        try:
+            parse_names(self._formats)
+        except Error as error:
+            raise JobError(f"{error}; no test was started") from error
         record = Record(job=_job(job), host=describe_host(), suite=describe_suite())
         self._writer = Writer(self._folder, record, _planned(job, facts))
 
@@ -95,6 +107,12 @@ class Results(ResultEvents):
         self._writer.close(end=_now(), status=status, interruption=text)
         if problem := self._writer.problem:
             LOG_UI.error("RECORD     : %s is not complete: %s", self._folder, problem.strerror)
+        elif self._formats:
+            words = [f"--format={self._formats}", f"--output={self._folder}", str(self._folder)]
+            # In a child of the fork server, for the reason given in paprscm/plugins/classes.py.
+            call = fork_server.call("paprscm.commands.cli:main", ["results", *words])
+            if call.result(_FORMATS_LIMIT_S) != 0:
+                LOG_UI.error("RECORD     : the formats %s were not written", self._formats)
 
     def _logs(self, folder: Path) -> Iterator[str]:
         """Paths of a test's logs: its own, then those of its guests."""
@@ -130,15 +148,17 @@ def _planned(job: AvocadoJob, facts: dict[str, ClassFacts]) -> Iterator[Test]:
             path, _, method = uri.rpartition(":")
             file = Path(path or uri)
             method = method.rpartition(".")[2]
-            contract = facts[uri].contracts.get(method, "") if uri in facts else ""
+            contracts = facts[uri].contracts if uri in facts else {}
+            # Avocado takes the method for a regular expression.
+            end = "$" if any(m != method and m.startswith(method) for m in contracts) else ""
             yield Test(
                 id=harmless(str(name)),
                 name=harmless("/".join(f"{name.name}{name.str_variant}".split("/")[-2:])),
                 file=harmless(str(file)),
                 subject=harmless(file.resolve().parent.name),
-                contract=contract,
+                contract=contracts.get(method, ""),
                 status="PLANNED",
-                command=harmless(shlex.join(["avocado", "run", *options, uri])),
+                command=harmless(shlex.join(["avocado", "run", *options, f"{uri}{end}"])),
             )
 
 

@@ -383,7 +383,6 @@ def updates(tests: Iterable[Test]) -> list[str]:
         {
             finding.update
             for finding in findings
-            if finding.update
-            and (finding.shows or (finding.name, finding.version) not in showing)
+            if finding.update and (finding.shows or (finding.name, finding.version) not in showing)
         }
     )

@@ -212,7 +212,9 @@ def test_every_moment_of_a_job_leaves_a_complete_document(tmp_path: Path) -> Non
 
 def test_equal_environments_are_stored_once(tmp_path: Path) -> None:
     empty = replace(make_record(), environments={})
-    writer = Writer(tmp_path, empty, (make_test(n, "PLANNED", id=n, environment=None) for n in "abc"))
+    writer = Writer(
+        tmp_path, empty, (make_test(n, "PLANNED", id=n, environment=None) for n in "abc")
+    )
     guest, bare = make_record().environments.values()
     for name, environment in (("a", guest), ("b", replace(guest)), ("c", bare)):
         writer.update(make_test(name, id=name, environment=None), environment)
