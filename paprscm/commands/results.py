@@ -10,9 +10,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from paprscm import settings
+from paprscm import log, settings
 from paprscm.errors import ConfigError
 from paprscm.paths import SUITE_VARIABLE
+from paprscm.results import kcidb
 from paprscm.results.context import read_context
 from paprscm.results.formats import FILES, FORMATS, parse_names, publish
 from paprscm.results.record import BROKEN, Record, Test, read_record
@@ -47,6 +48,8 @@ def show(job: Path, chosen: Settings, *, formats: str, output: Path | None, buil
     into_folder = output is not None and output.is_dir()
     if len(names) > 1 and not into_folder:
         raise ConfigError("several formats, but --output is not a folder", hint="--output FOLDER")
+    if "kcidb" in names and (count := kcidb.left_out(record)):
+        log.logger.info("left out of the report to KCIDB: %d tests without a kernel", count)
     for name in names:
         text = FORMATS[name](record, context)
         if output is None:

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from avocado.core.job import Job
-from avocado.core.output import LOG_UI
+from avocado.core.output import LOG_UI, TERM_SUPPORT
 from avocado.core.plugin_interfaces import Init, ResultEvents
-from avocado.core.settings import settings as avocado_settings
 from rich.console import Console
 
 from paprscm.errors import Error
@@ -25,7 +24,6 @@ from paprscm.results.record import read_record
 from paprscm.results.terminal import print_progress, print_summary
 from paprscm.settings import Settings
 
-_AVOCADO: Any = avocado_settings
 _HUMAN = "result_events.human"
 # Of Avocado's counts, in its order.
 _COUNTS = (
@@ -41,9 +39,9 @@ class NoColor(Init):
     description = "NO_COLOR for Avocado's own output"
 
     def initialize(self) -> None:
-        """Replace Avocado's default."""
+        """Disable its colours, which it has chosen when it was imported."""
         if os.environ.get("NO_COLOR"):
-            _AVOCADO.update_option("runner.output.color", "never")
+            TERM_SUPPORT.disable()
 
 
 class Terminal(ResultEvents):
