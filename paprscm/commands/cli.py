@@ -29,6 +29,7 @@ from paprscm.guest.environment import Environment, prepare
 from paprscm.host import transfer
 from paprscm.host.cache import Cache
 from paprscm.paths import SUITE_VARIABLE, TESTS
+from paprscm.results import delivery
 from paprscm.results.formats import FORMATS
 from paprscm.results.record import read_record
 from paprscm.settings import Settings
@@ -123,10 +124,16 @@ def parser() -> argparse.ArgumentParser:
     manual.takes_files(shown.add_argument("--output", type=Path, help=text))
     text = "for kcidb: id of a build that another origin has reported, such as maestro:…"
     shown.add_argument("--build", default="", metavar="ID", help=text)
+    sent = add("submit", _submit, "Deliver a job's results to KCIDB or SQUAD.")
+    sent.add_argument("--to", required=True, choices=delivery.RECEIVERS)
+    sent.add_argument("--build", default="", metavar="ID", help=text)
+    sent.add_argument("--project", default="", metavar="GROUP/PROJECT", help="for squad")
+    text = "time to wait until KCIDB has processed the report (60)"
+    sent.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help=text)
     again = add("rerun", _rerun, "Run the tests of a job again, with the job's settings.")
     text = "only tests that ended as FAIL or ERROR, or were interrupted"
     again.add_argument("--failed", action="store_true", help=text)
-    for one in (shown, again):
+    for one in (shown, sent, again):
         text = f"a job's folder; default: {results.LATEST}"
         manual.takes_files(
             one.add_argument("job", nargs="?", type=Path, default=results.LATEST, help=text)
@@ -306,6 +313,17 @@ def _results(arguments: argparse.Namespace, chosen: Settings) -> int:
         formats=arguments.wanted,
         output=arguments.output,
         build=arguments.build,
+    )
+
+
+def _submit(arguments: argparse.Namespace, chosen: Settings) -> int:
+    return results.submit(
+        arguments.job,
+        chosen,
+        arguments.to,
+        project=arguments.project,
+        build=arguments.build,
+        wait_s=arguments.wait,
     )
 
 

@@ -13,10 +13,11 @@ from rich.console import Console
 from paprscm import log, settings
 from paprscm.errors import ConfigError
 from paprscm.paths import SUITE_VARIABLE
-from paprscm.results import kcidb
+from paprscm.results import delivery, kcidb
 from paprscm.results.context import read_context
 from paprscm.results.formats import FILES, FORMATS, parse_names, publish
 from paprscm.results.record import BROKEN, Record, Test, read_record
+from paprscm.results.spool import Spool
 from paprscm.results.terminal import print_summary
 from paprscm.settings import Settings
 
@@ -57,6 +58,43 @@ def show(job: Path, chosen: Settings, *, formats: str, output: Path | None, buil
         else:
             publish(text, output / FILES[name] if output.is_dir() else output)
     return 0
+
+
+def submit(
+    job: Path, chosen: Settings, receiver: str, *, project: str, build: str, wait_s: float
+) -> int:
+    """Deliver a job's results, and what earlier attempts have left in the spool.
+
+    Args:
+        job: the job's folder.
+        chosen: settings, for reports and the spool.
+        receiver: one of delivery.RECEIVERS.
+        project: "GROUP/PROJECT" of SQUAD.
+        build: id of a build that another origin has reported to KCIDB.
+        wait_s: time to wait until KCIDB has processed the report.
+
+    Returns:
+        1 if KCIDB could not process a report, else 0.
+
+    Raises:
+        Error: a report was not accepted.
+    """
+    server = delivery.server_of(receiver, os.environ)
+    record = read_record(job)
+    context = read_context(record, job if job.is_dir() else job.parent, chosen, build)
+    spool = Spool(chosen.cache_dir / "spool")
+    for report in delivery.reports(receiver, server.url, record, context, project):
+        if (earlier := spool.add(report)) is not None:
+            print(f"{report.name}: sent before, accepted as {earlier}")
+    states = set()
+    for outcome in delivery.deliver(spool, receiver, server):
+        print(f"{outcome.name}: accepted by {server.url} as {outcome.id}")
+        if receiver == "kcidb":
+            # 200 means that the report was stored, not that it is valid.
+            state = delivery.follow(server, outcome.id, wait_s)
+            print(f"{outcome.name}: {state}")
+            states.add(state)
+    return 1 if states & {"failed", "notfound"} else 0
 
 
 def rerun(job: Path, *, failed: bool, rest: list[str]) -> int:

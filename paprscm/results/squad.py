@@ -57,6 +57,19 @@ def render(record: Record, context: Context) -> str:
     return json.dumps(forms, indent=1, allow_nan=False) + "\n"
 
 
+def form(submission: Submission) -> dict[str, tuple[str, str, str]]:
+    """The parts of the form: name, file name, content and its type."""
+    parts = {
+        "tests": submission.tests,
+        "metrics": submission.metrics,
+        "metadata": submission.metadata,
+    }
+    return {
+        name: (f"{name}.json", json.dumps(part, allow_nan=False), "application/json")
+        for name, part in parts.items()
+    }
+
+
 def _submission(record: Record, build: str, key: str, tests: list[Test]) -> Submission:
     environment = record.environments.get(key)
     metrics: dict[str, dict[str, Any]] = {}
