@@ -216,6 +216,8 @@ def test_a_job_that_is_killed_or_interrupted(tmp_path: Path, number: signal.Sign
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,
+        # A background job of a shell ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as avocado:
         try:
             deadline = time.monotonic() + 120
