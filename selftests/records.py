@@ -47,7 +47,6 @@ GUEST = Environment(
     machine="pseries-10.0",
     smp=2,
     memory_mib=1024,
-    settings={"memory_mib": "1024"},
 )
 BARE = Environment(qemu=QEMU)
 

@@ -50,7 +50,7 @@ def show(job: Path, chosen: Settings, *, formats: str, output: Path | None, buil
     if len(names) > 1 and not into_folder:
         raise ConfigError("several formats, but --output is not a folder", hint="--output FOLDER")
     if "kcidb" in names and (count := kcidb.left_out(record)):
-        log.logger.info("left out of the report to KCIDB: %d tests without a kernel", count)
+        log.logger.info("left out of the report to KCIDB, tests without a kernel: %d", count)
     for name in names:
         text = FORMATS[name](record, context)
         if output is None:
