@@ -117,7 +117,6 @@ class Server:
                     self.url + path,
                     body=body,
                     headers={**(headers or {}), "Authorization": self.token},
-                    redirect=False,
                 )
             except HTTPError as error:
                 reason = getattr(error, "reason", None) or error

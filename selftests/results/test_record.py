@@ -177,11 +177,13 @@ def test_a_running_job_is_refused_and_a_killed_one_is_read(tmp_path: Path) -> No
         text=True,
     )
     with job:
-        assert job.stdout is not None
-        assert job.stdout.readline() == "ready\n"
-        with pytest.raises(ConfigError, match="the job still runs; 2 of 4 tests have ended"):
-            read_record(tmp_path)
-        job.kill()
+        try:
+            assert job.stdout is not None
+            assert job.stdout.readline() == "ready\n"
+            with pytest.raises(ConfigError, match="the job still runs; 2 of 4 tests have ended"):
+                read_record(tmp_path)
+        finally:
+            job.kill()
     result = read_record(tmp_path)
     assert result.job.end is None
     assert [(test.name[-1], test.status) for test in result.tests] == [
