@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from paprscm.errors import ConfigError, HostError
 from paprscm.paths import KNOWN_ISSUES
@@ -18,9 +18,6 @@ PRODUCTS = ("QEMU", "Linux", "Avocado")
 """Products with files of known issues."""
 
 FOLDER = KNOWN_ISSUES
-
-RECORD_PREFIX = "known issue "
-"""Prefix of the measurements of QemuTest.known_issue(); the issue's name follows."""
 
 SEVERITIES = {
     "silent data loss": "data are lost, damaged or not durable, and nothing reports it",
@@ -229,29 +226,6 @@ def bounds(product: str, version: str) -> tuple[VersionNumber, VersionNumber | N
     if product == "Linux" and _DISTRIBUTION.match(suffix):
         return release, None
     return release, release
-
-
-def updates(records: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Requests to update files of known issues, one sentence each.
-
-    Args:
-        records: measurements of each test of a job. An issue that shows in one test is not gone in
-            that version, even if it does not show in another.
-    """
-    verdicts = [
-        (name, verdict)
-        for record in records
-        for name, verdict in record.items()
-        if name.startswith(RECORD_PREFIX)
-    ]
-    showing = {(name, verdict["version"]) for name, verdict in verdicts if verdict["shows"]}
-    return sorted(
-        {
-            verdict["update"]
-            for name, verdict in verdicts
-            if verdict["update"] and (verdict["shows"] or (name, verdict["version"]) not in showing)
-        }
-    )
 
 
 def names(*, folder: Path = FOLDER) -> list[str]:

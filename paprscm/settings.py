@@ -90,6 +90,15 @@ class Settings:
         lambda: Path(os.environ.get("TMPDIR") or "/var/tmp"),  # noqa: S108
         "folder for the backing files of DIMMs (sparse)",
     )
+    formats: str = _setting(
+        "",
+        "formats of the results to write into the job's folder at its end: some of json, junit, "
+        "kcidb, ktap, lava, markdown, squad, separated by commas",
+    )
+    origin: str = _setting("paprscm", "name of this CI system in reports to KCIDB")
+    logs_url: str = _setting(
+        "", "address at which the job's folder can be read, ending with /, for links in reports"
+    )
     silence_limit_s: float = _setting(
         30.0, "a booting guest that prints nothing for this long is hung, s"
     )
@@ -122,6 +131,10 @@ class Settings:
                 raise ConfigError(f"{name} must be more than 0")
 
 
+# No test reads them.
+_OF_REPORTS = ("formats", "origin", "logs_url")
+
+
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
     if value not in allowed:
         raise ConfigError(f"{name}={value} is not known", hint="one of " + ", ".join(allowed))
@@ -138,6 +151,22 @@ def meaning(name: str) -> str:
         if f.name == name:
             return str(f.metadata["meaning"])
     raise KeyError(name)
+
+
+def as_texts(chosen: Settings) -> dict[str, str]:
+    """The settings of tests as texts that load() accepts."""
+    texts = {True: "yes", False: "no", None: ""}
+    values = {name: getattr(chosen, name) for name in names() if name not in _OF_REPORTS}
+    return {
+        name: texts[value] if isinstance(value, bool | None) else str(value)
+        for name, value in values.items()
+    }
+
+
+def changed(chosen: Settings) -> dict[str, str]:
+    """The settings of tests that differ from their defaults, as texts that load() accepts."""
+    usual = as_texts(Settings())
+    return {name: text for name, text in as_texts(chosen).items() if text != usual[name]}
 
 
 def load(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,8 +23,10 @@ from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
-from paprscm.known_issues import RECORD_PREFIX, IssueState, read_issue
+from paprscm.known_issues import IssueState, read_issue
 from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge_map_sync
+from paprscm.results import record
+from paprscm.results.observations import Observations
 from paprscm.vm import binary
 from paprscm.vm.argv import bare_argv, script
 from paprscm.vm.backing_files import BackingFiles, ScratchFiles
@@ -108,7 +109,8 @@ class QemuTest(Test):
         """Differences collected by `check`, raised at the end of the test."""
         timesheet.restart()
         self._started = 0
-        self._metrics: dict[str, Any] = {}
+        self.observations = Observations()
+        """What the record keeps, beside status and times."""
         with self.verdict():
             parameters = {name: self.params.get(name) for name in settings.names()}
             # Values of a varianter may have other types than str.
@@ -120,15 +122,22 @@ class QemuTest(Test):
     def find_qemu(self) -> Qemu:
         """The QEMU under test."""
         qemu = binary.resolve(Archive.of(self.settings), self.settings.qemu)
-        self.measure("environment", {"qemu": qemu.version_text, "qemu_path": str(qemu.path)})
+        cache = Cache(self.settings.cache_dir)
+        self.observations.environment = record.Environment(
+            qemu=binary.recorded(cache, qemu, self.settings.qemu),
+            settings=settings.changed(self.settings),
+        )
         return qemu
 
     def tearDown(self) -> None:
         """End the processes of a timed-out test, whose thread still runs."""
         with contextlib.suppress(ContractError):
             self.leave.close()
-        self.measure(timesheet.NAME, timesheet.record())
-        self.whiteboard = json.dumps(self._metrics, indent=1, sort_keys=True)
+        sheet = timesheet.record()
+        self.observations.activities = sheet["seconds"]
+        self.observations.counts = sheet["counts"]
+        self.observations.cpu_s = sheet["cpu_s"]
+        self.whiteboard = self.observations.as_json()
 
     def folder(self, name: str) -> Path:
         """The folder for the files of the next QEMU: data/guest, then data/guest2, …"""
@@ -245,7 +254,7 @@ class QemuTest(Test):
             require(qemu or self.qemu, nvdimm)
 
     def possible(self, nvdimms: Iterable[Nvdimm]) -> tuple[Nvdimm, ...]:
-        """The DIMMs that this QEMU supports; the number of the others is a measurement."""
+        """The DIMMs that this QEMU supports; the number of the others is recorded."""
         requested = tuple(nvdimms)
         able = tuple(n for n in requested if self.qemu.has_pmem or not (n.pmem or n.pmem_override))
         self.measure("DIMMs left out for want of libpmem", len(requested) - len(able))
@@ -258,9 +267,23 @@ class QemuTest(Test):
         self.measure("seed", seed)
         return random.Random(seed)  # noqa: S311
 
+    def metric(self, name: str, value: float, unit: str, **dimensions: object) -> None:
+        """Record a measured number, for comparison with other runs.
+
+        Args:
+            name: the same in all runs; two calls with equal names and dimensions are repetitions.
+            value: finite.
+            unit: as for record.Metric.
+            dimensions: what distinguishes it from other metrics of this name, such as fstype="xfs".
+        """
+        texts = {key: str(text) for key, text in dimensions.items()}
+        self.observations.metrics.append(
+            record.Metric(name=name, value=float(value), unit=unit, dimensions=texts)
+        )
+
     def measure(self, name: str, value: Any) -> None:
-        """Record a value in the test's whiteboard, as JSON."""
-        self._metrics[name] = value
+        """Record a fact other than a metric: a list, a text, a table; as JSON."""
+        self.observations.facts[name] = value
 
     def versions(self) -> dict[str, str]:
         """The version of each product under test, for known issues."""
@@ -295,8 +318,17 @@ class QemuTest(Test):
                 f"known issue {issue} no longer shows on {version}: if it is fixed there, update "
                 f"'Fixed in' of {file}"
             )
-        verdict = {"version": version, "shows": shows, "found": found, "update": update}
-        self.measure(RECORD_PREFIX + issue, verdict)
+        self.observations.known_issues.append(
+            record.Finding(
+                name=issue,
+                title=bug.title,
+                product=bug.product,
+                version=number,
+                shows=shows,
+                found=found,
+                update=update,
+            )
+        )
         self.log.info("known issue %s %s: %s", issue, "shows" if shows else "does not show", found)
         if not shows:
             return
@@ -331,6 +363,10 @@ class QemuTest(Test):
             yield
         except Exception as error:
             end = _final_error(error, self.differences)
+            # Avocado passes on one text; a TestCancel has the text of the CapabilityError.
+            source = error if isinstance(end, TestCancel) else end
+            if isinstance(source, Error):
+                self.observations.reason, self.observations.hint = source.message, source.hint or ""
             if end is error:
                 raise
             raise end from error
@@ -345,7 +381,7 @@ class PaprScmTest(QemuTest):
     def find_qemu(self) -> Qemu:
         """Prepare everything that guests need; return the QEMU under test."""
         self.environment = prepare(self.settings)
-        self.measure("environment", self.environment.describe())
+        self.observations.environment = self.environment.recorded()
         return self.environment.qemu
 
     def versions(self) -> dict[str, str]:
@@ -412,5 +448,6 @@ class PaprScmTest(QemuTest):
             machine, folder=folder, cold=cold, allowed=allowed, shim=shim
         )
         guest = self.leave.enter_context(start)
-        self.measure(f"{folder.name}.start_s", guest.times.reached())
+        for mark, since_exec_s in guest.times.reached().items():
+            self.metric("guest_start", since_exec_s, "s", guest=folder.name, mark=mark)
         return guest

@@ -18,9 +18,6 @@ ACTIVITIES: Final[tuple[Activity, ...]] = (
 """Finding QEMU, kernel and userland; starts of a QEMU or guest; guest_tools/pmem.sh; other guest
 tools; deliberate waits; other commands in a guest."""
 
-NAME: Final = "time"
-"""Name of a test's record among its measurements."""
-
 REST: Final = "rest"
 """Time in no activity."""
 

@@ -9,7 +9,7 @@ import logging
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -22,8 +22,8 @@ from paprscm.known_issues import (
     KnownIssue,
     names,
     read_issue,
-    updates,
 )
+from paprscm.results.observations import Observations
 from paprscm.testcase import QemuTest
 
 FIELDS = {
@@ -318,21 +318,18 @@ class _Test:
 
     def __init__(self, **versions: str) -> None:
         self.warnings: list[str] = []
-        self.measured: dict[str, Any] = {}
+        self.observations = Observations()
         self._versions = versions
 
     def versions(self) -> dict[str, str]:
         return self._versions
 
-    def measure(self, name: str, value: Any) -> None:
-        self.measured[name] = value
-
     def says(self, *, shows: bool, issue: str = "linux-pmem-loses-preflush-error") -> str | None:
         """Report the issue; return the requested update."""
         QemuTest.known_issue(cast(QemuTest, self), issue, shows=shows, found="fsync returned 0")
-        (verdict,) = self.measured.values()
-        assert verdict["shows"] is shows
-        return cast(str | None, verdict["update"])
+        (finding,) = self.observations.known_issues
+        assert (finding.shows, finding.found) == (shows, "fsync returned 0")
+        return finding.update
 
 
 def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
@@ -340,8 +337,9 @@ def test_a_known_issue_shows_where_no_fix_is_listed() -> None:
     test = _Test(QEMU="99.0.0", Linux="6.12.107-paprscm")
     assert test.says(shows=True) is None
     assert test.warnings == ["known issue linux-pmem-loses-preflush-error: fsync returned 0"]
-    (verdict,) = test.measured.values()
-    assert verdict["version"] == "Linux 6.12.107-paprscm"
+    (finding,) = test.observations.known_issues
+    assert (finding.product, finding.version) == ("Linux", "6.12.107-paprscm")
+    assert finding.title.startswith("A bio succeeds")
 
 
 @pytest.mark.parametrize("release", ["6.12.117", "6.12.117+deb13-powerpc64le", "7.4.0-rc1"])
@@ -354,7 +352,7 @@ def test_a_known_issue_that_is_listed_as_fixed_is_a_regression(release: str) -> 
         "it as fixed in 6.12.112, 7.2.6, 7.3"
     )
     assert test.warnings == []
-    assert next(iter(test.measured.values()))["shows"]
+    assert test.observations.known_issues[0].shows
 
 
 def test_a_known_issue_does_not_show() -> None:
@@ -375,21 +373,3 @@ def test_a_known_issue_shows_before_its_since() -> None:
     assert update is not None
     assert "shows on Linux 5.2.21: update 'Since'" in update
     assert len(test.warnings) == 1
-
-
-def test_updates_of_a_job() -> None:
-    def verdict(version: str, update: str | None, *, shows: bool = False) -> dict[str, Any]:
-        return {"version": version, "shows": shows, "update": update}
-
-    records: list[dict[str, Any]] = [
-        {"known issue a": verdict("Linux 7", "a is gone on 7"), "codes": [1]},
-        {"known issue a": verdict("Linux 7", "a is gone on 7")},
-        {"known issue b": verdict("Linux 7", "b is gone on 7")},
-        # A test shows it on 7, so only the update for 8 counts.
-        {"known issue b": verdict("Linux 7", None, shows=True)},
-        {"known issue b": verdict("Linux 8", "b is gone on 8")},
-        {"known issue c": verdict("Linux 7", "c shows on 7", shows=True)},
-        {"known issue d": verdict("Linux 7", None)},
-        {},
-    ]
-    assert updates(records) == ["a is gone on 7", "b is gone on 8", "c shows on 7"]

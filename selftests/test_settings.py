@@ -124,3 +124,14 @@ def test_an_existing_file_decides_the_size(tmp_path: Path) -> None:
 def test_bad_dimms_are_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_nvdimm(text, slot=0)
+
+
+def test_the_texts_of_settings_are_read_back() -> None:
+    chosen = settings.load({"smp": "4", "offline": "yes", "modules": "/m", "command_limit_s": "5"})
+    changed = settings.changed(chosen)
+    assert changed == {"smp": "4", "offline": "yes", "modules": "/m", "command_limit_s": "5.0"}
+    assert settings.load(changed) == chosen
+    # Settings of reports do not make another environment.
+    assert settings.changed(settings.load({"formats": "junit", "origin": "ci"})) == {}
+    texts = settings.as_texts(settings.Settings())
+    assert settings.load(texts) == settings.Settings()

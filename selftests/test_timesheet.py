@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import threading
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from paprscm import timesheet
 from paprscm.guest.command import TOOLS_FOLDER, counted
+from paprscm.results.observations import read_whiteboard
 from paprscm.testcase import QemuTest
 from paprscm.timesheet import Timesheet
 from paprscm.vm.binary import Qemu
@@ -135,9 +135,9 @@ def test_a_test_records_its_own_time(tmp_path: Path, *, fails: bool) -> None:
 
     example = cast(Any, Example)("test", base_logdir=str(tmp_path))
     example.run_avocado()
-    record = json.loads(example.whiteboard)[timesheet.NAME]
+    observed = read_whiteboard(example.whiteboard)
     assert example.status == ("FAIL" if fails else "PASS")
-    assert record["seconds"]["waits"] >= 0.05
-    assert record["seconds"]["set-up"] >= 0.01
-    assert sum(record["seconds"].values()) <= example.time_elapsed + 0.001
-    assert begun(record) == {"set-up": 1, "waits": 1}
+    assert observed.activities["waits"] >= 0.05
+    assert observed.activities["set-up"] >= 0.01
+    assert sum(observed.activities.values()) <= example.time_elapsed + 0.001
+    assert begun({"counts": observed.counts}) == {"set-up": 1, "waits": 1}

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import mmap
 import re
 import struct
@@ -17,6 +19,7 @@ from typing import IO, cast
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import SymbolTableSection
+from elftools.elf.segments import NoteSegment
 
 from paprscm.errors import CapabilityError, ConfigError
 
@@ -45,6 +48,7 @@ class Kernel:
         has_symbols: it has a symbol table, which the TCG fix-up prefers.
         size_bytes: size of the file.
         load_bytes: memory of its loaded segments.
+        build_id: the linker's, of the GNU note; None without one.
     """
 
     path: Path
@@ -55,10 +59,36 @@ class Kernel:
     has_symbols: bool
     size_bytes: int
     load_bytes: int
+    build_id: str | None = None
 
     def option(self, name: str) -> str | None:
         """The value of CONFIG_`name`, "n" if it is off; None without a configuration."""
         return None if self.config is None else self.config.get(name, "n")
+
+    @property
+    def config_sha256(self) -> str | None:
+        """Digest of the options, which their order does not change; None without them."""
+        if self.config is None:
+            return None
+        lines = "".join(f"{name}={value}\n" for name, value in sorted(self.config.items()))
+        return hashlib.sha256(lines.encode(errors="replace")).hexdigest()
+
+    def mmu(self, cpu: str) -> str | None:
+        """The MMU that the kernel uses on this CPU unless its command line has disable_radix.
+
+        Args:
+            cpu: the -cpu model.
+
+        Returns:
+            "radix" or "hash" (arch/powerpc/mm/init_64.c, early_init_devtree); None: the
+            configuration or the generation of the CPU is not known.
+        """
+        generation = re.match(r"power(\d+)", cpu, re.IGNORECASE)
+        if generation is None or self.config is None:
+            return None
+        options = "PPC_RADIX_MMU", "PPC_RADIX_MMU_DEFAULT"
+        radix = int(generation[1]) >= 9 and all(self.option(name) == "y" for name in options)
+        return "radix" if radix else "hash"
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -110,6 +140,7 @@ def inspect(path: Path) -> Kernel:
             ends = [s["p_vaddr"] + s["p_memsz"] for s in loads]
             table = elf.get_section_by_name(".symtab")
             symbols = table if isinstance(table, SymbolTableSection) else None
+            build_id = _build_id(elf)
         except (ELFError, struct.error, ValueError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} is a damaged ELF file: {error}", hint=_WANT_VMLINUX) from (
                 error
@@ -133,6 +164,7 @@ def inspect(path: Path) -> Kernel:
             has_symbols=symbols is not None,
             size_bytes=len(data),
             load_bytes=max(ends, default=0) - min(begins, default=0),
+            build_id=build_id,
         )
 
 
@@ -263,6 +295,12 @@ def _check_kind(path: Path, elf: ELFFile) -> None:
 def _machine(name: str | int) -> str:
     names = {"EM_X86_64": "x86-64", "EM_386": "x86", "EM_AARCH64": "arm64", "EM_S390": "s390x"}
     return names.get(str(name), str(name).removeprefix("EM_"))
+
+
+def _build_id(elf: ELFFile) -> str | None:
+    segments = (part for part in elf.iter_segments() if isinstance(part, NoteSegment))
+    notes = itertools.chain.from_iterable(part.iter_notes() for part in segments)
+    return next((str(n["n_desc"]) for n in notes if n["n_type"] == "NT_GNU_BUILD_ID"), None)
 
 
 def _search(

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
 import os
-import re
 import signal
 import statistics
 import subprocess
@@ -29,6 +26,7 @@ from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment
 from paprscm.host.keeper import PR_SET_PDEATHSIG
 from paprscm.host.resources import compute_budget, read_resources
+from paprscm.results.record import FILE, read_record
 
 MODES = ("cold", "warm", "parallel")
 # Avocado gives a test 60 s to end its guests (avocado.cfg).
@@ -266,8 +264,8 @@ def read_job(folder: Path, mode: str, began_s: float, ended_s: float, *, slots: 
     Raises:
         HostError: the job ran no test.
     """
-    files = list(folder.glob("job-*/results.json"))
-    tests = json.loads(files[0].read_text())["tests"] if files else []
+    jobs = list(folder.glob(f"job-*/{FILE}"))
+    tests = read_record(jobs[0]).tests if jobs else ()
     if not tests:
         last_lines = (
             (folder / "avocado.log").read_text(errors="replace").splitlines()[-_LAST_LINES:]
@@ -276,13 +274,13 @@ def read_job(folder: Path, mode: str, began_s: float, ended_s: float, *, slots: 
         raise HostError(f"the job ran no test; its last lines:\n{lines}")
     results, restored, booted = {}, 0, 0
     for test in tests:
-        # "02-tests/test_x.py:Class.test_y"
-        name = re.sub("^[0-9]+-", "", test["id"])
-        reason = str(test.get("fail_reason") or "").partition("\n")[0]
-        results[name] = JobTest(test["status"], float(test.get("time_elapsed") or 0.0), reason)
-        for marks in _starts(test.get("whiteboard") or ""):
-            restored += "restored" in marks
-            booted += "restored" not in marks
+        reason = test.reason.partition("\n")[0]
+        duration_s = test.times.duration_s if test.times else 0.0
+        results[test.name] = JobTest(test.status, duration_s, reason)
+        starts = [metric.dimensions for metric in test.metrics if metric.name == "guest_start"]
+        warm = {start["guest"] for start in starts if start["mark"] == "restored"}
+        restored += len(warm)
+        booted += len({start["guest"] for start in starts} - warm)
     return Job(
         mode=mode,
         duration_s=ended_s - began_s,
@@ -291,13 +289,6 @@ def read_job(folder: Path, mode: str, began_s: float, ended_s: float, *, slots: 
         booted=booted,
         time=account(tests, began_s, ended_s, slots),
     )
-
-
-def _starts(whiteboard: str) -> list[dict[str, float]]:
-    """The start marks of each guest of a test."""
-    with contextlib.suppress(ValueError):
-        return [v for name, v in json.loads(whiteboard).items() if name.endswith(".start_s")]
-    return []
 
 
 def _turned(modes: tuple[str, ...], number: int) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from paprscm.commands import (
     issue_report,
     manual,
     reproduce,
+    results,
     shell,
 )
 from paprscm.commands.dimm_syntax import parse_nvdimm
@@ -39,6 +40,9 @@ from paprscm.host import transfer
 from paprscm.host.cache import Cache
 from paprscm.known_issues import PRODUCTS, read_issue
 from paprscm.paths import SUITE_VARIABLE, TESTS
+from paprscm.results import delivery
+from paprscm.results.formats import FORMATS
+from paprscm.results.record import read_record
 from paprscm.settings import Settings
 from paprscm.vm import sync_shim
 from paprscm.vm.argv import qemu_argv, script
@@ -123,12 +127,34 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--append", action="append", default=[], help="words for the kernel")
     one.add_argument("--dry-run", action="store_true", help="print QEMU's command line as a script")
 
+    shown = add("results", _results, "Print a job's results, or convert them with --format.")
+    shown.add_argument(
+        "--format", dest="wanted", default="", metavar="NAME,…", help=", ".join(FORMATS)
+    )
+    text = "a file, or a folder for several formats; default: the standard output"
+    manual.takes_files(shown.add_argument("--output", type=Path, help=text))
+    text = "for kcidb: id of a build that another origin has reported, such as maestro:…"
+    shown.add_argument("--build", default="", metavar="ID", help=text)
+    sent = add("submit", _submit, "Deliver a job's results to KCIDB or SQUAD.")
+    sent.add_argument("--to", required=True, choices=delivery.RECEIVERS)
+    sent.add_argument("--build", default="", metavar="ID", help=text)
+    sent.add_argument("--project", default="", metavar="GROUP/PROJECT", help="for squad")
+    text = "time to wait until KCIDB has processed the report (60)"
+    sent.add_argument("--wait", type=float, default=60.0, metavar="SECONDS", help=text)
+    again = add("rerun", _rerun, "Run the tests of a job again, with the job's settings.")
+    text = "only tests that ended as FAIL or ERROR, or were interrupted"
+    again.add_argument("--failed", action="store_true", help=text)
+    for one in (shown, sent, again):
+        text = f"a job's folder; default: {results.LATEST}"
+        manual.takes_files(
+            one.add_argument("job", nargs="?", type=Path, default=results.LATEST, help=text)
+        )
+
     branches = add(
         "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."
     )
-    latest = Path("results/latest")
     branches.add_argument(
-        "results", nargs="?", type=Path, default=latest, help=f"{latest}, or another"
+        "job", nargs="?", type=Path, default=results.LATEST, help=f"default: {results.LATEST}"
     )
 
     text = "Run the reproduction of known issues; status 0: gone, 1: shown, 2: could not tell."
@@ -305,9 +331,36 @@ def _script(environment: Environment, machine: Machine) -> str:
     return script(argv, machine.nvdimms, files)
 
 
+def _results(arguments: argparse.Namespace, chosen: Settings) -> int:
+    return results.show(
+        arguments.job,
+        chosen,
+        formats=arguments.wanted,
+        output=arguments.output,
+        build=arguments.build,
+    )
+
+
+def _submit(arguments: argparse.Namespace, chosen: Settings) -> int:
+    return results.submit(
+        arguments.job,
+        chosen,
+        arguments.to,
+        project=arguments.project,
+        build=arguments.build,
+        wait_s=arguments.wait,
+    )
+
+
+def _rerun(arguments: argparse.Namespace, chosen: Settings) -> int:
+    del chosen  # The job's settings count.
+    return results.rerun(arguments.job, failed=arguments.failed, rest=arguments.rest)
+
+
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen
-    Console().print(hcall_judge.branch_table(hcall_judge.read_branches(arguments.results)))
+    tests = read_record(arguments.job).tests
+    Console().print(hcall_judge.branch_table(hcall_judge.count_branches(tests)))
     return 0
 
 

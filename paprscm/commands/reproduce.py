@@ -16,7 +16,6 @@ nothing of the suite but known_issues/lib.sh and bare.h. Without a script, the f
 from __future__ import annotations
 
 import enum
-import json
 import os
 import shlex
 import sys
@@ -34,9 +33,10 @@ from paprscm.errors import ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host import process
 from paprscm.host.process import describe_status
-from paprscm.known_issues import RECORD_PREFIX, IssueState, KnownIssue
+from paprscm.known_issues import IssueState, KnownIssue
 from paprscm.paths import ROOT
 from paprscm.pmem.regions import wait_for_region
+from paprscm.results.record import read_record
 from paprscm.vm import binary
 from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, require
@@ -188,22 +188,20 @@ class Reproducer:
             done = process.run(
                 words, cwd=ROOT, timeout_s=LIMIT_S, on_line=log.logger.debug, check=False
             )
-            files = sorted(Path(folder).glob("job-*/results.json"))
-            results = json.loads(files[0].read_text())["tests"] if files else []
-        if not results:
+            jobs = list(Path(folder).glob("job-*"))
+            tests = read_record(jobs[0]).tests if jobs else ()
+        if not tests:
             reason = f"avocado run {test}: {describe_status(done.status)}\n{done.text.strip()}"
             return Reproduction(Outcome.UNKNOWN, "", reason, {}, done.duration_s)
-        (result,) = results
-        facts = json.loads(result["whiteboard"] or "{}")
-        verdict = facts.get(RECORD_PREFIX + issue.name)
-        if verdict is None:
-            reason = f"{test} ended as {result['status']}: {result['fail_reason']}"
-            return Reproduction(Outcome.UNKNOWN, "", reason, {}, done.duration_s)
-        product, _, version = verdict["version"].partition(" ")
-        outcome = Outcome.SHOWN if verdict["shows"] else Outcome.GONE
-        found = verdict["found"]
-        self._echo(f"{_FOUND}{found}")
-        return Reproduction(outcome, "", found, {product: version}, done.duration_s)
+        (result,) = tests
+        for finding in result.known_issues:
+            if finding.name == issue.name:
+                self._echo(f"{_FOUND}{finding.found}")
+                outcome = Outcome.SHOWN if finding.shows else Outcome.GONE
+                versions = {finding.product: finding.version}
+                return Reproduction(outcome, "", finding.found, versions, done.duration_s)
+        reason = f"{test} ended as {result.status}: {result.reason}"
+        return Reproduction(Outcome.UNKNOWN, "", reason, {}, done.duration_s)
 
 
 def _emulator(folder: Path, qemu: Qemu) -> Path:

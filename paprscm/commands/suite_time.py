@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 from rich import box
 from rich.table import Table
 
 from paprscm.commands.series import Series
-from paprscm.timesheet import ACTIVITIES, NAME, REST
+from paprscm.results.record import Test
+from paprscm.timesheet import ACTIVITIES, REST
 
 AVOCADO: Final = "Avocado"
 UNRECORDED: Final = "no record"
@@ -60,13 +59,11 @@ class JobTime:
     unrecorded: tuple[str, ...] = ()
 
 
-def account(
-    tests: Sequence[Mapping[str, Any]], began_s: float, ended_s: float, slots: int
-) -> JobTime:
+def account(tests: Sequence[Test], began_s: float, ended_s: float, slots: int) -> JobTime:
     """Account the time of a job.
 
     Args:
-        tests: the tests of Avocado's results.json.
+        tests: the tests of its record.
         began_s, ended_s: start and end of the job by the clock of its tests, time.monotonic().
         slots: number of concurrent tests.
     """
@@ -74,24 +71,20 @@ def account(
     counts: Counter[str] = Counter(dict.fromkeys(ACTIVITIES, 0))
     unrecorded, cpu_s = [], 0.0
     for test in tests:
-        elapsed_s = float(test.get("time_elapsed") or 0.0)
-        record = None
-        with contextlib.suppress(ValueError):
-            record = json.loads(test.get("whiteboard") or "{}").get(NAME)
-        if record is None:
-            seconds[UNRECORDED] += elapsed_s
-            if test["status"] != "SKIP":
-                unrecorded.append(str(test["id"]))
+        if test.times is None:
             continue
-        for name, spent_s in record["seconds"].items():
+        if not test.times.activities:
+            seconds[UNRECORDED] += test.times.duration_s
+            unrecorded.append(test.id)
+            continue
+        for name, spent_s in test.times.activities.items():
             seconds[name] += spent_s
-        seconds[AVOCADO] += elapsed_s - sum(record["seconds"].values())
-        counts.update(record["counts"])
-        cpu_s += record["cpu_s"]
-    # Avocado writes -1 for a test that was not run.
-    ran = [test for test in tests if test.get("time_end", -1) >= 0]
-    times = [(test["time_start"], test["time_end"]) for test in ran]
-    starts, ends = zip(*times, strict=True) if times else ((began_s,), (ended_s,))
+        seconds[AVOCADO] += test.times.duration_s - sum(test.times.activities.values())
+        counts.update(test.times.counts)
+        cpu_s += test.times.cpu_s or 0.0
+    times = [test.times for test in tests if test.times is not None]
+    starts = [time.began_s for time in times] or [began_s]
+    ends = [time.began_s + time.duration_s for time in times] or [ended_s]
     seconds[JOB_START] = (min(starts) - began_s) * slots
     seconds[JOB_END] = (ended_s - max(ends)) * slots
     seconds[IDLE] = (ended_s - began_s) * slots - sum(seconds.values())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -26,6 +25,7 @@ from paprscm.device.hcall_model import (
 from paprscm.device.mailbox import Answer, Call
 from paprscm.errors import ConfigError, ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
+from paprscm.results.record import Test
 from paprscm.vm.machine import Nvdimm
 
 
@@ -224,23 +224,21 @@ def counts_by_name(covered: Counter[Branch]) -> dict[str, int]:
     return {_branch_name(branch): covered[branch] for branch in sorted(BRANCHES)}
 
 
-def read_branches(results: Path) -> Counter[Branch]:
+def count_branches(tests: Iterable[Test]) -> Counter[Branch]:
     """Number of times each branch was taken, summed over the tests of a job.
 
-    Args:
-        results: the job's folder, such as results/latest.
-
     Raises:
-        ConfigError: there are no such results.
+        ConfigError: no test has recorded its branches.
     """
     names = {_branch_name(branch): branch for branch in BRANCHES}
     total: Counter[Branch] = Counter()
-    boards = list(results.glob("test-results/*/whiteboard"))
-    if not boards:
-        raise ConfigError(f"{results} holds no results", hint="avocado run -t hcall tests/")
-    for board in boards:
-        for name, count in json.loads(board.read_text() or "{}").get("branches", {}).items():
-            total[names[name]] += count
+    counts = [test.facts["branches"] for test in tests if "branches" in test.facts]
+    if not counts:
+        raise ConfigError(
+            "no test of this job has recorded branches", hint="avocado run -t hcall tests/"
+        )
+    for name, count in itertools.chain.from_iterable(each.items() for each in counts):
+        total[names[name]] += count
     return total
 
 

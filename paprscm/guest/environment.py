@@ -30,7 +30,8 @@ from paprscm.guest.tools import ToolBinaries
 from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS
-from paprscm.settings import Settings
+from paprscm.results import record
+from paprscm.settings import Settings, changed
 from paprscm.vm import binary
 from paprscm.vm.argv import Payload
 from paprscm.vm.binary import Qemu
@@ -139,6 +140,29 @@ class Environment:
             "fixed_sites": str(self.fixed_sites),
             "snapshot": self.snapshot.folder.name if self.snapshot else "none",
         }
+
+    def recorded(self) -> record.Environment:
+        """The environment in the record of a job."""
+        board = self.equipment.board
+        kernel = record.Kernel(
+            release=self.kernel.release,
+            path=str(self.kernel.path),
+            source=self.kernel_source,
+            build_id=self.kernel.build_id,
+            config_sha256=self.kernel.config_sha256,
+            page_size_bytes=self.kernel.page_size,
+            mmu=self.kernel.mmu(board.cpu),
+            fixed_sites=self.fixed_sites,
+        )
+        return record.Environment(
+            qemu=binary.recorded(Cache(self.settings.cache_dir), self.qemu, self.settings.qemu),
+            kernel=kernel,
+            userland=self.userland,
+            machine=self.qemu.machine,
+            snapshot=self.snapshot.folder.name if self.snapshot else None,
+            settings=changed(self.settings),
+            **dataclasses.asdict(board),
+        )
 
 
 def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:

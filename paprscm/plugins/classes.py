@@ -35,11 +35,13 @@ class ClassFacts:
         ours: it is a QemuTest.
         needs_guest: it is a PaprScmTest; other tests need neither kernel nor userland.
         parameters: names of the parameters that it and its bases read from `self.params`.
+        contracts: first paragraph of the docstring of each test.
     """
 
     ours: bool
     needs_guest: bool
     parameters: tuple[str, ...]
+    contracts: dict[str, str]
 
 
 def read_facts(job: Job) -> dict[str, ClassFacts]:
@@ -90,6 +92,11 @@ def read_classes(names: list[str]) -> dict[str, dict[str, object]]:
                     ours=issubclass(test_class, QemuTest),
                     needs_guest=issubclass(test_class, PaprScmTest),
                     parameters=tuple(sorted(_parameters(test_class.__mro__))),
+                    contracts={
+                        method: " ".join((inspect.getdoc(test) or "").split("\n\n")[0].split())
+                        for method, test in inspect.getmembers(test_class, inspect.isfunction)
+                        if method.startswith("test")
+                    },
                 )
                 answers[name] = asdict(facts)
     return answers

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
+import contextlib
+from pathlib import Path
 
 from avocado.core.job import Job
 from avocado.core.output import LOG_UI
 from avocado.core.plugin_interfaces import JobPost
 
-from paprscm.known_issues import updates
-from paprscm.plugins.classes import read_facts
+from paprscm.errors import ConfigError
+from paprscm.results.record import read_record, updates
 
 
 class KnownIssues(JobPost):
@@ -21,20 +21,9 @@ class KnownIssues(JobPost):
     description = "Known issues whose files need an update"
 
     def post(self, job: Job) -> None:
-        """Read the whiteboards; a killed test has none."""
-        if job.result is None or job.config.get("stdout_claimed_by"):
+        """Read the record; a job without tests of this suite has none."""
+        if job.config.get("stdout_claimed_by"):
             return
-        if not any(facts.ours for facts in read_facts(job).values()):
-            return
-        boards = [_board(test.get("whiteboard") or "") for test in job.result.tests]
-        for sentence in updates(boards):
-            LOG_UI.warning("UPDATE     : %s", sentence)
-
-
-def _board(text: str) -> dict[str, Any]:
-    """The content of a whiteboard; empty if a test of another project wrote it."""
-    try:
-        board = json.loads(text)
-    except ValueError:
-        return {}
-    return board if isinstance(board, dict) else {}
+        with contextlib.suppress(ConfigError):
+            for sentence in updates(read_record(Path(str(job.logdir))).tests):
+                LOG_UI.warning("UPDATE     : %s", sentence)

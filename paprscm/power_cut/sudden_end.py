@@ -214,7 +214,7 @@ class Tally:
             )
 
     def figures(self) -> dict[str, Any]:
-        """All fields, for the whiteboard."""
+        """All fields, for the record."""
         return {**dataclasses.asdict(self), "lost": +self.lost, "phases": dict(self.phases)}
 
 

@@ -23,6 +23,7 @@ from paprscm.build.debian import Archive
 from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.host.cache import Cache
 from paprscm.host.folders import require_loader
+from paprscm.results import record
 from paprscm.settings import expanded
 from paprscm.vm.capabilities import BINARY, FORMAT, GUEST_TYPES, JSON, QUERIED_TYPES, ask
 
@@ -165,6 +166,28 @@ def remember(cache: Cache, qemu: Qemu, name: str, compute: Callable[[], JSON]) -
         compute: returns the fact, as a JSON value; other runs wait for it.
     """
     return _remember(cache, qemu.key, name, compute)
+
+
+def recorded(cache: Cache, qemu: Qemu, setting: str) -> record.Qemu:
+    """The QEMU in the record of a job.
+
+    Args:
+        cache: keeps the binary's digest.
+        qemu: the binary.
+        setting: where it came from, as for resolve().
+    """
+
+    def digest() -> str:
+        with qemu.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return record.Qemu(
+        version=qemu.version_text,
+        path=str(qemu.path),
+        setting=setting,
+        sha256=str(remember(cache, qemu, "sha256", digest)),
+        libpmem=qemu.has_pmem,
+    )
 
 
 def accel(

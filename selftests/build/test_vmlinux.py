@@ -35,6 +35,7 @@ def make(tmp_path: Path) -> Make:
         section: str = ".rodata",
         big: bool = False,
         link: bool = True,
+        build_id: str = "none",
     ) -> Path:
         (tmp_path / "config.gz").write_bytes(gzip.compress((config or "").encode()))
         source = [f'\t.section {section},"a"', f'\t.asciz "{banner}"']
@@ -63,7 +64,8 @@ def make(tmp_path: Path) -> Make:
         if not link:
             return tmp_path / "k.o"
         emulation = ["-EB", "-m", "elf64ppc"] if big else []
-        argv = [TOOLS + "ld", *emulation, "-e", "0", "-o", tmp_path / "vmlinux", tmp_path / "k.o"]
+        output: list[str | Path] = ["-o", tmp_path / "vmlinux", tmp_path / "k.o"]
+        argv = [TOOLS + "ld", *emulation, "-e", "0", f"--build-id={build_id}", *output]
         subprocess.run(argv, check=True)
         return tmp_path / "vmlinux"
 
@@ -228,3 +230,24 @@ def test_a_large_kernel_is_quick(make: Make, tmp_path: Path) -> None:
     started = time.process_time()
     assert vmlinux.inspect(tmp_path / "large").release == "6.12.9-test"
     assert time.process_time() - started < 0.3
+
+
+def test_the_build_is_identified(make: Make) -> None:
+    assert vmlinux.inspect(make()).build_id is None
+    assert vmlinux.inspect(make(build_id="0x0123456789abcdef")).build_id == "0123456789abcdef"
+    lines = CONFIG.splitlines(keepends=True)
+    digest = vmlinux.inspect(make()).config_sha256
+    assert digest is not None
+    assert len(digest) == 64
+    assert vmlinux.inspect(make(config="".join(reversed(lines)))).config_sha256 == digest
+    assert vmlinux.inspect(make(config=CONFIG + "CONFIG_A=y\n")).config_sha256 != digest
+    assert vmlinux.inspect(make(config=None, driver=True)).config_sha256 is None
+
+
+def test_the_mmu_is_that_of_configuration_and_cpu(make: Make) -> None:
+    radix = "CONFIG_PPC_RADIX_MMU=y\nCONFIG_PPC_RADIX_MMU_DEFAULT=y\n"
+    kernel = vmlinux.inspect(make(config=radix))
+    cpus = ("POWER9", "power10_v2.0", "POWER8", "host", "max")
+    assert [kernel.mmu(cpu) for cpu in cpus] == ["radix", "radix", "hash", None, None]
+    assert vmlinux.inspect(make(config="CONFIG_PPC_RADIX_MMU=y\n")).mmu("POWER9") == "hash"
+    assert vmlinux.inspect(make(config=None, driver=True)).mmu("POWER9") is None

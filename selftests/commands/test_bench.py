@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from records import make_record, make_test
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +29,7 @@ from paprscm.errors import CapabilityError, ConfigError, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host.cache import Cache
 from paprscm.paths import ROOT
+from paprscm.results.record import FILE, Metric, encode
 from paprscm.settings import Settings
 from paprscm.timesheet import ACTIVITIES
 
@@ -201,22 +203,23 @@ def test_modes_by_name() -> None:
             bench_suite.parse_modes(text)
 
 
-def test_avocado_s_results_are_read(tmp_path: Path) -> None:
-    def test(number: int, status: str, **more: Any) -> dict[str, Any]:
-        return {"id": f"{number}-tests/t.py:C.test_{number}", "status": status, **more}
+def test_the_record_of_a_job_is_read(tmp_path: Path) -> None:
+    def start(guest: str, mark: str) -> Metric:
+        dimensions = {"guest": guest, "mark": mark}
+        return Metric(name="guest_start", value=0.1, unit="s", dimensions=dimensions)
 
-    starts = {"guest.start_s": {"restored": 0.1}, "guest2.start_s": {"banner": 1.0}, "answer": 42}
-    tests = [
-        test(1, "PASS", time_elapsed=1.5, whiteboard=json.dumps(starts), fail_reason=None),
-        test(2, "FAIL", time_elapsed=2.5, whiteboard="", fail_reason="it lied\nmore"),
-        test(3, "SKIP"),
-    ]
+    starts = start("guest", "restored"), start("guest", "commands"), start("guest2", "banner")
+    record = make_record(
+        make_test("a", "PASS", 1.5, id="1", metrics=starts),
+        make_test("b", "FAIL", 2.5, id="2", reason="it lied\nmore"),
+        make_test("c", "SKIP", id="3", times=None),
+    )
     (tmp_path / "job-2026").mkdir()
-    (tmp_path / "job-2026" / "results.json").write_text(json.dumps({"tests": tests}))
-    job = bench_suite.read_job(tmp_path, "parallel", 7.0, 12.0, slots=2)
-    assert (job.time.seconds["no record"], job.time.seconds["idle"]) == (4.0, 6.0)
-    assert job.tests["tests/t.py:C.test_2"] == JobTest("FAIL", 2.5, "it lied")
-    assert job.tests["tests/t.py:C.test_3"] == JobTest("SKIP", 0.0, "")
+    (tmp_path / "job-2026" / FILE).write_bytes(encode(record))
+    job = bench_suite.read_job(tmp_path, "parallel", 10.0, 13.0, slots=2)
+    assert (job.time.seconds["no record"], job.time.seconds["idle"]) == (4.0, 1.0)
+    assert job.tests["flush/test_x.py:X.b"] == JobTest("FAIL", 2.5, "it lied")
+    assert job.tests["flush/test_x.py:X.c"] == JobTest("SKIP", 0.0, "")
     assert (job.restored, job.booted) == (1, 1)
     assert job.statuses == {"PASS": 1, "FAIL": 1, "SKIP": 1}
 

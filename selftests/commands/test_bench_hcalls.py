@@ -60,4 +60,4 @@ def test_branches_of_a_folder_without_results(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["branches", str(tmp_path)]) == 2
-    assert "holds no results" in capsys.readouterr().err
+    assert "is not a job's folder" in capsys.readouterr().err

@@ -3,35 +3,52 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-import pytest
+from records import START, make_test
 from rich.console import Console
 
 from paprscm.commands import suite_time
 from paprscm.commands.series import Series, append_series, read_series
 from paprscm.commands.suite_time import JobTime
+from paprscm.results.record import Test, Times
 from paprscm.timesheet import ACTIVITIES
 
 
 def finished(
-    name: str, elapsed_s: float, *, cpu_s: float = 0.0, count: int = 1, **seconds: float
-) -> dict[str, Any]:
-    """A test in Avocado's results, with its record."""
-    counts = {activity: count * (activity in seconds) for activity in ACTIVITIES}
-    record = {"seconds": seconds, "counts": counts, "cpu_s": cpu_s}
-    whiteboard = json.dumps({"seed": 1, "time": record})
-    return {"id": name, "status": "PASS", "time_elapsed": elapsed_s, "whiteboard": whiteboard}
+    name: str,
+    elapsed_s: float,
+    *,
+    cpu_s: float = 0.0,
+    count: int = 1,
+    began_s: float = 10.0,
+    **seconds: float,
+) -> Test:
+    """A test in the record of a job."""
+    counts: dict[str, int] = {activity: count * (activity in seconds) for activity in ACTIVITIES}
+    times = Times(
+        start=START,
+        began_s=began_s,
+        duration_s=elapsed_s,
+        activities=seconds,
+        counts=counts,
+        cpu_s=cpu_s,
+    )
+    return make_test(name, id=name, times=times)
+
+
+def killed(name: str, elapsed_s: float) -> Test:
+    """A test whose process was killed."""
+    return make_test(name, "ERROR", elapsed_s, id=name)
 
 
 TESTS = [
     finished("1-a", 10.0, cpu_s=3.0, starts=2.0, commands=5.0, rest=2.0),
     finished("2-b", 20.0, cpu_s=4.0, count=3, starts=1.0, tools=18.0, rest=0.5),
-    {"id": "3-c", "status": "ERROR", "time_elapsed": 4.0, "whiteboard": ""},
-    {"id": "4-d", "status": "SKIP"},
+    killed("3-c", 4.0),
+    make_test("4-d", "INTERRUPTED", times=None),
 ]
 
 
@@ -56,11 +73,11 @@ def rows(series: Series, before: Series | None = None, *, width: int = 80) -> di
 
 
 def test_the_sum_is_the_time_of_the_slots() -> None:
-    job = suite_time.account(TESTS, 0.0, 25.0, 2)
+    job = suite_time.account(TESTS, 10.0, 35.0, 2)
     spent = {name: seconds for name, seconds in job.seconds.items() if seconds}
     assert spent == {
         **{"starts": 3.0, "tools": 18.0, "commands": 5.0, "rest": 2.5},
-        **{"Avocado": 1.5, "no record": 4.0, "idle": 16.0},
+        **{"Avocado": 1.5, "no record": 4.0, "idle": 6.0, "job end": 10.0},
     }
     assert sum(job.seconds.values()) == 25.0 * 2
     assert {name: count for name, count in job.counts.items() if count} == {
@@ -71,35 +88,29 @@ def test_the_sum_is_the_time_of_the_slots() -> None:
 
 
 def test_the_start_and_the_end_of_a_job_are_apart() -> None:
-    times = ((103.0, 113.0), (101.0, 121.0))
-    tests = [
-        {**test, "time_start": start, "time_end": end}
-        for test, (start, end) in zip(TESTS[:2], times, strict=True)
-    ]
-    skipped = {"id": "4-d", "status": "SKIP", "time_start": -1, "time_end": -1}
-    spent = suite_time.account([*tests, skipped], 100.0, 125.0, 2).seconds
+    tests = [finished("1-a", 10.0, began_s=103.0), finished("2-b", 20.0, began_s=101.0)]
+    spent = suite_time.account([*tests, TESTS[3]], 100.0, 125.0, 2).seconds
     # One slot is free from 101 to 103 and from 113 to 121.
     assert (spent["job start"], spent["job end"], spent["idle"]) == (2.0, 8.0, 10.0)
     assert sum(spent.values()) == 25.0 * 2
 
 
-@pytest.mark.parametrize("whiteboard", ["", "no JSON", "{}", None])
-def test_a_test_without_record_is_named(whiteboard: str | None) -> None:
-    test = {"id": "1-x", "status": "ERROR", "time_elapsed": 4.0, "whiteboard": whiteboard}
-    job = suite_time.account([test], 0.0, 5.0, 1)
-    assert (job.seconds["no record"], job.seconds["idle"]) == (4.0, 1.0)
+def test_a_killed_test_is_named() -> None:
+    job = suite_time.account([killed("1-x", 4.0)], 10.0, 15.0, 1)
+    assert (job.seconds["no record"], job.seconds["job end"]) == (4.0, 1.0)
     table = rows(series(job))
     assert table["killed tests"] == ["4.0", "80"]
     assert table["no record of its time: 1-x"] == []
 
 
 def test_the_table_has_seconds_share_and_number() -> None:
-    job = suite_time.account(TESTS[:2], 0.0, 25.0, 2)
-    table = rows(series(job, suite_time.account(TESTS[:2], 0.0, 35.0, 2)))
+    job = suite_time.account(TESTS[:2], 10.0, 35.0, 2)
+    table = rows(series(job, suite_time.account(TESTS[:2], 10.0, 45.0, 2)))
     # Medians of 50 s and 70 s: 60 s.
     assert table["starts"] == ["3.0", "5", "4"]
     assert table["guest tools"] == ["18.0", "30", "3"]
-    assert table["idle between them"] == ["30.0", "50"]
+    assert table["after last test"] == ["20.0", "33"]
+    assert table["idle between them"] == ["10.0", "17"]
     assert table["job x concurrent"] == ["60.0", "100"]
     assert table["CPU time of tests"] == ["7.0", "12"]
     assert "killed tests" not in table

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
+from records import make_test
 
 from paprscm.device import hcall_judge
 from paprscm.device.hcall_judge import ScmJudge, request
@@ -141,20 +141,17 @@ def test_missing_branches_are_named(machine: Answers) -> None:
     assert not scm_judge.missing([Hcall.H_SCM_HEALTH], without=["unarmed", "no such nvdimm"])
 
 
-def test_the_tests_of_a_job_are_added_up(tmp_path: Path) -> None:
+def test_the_tests_of_a_job_are_added_up() -> None:
     first, second = sorted(BRANCHES)[:2]
-    for name, counts in (("1", {first: 3, second: 0}), ("2", {first: 4})):
-        folder = tmp_path / "test-results" / name
-        folder.mkdir(parents=True)
-        covered = hcall_judge.counts_by_name(Counter(counts))
-        (folder / "whiteboard").write_text(json.dumps({"branches": covered}))
-    (tmp_path / "test-results" / "3").mkdir()
-    (tmp_path / "test-results" / "3" / "whiteboard").write_text("")
-    total = hcall_judge.read_branches(tmp_path)
+    tests = [
+        make_test("a", facts={"branches": hcall_judge.counts_by_name(Counter(counts))})
+        for counts in ({first: 3, second: 0}, {first: 4})
+    ]
+    total = hcall_judge.count_branches([*tests, make_test("killed")])
     assert (total[first], total[second]) == (7, 0)
     assert hcall_judge.branch_table(total).title == f"1 of {len(BRANCHES)} branches taken"
 
 
-def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no results"):
-        hcall_judge.read_branches(tmp_path)
+def test_a_job_without_hcalls_is_refused() -> None:
+    with pytest.raises(ConfigError, match="no test of this job has recorded branches"):
+        hcall_judge.count_branches([make_test("a")])

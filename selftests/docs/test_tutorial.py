@@ -59,7 +59,7 @@ def follow(text: str, folder: Path, cache_dir: Path) -> int:
                 check=False,
             )
             expected = ".*".join(map(re.escape, output.split("…")))
-            printed = re.sub(r"^JOB LOG.*\n|^.*: STARTED\n", "", done.stdout, flags=re.MULTILINE)
+            printed = re.sub(r"^JOB LOG.*\n", "", done.stdout, flags=re.MULTILINE)
             assert re.fullmatch(expected, printed, re.DOTALL), f"{command}\n{done.stdout}"
     return count
 

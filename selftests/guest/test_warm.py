@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import socket
@@ -24,6 +23,7 @@ from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
 from paprscm.guest.snapshot import NotRestoredError, Snapshot, load_state
 from paprscm.paths import ROOT
+from paprscm.results.record import read_record
 from paprscm.vm.machine import Machine, Nvdimm
 from paprscm.vm.qmp import Qmp
 
@@ -169,15 +169,15 @@ def run_ten(start: str, folder: Path) -> dict[str, tuple[str, Path]]:
         text=True,
         check=False,
     )
-    results = json.loads((folder / "latest" / "results.json").read_text())
-    assert len(results["tests"]) == 10, done.stdout + done.stderr
-    outcomes = {}
-    for test in results["tests"]:
-        metrics = json.loads(test["whiteboard"])
-        warm = "restored" in metrics["guest.start_s"]
-        assert warm == (start == "auto"), f"{test['name']} was started otherwise: {metrics}"
-        place = Path(test["logdir"]) / "data" / "seen"
-        outcomes[test["name"].rpartition(":")[2]] = (test["status"], place)
+    tests = read_record(folder / "latest").tests
+    assert len(tests) == 10, done.stdout + done.stderr
+    outcomes: dict[str, tuple[str, Path]] = {}
+    for test in tests:
+        marks = {metric.dimensions.get("mark") for metric in test.metrics}
+        warm = "restored" in marks
+        assert warm == (start == "auto"), f"{test.name} was started otherwise: {marks}"
+        place = (folder / "latest" / test.logs[0]).parent / "data" / "seen"
+        outcomes[test.name.rpartition(":")[2]] = (test.status, place)
     return outcomes
 
 

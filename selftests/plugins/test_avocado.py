@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +20,10 @@ from altered_qemu import altered_qemu
 
 from paprscm.guest.environment import Environment
 from paprscm.paths import ROOT
+from paprscm.results.record import Test, read_record
 
+# The line of the first test that has ended.
+STARTED = re.compile(r"^\( *1/", re.MULTILINE)
 AVOCADO = str(Path(sys.executable).with_name("avocado"))
 
 VERDICTS = '''
@@ -149,12 +153,18 @@ def avocado(*words: str, cwd: Path = ROOT) -> str:
 
 
 def run_module(module: Path, *words: str) -> tuple[dict[str, dict[str, Any]], str]:
-    """Run a file's tests; return their results by method name, and Avocado's output."""
+    """Run a file's tests; return Avocado's results by method name, and its output."""
     results = module.parent / "results"
     output = avocado("run", "--job-results-dir", str(results), *words, str(module))
     (job,) = results.glob("job-*/results.json")
     tests = json.loads(job.read_text())["tests"]
     return {test["id"].rpartition(".")[2]: test for test in tests}, output
+
+
+def read_tests(folder: Path) -> dict[str, Test]:
+    """The tests of the record that run_module() left, by method name."""
+    record = read_record(folder / "results" / "latest")
+    return {test.name.rpartition(".")[2]: test for test in record.tests}
 
 
 def test_the_configuration_is_in_force_without_a_flag() -> None:
@@ -183,7 +193,7 @@ def test_a_job_whose_guests_cannot_start_fails_immediately() -> None:
     output = avocado("run", "-p", "kernel=/nonexistent/vmlinux", "tests/")
     assert "the kernel /nonexistent/vmlinux does not exist" in output
     assert "no test was started" in output
-    assert "STARTED" not in output
+    assert not STARTED.search(output)
 
 
 def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path) -> None:
@@ -203,7 +213,7 @@ def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path
     output = avocado("run", *words, str(tmp_path / "verdicts.py"))
     assert "built without virtio-rng-pci" in output
     assert "no test was started" in output
-    assert "STARTED" not in output
+    assert not STARTED.search(output)
 
 
 # Names of the server itself, and of its second child, `paprscm image`.
@@ -301,9 +311,13 @@ def test_a_known_issue_is_judged_by_the_version_and_updates_are_printed(tmp_path
     assert tests["test_present"]["fail_reason"] == "known issue qemu-unbind-mem-aborts: it ended"
     assert "it as fixed in 8.2" in tests["test_regression"]["fail_reason"]
     assert "something else" in tests["test_other_failure"]["fail_reason"]
-    pid = json.loads(tests["test_stopped_machine"]["whiteboard"])["pid"]
+    recorded = read_tests(tmp_path)
+    assert {name: test.status for name, test in recorded.items()} == {
+        name: test["status"] for name, test in tests.items()
+    }
+    pid = recorded["test_stopped_machine"].facts["pid"]
     assert not Path(f"/proc/{pid}").exists()
-    # At the end of the job, after the results, and in the whiteboards.
+    # At the end of the job, after the results, and in the record.
     lines = output[output.index("RESULTS ") :].splitlines()
     updates = [line.partition(": ")[2] for line in lines if line.startswith("UPDATE")]
     file = "known_issues/qemu-unbind-mem-aborts.md"
@@ -312,12 +326,9 @@ def test_a_known_issue_is_judged_by_the_version_and_updates_are_printed(tmp_path
         f"update 'Fixed in' of {file}",
         f"known issue qemu-unbind-mem-aborts shows on QEMU 6.2.0: update 'Since' of {file}",
     ]
-    whiteboard = json.loads(tests["test_gone"]["whiteboard"])
-    assert whiteboard["known issue qemu-unbind-mem-aborts"] == {
-        "version": "QEMU 99.1.0",
-        "shows": False,
-        "update": updates[0],
-    }
+    (finding,) = recorded["test_gone"].known_issues
+    assert (finding.product, finding.version, finding.shows) == ("QEMU", "99.1.0", False)
+    assert finding.update == updates[0]
 
 
 OWN_PARAMETERS = """
@@ -346,7 +357,7 @@ def test_a_test_s_own_parameter_needs_no_registration(tmp_path: Path) -> None:
     module.write_text(OWN_PARAMETERS)
     tests, _ = run_module(module, "-p", "cats=9", "-p", "seed=7", "-p", "kumquat=1")
     assert tests["test_own"]["status"] == "PASS"
-    figures = json.loads(tests["test_own"]["whiteboard"])
+    figures = read_tests(tmp_path)["test_own"].facts
     assert (figures["cats"], figures["computed"]) == ("9", "1")
 
 
@@ -360,7 +371,7 @@ def test_a_misspelled_parameter_is_refused(tmp_path: Path, parameter: str, meant
     output = avocado("run", "-p", parameter, str(tmp_path / "own.py"))
     assert f"did you mean {meant}?" in output
     assert "no test was started" in output
-    assert "STARTED" not in output
+    assert not STARTED.search(output)
 
 
 def test_an_unused_parameter_is_mentioned(tmp_path: Path) -> None:
@@ -405,10 +416,17 @@ def test_the_kind_of_error_decides_the_status(environment: Environment, tmp_path
     assert "said" in tests["test_command"]["fail_reason"]
     assert "last.c:1" in tests["test_last_words"]["fail_reason"]
     assert "was killed by SIGKILL from outside" in tests["test_killed"]["fail_reason"]
-    figures = json.loads(tests["test_pass"]["whiteboard"])
-    assert figures["answer"] == 42
-    assert figures["environment"]["page_size"] == "65536"
-    pid = json.loads(tests["test_ends_with_the_test"]["whiteboard"])["pid"]
+    record = read_record(tmp_path / "results" / "latest")
+    recorded = read_tests(tmp_path)
+    assert recorded["test_pass"].facts["answer"] == 42
+    ran_on = record.environment(recorded["test_pass"])
+    assert ran_on is not None
+    assert ran_on.kernel is not None
+    assert ran_on.kernel.page_size_bytes == 65536
+    assert recorded["test_last_words"].contract.startswith("A kernel message after the last")
+    failed = recorded["test_fail"]
+    assert (failed.reason, failed.hint) == ("the kernel lied", "look")
+    pid = recorded["test_ends_with_the_test"].facts["pid"]
     assert not Path(f"/proc/{pid}").exists()
     folder = Path(tests["test_command"]["logdir"])
     logs = {path.name for path in (folder / "data" / "guest").iterdir()}

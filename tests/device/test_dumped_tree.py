@@ -285,9 +285,9 @@ class AnyMachine(TreeTest):
             for group in groups:
                 self.try_group(group, seed=source.getrandbits(64))
         finally:
-            self.measure("machines", sum(self.outcomes.values()))
+            self.metric("machines", sum(self.outcomes.values()), "machines")
             self.measure("outcomes", dict(self.outcomes.most_common()))
-            self.measure("duration_s", round(time.monotonic() - began, 1))
+            self.metric("duration", time.monotonic() - began, "s")
         # Each reason is the only one in as many machines as there are examples.
         unseen = [
             r.name

@@ -398,7 +398,7 @@ class DeviceQmp(QemuTest):
         commands.append(("query-memory-devices", {}))
         memory = f"256M,slots={MAX_SLOTS},maxmem=16G"
         outcome = attempt(self.qemu, board(memory=memory), commands=commands)
-        self.measure("duration_s", outcome.duration_s)
+        self.metric("duration", outcome.duration_s, "s")
         for number in range(len(commands) - 2):
             outcome.returned(number)
         self.check_answer("33rd device_add", outcome.answers[-2], [RefusalReason.NO_FREE_SLOT])

@@ -62,7 +62,7 @@ class Validation(QemuTest):
                 self.check(row.name, str(outcome), f"a refusal: {reason_patterns(row.reasons)}")
             elif not names_one(outcome.text, row.reasons):
                 others.append(f"{row.name}: {outcome}\n  expected {reason_patterns(row.reasons)}")
-        self.measure("rows", len(rows))
+        self.metric("rows", len(rows), "rows")
         if others:
             self.remark(f"{len(others)} of {len(rows)} refusals:\n" + "\n".join(others))
 

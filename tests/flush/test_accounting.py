@@ -58,16 +58,17 @@ class FlushAccounting(PaprScmTest):
         flushes = account.all()
         expect_protocol(flushes)
         waits = sorted(wait for flush in flushes for wait in flush.waits_us)
-        self.measure(
-            f"{threads} threads, slots {list(slots)}",
-            {
-                "flushes": account.count,
-                "hcalls": account.calls,
-                "flushes_per_s": account.count / result.duration_s,
-                "p50_ms": statistics.median(call.duration_s for call in result.calls) * 1000,
-                "wait_ms": [waits[0] / 1000, statistics.median(waits) / 1000, waits[-1] / 1000],
-            },
-        )
+        median_s = statistics.median(call.duration_s for call in result.calls)
+        for name, value, unit in (
+            ("flushes", account.count, "flushes"),
+            ("hcalls", account.calls, "hcalls"),
+            ("flush_rate", account.count / result.duration_s, "flushes/s"),
+            ("call_median", median_s, "s"),
+            ("wait_shortest", waits[0], "us"),
+            ("wait_median", statistics.median(waits), "us"),
+            ("wait_longest", waits[-1], "us"),
+        ):
+            self.metric(name, value, unit, threads=threads, slots=" ".join(map(str, slots)))
         return account
 
 
@@ -159,4 +160,4 @@ class Override(FlushAccounting):
         account = self.accounts.take()
         account.expect({1: 20}, Operation.PMEM_PERSIST)
         expect_protocol(account.all())
-        self.measure("slowest_s", max(call.duration_s for call in result.calls))
+        self.metric("call_longest", max(call.duration_s for call in result.calls), "s")

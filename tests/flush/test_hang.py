@@ -113,13 +113,13 @@ class FlushHang(PaprScmTest):
             began, printed = time.monotonic(), len(guest.console.lines)
             guest.vm.syncs(DIMM.slot).release()
             done.result(SOON_S)
-            self.measure("answer after release, s", round(time.monotonic() - began, 3))
+            self.metric("answer_after_release", time.monotonic() - began, "s")
             guest.hang_up()
             ready = {"ready": re.compile("paprscm: ready")}
             if not guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed):
                 raise ContractError("the guest did not start again within 120 s")
             guest.connect()
-            self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
+            self.metric("guest_ready_after_release", time.monotonic() - began, "s")
             # Not by persist, which would have to be compiled again.
             guest.succeed(f"echo 1 > {find_region(guest, DIMM.slot).device}/deep_flush")
             counts = guest.vm.syncs(DIMM.slot).counts()
@@ -138,7 +138,7 @@ class FlushHang(PaprScmTest):
             self.measure("ended by SIGTERM while the flush hangs", early)
             self.expect("the reset ended with QEMU", done.done(), early)
             guest.vm.syncs(DIMM.slot).release()
-            self.measure("ended after release, s", self.expect_end(guest, SOON_S))
+            self.metric("end_after_release", self.expect_end(guest, SOON_S), "s")
             # The reset's answer may have been lost.
             if done.exception(SOON_S) is not None:
                 lost = isinstance(done.exception(), GuestLostError)
@@ -156,7 +156,7 @@ class FlushHang(PaprScmTest):
             pool.submit(guest.qmp.execute, "quit")
             ended = guest.process.wait(SOON_S)
             syncs.release()
-        self.measure("ended, s", round(time.monotonic() - began, 3))
+        self.metric("end", time.monotonic() - began, "s")
         self.expect("QEMU's exit status while the flush hangs", ended, 0)
         self.expect_end(guest, SOON_S)
         self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
@@ -166,7 +166,7 @@ class FlushHang(PaprScmTest):
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         guest.qmp.execute("system_powerdown")
-        self.measure("ended, s", self.expect_end(guest, SOON_S))
+        self.metric("end", self.expect_end(guest, SOON_S), "s")
         self.usual("the kernel prints 'Power down'", self.powered_down(guest), True)
         self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
@@ -185,7 +185,7 @@ class FlushHang(PaprScmTest):
         self.expect("QEMU's status", guest.qmp.execute("query-status")["status"], "running")
         self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
         syncs.release()
-        self.measure("ended after release, s", self.expect_end(guest, SOON_S))
+        self.metric("end_after_release", self.expect_end(guest, SOON_S), "s")
         counts = syncs.counts()
         self.check("syncs that ended", counts.ended, counts.begun)
         self.usual("flushes of a powerdown", counts.begun - self.begun, 1)

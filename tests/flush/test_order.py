@@ -85,5 +85,5 @@ class FlushOrder(PaprScmTest):
         for call in result.calls:
             kinds[call.operation] = kinds.get(call.operation, 0) + 1
         self.measure("calls", kinds)
-        self.measure("syncs", len(records))
-        self.measure("clock_width_us", offset.width_ns / 1000)
+        self.metric("syncs", len(records), "syncs")
+        self.metric("clock_width", offset.width_ns / 1000, "us")

@@ -93,8 +93,8 @@ class FlushSlow(PaprScmTest):
             self.check(f"{what}: hcalls", hcalls, at_least(2 * count))
             self.check(f"{what}: hcalls", hcalls, at_most(2 * count + took_s / POLL_S))
             polls[delay_s] = hcalls / count - 1
-            figures = {"fsync_s": round(took_s / count, 4), "polls": round(polls[delay_s], 2)}
-            self.measure(what, figures)
+            self.metric("fsync", took_s / count, "s", sync_s=f"{delay_s:g}")
+            self.metric("polls", polls[delay_s], "hcalls", sync_s=f"{delay_s:g}")
         self.check("polls in 50 ms, more than in 1 ms", polls[0.05], above(polls[0.001]))
         # A sleep of 10 ms may take 20 ms with 100 ticks a second, and longer on a busy host.
         self.check("polls in 1 s", polls[1.0], above(max(10.0, polls[0.05])))
@@ -129,19 +129,17 @@ class FlushSlow(PaprScmTest):
             self.expect("errnos meanwhile", [step.errno for step in steps], [0] * len(steps))
             quick += [step.duration_s for step in steps]
             ticks.append(float(ended) - float(began))
-        figures = {
-            "rounds": rounds,
-            "longest_other_flush_s": round(max(quick, default=0), 4),
-            "longest_sleep_of_1_s": max(ticks, default=0),
-        }
-        self.measure("meanwhile", figures)
+        self.metric("rounds_meanwhile", rounds, "rounds")
+        self.metric("longest_other_flush", max(quick, default=0), "s")
+        self.metric("longest_sleep_of_1_s", max(ticks, default=0), "s")
         self.expect("rounds meanwhile", rounds, at_least(2))
         self.check("longest other flush, s", max(quick), below(sync_s / 2))
         self.check("longest sleep of 1 s, s", max(ticks), below(sync_s / 2))
         guest.wait_until(f"! test -d /proc/{pid}")
         (slow,) = parse_persist(guest.succeed("cat /tmp/slow"), 0, (FLUSH,))
         hcalls = count_hcalls(guest) - hcalls
-        self.measure("slow flush", {"s": round(slow.duration_s, 3), "hcalls of all": hcalls})
+        self.metric("slow_flush", slow.duration_s, "s")
+        self.metric("hcalls", hcalls, "hcalls")
         self.check("errno of the slow flush", slow.errno, 0)
         self.check("duration of the slow flush, s", slow.duration_s, at_least(sync_s))
         self.check("duration of the slow flush, s", slow.duration_s, below(sync_s + 10))

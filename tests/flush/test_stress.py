@@ -99,17 +99,13 @@ class FlushStress(PaprScmTest):
         flushes = {slot: len(found) for slot, found in account.flushes.items()}
         account.expect(flushes)
         durations = sorted(call.duration_s for call in result.calls)
-        self.measure(
-            name,
-            {
-                "calls": len(result.calls),
-                "flushes": flushes,
-                "hcalls": account.calls,
-                "flushes_per_s": account.count / result.duration_s,
-                "p50_ms": durations[len(durations) // 2] * 1000,
-                "max_ms": durations[-1] * 1000,
-            },
-        )
+        self.metric("calls", len(result.calls), "calls", load=name)
+        for slot, count in flushes.items():
+            self.metric("flushes", count, "flushes", load=name, slot=slot)
+        self.metric("hcalls", account.calls, "hcalls", load=name)
+        self.metric("flush_rate", account.count / result.duration_s, "flushes/s", load=name)
+        self.metric("call_median", durations[len(durations) // 2], "s", load=name)
+        self.metric("call_longest", durations[-1], "s", load=name)
         if unflushed := [slot for slot in slots if not flushes[slot]]:
             raise HostError(f"the load did not flush the slots {unflushed}")
 

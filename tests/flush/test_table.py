@@ -179,7 +179,8 @@ class FlushTable(PaprScmTest):
             account.expect({SLOT: account.count})
             expect_protocol(account.all())
             counts[row.name] = account.count
-        self.measure("flushes", counts)
+        for name, count in counts.items():
+            self.metric("flushes", count, "flushes", row=name)
         lost = [row.name for row in rows if row.durable and not counts[row.name]]
         if lost:
             raise ContractError(f"not flushed at all: {', '.join(lost)}")

@@ -67,7 +67,7 @@ class HcallTest(QemuTest):
 
     def covers(self, judge: ScmJudge, *calls: Hcall, without: Iterable[str] = ()) -> None:
         """Check that the test took every branch of these calls."""
-        self.measure("hcalls", judge.calls)
+        self.metric("hcalls", judge.calls, "hcalls")
         self.measure("branches", counts_by_name(judge.model.covered))
         if missing := judge.missing(calls, without=without):
             raise HostError(f"branches that the test did not reach: {', '.join(sorted(missing))}")

@@ -6,7 +6,7 @@ loop, which disks use too (hw/ppc/spapr_nvdimm.c:h_scm_flush; util/thread-pool.c
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -24,6 +24,13 @@ FLUSH = Hcall.H_SCM_FLUSH
 DIMM = PMEM_OFF.at(0, SMALL)
 POOL_THREADS = 64
 """QEMU util/async.c:aio_context_new, thread_pool_max."""
+COSTS = {
+    "anonymous_kib": ("anonymous_memory", "KiB"),
+    "threads": ("threads", "threads"),
+    "monitor_s": ("monitor_response", "s"),
+    "disk_write_s": ("disk_write", "s"),
+}
+"""Metric and unit of each cost."""
 
 
 class Hostile(QemuTest):
@@ -58,6 +65,11 @@ class Hostile(QemuTest):
             "disk_write_s": timed(lambda: self.write_disk(bare)),
         }
 
+    def keep_cost(self, state: str, cost: Mapping[str, float]) -> None:
+        """Record QEMU's cost in a state of the test."""
+        for key, (name, unit) in COSTS.items():
+            self.metric(name, cost[key], unit, state=state)
+
     def write_disk(self, bare: BareMachine) -> None:
         """Write 4 KiB to the other disk, through the thread pool as a guest's request does."""
         self.disk.write_bytes(bytes(4096))
@@ -83,8 +95,9 @@ class Hostile(QemuTest):
             # The write waits in the queue for the flushes before it.
             "disk_write_s": count * sync_s / POOL_THREADS + 10.0,
         }
-        self.measure("idle", idle)
-        self.measure("loaded", {"outstanding": outstanding, **loaded})
+        self.metric("outstanding_flushes", outstanding, "flushes")
+        self.keep_cost("idle", idle)
+        self.keep_cost("loaded", loaded)
         for name, limit in limits.items():
             self.check(f"{name} with {outstanding} flushes", loaded[name], at_most(limit))
         syncs.wait_ended(count, 120)
@@ -118,9 +131,9 @@ class Hostile(QemuTest):
         after = self.cost(bare)
         # One call walks the list of ended flushes while it holds the big QEMU lock.
         unknown = bare.call(FLUSH, DIMM.drc, 1 << 40)
-        self.measure("before", before)
-        self.measure("after", after)
-        self.measure("unknown_token_s", unknown.duration_s)
+        self.keep_cost("before", before)
+        self.keep_cost("after", after)
+        self.metric("unknown_token", unknown.duration_s, "s")
         each = (after["anonymous_kib"] - before["anonymous_kib"]) * 1024 / more
         self.known_issue(
             "qemu-flushes-without-limit",

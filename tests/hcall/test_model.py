@@ -27,7 +27,7 @@ class Model(QemuTest):
         try:
             runner.run_all(sequences_of(steps), count=count, first=first, folder=self.workdir)
         finally:
-            self.measure("sequences", runner.sequences)
-            self.measure("hcalls", runner.hcalls)
+            self.metric("sequences", runner.sequences, "sequences")
+            self.metric("hcalls", runner.hcalls, "hcalls")
             self.measure("branches", counts_by_name(runner.judge.model.covered))
         self.log.info("%d hcalls in %d sequences", runner.hcalls, runner.sequences)

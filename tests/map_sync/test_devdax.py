@@ -96,7 +96,7 @@ class Devdax(PaprScmTest):
         with guest.expect_messages(REFUSAL):
             reports = map_sync_cells(guest, device.path, (*whole, *ranges), pages=None)
         self.measure("cells", {str(r.cell): str(r.mapping) for r in reports})
-        self.measure("align_bytes", align)
+        self.metric("align", align, "bytes")
         prove(reports)
         by_sync = [
             r
@@ -121,7 +121,7 @@ class Devdax(PaprScmTest):
                 f"stores of {len(absent)} of {len(stored)} mappings are missing at their offset in "
                 "the backing file:\n  " + "\n  ".join(absent)
             )
-        self.measure("stores found on the host", sum(len(r.stored()) for r in stored))
+        self.metric("stores_on_host", sum(len(r.stored()) for r in stored), "stores")
         return by_sync, align
 
     def test_pmem_on(self) -> None:

@@ -38,5 +38,6 @@ class Histories(QemuTest):
             runner.run_all(histories, count=count, first=first, folder=self.workdir)
         finally:
             for name in ("sequences", "hcalls", "migrations", "pending", "completed"):
-                self.measure(name, getattr(runner, name))
-        self.log.info("%s", self._metrics)
+                unit = "flushes" if name in ("pending", "completed") else name
+                self.metric(name, getattr(runner, name), unit)
+                self.log.info("%s: %d", name, getattr(runner, name))

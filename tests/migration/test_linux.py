@@ -327,7 +327,7 @@ class LinuxEnds(LinuxTest):
             began = time.monotonic()
             syncs.release()
             done.result(END_S)
-        self.measure("answer after release, s", round(time.monotonic() - began, 3))
+        self.metric("answer_after_release", time.monotonic() - began, "s")
         self.known_issue(
             "qemu-reset-waits-for-flush",
             shows=blocked,
@@ -336,7 +336,7 @@ class LinuxEnds(LinuxTest):
         )
         if not self.printed(guest, "paprscm: ready", printed, BOOT_S):
             raise ContractError(f"the guest did not start again within {BOOT_S:g} s")
-        self.measure("guest ready after release, s", round(time.monotonic() - began, 3))
+        self.metric("guest_ready_after_release", time.monotonic() - began, "s")
         region, disk = find_region(guest, IDLE.slot), find_region(guest, DISK.slot)
         trace = FlushTrace(guest)
         # Not by guest_tools/flush.c, which the new guest would have to compile.
@@ -372,7 +372,7 @@ class LinuxEnds(LinuxTest):
         guest.succeed("(sleep 0.1; echo c > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &")
         began = time.monotonic()
         status = guest.process.wait(END_S)
-        self.measure("end, s", round(time.monotonic() - began, 3))
+        self.metric("end", time.monotonic() - began, "s")
         self.expect("QEMU's exit status", status, 0)
         guest.kill()
         self.check("syncs that ended", syncs.counts().ended, ended)

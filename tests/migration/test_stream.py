@@ -95,7 +95,7 @@ class Altered(QemuTest):
         try:
             load(destination.vm, stream)
             destination.adopt()
-            self.measure("memory of a destination, MiB", resident_mib(destination.process.pid))
+            self.metric("memory_of_destination", resident_mib(destination.process.pid), "MiB")
             destination.batch([Call(FLUSH, (DRC, token)) for token in (*range(5), 99)])
             for slot in (0, 1):
                 destination.vm.syncs(slot).release()
@@ -174,7 +174,7 @@ class Altered(QemuTest):
                 f"a stream of {length} bytes, {length - start} of the section", outcome, "refused"
             )
             self.check(f"message about {length} bytes", bool(text), True)
-        self.measure("cuts", len(picked) + len(before))
+        self.metric("cuts", len(picked) + len(before), "cuts")
 
 
 def section(stream: bytes, state: DimmState) -> bytes:

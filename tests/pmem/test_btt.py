@@ -103,8 +103,8 @@ class Btt(PaprScmTest):
                 f"{after_s:g} s, states {' '.join(outcome.states)}, "
                 f"{_writes(guest.console.lines)} writes; no CPU is reported as stuck"
             )
-        self.measure("writes", sum(outcome.writes))
-        self.measure("duration_s", outcome.duration_ns / 1e9)
+        self.metric("writes", sum(outcome.writes), "writes")
+        self.metric("duration", outcome.duration_ns / 1e9, "s")
         expect_written(outcome)
         return sum(outcome.writes)
 
@@ -159,7 +159,7 @@ class Btt(PaprScmTest):
         now = _writes(lines)
         trace = traces(lines, again)[-1]
         guest.kill()
-        self.measure("writes", now)
+        self.metric("writes", now, "writes")
         self.measure("trace", trace)
         if not spins(trace) or not has_frame(trace, *WRITE_PATH):
             raise ContractError(f"a CPU is stuck outside the BTT's write path:\n{trace}")

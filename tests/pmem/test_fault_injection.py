@@ -69,7 +69,8 @@ class FaultInjection(PaprScmTest):
     def judge(self, what: str, report: FailNthReport, *allowed: int, optional: int = 0) -> None:
         """Check that the calls returned only allowed errors."""
         longest = max(round_.duration_us for round_ in report.rounds)
-        self.measure(what, {"answers": report.answers, "longest_us": longest})
+        self.measure(what, report.answers)
+        self.metric("longest_call", longest, "us", calls=what)
         expect_errors(report, allowed or [errno.ENOMEM], optional=optional)
 
     def works(self, guest: Guest) -> None:
@@ -85,7 +86,8 @@ class FaultInjection(PaprScmTest):
         )
         leaks = fault_injection.read_leaks(guest)
         ours = [one for one in leaks if any(word in one for word in ("papr_scm", "nvdimm", "nd_"))]
-        self.measure("leaks", {"ours": len(ours), "others": len(leaks) - len(ours)})
+        self.metric("leaks", len(ours), "objects", owner="driver")
+        self.metric("leaks", len(leaks) - len(ours), "objects", owner="others")
         if ours:
             raise ContractError(f"{len(ours)} objects have leaked, the first:\n{ours[0]}")
 

@@ -94,10 +94,8 @@ class PowerCut(PaprScmTest):
                     self.check(f"{image.name} at point {point}", text, "", detail=judge.context)
             self.checkpoint()
         self.control(judge, log, start, done, points, dice)
-        self.measure("syncs", len(log.syncs))
-        self.measure("points", len(points))
-        self.measure("images", found)
-        self.measure("images per second", round(judge.count / judge.duration_s, 2))
+        self.measure("syncs, points and images", [len(log.syncs), len(points), found])
+        self.metric("image", judge.duration_s / judge.count, "s", fstype=fstype, options=options)
 
     def cuts(self) -> int:
         """Number of images, from -p cuts=N."""
@@ -151,7 +149,7 @@ class PowerCut(PaprScmTest):
                 cut = Cut(log, point, counts=functools.partial(_is_done, start, step))
                 (image,) = images(cut, dice, limit=1)
                 if judge.differences(image, done[point]):
-                    self.measure(f"images to detect that {what} is a lie", number)
+                    self.metric("images to detection", number, "images", lie=what)
                     break
             else:
                 raise HostError(f"{CONTROL} images of a host have all data; {what} was a lie")

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The formats of a job's results by name."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from paprscm.errors import ConfigError
+from paprscm.results import junit, kcidb, ktap, lava, squad, summary
+from paprscm.results.context import Context
+from paprscm.results.record import Record, encode
+
+
+def _json(record: Record, _context: Context) -> str:
+    return encode(record).decode()
+
+
+FORMATS: Final[Mapping[str, Callable[[Record, Context], str]]] = {
+    "json": _json,
+    "junit": junit.render,
+    "kcidb": kcidb.render,
+    "ktap": ktap.render,
+    "lava": lava.render,
+    "markdown": summary.render,
+    "squad": squad.render,
+}
+FILES: Final[Mapping[str, str]] = {
+    "json": "paprscm.json",
+    "junit": "paprscm-junit.xml",
+    "kcidb": "paprscm-kcidb.json",
+    "ktap": "paprscm.ktap",
+    "lava": "paprscm-lava.txt",
+    "markdown": "paprscm-summary.md",
+    "squad": "paprscm-squad.json",
+}
+"""Names of the files that are written at the end of a job."""
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """The formats of a list such as "junit,ktap".
+
+    Raises:
+        ConfigError: there is no such format.
+    """
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in FORMATS:
+            raise ConfigError(f"there is no format '{name}'", hint=f"one of {', '.join(FORMATS)}")
+    return names
+
+
+def publish(text: str, file: Path) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.rename(file)
+    finally:
+        part.unlink(missing_ok=True)
