@@ -92,16 +92,22 @@ save() {
 	echo quit
 }
 
-# resume: in such a function, continue a machine after it was loaded.
-resume() {
+# loaded: in such a function, wait until an incoming migration has ended.
+loaded() {
 	for _ in $(seq 200); do
 		echo info status
 		sleep 0.1
 		if grep -a '^VM status' answers | tail -n 1 | grep -qv inmigrate; then
-			echo cont
 			return
 		fi
 	done
+	exit 1
+}
+
+# resume: in such a function, continue a machine after it was loaded.
+resume() {
+	loaded
+	echo cont
 }
 
 # run [OPTION…]: start a machine with $steps on its monitor. The monitor's answers are in the file

@@ -4,8 +4,7 @@
 . "$(dirname "$0")/../lib.sh"
 
 load() {
-	resume
-	echo info status
+	loaded
 	echo quit
 }
 
@@ -21,8 +20,8 @@ dimms=
 dimm 0
 steps=load
 run -S -incoming 'exec:cat state'
-if grep -q '^VM status: running' answers; then
-	shown "the destination runs the machine"
+if [ "$status" -eq 0 ] && grep '^VM status' answers | tail -n 1 | grep -qv inmigrate; then
+	shown "the destination accepts the machine"
 elif [ "$status" -eq 1 ] && grep -q 'load of migration failed' err; then
 	gone "$(head -n 1 err)"
 fi
