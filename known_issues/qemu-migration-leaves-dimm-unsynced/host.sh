@@ -5,10 +5,7 @@
 
 load() {
 	echo 'migrate_incoming "exec:cat state"'
-	for _ in 1 2 3 4 5 6 7 8; do
-		sleep 0.5
-		echo info migrate
-	done
+	loaded
 	echo quit
 }
 
@@ -24,8 +21,8 @@ dimm 0
 tracer='strace -f -y -qq -o calls -e trace=fdatasync,fsync,msync,sync_file_range'
 steps=load
 run -S -incoming defer
-grep -Eq '^(Migration status|Status): *completed' answers ||
-	unknown "the migration did not complete: $message"
+grep '^VM status' answers | tail -n 1 | grep -qv inmigrate ||
+	unknown "the machine was not loaded; QEMU's status is $status: $message"
 if grep -Eq 'msync.*MS_SYNC|sync\([0-9]*<.*dimm0>' calls; then
 	gone "$(grep -E 'msync|dimm0' calls | tail -n 1)"
 fi
