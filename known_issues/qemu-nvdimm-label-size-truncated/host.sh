@@ -10,6 +10,9 @@ dump() {
 
 expected "QEMU refuses a label-size that does not fit into the 32 bits of ibm,metadata-size"
 truncate -s 4352M dimm0
+dimm 0 size=4352M -- label-size=256M
+accepts || unknown "QEMU refuses DIMMs that are correct: $message"
+dimms=
 dimm 0 size=4352M -- label-size=4G
 accepts || refused label
 steps=dump
