@@ -60,8 +60,8 @@ static inline long hcall(u64 number, u64 a, u64 b, u64 c, u64 d)
 	asm volatile("sc 1"
 		     : "+r"(r3), "+r"(r4), "+r"(r5), "+r"(r6), "+r"(r7), "+r"(r8)
 		     :
-		     : "r0", "r9", "r10", "r11", "r12", "ctr", "xer", "cr0", "cr1", "cr5",
-		       "cr6", "cr7", "memory");
+		     : "r0", "r9", "r10", "r11", "r12", "ctr", "xer", "cr0", "cr1", "cr5", "cr6",
+		       "cr7", "memory");
 	result4 = r4;
 	result5 = r5;
 	return r3;

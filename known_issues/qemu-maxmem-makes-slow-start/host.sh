@@ -5,8 +5,8 @@
 
 # children_ms: set $total to the CPU time of this shell's children so far, ms.
 children_ms() {
-	times > times
-	total=$(tail -n 1 times | tr ms '  ' | awk '{ print int(($1 * 60 + $2 + $3 * 60 + $4) * 1000) }')
+	times > cpu
+	total=$(tail -n 1 cpu | tr ms '  ' | awk '{ print int(($1 * 60 + $2 + $3 * 60 + $4) * 1000) }')
 }
 
 # cpu_ms MAXMEM: set $ms to the CPU time of a machine that is only created.

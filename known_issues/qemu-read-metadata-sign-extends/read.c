@@ -4,7 +4,6 @@
 
 void run(void)
 {
-	print_status("H_SCM_WRITE_METADATA",
-		     hcall(H_SCM_WRITE_METADATA, DRC(0), 0, 0x80000001, 4));
+	print_status("H_SCM_WRITE_METADATA", hcall(H_SCM_WRITE_METADATA, DRC(0), 0, 0x80000001, 4));
 	print_status("H_SCM_READ_METADATA", hcall(H_SCM_READ_METADATA, DRC(0), 0, 4, 0));
 }

@@ -12,14 +12,14 @@ asm("handler:\n"
 
 extern unsigned int handler[];
 
-#define TRY(name, instruction)							\
-	do {									\
-		register u64 r3 asm("r3") = 0;					\
-										\
-		asm volatile(instruction : "+r"(r3) : : "r4", "memory");	\
-		count = r3;							\
-		print(name);							\
-		print_number(count);						\
+#define TRY(name, instruction)                                           \
+	do {                                                             \
+		register u64 r3 asm("r3") = 0;                           \
+                                                                         \
+		asm volatile(instruction : "+r"(r3) : : "r4", "memory"); \
+		count = r3;                                              \
+		print(name);                                             \
+		print_number(count);                                     \
 	} while (0)
 
 void run(void)
