@@ -48,19 +48,20 @@ asm(".section .text.startup, \"ax\"\n"
 /* Results of the last call: r4, r5. */
 static u64 result4, result5;
 
-static long hcall(u64 number, u64 a, u64 b, u64 c, u64 d)
+static inline long hcall(u64 number, u64 a, u64 b, u64 c, u64 d)
 {
 	register u64 r3 asm("r3") = number;
 	register u64 r4 asm("r4") = a;
 	register u64 r5 asm("r5") = b;
 	register u64 r6 asm("r6") = c;
 	register u64 r7 asm("r7") = d;
+	register u64 r8 asm("r8") = 0;
 
 	asm volatile("sc 1"
-		     : "+r"(r3), "+r"(r4), "+r"(r5), "+r"(r6), "+r"(r7)
+		     : "+r"(r3), "+r"(r4), "+r"(r5), "+r"(r6), "+r"(r7), "+r"(r8)
 		     :
-		     : "r0", "r8", "r9", "r10", "r11", "r12", "ctr", "xer", "cr0", "cr1", "cr5",
-		       "cr6", "cr7", "memory");
+		     : "r0", "r9", "r10", "r11", "r12", "ctr", "xer", "cr0", "cr1", "cr5", "cr6",
+		       "cr7", "memory");
 	result4 = r4;
 	result5 = r5;
 	return r3;
@@ -79,19 +80,19 @@ void power_off(void)
 }
 
 /* Print to the console: vty 0x71000000, 16 bytes a call, and it may be busy. */
-static void put(char c)
+static inline void put(char c)
 {
 	while (hcall(H_PUT_TERM_CHAR, 0x71000000, 1, (u64)c << 56, 0) != 0)
 		;
 }
 
-static void print(const char *text)
+static inline void print(const char *text)
 {
 	for (; *text; text++)
 		put(*text);
 }
 
-static void print_hex(u64 value)
+static inline void print_hex(u64 value)
 {
 	int shift;
 
@@ -102,7 +103,7 @@ static void print_hex(u64 value)
 		put("0123456789abcdef"[value >> shift & 15]);
 }
 
-static void print_number(long value)
+static inline void print_number(long value)
 {
 	if (value < 0) {
 		put('-');
@@ -114,7 +115,7 @@ static void print_number(long value)
 }
 
 /* Print "name = status (r4 0x…)" after a call. */
-static void print_status(const char *name, long status)
+static inline void print_status(const char *name, long status)
 {
 	u64 r4 = result4;
 
@@ -124,6 +125,57 @@ static void print_status(const char *name, long status)
 	print(" (r4 ");
 	print_hex(r4);
 	print(")\n");
+}
+
+/* Address of a DIMM's first block of 256 MiB, or 0. Real mode may access it. */
+static inline volatile u64 *bind(int slot)
+{
+	if (hcall(H_SCM_BIND_MEM, DRC(slot), 0, 1, -1UL) != 0)
+		return 0;
+	return (volatile u64 *)result5;
+}
+
+/* H_LONG_BUSY_ORDER_1_MSEC to H_LONG_BUSY_ORDER_100_SEC: call again, with the token in r4. */
+static inline int is_busy(long status)
+{
+	return status >= 9900 && status <= 9905;
+}
+
+/* Begin a flush, and return its token. */
+static inline u64 begin_flush(int slot)
+{
+	hcall(H_SCM_FLUSH, DRC(slot), 0, 0, 0);
+	return result4;
+}
+
+/* Wait for a flush, and return its status. */
+static inline long end_flush(int slot, u64 token)
+{
+	long status;
+
+	do {
+		status = hcall(H_SCM_FLUSH, DRC(slot), token, 0, 0);
+	} while (is_busy(status));
+	return status;
+}
+
+/* The timebase of each pseries machine has 512 MHz. */
+#define TICKS_PER_MS 512000UL
+
+static inline u64 timebase(void)
+{
+	u64 now;
+
+	asm volatile("mftb %0" : "=r"(now));
+	return now;
+}
+
+static inline void wait_ms(unsigned int ms)
+{
+	u64 start = timebase();
+
+	while (timebase() - start < ms * TICKS_PER_MS)
+		;
 }
 
 #endif

@@ -9,6 +9,13 @@
 here=$(cd "$(dirname "$0")" && pwd)
 qemu=${QEMU:-qemu-system-ppc64}
 dimms=
+# Words before QEMU's command line, such as strace and its options.
+tracer=
+# QEMU=qemu-system-x86_64 runs those reproductions that need no program in the guest.
+case $qemu in
+*x86_64) machine=q35,nvdimm=on device=nvdimm ;;
+*) machine=pseries,x-vof=on,nvdimm=on device=spapr-nvdimm ;;
+esac
 
 expected() {
 	echo "expected: $*"
@@ -38,25 +45,107 @@ need() {
 
 # On the host.
 
-# dimm N [BACKEND-OPTION…]: add a DIMM of 256 MiB with a label area of 128 KiB; its file is dimmN.
+# dimm N [BACKEND-OPTION…] [-- DEVICE-OPTION…]: add a DIMM of 256 MiB with a label area of 128 KiB;
+# its file is dimmN. An option replaces an earlier one.
 dimm() {
 	number=$1
 	shift
 	[ -e "dimm$number" ] || truncate -s 262272K "dimm$number" || unknown "no file dimm$number"
-	backend=memory-backend-file,id=mem$number,mem-path=dimm$number,size=262272K,share=on
-	for option; do
-		backend=$backend,$option
+	words=memory-backend-file,id=mem$number,mem-path=dimm$number,size=262272K,share=on
+	while [ $# -gt 0 ] && [ "$1" != -- ]; do
+		words=$words,$1
+		shift
 	done
-	device=spapr-nvdimm,id=nv$number,memdev=mem$number,slot=$number,label-size=128K
-	device=$device,uuid=11111111-0000-0000-0000-00000000000$number
-	dimms="$dimms -object $backend -device $device"
+	[ $# -eq 0 ] || shift
+	dimms="$dimms -object $words"
+	words=$device,id=nv$number,memdev=mem$number,slot=$number,label-size=128K
+	words=$words,uuid=11111111-0000-0000-0000-00000000000$number
+	for option; do
+		words=$words,$option
+	done
+	dimms="$dimms -device $words"
 }
 
-# machine [OPTION…]: start a pseries machine with the DIMMs; its status is $?.
+# machine [OPTION…]: start a machine with the DIMMs; its status is $?.
 machine() {
-	# shellcheck disable=SC2086 # $dimms is a list of words
-	timeout 60 "$qemu" -machine pseries,x-vof=on,nvdimm=on -accel tcg \
+	# shellcheck disable=SC2086 # $tracer and $dimms are lists of words
+	$tracer timeout -k 5 60 "$qemu" -machine "$machine" -accel tcg \
 		-m 512M,slots=8,maxmem=8G -nodefaults -display none -no-reboot $dimms "$@"
+}
+
+# A command that prints commands for QEMU's monitor: a function of the script.
+steps=:
+
+# await PATTERN FILE: in such a function, wait until a line of FILE matches.
+await() {
+	for _ in $(seq 200); do
+		grep -Eqs "$1" "$2" && return
+		sleep 0.1
+	done
+	exit 1
+}
+
+# save: in such a function, save the machine to the file `state`, and end QEMU.
+save() {
+	echo stop
+	echo 'migrate "exec:cat > state"'
+	echo quit
+}
+
+# loaded: in such a function, wait until an incoming migration has ended.
+loaded() {
+	for _ in $(seq 200); do
+		echo info status
+		sleep 0.1
+		if grep -a '^VM status' answers | tail -n 1 | grep -qv inmigrate; then
+			return
+		fi
+	done
+	exit 1
+}
+
+# resume: in such a function, continue a machine after it was loaded.
+resume() {
+	loaded
+	echo cont
+}
+
+# run [OPTION…]: start a machine with $steps on its monitor. The monitor's answers are in the file
+# `answers`, messages in `err`, the last one in $message, and QEMU's exit status, 128 + n for signal
+# n, in $status.
+run() {
+	: > answers
+	$steps | machine -monitor stdio "$@" > answers 2> err
+	status=$?
+	tr -d '\r' < answers > text && mv text answers
+	# Without warnings of each TCG machine, messages of strace, and the shell's name of a signal.
+	grep -Ev "TCG doesn't support requested feature|^strace: |^[A-Z][a-z]+( [a-z]+)?$" err > text
+	mv text err
+	cat err
+	message=$(tail -n 1 err)
+	[ "$status" -ne 124 ] || unknown "QEMU did not exit within 60 s"
+}
+
+# accepts [OPTION…]: true if QEMU starts the machine, false if it ends before it is asked to.
+accepts() {
+	steps='printf info\040status\nquit\n'
+	run -S "$@"
+	steps=:
+	[ "$status" -eq 0 ] || return 1
+	grep -q '^VM status: paused' answers || unknown "QEMU exits with status $status: $message"
+}
+
+# refused PATTERN: end, after QEMU has refused the machine; its message must match.
+refused() {
+	case $status in
+	1) ! grep -Eqi "$1" err || gone "QEMU refuses the machine: $message" ;;
+	esac
+	unknown "QEMU exits with status $status: $message"
+}
+
+# saved: end, if the machine was not saved.
+saved() {
+	[ -s state ] || unknown "the machine was not saved; QEMU's status is $status: $message"
 }
 
 # compile PROGRAM: compile PROGRAM.c, which includes bare.h, to ./PROGRAM.
@@ -68,18 +157,16 @@ compile() {
 		-Wl,-Ttext=0,--build-id=none -o "$1" "$here/$1.c" || unknown "$1.c does not compile"
 }
 
-# bare PROGRAM [OPTION…]: run PROGRAM.c in a machine with the DIMMs. Its output is in the file `out`,
-# that of QEMU in `err`, and QEMU's exit status, 128 + n for signal n, in $status.
+# bare PROGRAM [OPTION…]: `run` PROGRAM.c in a machine with the DIMMs. Its output is in the file
+# `out`.
 bare() {
 	program=$1
 	shift
 	compile "$program"
-	machine -serial stdio -kernel "$program" "$@" > out 2> err
-	status=$?
+	: > out
+	run -serial file:out -kernel "$program" "$@"
 	# VOF prints carriage returns.
 	tr -d '\r' < out > text && mv text out
-	cat out
-	grep -v "TCG doesn't support requested feature" err
-	[ "$status" -ne 124 ] || unknown "QEMU did not exit within 60 s"
-	[ "$status" -ne 1 ] || unknown "QEMU does not start: $(tail -n 1 err)"
+	# A line that the program has not finished gets its end.
+	awk 1 out
 }
