@@ -31,7 +31,8 @@
 #include <sys/mman.h>
 
 const char tool_name[] = "powercut";
-const char usage_text[] = "usage: powercut run FOLDER COUNTER STEP...\n       powercut tree FOLDER\n";
+const char usage_text[] =
+	"usage: powercut run FOLDER COUNTER STEP...\n       powercut tree FOLDER\n";
 
 #define SECTOR 512
 /* Devdax maps multiples of its alignment, which is at most 2 MiB here. */

@@ -207,12 +207,7 @@ class QemuTest(Test):
         return self.leave.enter_context(BackingFiles(self.settings.scratch_dir, nvdimms))
 
     def shim(self, qemu: Qemu | None = None, *, log: Path | None = None) -> Shim:
-        """A flush shim for one QEMU of this test; CANCEL if QEMU cannot load it.
-
-        Args:
-            qemu: the QEMU; None: the one under test.
-            log: as for Shim.
-        """
+        """A flush shim for one QEMU of this test (`log` as for Shim); CANCEL if it cannot load."""
         before = sanitizers((qemu or self.qemu).path)
         library = build(Cache(self.settings.cache_dir))
         return self.leave.enter_context(Shim(library, before=before, log=log))

@@ -5,12 +5,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -25,6 +22,7 @@ from paprscm.commands import (
     bench,
     bench_flushes,
     bench_suite,
+    caches,
     doctor,
     issue_report,
     manual,
@@ -33,10 +31,9 @@ from paprscm.commands import (
     shell,
 )
 from paprscm.commands.dimm_syntax import parse_nvdimm
-from paprscm.device import bare_metal, hcall_judge
+from paprscm.device import hcall_judge
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
-from paprscm.host import transfer
 from paprscm.host.cache import Cache
 from paprscm.known_issues import PRODUCTS, read_issue
 from paprscm.paths import SUITE_VARIABLE, TESTS
@@ -44,12 +41,9 @@ from paprscm.results import delivery
 from paprscm.results.formats import FORMATS
 from paprscm.results.record import read_record
 from paprscm.settings import Settings
-from paprscm.vm import sync_shim
 from paprscm.vm.argv import qemu_argv, script
 from paprscm.vm.binary import resolve
 from paprscm.vm.machine import Machine, require
-
-DAY_S = 86400.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,24 +173,26 @@ def parser() -> argparse.ArgumentParser:
     build.set_defaults(verb=_kernel_build)
 
     cache = verbs.add_parser("cache", help="Manage the cache of built and fetched artifacts.")
-    caches = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
-    caches.add_parser("ls", help="List the entries.", parents=[common]).set_defaults(verb=_cache_ls)
+    verbs_of_cache = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
+    verbs_of_cache.add_parser("ls", help="List the entries.", parents=[common]).set_defaults(
+        verb=caches.list_entries
+    )
     for name, verb, text in (
-        ("export", _cache_export, "Export the entries for these settings to one file."),
+        ("export", caches.export, "Export the entries for these settings to one file."),
         (
             "import",
-            _cache_import,
+            caches.import_file,
             "Check the entries of an exported file and add them to the cache.",
         ),
     ):
-        moved = caches.add_parser(name, help=text, description=text, parents=[common])
+        moved = verbs_of_cache.add_parser(name, help=text, description=text, parents=[common])
         manual.takes_files(moved.add_argument("file", type=Path))
         moved.set_defaults(verb=verb)
-    prune = caches.add_parser("prune", help="Remove unused entries.", parents=[common])
+    prune = verbs_of_cache.add_parser("prune", help="Remove unused entries.", parents=[common])
     prune.add_argument(
         "--days", type=float, default=30.0, help="entries not used for this many days (30); 0: all"
     )
-    prune.set_defaults(verb=_cache_prune)
+    prune.set_defaults(verb=caches.prune)
 
     benches = verbs.add_parser("bench", help="Measure.").add_subparsers(
         title="verbs", required=True, metavar="VERB"
@@ -412,58 +408,6 @@ def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
     print(built.vmlinux)
     if built.modules is not None:
         log.logger.info("its modules: --modules %s", built.modules)
-    return 0
-
-
-def _cache_ls(_arguments: argparse.Namespace, chosen: Settings) -> int:
-    table = Table(box=None)
-    for name in ("kind", "key", "MB", "days", "fields"):
-        table.add_column(name, justify="right" if name in ("MB", "days") else "left")
-    for entry in Cache(chosen.cache_dir).entries():
-        days = f"{(time.time() - entry.used) / DAY_S:.1f}"
-        fields = ", ".join(f"{k}={_short(v)}" for k, v in sorted(entry.fields.items()))
-        table.add_row(entry.kind, entry.key, f"{entry.size_bytes / 1e6:.0f}", days, fields)
-    Console().print(table)
-    return 0
-
-
-def _short(value: str) -> str:
-    """A field's value for a table; a digest is abbreviated."""
-    return value[:12] if re.fullmatch("[0-9a-f]{16,}", value) else value[:40]
-
-
-def _cache_prune(arguments: argparse.Namespace, chosen: Settings) -> int:
-    if arguments.days < 0:
-        raise ConfigError("--days cannot be negative")
-    cache, unused_for_s = Cache(chosen.cache_dir), arguments.days * DAY_S
-    free = shutil.disk_usage(cache.root).free if cache.root.exists() else 0
-    entries = cache.prune(unused_for_s=unused_for_s)
-    Archive.of(chosen).prune(unused_for_s=unused_for_s)
-    freed = (shutil.disk_usage(cache.root).free - free) / 1e6 if cache.root.exists() else 0
-    print(f"{len(entries)} entries removed, {freed:.0f} MB")
-    return 0
-
-
-def _cache_export(arguments: argparse.Namespace, chosen: Settings) -> int:
-    cache = Cache(chosen.cache_dir)
-    started = time.time() - 1
-    prepare(chosen, make_snapshot=True)
-    bare_metal.compile_program(cache)
-    sync_shim.build(cache)
-    entries = [
-        entry
-        for entry in cache.entries()
-        if entry.used >= started
-        and not (entry.is_workspace or entry.kind == kernel_source.SOURCE_KIND)
-    ]
-    size_bytes = transfer.export(entries, arguments.file)
-    print(f"{len(entries)} entries, {size_bytes / 1e6:.0f} MB: {arguments.file}")
-    return 0
-
-
-def _cache_import(arguments: argparse.Namespace, chosen: Settings) -> int:
-    added, present = transfer.restore(Cache(chosen.cache_dir), arguments.file)
-    print(f"{len(added)} entries added, {present} were there")
     return 0
 
 
