@@ -19,8 +19,10 @@ taskset -p 1 $$ > /dev/null
 echo 2 > /proc/sys/kernel/watchdog_thresh || unknown "the kernel does not report a CPU that hangs"
 namespace "$1" sector
 # A kernel that counts preemption reports the first write.
-dd if=/dev/zero of="/dev/$device" bs=4k count=1 oflag=direct 2> /dev/null || unknown "no write"
+text=$(dd if=/dev/zero of="/dev/$device" bs=4k count=1 oflag=direct 2>&1)
+status=$?
 look
+[ $status -eq 0 ] || unknown "no write: $text"
 ./same_block "/dev/$device" 20 > result &
 for _ in $(seq 60); do
 	sleep 1
