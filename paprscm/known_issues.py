@@ -42,6 +42,9 @@ TRIGGERS = {
 }
 """Who or what triggers an issue, with their meanings."""
 
+SCRIPTS = ("host.sh", "guest.sh")
+"""Reproductions in the folder of an issue: on the host, or in a guest."""
+
 SHARED = ("lib.sh", "bare.h")
 """Files in the folder of known issues that several reproductions use."""
 
@@ -120,6 +123,17 @@ class KnownIssue:
     folder: Path
 
     @property
+    def script(self) -> Path | None:
+        """Its reproduction, host.sh or guest.sh; None if only a test shows it."""
+        return next(filter(Path.is_file, (self.folder / name for name in SCRIPTS)), None)
+
+    @property
+    def patch(self) -> Path | None:
+        """The fix, for the newest version of the product; None if there is none."""
+        file = self.folder / "fix.patch"
+        return file if file.is_file() else None
+
+    @property
     def attachments(self) -> list[Path]:
         """Files of the reproduction; empty if the issue has none of its own."""
         if not self.folder.is_dir():
@@ -142,7 +156,7 @@ class KnownIssue:
     def section(self, heading: str) -> str:
         """Text of a section of the description, without its heading; empty if it is missing."""
         parts = re.split(r"^## (.+)\n", self.text, flags=re.MULTILINE)
-        return dict(zip(parts[1::2], parts[2::2], strict=True)).get(heading, "").strip()
+        return dict(zip(parts[1::2], parts[2::2], strict=True)).get(heading, "").strip("\n")
 
     @property
     def description(self) -> str:

@@ -4,22 +4,49 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import logging
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import pytest
 
 from paprscm.errors import ConfigError, ContractError, HostError
-from paprscm.known_issues import FOLDER, IssueState, KnownIssue, read_issue, updates
+from paprscm.known_issues import (
+    FOLDER,
+    SEVERITIES,
+    TRIGGERS,
+    IssueState,
+    KnownIssue,
+    names,
+    read_issue,
+    updates,
+)
 from paprscm.testcase import QemuTest
+
+FIELDS = {
+    "Location": "Linux `mm/x.c`, `f`; `mm/y.h:g`",
+    "Severity": "wrong result",
+    "Triggered by": "guest root",
+    "Since": "Linux 5.3",
+    "Fixed in": "none",
+    "Seen in": "1.2 to\n  3.4",
+    "Reported": "not yet",
+    "Shown by": "`tests/a/test_b.py:C.test_d`,\n  `tests/a/test_b.py:C.test_e`",
+}
+
+
+def write_issue(folder: Path, fields: dict[str, str]) -> KnownIssue:
+    lines = "".join(f"- **{name}:** {value}\n" for name, value in fields.items())
+    text = f"# It does x\n\n{lines}\nThe prose.\n\nMore.\n\n## Fix\n\n    one\n"
+    (folder / "linux-x.md").write_text(text)
+    return read_issue("linux-x", folder=folder)
 
 
 def issue(folder: Path, since: str, fixed_in: str) -> KnownIssue:
-    lines = f"- **Since:** {since}\n- **Fixed in:** {fixed_in}\n- **Seen in:** 1.2 to 3.4\n"
-    (folder / "x.md").write_text(f"# It does x\n\n- **Location:** there\n{lines}\nThe prose.\n")
-    return read_issue("x", folder=folder)
+    return write_issue(folder, {**FIELDS, "Since": since, "Fixed in": fixed_in})
 
 
 STATES = {
@@ -154,12 +181,65 @@ def test_an_invalid_line_is_an_error(
         issue(tmp_path, since, fixed_in)
 
 
-@pytest.mark.parametrize("line", ["", "- **Fixed in:** 7.1\n" * 2, "- **Fixed in:** \n"])
-def test_each_line_occurs_once(tmp_path: Path, line: str) -> None:
-    (tmp_path / "x.md").write_text(f"# x\n\n- **Since:** QEMU 7.0\n{line}")
-    with pytest.raises(ConfigError, match="not one") as caught:
-        read_issue("x", folder=tmp_path)
+def test_the_fields_of_a_file(tmp_path: Path) -> None:
+    more = {"Machine": "`pmem=on`, `pmem=off,size=1G`", "Settings": "`kernel=debug`"}
+    known = write_issue(tmp_path, {**FIELDS, **more})
+    assert known.location == "`mm/x.c`, `f`; `mm/y.h:g`"
+    assert known.files == ["mm/x.c", "mm/y.h"]
+    assert (known.severity, known.trigger) == ("wrong result", "guest root")
+    assert known.seen_in == "1.2 to 3.4"
+    assert known.tests == ["tests/a/test_b.py:C.test_d", "tests/a/test_b.py:C.test_e"]
+    assert known.machine == ("pmem=on", "pmem=off,size=1G")
+    assert known.settings == {"kernel": "debug"}
+    assert known.description == "The prose.\n\nMore."
+    assert known.section("Fix") == "    one"
+    assert known.section("Reproduce") == ""
+    assert (known.script, known.patch, known.attachments) == (None, None, [])
+
+
+def test_the_folder_of_an_issue(tmp_path: Path) -> None:
+    folder = tmp_path / "linux-x"
+    folder.mkdir()
+    for name in ("lib.sh", "bare.h"):
+        (tmp_path / name).write_text("shared\n")
+    (folder / "guest.sh").write_text('. "$(dirname "$0")/../lib.sh"\n')
+    (folder / "x.c").write_text("int x;\n")
+    (folder / "fix.patch").write_text("---\n")
+    known = write_issue(tmp_path, FIELDS)
+    assert known.script == folder / "guest.sh"
+    assert known.patch == folder / "fix.patch"
+    assert known.attachments == [tmp_path / "lib.sh", folder / "guest.sh", folder / "x.c"]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_field_is_missing(tmp_path: Path, name: str) -> None:
+    fields = {key: value for key, value in FIELDS.items() if key != name}
+    with pytest.raises(ConfigError, match=f"has no field '- .*{name}:") as caught:
+        write_issue(tmp_path, fields)
     assert "README.md" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"Severity": "bad"}, "Severity is 'bad', not one of silent data loss"),
+        ({"Triggered by": "me"}, "Triggered by is 'me', not one of guest kernel"),
+        ({"Seen": "6.1"}, "unknown fields: Seen"),
+        ({"Settings": "`debug`"}, "'debug' is not NAME=VALUE"),
+        ({"Seen in": "6.1\n- **Since:** Linux 5.3"}, "the field 'Since' twice"),
+        ({"Seen in": "6.1\nand 6.2"}, "text between its fields"),
+    ],
+)
+def test_a_field_is_wrong(tmp_path: Path, fields: dict[str, str], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        write_issue(tmp_path, {**FIELDS, **fields})
+
+
+def test_a_misspelled_name_gets_a_hint(tmp_path: Path) -> None:
+    write_issue(tmp_path, FIELDS)
+    with pytest.raises(ConfigError) as caught:
+        read_issue("linux-y", folder=tmp_path)
+    assert caught.value.hint == "linux-x?"
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
@@ -167,18 +247,53 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
         read_issue("qemu-y", folder=tmp_path)
 
 
-NAMES = sorted({file.stem for file in FOLDER.glob("*.md")} - {"README"})
+NAMES = names()
+ROOT = FOLDER.parent
+
+
+def test_every_file_is_a_known_issue() -> None:
+    assert {file.stem for file in FOLDER.glob("*.md")} == {*NAMES, "README"}
+    assert {path.name for path in FOLDER.iterdir() if path.is_dir()} <= set(NAMES)
+    used = {(read_issue(name).severity, read_issue(name).trigger) for name in NAMES}
+    assert {severity for severity, _ in used} == set(SEVERITIES)
+    assert {trigger for _, trigger in used} == set(TRIGGERS)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_file_can_be_read(name: str) -> None:
-    """Its name begins with its product, and read_issue() accepts it."""
-    assert name.startswith(f"{read_issue(name).product.lower()}-")
+    """Its name begins with its product, and it says how it is shown, and by what code."""
+    known = read_issue(name)
+    assert name.startswith(f"{known.product.lower()}-")
+    assert known.files
+    assert known.tests or known.shown_by.startswith("no test")
+    assert known.script or known.section("Reproduce")
+    assert "Expected:" in known.text or known.script
+    if known.script is not None and known.script.name == "guest.sh":
+        assert known.machine
 
 
-def test_every_file_is_in_the_table_and_the_table_names_no_other() -> None:
-    table = (FOLDER / "README.md").read_text()
-    assert sorted(re.findall(r"\]\(([a-z0-9-]+)\.md\)", table)) == NAMES
+@pytest.mark.parametrize("name", [name for name in NAMES if read_issue(name).tests])
+def test_every_test_that_shows_an_issue_exists_and_names_it(name: str) -> None:
+    for test in read_issue(name).tests:
+        file, _, function = test.partition(":")
+        module = documents().Module(ROOT / file)
+        class_name, _, method = function.partition(".")
+        (node,) = [
+            node
+            for node in module.classes[class_name].body
+            if isinstance(node, ast.FunctionDef) and node.name == method
+        ]
+        assert name in module.strings(node)
+
+
+def documents() -> ModuleType:
+    """tools/docs.py, which finds the strings that a test can reach."""
+    spec = importlib.util.spec_from_file_location("docs", ROOT / "tools/docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_every_issue_that_a_test_names_can_be_read() -> None:

@@ -3,11 +3,8 @@
 
 from __future__ import annotations
 
-import os
-import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,28 +19,23 @@ from paprscm.build.kconfig import (
     merge,
     unmet,
 )
+from paprscm.build.make import Make, marked
+from paprscm.build.patches import set_patches
 from paprscm.build.vmlinux import parse_config
-from paprscm.errors import ConfigError, Error, HostError
+from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.host.folders import require_make
-from paprscm.log import Bar, logger, progress, step
+from paprscm.log import logger, step
 from paprscm.settings import Settings, expanded
 
-_REFRESH_S = 0.5
-
-# One line of make's output for each of these is one object of the progress bar.
-_OBJECT = re.compile(r"^  (?:CC|AS)\s")
-_WRONG = re.compile(
-    r": (?:fatal )?error: |undefined reference|internal compiler error|Kconfig\S*:\d+: "
-    r"|\*\*\* (?!Waiting)"
-)
 # Without these options no test is possible.
 _VITAL = ("PAPR_SCM", "LIBNVDIMM", "BLK_DEV_PMEM")
 # Switched off in the user's .config: a guest needs the command line that QEMU passes.
 _OFF = {"CMDLINE_FORCE": "n"}
 # Kind of the cache's workspaces with the objects of own trees.
 TREE = "kernel-tree"
+PATCHED = "patched-kernel"
 # Disk space of the unpacked source, the objects and the vmlinux.
 _BUILD_BYTES = 1_200_000_000
 
@@ -72,6 +64,7 @@ def build_default(
     settings: Settings,
     *,
     extra: Sequence[Path] = (),
+    patches: Sequence[Path] = (),
     proceed: Callable[[], None] = lambda: None,
 ) -> BuiltKernel:
     """The default or debug kernel; built if it is not in the cache.
@@ -81,18 +74,21 @@ def build_default(
         settings: kernel_source and kernel_suite select the source, page_size the page size, kernel
             the debug kernel.
         extra: additional fragments; a later one overrides.
+        patches: applied to the source. Such a kernel is built incrementally, in one folder of the
+            cache for all patches: the next one replaces it.
         proceed: called several times a second; may raise to end the build.
 
     Raises:
         HostError: a tool is missing, or the source does not compile.
-        ConfigError: options of the fragments are not set; with the reasons.
+        ConfigError: options of the fragments are not set, with the reasons; or a patch does not
+            apply or compile.
     """
     cache = archive.cache
     debug = settings.kernel == "debug"
     fragment = Fragment.read([*fragments(settings.page_size, debug=debug), *extra])
     source = kernel_source.find_source(cache, settings)
     any_source = source is None and (settings.kernel_suite == "auto" or settings.offline)
-    if any_source or shutil.which(toolchain.PREFIX + "gcc") is None:
+    if not patches and (any_source or shutil.which(toolchain.PREFIX + "gcc") is None):
         # A kernel imported from another machine.
         cached = _find_without_source(cache, settings, fragment)
         if cached is not None:
@@ -107,24 +103,40 @@ def build_default(
     # Not in the entry, which goes when the build fails.
     log_file = cache.root / "logs" / f"kernel-{cache.key(fields)}.log"
 
+    def unpack(tree: Path) -> None:
+        kernel_source.unpack_source(source / kernel_source.ARCHIVE, tree)
+
+    def compile_tree(folder: Path) -> None:
+        tree, objects = folder / "tree", folder / "objects"
+        make = Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
+        (folder / "fragment").write_text(fragment.text(own_tree=False))
+        make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
+        produced = parse_config((objects / ".config").read_text())
+        _check(fragment.required(own_tree=False), produced, tree, vital=None)
+        prerequisites.require_prerequisites(produced, tree)
+        blame = ConfigError if patches else HostError
+        make.compile(produced, total=fragment.objects, blame=blame)
+        _collect(make, folder, produced)
+        (folder / "source-version").write_text(version + "\n")
+        shutil.copyfile(log_file, folder / "build.log")
+
     def build(entry: Path) -> None:
-        tree, objects = entry / "tree", entry / "objects"
         with step(f"building the {settings.kernel} kernel ({version})"):
             _fresh_log(log_file)
-            kernel_source.unpack_source(source / "linux.tar.xz", tree)
-            make = _Make(tree, objects, log_file, "LOCALVERSION=-paprscm", proceed=proceed)
-            (entry / "fragment").write_text(fragment.text(own_tree=False))
-            make.run("allnoconfig", f"KCONFIG_ALLCONFIG={entry / 'fragment'}")
-            produced = parse_config((objects / ".config").read_text())
-            _check(fragment.required(own_tree=False), produced, tree, vital=None)
-            prerequisites.require_prerequisites(produced, tree)
-            make.compile(produced, total=fragment.objects)
-            _collect(make, entry, produced)
-            (entry / "source-version").write_text(version + "\n")
-            shutil.copyfile(log_file, entry / "build.log")
-            shutil.rmtree(tree)
-            shutil.rmtree(objects)
+            unpack(entry / "tree")
+            compile_tree(entry)
+            shutil.rmtree(entry / "tree")
+            shutil.rmtree(entry / "objects")
 
+    if patches:
+        with cache.workspace(PATCHED, fields, purpose="builds a patched kernel") as folder:
+            set_patches(folder, unpack, patches)
+            names = ", ".join(patch.name for patch in patches)
+            with step(f"building the {settings.kernel} kernel ({version}) with {names}"):
+                _fresh_log(log_file)
+                with marked(folder / "objects"):
+                    compile_tree(folder)
+        return _built(folder, folder / "build.log", version)
     entry = cache.ensure("kernel", fields, build, needs_bytes=_BUILD_BYTES)
     return _built(entry.path, entry.path / "build.log", version)
 
@@ -167,9 +179,9 @@ def build_tree(
     fields = {"source": str(source), "configuration": kind}
     with cache.workspace(TREE, fields, purpose=f"builds the kernel in {source}") as folder:
         objects, log_file = folder / "objects", folder / "build.log"
-        with step(f"building the kernel of {source}"), _marked(objects):
+        with step(f"building the kernel of {source}"), marked(objects):
             _fresh_log(log_file)
-            make = _Make(source, objects, log_file)
+            make = Make(source, objects, log_file)
             if config is None:
                 (folder / "fragment").write_text(fragment.text(own_tree=False))
                 make.run("allnoconfig", f"KCONFIG_ALLCONFIG={folder / 'fragment'}")
@@ -193,93 +205,6 @@ def build_tree(
                 count.write_text(str(compiled))
             _collect(make, folder, produced)
     return _built(folder, log_file, str(source))
-
-
-class _Make:
-    """make in one O= folder."""
-
-    def __init__(
-        self,
-        source: Path,
-        objects: Path,
-        log_file: Path,
-        *variables: str,
-        proceed: Callable[[], None] = lambda: None,
-    ) -> None:
-        require_make(objects)
-        require_make(source)
-        objects.mkdir(parents=True, exist_ok=True)
-        self.source = source
-        self.objects = objects
-        self._log_file = log_file
-        self._proceed = proceed
-        jobs = len(os.sched_getaffinity(0)) + 1
-        self._argv = [
-            *("make", f"-j{jobs}", "-C", str(source), f"O={objects}", "ARCH=powerpc"),
-            *(f"CROSS_COMPILE={toolchain.PREFIX}", *variables),
-        ]
-        passed, missed = prerequisites.kbuild_environment(os.environ)
-        if missed:
-            logger.warning(
-                "not passed on to the kernel build: %s of the environment", ", ".join(missed)
-            )
-        self._env = {
-            **passed,
-            "LC_ALL": "C",
-            "KBUILD_BUILD_USER": "paprscm",
-            "KBUILD_BUILD_HOST": "paprscm",
-        }
-
-    def run(self, *targets: str, bar: Bar | None = None, total: int = 0) -> int:
-        """Make the targets; return the number of compiled objects.
-
-        Raises:
-            HostError: make failed; with the first errors, and the log's path as hint.
-        """
-        compiled = 0
-        errors: list[str] = []
-
-        def line(text: str) -> None:
-            nonlocal compiled
-            if _OBJECT.match(text):
-                compiled += 1
-                if bar is not None:
-                    # The total is from an earlier build, or of another version.
-                    bar.update(compiled, max(total, compiled) if total else None)
-            elif _WRONG.search(text):
-                errors.append(text.strip())
-
-        try:
-            process.run(
-                [*self._argv, *targets],
-                env=self._env,
-                log_file=self._log_file,
-                on_line=line,
-                idle_s=_REFRESH_S,
-                on_idle=self._proceed,
-            )
-        except HostError as error:
-            if not errors:
-                raise
-            # With several jobs the last line is rarely the cause, unlike the compiler's errors.
-            cause = [text for text in errors if "***" not in text] or errors
-            lines = "".join(f"\n    {text}" for text in cause[:8])
-            raise HostError(
-                f"`make {' '.join(targets)}` in {self.source} failed:{lines}",
-                hint=f"the whole log: {self._log_file}",
-            ) from error
-        return compiled
-
-    def compile(
-        self, produced: dict[str, str], *, total: int, blame: type[Error] = HostError
-    ) -> int:
-        """Make vmlinux, and modules if any; return the number of compiled objects."""
-        targets = ["vmlinux", "modules"] if "m" in produced.values() else ["vmlinux"]
-        try:
-            with progress("kernel objects", total or None, "objects") as bar:
-                return self.run(*targets, bar=bar, total=total)
-        except HostError as error:
-            raise blame(error.message, hint=error.hint) from error
 
 
 def _find_without_source(
@@ -374,35 +299,7 @@ def _read_config(path: Path) -> str:
     return text
 
 
-@contextmanager
-def _marked(objects: Path) -> Iterator[None]:
-    """Delete incomplete objects of a build that was killed.
-
-    make deletes incomplete targets when it fails or is interrupted, but not when it is killed; such
-    an object is newer than its source, so that make would use it. kbuild (scripts/Kbuild.include,
-    if_changed_dep) writes .NAME.cmd and removes .NAME.d when NAME is complete.
-    """
-    objects.mkdir(parents=True, exist_ok=True)
-    marker = objects / ".building"
-    if marker.exists():
-        since = marker.stat().st_mtime_ns
-        for path in objects.rglob("*.[ao]"):
-            written = path.lstat().st_mtime_ns
-            command = path.with_name(f".{path.name}.cmd")
-            whole = command.exists() and command.stat().st_mtime_ns >= written
-            if written >= since and (not whole or path.with_name(f".{path.name}.d").exists()):
-                path.unlink()
-        (objects / "vmlinux").unlink(missing_ok=True)
-    marker.write_text("")
-    try:
-        yield
-    except Error:
-        marker.unlink()
-        raise
-    marker.unlink()
-
-
-def _collect(make: _Make, folder: Path, produced: dict[str, str]) -> None:
+def _collect(make: Make, folder: Path, produced: dict[str, str]) -> None:
     """Publish vmlinux, config and modules beside the O= folder, each by rename."""
     built = folder / ".vmlinux.new"
     process.run(

@@ -28,6 +28,9 @@ _CODE_NOT_BUILT = (
     *("drivers/accel", "drivers/gpu", "drivers/iio", "drivers/infiniband", "drivers/media"),
     *("drivers/net/ethernet", "drivers/net/wireless", "drivers/staging", "sound"),
 )
+ARCHIVE = "linux.tar.xz"
+"""Name of the source archive in an entry of the cache."""
+
 _TEXT_SUFFIXES = ("rst", "txt", "yaml", "svg", "json", "dot", "py")
 
 
@@ -79,7 +82,7 @@ def fetch_source(archive: Archive, settings: Settings, proceed: Callable[[], Non
                         hint="set kernel_source to a package such as linux-source-6.12",
                     )
                 (entry / "version").write_text(_package_version(root, package) + "\n")
-                archives[0].rename(entry / "linux.tar.xz")
+                archives[0].rename(entry / ARCHIVE)
                 shutil.rmtree(root)
                 download.remove()
 

@@ -26,6 +26,7 @@ from paprscm.commands import (
     bench_flushes,
     bench_suite,
     doctor,
+    issue_report,
     manual,
     reproduce,
     shell,
@@ -136,11 +137,19 @@ def parser() -> argparse.ArgumentParser:
     text = "all known issues, or those of one product"
     again.add_argument("--all", nargs="?", const="", choices=("", *PRODUCTS), help=text)
 
+    text = "Print a known issue as a report to its project; nothing is sent."
+    report = add("report-issue", _report_issue, text)
+    report.add_argument("issue", metavar="ISSUE", help="a file of known_issues/")
+    text = "source of the product, a tree or a tar archive: its MAINTAINERS names the receivers"
+    manual.takes_files(report.add_argument("--source", type=Path, help=text))
+
     kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
     kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
     build = kernels.add_parser("build", help="Build a vmlinux.", parents=[common])
     build.add_argument("--source", type=Path, help="a kernel tree; default: Debian's source")
     build.add_argument("--config", type=Path, help="that tree's .config; default: the suite's own")
+    text = "apply this patch to Debian's source; may be repeated"
+    manual.takes_files(build.add_argument("--patch", type=Path, action="append", help=text))
     build.set_defaults(verb=_kernel_build)
 
     cache = verbs.add_parser("cache", help="Manage the cache of built and fetched artifacts.")
@@ -317,12 +326,28 @@ def _reproduce(arguments: argparse.Namespace, chosen: Settings) -> int:
     return reproduce.reproduce_many(given, issues)
 
 
+def _report_issue(arguments: argparse.Namespace, chosen: Settings) -> int:
+    issue = read_issue(arguments.issue)
+    source = arguments.source
+    if source is None and issue.product == "Linux":
+        entry = kernel_source.find_source(Cache(chosen.cache_dir), chosen)
+        source = entry / kernel_source.ARCHIVE if entry else None
+    print(issue_report.render(issue, issue_report.read_maintainers(issue, source)), end="")
+    return 0
+
+
 def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
     archive = Archive.of(chosen)
     if arguments.source is None:
         if arguments.config is not None:
             raise ConfigError("--config without --source", hint="give its source tree, too")
-        built = build_default(archive, chosen)
+        built = build_default(archive, chosen, patches=arguments.patch or ())
+    elif arguments.patch:
+        patch = arguments.patch[0]
+        raise ConfigError(
+            "--patch with --source: the tree is yours",
+            hint=f"git -C {arguments.source} apply {patch}",
+        )
     else:
         built = build_tree(
             archive.cache,

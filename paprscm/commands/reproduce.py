@@ -120,10 +120,9 @@ class Reproducer:
             ConfigError: the issue has no reproduction.
         """
         chosen = settings.load({**issue.settings, **self._given})
-        if (issue.folder / "host.sh").is_file():
-            return self._on_host(issue, chosen)
-        if (issue.folder / "guest.sh").is_file():
-            return self._in_guest(issue, chosen)
+        if issue.script is not None:
+            on_host = issue.script.name == "host.sh"
+            return (self._on_host if on_host else self._in_guest)(issue, issue.script, chosen)
         if issue.tests:
             return self._test(issue)
         raise ConfigError(
@@ -131,7 +130,7 @@ class Reproducer:
             hint=f"known_issues/{issue.name}.md describes it",
         )
 
-    def _on_host(self, issue: KnownIssue, chosen: settings.Settings) -> Reproduction:
+    def _on_host(self, issue: KnownIssue, script: Path, chosen: settings.Settings) -> Reproduction:
         qemu = binary.resolve(Archive.of(chosen), chosen.qemu)
         with tempfile.TemporaryDirectory(
             prefix="paprscm-reproduce-", dir=chosen.scratch_dir
@@ -140,7 +139,7 @@ class Reproducer:
             emulator = _emulator(folder, qemu)
             (folder / "work").mkdir()
             done = process.run(
-                ["sh", issue.folder / "host.sh"],
+                ["sh", script],
                 cwd=folder / "work",
                 env={**os.environ, "QEMU": str(emulator), "PYTHON": sys.executable},
                 timeout_s=LIMIT_S,
@@ -150,7 +149,7 @@ class Reproducer:
         outcome = judge_output(done.status, done.lines)
         return Reproduction(*outcome, {"QEMU": qemu.version_text}, done.duration_s)
 
-    def _in_guest(self, issue: KnownIssue, chosen: settings.Settings) -> Reproduction:
+    def _in_guest(self, issue: KnownIssue, script: Path, chosen: settings.Settings) -> Reproduction:
         environment = self._environments.get(chosen) or prepare(chosen)
         self._environments[chosen] = environment
         versions = {"QEMU": environment.qemu.version_text, "Linux": environment.kernel.release}
@@ -168,7 +167,7 @@ class Reproducer:
             for file in issue.attachments:
                 guest.put(file, f"{place}/{file.relative_to(issue.folder.parent)}")
             regions = [wait_for_region(guest, nvdimm.slot) for nvdimm in nvdimms]
-            words = ["sh", "guest.sh", *(region.device.rpartition("/")[2] for region in regions)]
+            words = ["sh", script.name, *(region.device.rpartition("/")[2] for region in regions)]
             result = guest.run(
                 f"cd {place}/{issue.name} && {shlex.join(words)} 2>&1", timeout_s=LIMIT_S
             )

@@ -21,6 +21,7 @@ from paprscm.build import kbuild, kconfig, kernel_source, prerequisites
 from paprscm.build.apt import UnavailableError
 from paprscm.build.debian import Archive, Download
 from paprscm.build.kconfig import Fragment, Requirement, default_fragment, fragments
+from paprscm.build.make import Make
 from paprscm.build.vmlinux import parse_config
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
@@ -382,6 +383,30 @@ def test_another_fragment_is_another_kernel_of_the_same_source(
     assert second.modules is not None
 
 
+def test_patches_are_applied_to_the_source_and_the_next_build_has_others(
+    cache: Cache, fetched: list[str], tmp_path: Path
+) -> None:
+    plain = kbuild.build_default(Archive(cache), settings())
+    text = "--- a/Makefile\n+++ b/Makefile\n@@ -1,2 +1,2 @@\n"
+    text += "-CC := powerpc64le-linux-gnu-gcc\n+CC := powerpc64le-linux-gnu-gcc -DPATCHED\n"
+    text += " V := $(O)/.config\n"
+    fix, broken = tmp_path / "fix.patch", tmp_path / "broken.patch"
+    fix.write_text(text)
+    broken.write_text("--- /dev/null\n+++ b/FAIL\n@@ -0,0 +1 @@\n+now\n")
+    patched = kbuild.build_default(Archive(cache), settings(), patches=[fix])
+    assert patched.vmlinux != plain.vmlinux
+    tree = patched.vmlinux.parent / "tree"
+    assert "PATCHED" in (tree / "Makefile").read_text()
+    # The patch's author is to blame, not the host.
+    with pytest.raises(ConfigError, match=r"'x' undeclared"):
+        kbuild.build_default(Archive(cache), settings(), patches=[broken])
+    assert "PATCHED" not in (tree / "Makefile").read_text()
+    assert kbuild.build_default(Archive(cache), settings(), patches=[fix]) == patched
+    assert not (tree / "FAIL").exists()
+    assert kbuild.build_default(Archive(cache), settings()) == plain
+    assert len(fetched) == 1
+
+
 def test_small_pages_are_another_kernel_of_the_same_source(
     cache: Cache, fetched: list[str]
 ) -> None:
@@ -629,7 +654,7 @@ def test_every_requirement_is_met(version: str, tmp_path: Path) -> None:
     def configure(paths: Sequence[Path]) -> dict[str, str]:
         fragment = Fragment.read(paths)
         objects = tmp_path / "objects"
-        make = kbuild._Make(tree, objects, tmp_path / "log")
+        make = Make(tree, objects, tmp_path / "log")
         (objects / "fragment").write_text(fragment.text(own_tree=False))
         make.run("allnoconfig", f"KCONFIG_ALLCONFIG={objects / 'fragment'}")
         produced = parse_config((objects / ".config").read_text())

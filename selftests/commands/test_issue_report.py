@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""`paprscm report-issue`: a known issue as a mail or as an entry of a tracker."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from paprscm.commands import issue_report
+from paprscm.commands.cli import main
+from paprscm.commands.maintainers import Addresses, addresses
+from paprscm.known_issues import names, read_issue
+
+MAINTAINERS = """\
+Maintainers List
+----------------
+
+	F: a line of the introduction
+
+LIBNVDIMM: NON-VOLATILE MEMORY DEVICE SUBSYSTEM
+M:	Dan <dan@example.org>
+R:	Vishal <vishal@example.org>
+L:	nvdimm@lists.example.org
+S:	Supported
+F:	drivers/nvdimm/
+F:	include/linux/*nd*
+X:	drivers/nvdimm/virtio*
+
+DEVICE DIRECT ACCESS (DAX)
+M:	Dan <dan@example.org>
+L:	nvdimm@lists.example.org (moderated for non-subscribers)
+F:	drivers/dax/
+
+PAPR
+M:	Michael <michael@example.org>
+L:	linuxppc@lists.example.org
+N:	papr_scm
+F:	arch/powerpc/
+F:	hw/*/spapr*
+
+THE REST
+M:	Linus <linus@example.org>
+L:	linux-kernel@example.org
+F:	*
+F:	*/
+"""
+
+
+@pytest.mark.parametrize(
+    ("files", "people", "lists"),
+    [
+        (["drivers/nvdimm/pmem.c"], ["Dan", "Vishal"], ["nvdimm"]),
+        (["drivers/dax/device.c"], ["Dan"], ["nvdimm"]),
+        (["drivers/dax/a.c", "drivers/nvdimm/b.c"], ["Dan", "Vishal"], ["nvdimm"]),
+        (["drivers/nvdimm/virtio_pmem.c"], ["Linus"], ["linux-kernel"]),
+        (["include/linux/nd.h"], ["Dan", "Vishal"], ["nvdimm"]),
+        (["include/linux/nd/x.h"], ["Linus"], ["linux-kernel"]),
+        (["drivers/x/papr_scm.c"], ["Michael"], ["linuxppc"]),
+        (["hw/ppc/spapr_nvdimm.c"], ["Michael"], ["linuxppc"]),
+        (["hw/ppc/x/spapr_nvdimm.c"], ["Linus"], ["linux-kernel"]),
+        (["mm/x.c"], ["Linus"], ["linux-kernel"]),
+        ([], [], []),
+    ],
+)
+def test_addresses_of_files(files: list[str], people: list[str], lists: list[str]) -> None:
+    found = addresses(MAINTAINERS, files)
+    assert [person.partition(" ")[0] for person in found.people] == people
+    assert [address.partition("@")[0] for address in found.lists] == lists
+
+
+RECEIVERS = Addresses(("Dan <dan@example.org>", "Vishal <vishal@example.org>"), ("l@example.org",))
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_report_answers_what_a_maintainer_asks(name: str) -> None:
+    """Versions, place, steps, expectation and effect; and nothing that only the suite knows."""
+    known = read_issue(name)
+    text = issue_report.render(known, RECEIVERS)
+    for version in known.since:
+        assert str(version) in text
+    assert known.files[0] in text
+    assert known.severity in text
+    assert "xpected" in text
+    assert known.script is None or known.script.read_text() in text
+    assert known.patch is None or known.patch.read_text() in text
+    # No links into the repository, and no reference to its tests where there is a script.
+    assert ".md)" not in text
+    assert known.script is None or "avocado run" not in text
+
+
+def test_a_mail_is_plain_text() -> None:
+    known = dataclasses.replace(read_issue("linux-pmem-loses-preflush-error"), folder=Path("none"))
+    text = issue_report.render(known, RECEIVERS)
+    head, _, body = text.partition("\n\n")
+    assert head.splitlines() == [
+        "To: Dan <dan@example.org>, Vishal <vishal@example.org>",
+        "Cc: l@example.org",
+        f"Subject: [BUG] nvdimm: {known.title}",
+    ]
+    prose = [line for line in body.splitlines() if not line.startswith("    ")]
+    assert max(map(len, prose)) <= 72
+    assert "`" not in "".join(prose)
+    # Code keeps its columns.
+    assert "    +	if (ret) {" in body.splitlines()
+
+
+def test_without_a_source_the_mail_says_how_to_find_the_receivers() -> None:
+    known = read_issue("linux-btt-sleeps-under-spinlock")
+    text = issue_report.render(known, None)
+    assert text.startswith("To: (scripts/get_maintainer.pl -f drivers/nvdimm/btt.c)\nSubject: ")
+
+
+def test_an_entry_of_qemu_s_tracker_has_the_sections_of_its_template() -> None:
+    known = read_issue("qemu-unbind-mem-aborts")
+    text = issue_report.render(known, RECEIVERS)
+    assert re.findall("^## (.+)$", text, re.MULTILINE) == [
+        *("Host environment", "Emulated/Virtualized environment", "Description of problem"),
+        *("Steps to reproduce", "Additional information"),
+    ]
+    lines = text.splitlines()
+    assert lines[0] == f"Title: hw/ppc/spapr_nvdimm: {known.title}"
+    # A guest can end its QEMU.
+    assert any("security-process" in line for line in lines)
+    harmless = read_issue("qemu-nvdimm-uuid-used-twice")
+    assert "security-process" not in issue_report.render(harmless, RECEIVERS)
+
+
+def test_receivers_are_read_from_a_tree_or_an_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tmp_path / "linux-7.2"
+    tree.mkdir()
+    (tree / "MAINTAINERS").write_text(MAINTAINERS)
+    (tree / "a").write_text("x")
+    archive = tmp_path / "linux.tar.xz"
+    with tarfile.open(archive, "w:xz") as tar:
+        tar.add(tree, tree.name)
+    for source in (tree, archive):
+        words = ["report-issue", "linux-btt-sleeps-under-spinlock", "--source", str(source)]
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith("To: Dan <dan@example.org>, Vishal")
+    (tree / "MAINTAINERS").unlink()
+    (tmp_path / "noise").write_text("x")
+    for source in (tree, tmp_path / "noise", tmp_path / "missing"):
+        words = ["report-issue", "linux-btt-sleeps-under-spinlock", "--source", str(source)]
+        assert main(words) == 2
+        assert "has no MAINTAINERS" in capsys.readouterr().err
