@@ -22,7 +22,7 @@ linear $synchronous $other 65536 | dmsetup create both || unknown "no dm device"
 dax_file "/dev/$(dmsetup info -c --noheadings -o blkdevname both)"
 map_sync /mnt/file 64k
 umount /mnt
-[ $granted = no ] || unknown "a new dm device of both regions grants MAP_SYNC"
+[ $granted = no ] || unknown "a new dm device of both regions grants MAP_SYNC, which it may have inherited: restart the machine"
 linear $synchronous "" 0 | dmsetup create grows || unknown "no dm device"
 dax_file "/dev/$(dmsetup info -c --noheadings -o blkdevname grows)"
 map_sync /mnt/file 64k
