@@ -170,3 +170,70 @@ bare() {
 	# A line that the program has not finished gets its end.
 	awk 1 out
 }
+
+# In a guest, as root.
+
+# namespace REGION MODE [OPTION…]: create a namespace; $device is its device, without /dev/.
+namespace() {
+	need ndctl
+	region=$1
+	shift
+	set -- -f -m "$@"
+	# The second command is for a region without labels, such as that of virtio-pmem.
+	device=$({ ndctl create-namespace -r "$region" "$@" 2> /dev/null ||
+		ndctl create-namespace -e "namespace${region#region}.0" "$@"; } |
+		sed -n 's/.*"\(chardev\|blockdev\)":"\([^"]*\)".*/\2/p')
+	[ -n "$device" ] && [ -e "/dev/$device" ] || unknown "ndctl made no namespace in $region"
+}
+
+# asynchronous REGION: require a region with pmem=off, or of virtio-pmem: only a flush by the
+# hypervisor makes its stores persistent.
+asynchronous() {
+	case $(readlink -f "/sys/bus/nd/devices/$1") in */virtio*) return ;; esac
+	[ "$(cat "/sys/bus/nd/devices/$1/deep_flush")" = 1 ] || unknown "$1 is not flushed by a hypervisor"
+}
+
+# map_sync FILE SIZE: map a file with MAP_SYNC; $granted is yes or no.
+map_sync() {
+	need xfs_io
+	text=$(xfs_io -c "mmap -rw 0 $2" "$1" 2>&1) || unknown "mmap of $1: $text"
+	[ -z "$text" ] || unknown "mmap of $1: $text"
+	text=$(xfs_io -c "mmap -rw -S 0 $2" "$1" 2>&1)
+	case $text in
+	"") granted=yes ;;
+	*"Operation not supported") granted=no ;;
+	*) unknown "mmap of $1 with MAP_SYNC: $text" ;;
+	esac
+}
+
+# dax_file DISK: make an ext4 with DAX on a disk, mount it on /mnt, and make /mnt/file.
+dax_file() {
+	need mkfs.ext4
+	page_kib=$(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps)
+	mkfs.ext4 -q -F -b "${page_kib}k" "$1" > /dev/null 2>&1 && mount -o dax=always "$1" /mnt &&
+		fallocate -l 2M /mnt/file || unknown "no ext4 with DAX on $1"
+}
+
+# breakable REGION|DISK: create a disk that `table error` breaks and `table linear` repairs;
+# $disk is its path. All data of the region or disk are lost.
+breakable() {
+	need dmsetup blockdev
+	case $1 in
+	/*) below=$1 ;;
+	*)
+		namespace "$1" fsdax
+		below=/dev/$device
+		;;
+	esac
+	sectors=$(blockdev --getsz "$below")
+	dmsetup create reproduce --table "0 $sectors linear $below 0" || unknown "no device-mapper device"
+	disk=/dev/$(dmsetup info -c --noheadings -o blkdevname reproduce)
+}
+
+# table linear|error: replace the table of the breakable disk.
+table() {
+	words="0 $sectors $1"
+	[ "$1" = error ] || words="$words $below 0"
+	dmsetup suspend --noflush --nolockfs reproduce && dmsetup load reproduce --table "$words" &&
+		dmsetup resume reproduce || unknown "no table '$words'"
+}

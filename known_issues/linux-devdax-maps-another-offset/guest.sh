@@ -4,9 +4,8 @@
 . "$(dirname "$0")/../lib.sh"
 
 expected "mmap() with an offset that is not a multiple of the alignment fails with EINVAL"
-need ndctl cc
-device=$(ndctl create-namespace -r "$1" -m devdax -a 2M -f | sed -n 's/.*"chardev":"\(dax[0-9.]*\)".*/\1/p')
-[ -c "/dev/$device" ] || unknown "ndctl made no DAX device in $1"
+need cc
+namespace "$1" devdax -a 2M
 cc -Wall -o offset offset.c || unknown "offset.c does not compile"
 text=$(./offset "/dev/$device")
 case $? in
