@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shlex
 from typing import Final
 
 from paprscm.guest.command import require_success
@@ -48,6 +47,11 @@ def load_kernel(guest: Guest, payload: Payload, *, crash: bool = False) -> None:
 
 
 def start_loaded(guest: Guest) -> None:
-    """Start the kernel of load_kernel(); the command's own end arrives before that."""
-    tool = shlex.quote(str(install_tool(guest, "kexec")))
-    guest.succeed(f"(sleep 0.1; {tool} execute) < /dev/null > /dev/null 2>&1 &")
+    """Start the kernel of load_kernel()."""
+    end_kernel(guest, f"{install_tool(guest, 'kexec')} execute")
+
+
+def end_kernel(guest: Guest, command: str) -> None:
+    """Run a shell command that ends the guest's kernel."""
+    # The end of this round trip must arrive before.
+    guest.succeed(f"(sleep 0.1; {command}) < /dev/null > /dev/null 2>&1 &")

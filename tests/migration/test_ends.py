@@ -19,7 +19,7 @@ from paprscm.checks import above
 from paprscm.errors import ContractError
 from paprscm.flush.trace import FlushTrace, expect_protocol
 from paprscm.guest.guest import Guest
-from paprscm.guest.kexec import CRASH_MEMORY, NO_HCALL_STATS, load_kernel, start_loaded
+from paprscm.guest.kexec import CRASH_MEMORY, NO_HCALL_STATS, end_kernel, load_kernel, start_loaded
 from paprscm.migration.moves import SAME_FILES, Mover, write_synced
 from paprscm.migration.stream import DimmState, read_states
 from paprscm.migration.transfer import save
@@ -147,7 +147,7 @@ class LinuxEnds(EndTest):
     def test_panic(self) -> None:
         """A panic ends QEMU without waiting for flushes; synced data are in the file."""
         self.each_end(
-            lambda guest: later(guest, "echo c > /proc/sysrq-trigger"), shutdown_flushes=0
+            lambda guest: end_kernel(guest, "echo c > /proc/sysrq-trigger"), shutdown_flushes=0
         )
 
 
@@ -254,6 +254,7 @@ class LinuxRestarts(EndTest):
 
     def left_behind(self, guest: Guest) -> DimmState:
         """Stop the guest; return QEMU's state of the idle DIMM's flushes, in a stream."""
+        guest.qmp.execute("stop")
         _disk, idle = read_states(save(guest.vm, SAME_FILES))
         return idle
 
@@ -297,7 +298,7 @@ class LinuxRestarts(EndTest):
         syncs.wait_begun(PENDING, BEGIN_S)
         blocked = self.restart(
             guest,
-            lambda: later(guest, "echo b > /proc/sysrq-trigger"),
+            lambda: end_kernel(guest, "echo b > /proc/sysrq-trigger"),
             "reboot",
             pending=PENDING,
             waits=True,
@@ -362,7 +363,7 @@ class LinuxRestarts(EndTest):
         self.flush(guest, PENDING)
         blocked = self.restart(
             guest,
-            lambda: later(guest, "echo c > /proc/sysrq-trigger"),
+            lambda: end_kernel(guest, "echo c > /proc/sysrq-trigger"),
             "kdump",
             pending=PENDING,
             waits=False,
@@ -399,8 +400,3 @@ class LinuxRestarts(EndTest):
                 shows=bool(tokens),
                 found=f"{what}: QEMU has {len(tokens)} results for the old kernel",
             )
-
-
-def later(guest: Guest, command: str) -> None:
-    """Run a command in the guest that ends its kernel; the command's own end arrives before."""
-    guest.succeed(f"(sleep 0.1; {command}) < /dev/null > /dev/null 2>&1 &")
