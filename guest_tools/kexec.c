@@ -20,9 +20,8 @@
 #include <sys/syscall.h>
 
 const char tool_name[] = "kexec";
-const char usage_text[] =
-	"usage: kexec (load | crash) KERNEL COMMAND-LINE [INITRAMFS]\n"
-	"       kexec execute\n";
+const char usage_text[] = "usage: kexec (load | crash) KERNEL COMMAND-LINE [INITRAMFS]\n"
+			  "       kexec execute\n";
 
 static int open_file(const char *path)
 {
