@@ -9,24 +9,21 @@ hw/ppc/spapr_nvdimm.c, spapr_nvdimm_flush_post_load).
 from __future__ import annotations
 
 import itertools
-import math
-import re
-import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from paprscm.checks import above, at_least, at_most
-from paprscm.errors import ConfigError, ContractError
+from paprscm.checks import at_least, at_most
+from paprscm.errors import ConfigError
 from paprscm.flush.ledger import FlushLedger
 from paprscm.flush.load import FlushLoadReport, run_flush_load
-from paprscm.flush.trace import FlushTrace, expect_protocol
+from paprscm.flush.trace import expect_protocol
 from paprscm.guest.guest import Guest
 from paprscm.migration.moves import OTHER_FILES, SAME_FILES, Mover, SyncedData, write_synced
 from paprscm.migration.transfer import Way
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import dax_mount
-from paprscm.pmem.namespaces import create_fsdax, find_namespaces
+from paprscm.pmem.namespaces import create_fsdax
 from paprscm.pmem.regions import find_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
@@ -36,17 +33,11 @@ from paprscm.vm.vm import Vm
 
 DISK, EXT4 = PMEM_OFF.at(3, SMALL).holding("fsdax"), PMEM_OFF.at(1, SMALL).holding("ext4")
 DIMMS = (DISK, EXT4)
-IDLE = PMEM_OFF.at(5, SMALL)
-PENDING = 4
-"""Flushes that hang."""
-ROUNDS = 5
-HELD_S = 1.0
-"""Time for which they are observed, s."""
 FOLDER = "/mnt/ext4"
 THREADS = 8
 """Half of them on each DIMM."""
-BEGIN_S, END_S, BOOT_S = 60.0, 60.0, 120.0
-"""Time limits on a busy host: for a load to begin, for QEMU's end, for a start of the guest."""
+BEGIN_S = 60.0
+"""Time limit on a busy host for a load to begin, s."""
 LOAD_S = 1
 """Time in which calls of a load begin, s: longer than a migration without contents takes."""
 
@@ -181,7 +172,7 @@ class LinuxMoves(LinuxTest):
                 limit_s=LOAD_S,
                 seed=seed,
             )
-            # With one flush held, those of the other DIMM may wait as well, see flushing().
+            # With one flush held, those of the other DIMM may wait as well (test_ends.py, flush).
             for slot in syncs if plan.held is None else [plan.held]:
                 syncs[slot].wait_begun(before[slot] + 1, BEGIN_S)
             move = self.mover.move(
@@ -274,112 +265,3 @@ class LinuxPromises(LinuxTest):
             and record.end >= ends
             for record in records
         )
-
-
-class LinuxEnds(LinuxTest):
-    """
-    A guest that reboots or panics while flushes are pending.
-
-    :avocado: tags=migration
-    """
-
-    def flushing(self, guest: Guest) -> None:
-        """Begin flushes of a DIMM without a namespace, which hang.
-
-        One after the other: while a thread of QEMU's pool wakes up, QEMU queues all requests for
-        that thread, those of disks as well (util/thread-pool.c, idle_threads). They would wait for
-        the first sync.
-        """
-        syncs = guest.vm.syncs(IDLE.slot)
-        syncs.hang()
-        path = f"{find_region(guest, IDLE.slot).device}/deep_flush"
-        for number in range(PENDING):
-            guest.succeed(f"echo 1 > {path} < /dev/null 2> /dev/null &")
-            syncs.wait_begun(number + 1, BEGIN_S)
-
-    def test_reboot_after_migration(self) -> None:
-        """A guest that reboots with flushes pending since its migration boots when they end.
-
-        The next kernel's flushes are its own: no token of the old kernel occurs again, and each
-        flush is one sync. Data that were synced before are there.
-        """
-        guest = self.start(DISK, IDLE)
-        data = self.synced(guest, DISK)
-        # In the page cache: a pending flush may block the root disk, see flushing().
-        guest.succeed("sleep 0")
-        self.flushing(guest)
-        vm = self.successor(SAME_FILES)
-        syncs = vm.syncs(IDLE.slot)
-        syncs.hang()
-        self.mover.move(vm, SAME_FILES)
-        syncs.wait_begun(1, BEGIN_S)
-        # The suite's guests end with the first reset (-no-reboot).
-        vm.qmp.execute("set-action", reboot="reset")
-        printed = len(guest.console.lines)
-        # The command's own end must arrive first.
-        guest.succeed("(sleep 0.1; echo b > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &")
-        with ThreadPoolExecutor(1) as pool:
-            blocked = False
-            while not blocked and not self.printed(guest, "Linux version", printed, 0.05):
-                done = pool.submit(vm.qmp.execute, "query-status")
-                blocked = bool(wait([done], HELD_S).not_done)
-            self.check("syncs that ended before the release", syncs.counts().ended, 0)
-            began = time.monotonic()
-            syncs.release()
-            done.result(END_S)
-        self.metric("answer_after_release", time.monotonic() - began, "s")
-        self.known_issue(
-            "qemu-reset-waits-for-flush",
-            shows=blocked,
-            found="in a reboot while flushes hang the monitor "
-            + (f"does not answer for {HELD_S:g} s" if blocked else "answers"),
-        )
-        if not self.printed(guest, "paprscm: ready", printed, BOOT_S):
-            raise ContractError(f"the guest did not start again within {BOOT_S:g} s")
-        self.metric("guest_ready_after_release", time.monotonic() - began, "s")
-        region, disk = find_region(guest, IDLE.slot), find_region(guest, DISK.slot)
-        trace = FlushTrace(guest)
-        # Not by guest_tools/flush.c, which the new guest would have to compile.
-        flush = f"for _ in $(seq {ROUNDS}); do echo 1 > {region.device}/deep_flush; done &\n"
-        guest.succeed(f"{flush * PENDING}wait")
-        flushes = trace.read().flushes
-        expect_protocol(flushes)
-        tokens = {flush.calls[0].token for flush in flushes}
-        self.check("new flushes", len(flushes), ROUNDS * PENDING)
-        self.check("the lowest new token", min(tokens), above(PENDING))
-        counts = syncs.counts()
-        expected = PENDING + len(flushes)
-        self.check("syncs begun and ended", (counts.begun, counts.ended), (expected, expected))
-        (namespace,) = find_namespaces(guest, disk)
-        words = f"head -c {len(data.content)} {namespace.disk.path} | od -An -v -tx1 | tr -d ' \\n'"
-        found = guest.succeed(words)
-        self.check("synced data are on the disk", found == data.content.hex(), True)
-
-    def test_panic(self) -> None:
-        """A panic while flushes hang ends QEMU at once; what was synced before is in the file."""
-        guest = self.boot(
-            Machine(nvdimms=(DISK, IDLE)),
-            shim=self.shim(),
-            allowed=[r"sysrq: Trigger a crash", r"Kernel panic", r"OS terminated"],
-        )
-        data = self.synced(guest, DISK)
-        # In the page cache: a pending flush may block the root disk.
-        guest.succeed("sleep 0")
-        self.flushing(guest)
-        syncs = guest.vm.syncs(IDLE.slot)
-        ended = syncs.counts().ended
-        # The command's own end must arrive first.
-        guest.succeed("(sleep 0.1; echo c > /proc/sysrq-trigger) < /dev/null > /dev/null 2>&1 &")
-        began = time.monotonic()
-        status = guest.process.wait(END_S)
-        self.metric("end", time.monotonic() - began, "s")
-        self.expect("QEMU's exit status", status, 0)
-        guest.kill()
-        self.check("syncs that ended", syncs.counts().ended, ended)
-        self.check("synced data are in the file", data.is_in(guest.file(DISK.slot)), True)
-
-    def printed(self, guest: Guest, text: str, start: int, limit_s: float) -> bool:
-        """Return True if the guest prints a text after the first `start` lines, within a time."""
-        marks = {"text": re.compile(re.escape(text))}
-        line = guest.console.wait_for(marks, timeout_s=limit_s, silence_s=math.inf, start=start)
-        return line is not None

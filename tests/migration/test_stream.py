@@ -162,12 +162,13 @@ class Altered(QemuTest):
         self.size = len(stream)
         state = read_states(stream)[0]
         # Section header, fields, footer.
-        start, end = state.span[0] - 32, state.span[1] + 5
+        start, end = state.span[0] - 33, state.span[1] + 5
         inside = list(range(start, end + 1))
         count = int(self.params.get("cuts", default=8))
         generator = self.random()
         before = [generator.randrange(1, start) for _ in range(max(1, count // 4))]
-        picked = inside if count >= len(inside) else generator.sample(inside, count)
+        # Also between two sections, where no footer is missing.
+        picked = inside if count >= len(inside) else [start, end, *generator.sample(inside, count)]
         for length in itertools.chain(picked, before):
             outcome, text = self.try_load(source, stream[:length])
             self.check(
@@ -179,7 +180,7 @@ class Altered(QemuTest):
 
 def section(stream: bytes, state: DimmState) -> bytes:
     """A DIMM's section with its header, without its footer."""
-    return stream[state.span[0] - 32 : state.span[1]]
+    return stream[state.span[0] - 33 : state.span[1]]
 
 
 def resident_mib(pid: int) -> int:
