@@ -18,16 +18,16 @@ namespace "$2" fsdax
 other=/dev/$device
 
 # $granted of a new device of both parts, of one part, and of that device with both parts.
-linear $synchronous $other 65536 | dmsetup create both || unknown "no dm device"
+linear "$synchronous" "$other" 65536 | dmsetup create both || unknown "no dm device"
 dax_file "/dev/$(dmsetup info -c --noheadings -o blkdevname both)"
 map_sync /mnt/file 64k
 umount /mnt
 [ $granted = no ] || unknown "a new dm device of both regions grants MAP_SYNC, which it may have inherited: restart the machine"
-linear $synchronous "" 0 | dmsetup create grows || unknown "no dm device"
+linear "$synchronous" "" 0 | dmsetup create grows || unknown "no dm device"
 dax_file "/dev/$(dmsetup info -c --noheadings -o blkdevname grows)"
 map_sync /mnt/file 64k
 [ $granted = yes ] || unknown "$1 is not synchronous"
-linear $synchronous $other 0 | dmsetup reload grows && dmsetup suspend grows && dmsetup resume grows ||
+linear "$synchronous" "$other" 0 | dmsetup reload grows && dmsetup suspend grows && dmsetup resume grows ||
 	unknown "the dm device does not grow"
 map_sync /mnt/file 64k
 umount /mnt

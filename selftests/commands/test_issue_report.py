@@ -89,7 +89,7 @@ def test_a_report_answers_what_a_maintainer_asks(name: str) -> None:
     assert known.patch is None or known.patch.read_text() in text
     # No links into the repository, and no reference to its tests where there is a script.
     assert ".md)" not in text
-    assert known.script is None or "avocado run" not in text
+    assert known.script is None or "avocado run tests" not in text
 
 
 def test_a_mail_is_plain_text() -> None:
