@@ -12,7 +12,7 @@ namespace "$1" fsdax
 dax_file "/dev/$device"
 map_sync /mnt/file 64k
 umount /mnt
-[ $granted = yes ] || unknown "$1 is not synchronous"
+[ "$granted" = yes ] || unknown "$1 is not synchronous"
 namespace "$2" fsdax
 dax_file "/dev/$device"
 umount /mnt
@@ -26,6 +26,6 @@ for try in $(seq $tries); do
 	mount -o dax=always "/dev/$device" /mnt || unknown "no mount in try $try"
 	map_sync /mnt/file 64k
 	umount /mnt
-	[ $granted = no ] || shown "MAP_SYNC is granted on $2 in try $try, after $1 was disabled"
+	[ "$granted" = no ] || shown "MAP_SYNC is granted on $2 in try $try, after $1 was disabled"
 done 2> /dev/null
 gone "MAP_SYNC is refused on $2 in $tries tries, each after $1 was disabled"

@@ -7,5 +7,5 @@ expected "mmap() of devdax with MAP_SYNC fails with EOPNOTSUPP, as for fsdax, if
 asynchronous "$1"
 namespace "$1" devdax -a 2M
 map_sync "/dev/$device" 2m
-[ $granted = no ] || shown "MAP_SYNC is granted on /dev/$device"
+[ "$granted" = no ] || shown "MAP_SYNC is granted on /dev/$device"
 gone "MAP_SYNC is refused on /dev/$device: $text"

@@ -22,14 +22,14 @@ linear "$synchronous" "$other" 65536 | dmsetup create both || unknown "no dm dev
 dax_file "/dev/$(dmsetup info -c --noheadings -o blkdevname both)"
 map_sync /mnt/file 64k
 umount /mnt
-[ $granted = no ] || unknown "a new dm device of both regions grants MAP_SYNC, which it may have inherited: restart the machine"
+[ "$granted" = no ] || unknown "a new dm device of both regions grants MAP_SYNC, which it may have inherited: restart the machine"
 linear "$synchronous" "" 0 | dmsetup create grows || unknown "no dm device"
 dax_file "/dev/$(dmsetup info -c --noheadings -o blkdevname grows)"
 map_sync /mnt/file 64k
-[ $granted = yes ] || unknown "$1 is not synchronous"
+[ "$granted" = yes ] || unknown "$1 is not synchronous"
 linear "$synchronous" "$other" 0 | dmsetup reload grows && dmsetup suspend grows && dmsetup resume grows ||
 	unknown "the dm device does not grow"
 map_sync /mnt/file 64k
 umount /mnt
-[ $granted = no ] || shown "MAP_SYNC is granted after the dm device was extended onto $2"
+[ "$granted" = no ] || shown "MAP_SYNC is granted after the dm device was extended onto $2"
 gone "MAP_SYNC is refused after the dm device was extended onto $2"

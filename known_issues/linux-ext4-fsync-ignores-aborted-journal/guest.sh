@@ -21,5 +21,5 @@ umount /mnt && mount "$disk" /mnt || unknown "no second mount"
 [ "$(cat /mnt/second 2> /dev/null | cksum)" = "$sum" ] && kept=yes || kept=no
 umount /mnt
 [ $status -eq 0 ] || gone "fsync() fails: $text"
-[ $kept = no ] || unknown "fsync() returns 0, and the file is complete after a remount"
+[ "$kept" = no ] || unknown "fsync() returns 0, and the file is complete after a remount"
 shown "fsync() returns 0, and the file is lost after a remount"

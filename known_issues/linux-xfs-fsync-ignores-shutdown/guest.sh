@@ -40,5 +40,5 @@ umount /mnt && mount "$disk" /mnt || unknown "no second mount"
 [ "$(cat /mnt/file 2> /dev/null | cksum)" = "$sum" ] && kept=yes || kept=no
 umount /mnt
 [ $status -eq 0 ] || gone "the second fsync() fails: $(cat error)"
-[ $kept = no ] || unknown "the second fsync() returns 0, and the file is complete after a remount"
+[ "$kept" = no ] || unknown "the second fsync() returns 0, and the file is complete after a remount"
 shown "the first fsync() fails, the second returns 0, and the file is lost after a remount"

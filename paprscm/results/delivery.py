@@ -209,4 +209,5 @@ def follow(server: Server, report_id: str, limit_s: float) -> str:
                 state = "notfound" if answer.status == 404 else "unknown"
         if state in _SETTLED or time.monotonic() + _POLL_S > deadline:
             return state
+        # The server offers no other way to learn that it has processed a report.
         time.sleep(_POLL_S)
