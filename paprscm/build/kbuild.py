@@ -131,8 +131,8 @@ def build_default(
     if patches:
         with cache.workspace(PATCHED, fields, purpose="builds a patched kernel") as folder:
             set_patches(folder, unpack, patches)
-            names = ", ".join(patch.name for patch in patches)
-            with step(f"building the {settings.kernel} kernel ({version}) with {names}"):
+            what = str(patches[0]) if len(patches) == 1 else f"{len(patches)} patches"
+            with step(f"building the {settings.kernel} kernel ({version}) with {what}"):
                 _fresh_log(log_file)
                 with marked(folder / "objects"):
                     compile_tree(folder)
