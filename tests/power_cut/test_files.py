@@ -42,7 +42,7 @@ FOLDER = "/mnt/cut"
 PROGRAMS = 40
 """Programs in one guest."""
 IMAGES = 40
-"""Images of the default run; -p cuts=N is another number."""
+"""Images of the default run; -p images=N is another number."""
 PER_POINT = 2
 """Images of one point: the oldest one, and random ones."""
 CONTROL = 60
@@ -64,7 +64,7 @@ class PowerCut(PaprScmTest):
     def test_ext4(self) -> None:
         """On ext4 with DAX, everything that a system call made durable is there after a power cut.
 
-        With -p cuts=N, N images are judged instead of 40, and more programs are run. Controls check
+        With -p images=N, N images are judged instead of 40, and more programs are run. Controls check
         that a host that lies about its syncs is detected.
         """
         self.judge("ext4", "dax=always")
@@ -80,7 +80,7 @@ class PowerCut(PaprScmTest):
     def judge(self, fstype: FsType, options: str) -> None:
         """Run programs, build images, and judge them in another guest."""
         dice = self.random()
-        count = self.cuts()
+        count = self.number()
         disk = PMEM_OFF.at(1, SIZES[fstype])
         log, steps, start, offset = self.record(disk, fstype, options, dice, count)
         done = _counts(log, offset)
@@ -88,7 +88,7 @@ class PowerCut(PaprScmTest):
         judge = _Judge(self, disk, fstype, options, steps.program)
         found = 0
         for point in _spread(points, -(-count // PER_POINT), dice):
-            for image in images(Cut(log, point), dice, limit=PER_POINT):
+            for image in images(Cut(log, point), dice, limit=PER_POINT, torn=self.torn()):
                 found += 1
                 for text in judge.differences(image, done[point]):
                     self.check(f"{image.name} at point {point}", text, "", detail=judge.context)
@@ -97,12 +97,19 @@ class PowerCut(PaprScmTest):
         self.measure("syncs, points and images", [len(log.syncs), len(points), found])
         self.metric("image", judge.duration_s / judge.count, "s", fstype=fstype, options=options)
 
-    def cuts(self) -> int:
-        """Number of images, from -p cuts=N."""
-        text = str(self.params.get("cuts", default=IMAGES))
+    def number(self) -> int:
+        """Number of images, from -p images=N."""
+        text = str(self.params.get("images", default=IMAGES))
         if not text.isdecimal() or not int(text):
-            raise ConfigError(f"cuts={text} is not a number of images")
+            raise ConfigError(f"images={text} is not a number of images")
         return int(text)
+
+    def torn(self) -> bool:
+        """With -p torn=yes, the host writes each sector of 512 bytes on its own."""
+        text = str(self.params.get("torn", default="no"))
+        if text not in ("yes", "no"):
+            raise ConfigError(f"torn={text} is neither yes nor no")
+        return text == "yes"
 
     def record(
         self, disk: Nvdimm, fstype: FsType, options: str, dice: random.Random, count: int
