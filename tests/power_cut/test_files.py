@@ -64,8 +64,8 @@ class PowerCut(PaprScmTest):
     def test_ext4(self) -> None:
         """On ext4 with DAX, everything that a system call made durable is there after a power cut.
 
-        With -p images=N, N images are judged instead of 40, and more programs are run. Controls check
-        that a host that lies about its syncs is detected.
+        With -p images=N, N images are judged instead of 40, and more programs are run. Controls
+        check that a host that lies about its syncs is detected.
         """
         self.judge("ext4", "dax=always")
 
