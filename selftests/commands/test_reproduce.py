@@ -125,7 +125,25 @@ def test_bad_input(words: list[str], text: str, capsys: pytest.CaptureFixture[st
     assert text in captured.out + captured.err
 
 
-HOST_SCRIPTS = [n for n in names() if (FOLDER / n / "host.sh").is_file()]
+# They wait for something that hangs, or load a machine repeatedly: 10 to 60 s each.
+SLOW = {
+    "avocado-delays-messages",
+    "avocado-waits-for-killed-test",
+    "qemu-decr-not-migrated",
+    "qemu-flush-error-after-save-lost",
+    "qemu-flush-state-by-order",
+    "qemu-flush-state-unchecked",
+    "qemu-flushes-starve-disks",
+    "qemu-nvdimm-placement-not-migrated",
+    "qemu-quiesced-not-migrated",
+    "qemu-reset-waits-for-flush",
+    "qemu-thread-pool-waits-for-hung-request",
+}
+HOST_SCRIPTS = [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name
+    for name in names()
+    if (FOLDER / name / "host.sh").is_file()
+]
 
 
 @pytest.mark.parametrize("name", HOST_SCRIPTS)
