@@ -40,8 +40,10 @@ def export(entries: Sequence[CacheEntry], file: Path) -> int:
         file: the new file; an existing one is replaced.
 
     Raises:
-        HostError: it cannot be written, or an entry was removed meanwhile.
+        HostError: it cannot be written, is a device or a pipe, or an entry was removed meanwhile.
     """
+    if file.exists() and not file.is_file():
+        raise HostError(f"{file} is not a regular file", hint="give the name of a new file")
     draft = file.with_name(f".{file.name}-{os.getpid()}")
     total = sum(entry.size_bytes for entry in entries)
     exported_bytes = 0

@@ -53,11 +53,14 @@ def parse_names(text: str) -> tuple[str, ...]:
 
 
 def publish(text: str, file: Path) -> None:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all; a device or a pipe is written to, not replaced.
 
     Raises:
         OSError: it cannot be written.
     """
+    if file.exists() and not file.is_file():
+        file.write_text(text, encoding="utf-8")
+        return
     part = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         part.write_text(text, encoding="utf-8")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -188,3 +189,13 @@ def test_file_that_does_not_exist(other: Cache, tmp_path: Path) -> None:
 def test_export_to_a_file_that_cannot_be_written(entries: list[CacheEntry]) -> None:
     with pytest.raises(HostError, match="cannot be written"):
         transfer.export(entries, Path("/proc/cache.tar.zst"))
+
+
+def test_export_does_not_replace_a_device_or_a_pipe(
+    entries: list[CacheEntry], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(HostError, match="is not a regular file"):
+        transfer.export(entries, pipe)
+    assert pipe.is_fifo()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 import subprocess
 import sys
@@ -357,6 +358,18 @@ def test_parts_of_a_name() -> None:
     assert labels.parts(replace(test, name="f/x.py:X.a;v-1")) == ("f", "x", "X", "a", "v-1")
     assert labels.title(None) == "unknown environment"
     assert "kernel" not in labels.describe(BARE)
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    """As is /dev/null, which every other program needs."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    publish("one", pipe)
+    assert os.read(reader, 10) == b"one"
+    os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 def test_a_file_is_published_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
