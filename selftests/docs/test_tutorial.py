@@ -39,6 +39,8 @@ def follow(text: str, folder: Path, cache_dir: Path) -> int:
         **os.environ,
         "HOME": str(folder.parent / "home"),
         "XDG_CACHE_HOME": str(cache_dir.parent),
+        # Of the outputs in the tutorial.
+        "COLUMNS": "100",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     count = 0

@@ -116,7 +116,9 @@ def kill_one(
             run.wait(moment_s)
         processes = marked(mark)
         if not processes:
-            assert run.returncode == 0, f"{where}: the run failed before it was killed"
+            # It has ended between the two lines above, or before.
+            status = run.wait(RUN_LIMIT_S)
+            assert status == 0, f"{where}: the run failed before it was killed"
             return {}, 0
         victim = chance.choice(sorted(processes))
         with contextlib.suppress(ProcessLookupError):
