@@ -26,6 +26,9 @@ _HARMLESS: Final = re.compile(
     r"(?:DAX enabled\. Warning: )?EXPERIMENTAL"
     r"|Torn write \(CRC failure\) detected at log block 0x[0-9a-f]+\. "
     r"Truncating head block from 0x[0-9a-f]+\.$)"
+    # Of more than five mounts in 30 s; only notices of mounts are limited by this state
+    # (fs/ext4/super.c, ext4_mount_msg_ratelimit).
+    r"|EXT4-fs (?:un)?mount: \d+ callbacks suppressed$"
 )
 # Normal-level messages about damage: fs/ext4/super.c, print_daily_error_info.
 _DAMAGE: Final = re.compile(r"(?:error count since last fsck|(?:initial|last) error at time)\b")

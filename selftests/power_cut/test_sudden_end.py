@@ -298,6 +298,8 @@ ordered data mode. Quota mode: disabled.
 <5>[    3.000000] XFS (pmem4): Mounting V5 Filesystem
 <5>[    3.000000] XFS (pmem4): Mounting V5 Filesystem 70e898c5-c085-48c1-8081-61f5aa1f6f4e
 <5>[    3.100000] XFS (pmem4): Starting recovery (logdev: internal)
+<4>[    3.100000] EXT4-fs mount: 2 callbacks suppressed
+<4>[    3.100000] EXT4-fs unmount: 13 callbacks suppressed
 <4>[    3.200000] XFS (pmem4): Torn write (CRC failure) detected at log block 0x80. Truncating \
 head block from 0x100.
 <6>[    3.300000] XFS (pmem3): a mount in other words
@@ -316,6 +318,7 @@ def test_healthy_file_systems() -> None:
 @pytest.mark.parametrize(
     "text",
     [
+        "EXT4-fs error: 2 callbacks suppressed",
         "XFS (pmem4): Metadata CRC error detected at xfs_agf_read_verify+0xa0/0xf0",
         "XFS (pmem4): Corruption of in-memory data (0x8) detected at xfs_trans_cancel",
         "XFS (pmem4): log mount/recovery failed: error -117",
