@@ -41,7 +41,7 @@ SIZES: dict[FsType, int] = {"ext4": SMALL, "xfs": FOR_XFS}
 FOLDER = "/mnt/cut"
 PROGRAMS = 40
 """Programs in one guest."""
-IMAGES = 40
+IMAGES = 20
 """Images of the default run; -p images=N is another number."""
 PER_POINT = 2
 """Images of one point: the oldest one, and random ones."""
@@ -64,7 +64,7 @@ class PowerCut(PaprScmTest):
     def test_ext4(self) -> None:
         """On ext4 with DAX, everything that a system call made durable is there after a power cut.
 
-        With -p images=N, N images are judged instead of 40, and more programs are run. Controls
+        With -p images=N, N images are judged instead of 20, and more programs are run. Controls
         check that a host that lies about its syncs is detected.
         """
         self.judge("ext4", "dax=always")
