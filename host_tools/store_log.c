@@ -151,7 +151,7 @@ static uint32_t put_file(uint32_t file)
 void log_begin(uint64_t number, uint32_t file)
 {
 	struct log_entry entry = { .kind = LOG_BEGIN, .number = number, .file = file };
-	off_t place, end;
+	off_t place;
 
 	if (log_fd < 0)
 		return;
@@ -162,8 +162,7 @@ void log_begin(uint64_t number, uint32_t file)
 		if (logged[i].fd >= 0)
 			entry.pages += put_file(i);
 	}
-	end = lseek(log_fd, 0, SEEK_CUR);
-	if (pwrite(log_fd, &entry, sizeof(entry), place) != sizeof(entry) || end < 0)
+	if (pwrite(log_fd, &entry, sizeof(entry), place) != sizeof(entry))
 		fail("pwrite");
 	pthread_mutex_unlock(&lock);
 }

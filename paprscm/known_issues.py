@@ -37,7 +37,7 @@ TRIGGERS = {
     "migration": "a migration or a snapshot that is restored",
     "test runner": "a run of Avocado",
 }
-"""Who or what triggers an issue, with their meanings."""
+"""Triggers of an issue, with their meanings."""
 
 SCRIPTS = ("host.sh", "guest.sh")
 """Reproductions in the folder of an issue: on the host, or in a guest."""
@@ -159,6 +159,27 @@ class KnownIssue:
     def description(self) -> str:
         """The text before the first section."""
         return self.text.partition("\n## ")[0].strip()
+
+    def update(self, version: str, *, shows: bool) -> str | None:
+        """Request to update the issue's file after an observation; None if it agrees.
+
+        Args:
+            version: as in bounds().
+            shows: the version has the bug.
+
+        Raises:
+            HostError: as state().
+        """
+        state = self.state(version)
+        product, file = f"{self.product} {version}", f"known_issues/{self.name}.md"
+        if shows and state is IssueState.BEFORE:
+            return f"known issue {self.name} shows on {product}: update 'Since' of {file}"
+        if not shows and state is IssueState.PRESENT:
+            return (
+                f"known issue {self.name} no longer shows on {product}: if it is fixed there, "
+                f"update 'Fixed in' of {file}"
+            )
+        return None
 
     def state(self, version: str) -> IssueState:
         """State of the bug in a version of the product.
@@ -310,7 +331,7 @@ class _Fields:
         return value
 
     def expect_empty(self) -> None:
-        """Refuse fields that nobody has taken, such as a misspelled one."""
+        """Raise ConfigError for fields that were not taken, such as a misspelled one."""
         if self._values:
             raise ConfigError(
                 f"{self._file} has unknown fields: {', '.join(self._values)}", hint=_HINT

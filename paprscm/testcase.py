@@ -303,16 +303,6 @@ class QemuTest(Test):
         bug = read_issue(issue)
         number = self.versions()[bug.product]
         version = f"{bug.product} {number}"
-        state = bug.state(number)
-        file = f"known_issues/{issue}.md"
-        update = None
-        if shows and state is IssueState.BEFORE:
-            update = f"known issue {issue} shows on {version}: update 'Since' of {file}"
-        elif not shows and state is IssueState.PRESENT:
-            update = (
-                f"known issue {issue} no longer shows on {version}: if it is fixed there, update "
-                f"'Fixed in' of {file}"
-            )
         self.observations.known_issues.append(
             record.Finding(
                 name=issue,
@@ -321,14 +311,15 @@ class QemuTest(Test):
                 version=number,
                 shows=shows,
                 found=found,
-                update=update,
+                update=bug.update(number, shows=shows),
             )
         )
         self.log.info("known issue %s %s: %s", issue, "shows" if shows else "does not show", found)
         if not shows:
             return
-        if state is IssueState.FIXED:
+        if bug.state(number) is IssueState.FIXED:
             fixed_in = ", ".join(map(str, bug.fixed_in))
+            file = f"known_issues/{issue}.md"
             raise ContractError(
                 f"{found}: {bug.title}",
                 hint=f"a regression on {version}: {file} lists it as fixed in {fixed_in}",

@@ -79,8 +79,6 @@ def subject(issue: KnownIssue) -> str:
 
     Linux names the subsystem ("nvdimm: …"), QEMU the file ("hw/ppc/spapr_nvdimm: …").
     """
-    if not issue.files:
-        return issue.title
     file = Path(issue.files[0])
     if issue.product == "QEMU":
         return f"{file.with_suffix('')}: {issue.title}"
@@ -119,7 +117,6 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
         guest = "Linux"
     elif not any(file.suffix == ".c" for file in issue.attachments):
         guest = "none"
-    files = [f"{name}:\n\n```\n{text.rstrip()}\n```\n" for name, text in _files(issue)]
     return "\n".join(
         [
             *heads,
@@ -146,7 +143,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             "## Steps to reproduce",
             without_links(_steps(issue)),
             "",
-            *files,
+            *_fenced(issue),
             "## Additional information",
             without_links(issue.section("Fix")) or "No fix is known.",
             "",
@@ -163,8 +160,7 @@ def _plain_bug(issue: KnownIssue) -> str:
         f"## Fix\n\n{issue.section('Fix')}",
     ]
     text = "\n\n".join([f"Title: {issue.title}", issue.description, *facts])
-    files = [f"{name}:\n\n```\n{text.rstrip()}\n```\n" for name, text in _files(issue)]
-    return "\n".join([without_links(text), "", *files])
+    return "\n".join([without_links(text), "", *_fenced(issue)])
 
 
 def _versions(issue: KnownIssue) -> str:
@@ -181,18 +177,18 @@ def _effect(issue: KnownIssue) -> str:
 
 
 def _steps(issue: KnownIssue) -> str:
-    """How to run the script below, or the steps of the issue's file."""
+    """Command that runs the script of the report, or the steps of the issue's file."""
     if issue.script is None:
         return issue.section("Reproduce")
-    folder = f"{issue.name}/{issue.script.name}"
+    script = f"{issue.name}/{issue.script.name}"
     shared = [file.name for file in issue.attachments if file.parent != issue.folder]
     places = f"Its folder and {' and '.join(shared)} are beside each other. " if shared else ""
     if issue.script.name == "host.sh":
-        how = f"In an empty folder, run `QEMU=PATH/qemu-system-ppc64 sh PATH/{folder}`."
+        how = f"In an empty folder, run `QEMU=PATH/qemu-system-ppc64 sh PATH/{script}`."
     else:
         machine = " and ".join(issue.machine)
         how = (
-            f"As root, run `sh {folder} REGION` on a machine with persistent memory, such as a "
+            f"As root, run `sh {script} REGION` on a machine with persistent memory, such as a "
             f"pseries guest with a spapr-nvdimm ({machine}). REGION is its name in "
             "/sys/bus/nd/devices; its data are overwritten."
         )
@@ -205,6 +201,11 @@ def _files(issue: KnownIssue) -> Iterator[tuple[str, str]]:
         yield str(file.relative_to(issue.folder.parent)), file.read_text()
     if issue.patch is not None:
         yield issue.patch.name, issue.patch.read_text()
+
+
+def _fenced(issue: KnownIssue) -> list[str]:
+    """The files of the report, in Markdown."""
+    return [f"{name}:\n\n```\n{text.rstrip()}\n```\n" for name, text in _files(issue)]
 
 
 def _operating_system() -> str:

@@ -181,7 +181,8 @@ class Reproducer:
         """Run a test of the suite, and read its verdict on the issue."""
         test = issue.tests[0]
         with tempfile.TemporaryDirectory(prefix="paprscm-reproduce-") as folder:
-            words = [str(Path(sys.executable).with_name("avocado")), "run", str(ROOT / test)]
+            # Avocado takes the method for a regular expression.
+            words = [str(Path(sys.executable).with_name("avocado")), "run", f"{ROOT / test}$"]
             words += ["--job-results-dir", folder]
             for name, value in {**issue.settings, **self._given}.items():
                 words += ["-p", f"{name}={value}"]
@@ -227,14 +228,10 @@ def remark(issue: KnownIssue, result: Reproduction) -> str:
     version = result.versions.get(issue.product)
     if result.outcome is Outcome.UNKNOWN or version is None:
         return ""
-    state = issue.state(version)
-    if result.outcome is Outcome.SHOWN and state is IssueState.FIXED:
+    shows = result.outcome is Outcome.SHOWN
+    if shows and issue.state(version) is IssueState.FIXED:
         return "listed as fixed in this version: a regression"
-    if result.outcome is Outcome.SHOWN and state is IssueState.BEFORE:
-        return "update 'Since'"
-    if result.outcome is Outcome.GONE and state is IssueState.PRESENT:
-        return "if it is fixed in this version, update 'Fixed in'"
-    return ""
+    return issue.update(version, shows=shows) or ""
 
 
 def reproduce_one(given: Mapping[str, str], issue: KnownIssue) -> Outcome:

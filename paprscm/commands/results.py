@@ -15,7 +15,8 @@ from paprscm.errors import ConfigError
 from paprscm.paths import SUITE_VARIABLE
 from paprscm.results import delivery, kcidb
 from paprscm.results.context import read_context
-from paprscm.results.formats import FILES, FORMATS, parse_names, publish
+from paprscm.results.files import publish
+from paprscm.results.formats import FILES, FORMATS, parse_names
 from paprscm.results.record import BROKEN, Record, Test, read_record
 from paprscm.results.spool import Spool
 from paprscm.results.terminal import print_summary
@@ -56,7 +57,7 @@ def show(job: Path, chosen: Settings, *, formats: str, output: Path | None, buil
         if output is None:
             sys.stdout.write(text)
         else:
-            publish(text, output / FILES[name] if output.is_dir() else output)
+            publish(text.encode(), output / FILES[name] if output.is_dir() else output)
     return 0
 
 

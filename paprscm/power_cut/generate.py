@@ -65,7 +65,7 @@ OPERATIONS: dict[str, Sequence[Step]] = {
 
 
 def durable(steps: Sequence[Step]) -> Iterator[list[Step]]:
-    """Calls that make the effect of steps durable, in different ways; and none."""
+    """Yield calls that make the effect of steps durable, or a part of it, in different ways."""
     names = {name for step in steps for name in (step.name, step.other) if name}
     there = _files_after(steps)
     folders = {name.rpartition("/")[0] or "." for name in names}

@@ -24,11 +24,9 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
+from paprscm.power_cut.steps import SECTOR
 from paprscm.power_cut.store_log import PAGE, ZEROS, StoreLog, Sync, data_pages
-
-SECTOR: Final = 512
 
 Place = tuple[int, int]
 """Number of a file, and number of a page in it."""
@@ -47,18 +45,24 @@ class Cut:
     def __init__(
         self, log: StoreLog, point: int, *, counts: Callable[[Sync], bool] = lambda _sync: True
     ) -> None:
-        self.point = point
         self._kept: dict[int, list[Sync]] = {}
         self._failed: dict[int, list[Sync]] = {}
         for sync in sorted(log.syncs, key=lambda sync: sync.point, reverse=True):
             if sync.ended is not None and sync.ended <= point and counts(sync):
                 (self._failed if sync.error else self._kept).setdefault(sync.file, []).append(sync)
         self.versions: dict[Place, list[bytes]] = {}
-        """Contents that a page may have, the oldest one first."""
+        """Contents that a page may have, the guaranteed one first; each once."""
+        self.newest: dict[Place, bytes] = {}
+        """The contents at the point of the cut."""
         for place, history in log.histories.items():
-            contents = self._legal(place[0], [one for one in history if one[0] <= point])
-            if contents:
-                self.versions[place] = contents
+            until = [(at, content) for at, content in history if at <= point]
+            self.versions[place] = self._legal(place[0], until)
+            self.newest[place] = until[-1][1] if until else ZEROS
+
+    @property
+    def oldest(self) -> dict[Place, bytes]:
+        """The contents that are guaranteed."""
+        return {place: contents[0] for place, contents in self.versions.items()}
 
     @property
     def free(self) -> list[Place]:
@@ -152,9 +156,7 @@ def _all(cut: Cut) -> Iterator[Image]:
 
 def _some(cut: Cut, dice: random.Random, *, torn: bool) -> Iterator[Image]:
     """The oldest image, which shows most losses, and then random ones without end."""
-    oldest = {place: contents[0] for place, contents in cut.versions.items()}
-    newest = {place: contents[-1] for place, contents in cut.versions.items()}
-    free = cut.free
+    oldest, newest, free = cut.oldest, cut.newest, cut.free
     yield Image("oldest", oldest)
     for number in itertools.count() if free else ():
         place, kind = dice.choice(free), dice.random()

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 from paprscm.errors import ContractError
@@ -94,20 +92,3 @@ def read_tree(guest: Guest, folder: str) -> dict[str, Entry]:
         for one in report.entries
         if one.path not in (".", "./lost+found")
     }
-
-
-def read_counter(file: Path, offset: int) -> int:
-    """The number of completed steps, from the backing file of the counter's DIMM.
-
-    Args:
-        file: the backing file.
-        offset: position of the DAX device in it, bytes (namespaces.file_offset).
-    """
-    with file.open("rb") as handle:
-        handle.seek(offset)
-        return int.from_bytes(handle.read(8), "little")
-
-
-def words_of(steps: Sequence[Step]) -> str:
-    """Steps as words of a command line, to repeat them by hand."""
-    return shlex.join(map(str, steps))

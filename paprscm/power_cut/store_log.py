@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Final
 
 from paprscm.errors import HostError
+from paprscm.host.sparse import data_ranges
 
 PAGE: Final = 4096
 """Unit of the log, bytes: the smallest page of a host."""
@@ -134,13 +135,5 @@ def _changes(
 
 def data_pages(handle: int) -> Iterator[int]:
     """Numbers of the pages of a sparse file that are not in a hole."""
-    size = os.fstat(handle).st_size
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(handle, at, os.SEEK_DATA)
-        except OSError:
-            # ENXIO: only a hole follows.
-            return
-        at = os.lseek(handle, start, os.SEEK_HOLE)
-        yield from range(start // PAGE, -(-at // PAGE))
+    for start, end in data_ranges(handle):
+        yield from range(start // PAGE, -(-end // PAGE))

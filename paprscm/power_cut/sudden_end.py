@@ -8,7 +8,7 @@ import mmap
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any, Final
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.report import ProbeError
 from paprscm.host.lifetime import Lifetime
+from paprscm.host.sparse import data_ranges
 from paprscm.pmem.mounts import FsType
 from paprscm.power_cut.sudden_end_report import PromiseReport
 
@@ -85,10 +86,9 @@ class Ledger(Lifetime):
         self._places: dict[int, int] = {}
 
     def _start(self) -> None:
-        handle = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
-        self._ranges = _DataRanges(handle)
-        self._resources.callback(self._ranges.close)
-        self._map = mmap.mmap(handle, 0, prot=mmap.PROT_READ)
+        self._handle = os.open(self._file, os.O_RDONLY | os.O_CLOEXEC)
+        self._resources.callback(os.close, self._handle)
+        self._map = mmap.mmap(self._handle, 0, prot=mmap.PROT_READ)
         self._resources.callback(self._map.close)
 
     def read(self, nonce: int) -> LedgerCounts | None:
@@ -122,31 +122,11 @@ class Ledger(Lifetime):
 
     def _find(self, nonce: int) -> int | None:
         header = _MAGIC + nonce.to_bytes(8, "little")
-        for start, end in self._ranges.ranges():
-            for place in range(start, end, _SMALLEST_PAGE):
+        for start, end in data_ranges(self._handle):
+            for place in range(start - start % _SMALLEST_PAGE, end, _SMALLEST_PAGE):
                 if self._map[place : place + len(header)] == header:
                     return place
         return None
-
-
-class _DataRanges:
-    """The parts of a sparse file that hold data."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def ranges(self) -> Iterable[tuple[int, int]]:
-        end = 0
-        while True:
-            try:
-                start = os.lseek(self._handle, end, os.SEEK_DATA)
-            except OSError:
-                return
-            end = os.lseek(self._handle, start, os.SEEK_HOLE)
-            yield start - start % _SMALLEST_PAGE, end
-
-    def close(self) -> None:
-        os.close(self._handle)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from paprscm.settings import Settings
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What surrounds the record.
+    """Facts of a job that are not in its record, for reports.
 
     Attributes:
         excerpts: the console's last lines, as plain text, of each test that broke, by its id.

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Final
 
 from paprscm.errors import ConfigError
@@ -43,27 +41,10 @@ def parse_names(text: str) -> tuple[str, ...]:
     """The formats of a list such as "junit,ktap".
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: a format is unknown.
     """
     names = tuple(name for name in text.split(",") if name)
     for name in names:
         if name not in FORMATS:
-            raise ConfigError(f"there is no format '{name}'", hint=f"one of {', '.join(FORMATS)}")
+            raise ConfigError(f"unknown format '{name}'", hint=f"one of {', '.join(FORMATS)}")
     return names
-
-
-def publish(text: str, file: Path) -> None:
-    """Write a file whole or not at all; a device or a pipe is written to, not replaced.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    if file.exists() and not file.is_file():
-        file.write_text(text, encoding="utf-8")
-        return
-    part = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.rename(file)
-    finally:
-        part.unlink(missing_ok=True)

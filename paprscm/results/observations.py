@@ -18,7 +18,7 @@ from paprscm.results.record import Environment, Finding, Metric
 
 @dataclass(kw_only=True)
 class Observations:
-    """What a test process knows about its test; the fields are those of record.Test and Times."""
+    """Observations of a test process; the fields are those of record.Test and record.Times."""
 
     environment: Environment | None = None
     metrics: list[Metric] = field(default_factory=list)

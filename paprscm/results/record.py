@@ -44,7 +44,7 @@ class Metric:
     unit: str
     """Such as "s", "us", "MiB" or "hcalls"; "1" for a ratio."""
     dimensions: dict[str, str] = field(default_factory=dict)
-    """What distinguishes it from other metrics of this name, such as {"fstype": "xfs"}."""
+    """Distinguish it from other metrics of this name, such as {"fstype": "xfs"}."""
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.value):

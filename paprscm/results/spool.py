@@ -13,10 +13,11 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from paprscm.results.files import publish
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +64,9 @@ class Spool:
         """
         with contextlib.suppress(FileNotFoundError):
             return self._file(report, "sent").read_text()
-        if not self._file(report, "pending").exists():
-            self._write(self._file(report, "pending"), json.dumps(asdict(report)))
+        pending = self._file(report, "pending")
+        if not pending.exists():
+            publish(json.dumps(asdict(report)).encode(), pending, durable=True)
         self._file(report, "refused").unlink(missing_ok=True)
         return None
 
@@ -81,19 +83,8 @@ class Spool:
 
     def mark(self, report: Report, state: str, answer: str) -> None:
         """Store the answer of the receiver: `state` is "sent" or "refused"."""
-        self._write(self._file(report, state), answer)
+        publish(answer.encode(), self._file(report, state), durable=True)
         self._file(report, "pending").unlink(missing_ok=True)
 
     def _file(self, report: Report, state: str) -> Path:
         return self._folder / f"{report.name}.{state}"
-
-    def _write(self, file: Path, text: str) -> None:
-        part = self._folder / f".{file.name}.{os.getpid()}"
-        try:
-            with part.open("w", encoding="utf-8") as output:
-                output.write(text)
-                output.flush()
-                os.fsync(output.fileno())
-            part.rename(file)
-        finally:
-            part.unlink(missing_ok=True)

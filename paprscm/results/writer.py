@@ -7,7 +7,6 @@ replaces the one before. Encoding and writing 300 tests takes 10 ms.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 
+from paprscm.results.files import publish
 from paprscm.results.record import FILE, Environment, Record, Test, closed, encode, lock
 
 
@@ -75,11 +75,7 @@ class Writer:
 
     def _publish(self) -> None:
         self.problem = None
-        part = self._file.with_suffix(".part")
         try:
-            part.write_bytes(encode(replace(self._record, tests=tuple(self._tests.values()))))
-            part.rename(self._file)
+            publish(encode(replace(self._record, tests=tuple(self._tests.values()))), self._file)
         except OSError as error:
             self.problem = error
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import os
 import shutil
 import struct
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from paprscm.errors import HostError
 from paprscm.host.lifetime import Lifetime
+from paprscm.host.sparse import data_ranges
 from paprscm.vm.machine import Nvdimm
 
 # Granularity at which zeros are skipped, bytes.
@@ -25,15 +25,7 @@ _CHUNK_HEADER = struct.Struct(">QI")
 def written_chunks(file: Path) -> Iterator[tuple[int, bytes]]:
     """Yield offset and bytes of each chunk of a sparse file that is not all zeros."""
     with file.open("rb", buffering=0) as source:
-        end = 0
-        while True:
-            try:
-                start = os.lseek(source.fileno(), end, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:
-                    return
-                raise
-            end = os.lseek(source.fileno(), start, os.SEEK_HOLE)
+        for start, end in data_ranges(source.fileno()):
             for offset in range(start, end, _CHUNK):
                 chunk = os.pread(source.fileno(), min(_CHUNK, end - offset), offset)
                 if chunk.strip(b"\0"):

@@ -145,10 +145,10 @@ def test_paprscm_takes_the_command(line: str) -> None:
 
 @functools.cache
 def parameters() -> set[str]:
-    """Names for -p: settings, and parameters of tests."""
+    """Names for -p: settings, parameters of tests, and Avocado's own."""
     sources = [*(ROOT / "tests").rglob("*.py"), ROOT / "paprscm/testcase.py"]
     names = [n for f in sources for n in re.findall(r'params\.get\("(\w+)"', f.read_text())]
-    return {*settings.names(), *names}
+    return {*settings.names(), *names, "timeout"}
 
 
 @functools.cache

@@ -183,7 +183,7 @@ def test_a_misspelt_format_is_refused_before_the_first_test(job: tuple[Path, str
     folder, _output = job
     words = "run", "--job-results-dir", folder / "wrong", "-p", "formats=junut", folder / "few.py"
     output = run(folder, *words)
-    assert "there is no format 'junut' (one of json, junit" in output
+    assert "unknown format 'junut' (one of json, junit" in output
     assert "no test was started" in output
     assert "few.py:Few" not in output
 

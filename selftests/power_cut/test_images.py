@@ -77,6 +77,9 @@ def test_after_a_failed_sync_a_later_one_succeeds_without_its_pages() -> None:
 def test_equal_contents_are_one() -> None:
     log = log_of(["a", "b", "a"], Sync(0, 0, 0, ended=1))
     assert legal(Cut(log, 2)) == {0: "ab"}
+    # The newest content, although it is also the oldest one.
+    assert Cut(log, 2).newest == {(0, 0): page("a")}
+    assert Cut(log, 1).newest == {(0, 0): page("b")}
 
 
 def test_all_images_if_they_are_few() -> None:

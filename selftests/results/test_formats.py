@@ -28,7 +28,8 @@ from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
 from paprscm.results import junit, kcidb, ktap, labels, lava, squad, summary
 from paprscm.results.context import Context, read_context
-from paprscm.results.formats import FILES, FORMATS, parse_names, publish
+from paprscm.results.files import publish
+from paprscm.results.formats import FILES, FORMATS, parse_names
 from paprscm.results.record import Metric, Record
 from paprscm.results.text import _HARMFUL, last_lines, plain, unique
 
@@ -56,7 +57,7 @@ def test_each_format_has_a_file() -> None:
     assert FORMATS.keys() == FILES.keys()
     assert parse_names("junit,ktap") == ("junit", "ktap")
     assert parse_names("") == ()
-    with pytest.raises(ConfigError, match="there is no format 'tap'"):
+    with pytest.raises(ConfigError, match="unknown format 'tap'"):
         parse_names("junit,tap")
 
 
@@ -365,7 +366,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
-    publish("one", pipe)
+    publish(b"one", pipe)
     assert os.read(reader, 10) == b"one"
     os.close(reader)
     assert pipe.is_fifo()
@@ -374,10 +375,10 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
 
 def test_a_file_is_published_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.json"
-    publish("one", file)
+    publish(b"one", file)
     monkeypatch.setattr(Path, "rename", lambda *_words: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(OSError, match="full"):
-        publish("two", file)
+        publish(b"two", file)
     assert file.read_text() == "one"
     assert list(tmp_path.iterdir()) == [file]
 

@@ -230,11 +230,11 @@ def test_a_disk_that_is_full_keeps_the_last_document(
 ) -> None:
     writer = Writer(tmp_path, make_record(), [make_test("a", "PLANNED", id="a")])
 
-    def full(_file: Path, _data: bytes) -> int:
+    def full(_file: Path, _mode: str) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
+        patched.setattr(Path, "open", full)
         writer.update(make_test("a", id="a"))
         assert writer.problem is not None
     assert json.loads((tmp_path / FILE).read_text())["tests"][0]["status"] == "PLANNED"

@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""A sync on the host hangs while the machine is reset, ended or powered down.
+"""A sync on the host hangs while the machine is reset and ended, or powered down.
 
 A reset waits in spapr_nvdimm_finish_flushes (QEMU hw/ppc/spapr_nvdimm.c) until no flush is pending.
-QEMU's exit does not wait. A powerdown is carried out by the guest: its nd_pmem first flushes each
-DIMM that has a namespace (Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown).
+A powerdown is carried out by the guest: its nd_pmem first flushes each DIMM that has a namespace
+(Linux drivers/nvdimm/pmem.c, nd_pmem_shutdown). tests/migration/test_ends.py has the ends that do
+not wait for flushes, and the restarts.
 
 Every hang is bounded: the shim finally releases the sync, and QEMU must exit.
 """
 
 from __future__ import annotations
 
-import math
-import re
 import signal
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from paprscm import timesheet
-from paprscm.errors import ContractError, GuestLostError
+from paprscm.errors import GuestLostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
@@ -86,8 +84,8 @@ class FlushHang(PaprScmTest):
 
         return pool.submit(reset)
 
-    def with_reset(self, then: Callable[[Guest, Future[object]], None]) -> None:
-        """Reset a guest whose flush hangs, and judge whether the monitor answers meanwhile."""
+    def test_reset_then_terminate(self) -> None:
+        """SIGTERM after a reset during a hanging flush ends QEMU when the flush ends."""
         guest = self.hanging()
         syncs = guest.vm.syncs(DIMM.slot)
         with ThreadPoolExecutor(1) as pool:
@@ -96,7 +94,17 @@ class FlushHang(PaprScmTest):
                 with timesheet.during("waits"):
                     blocked = bool(wait([done], HELD_S).not_done)
                 self.expect("syncs that ended", syncs.counts().ended, self.begun - 1)
-                then(guest, done)
+                guest.process.send_signal(signal.SIGTERM)
+                with timesheet.during("waits"):
+                    early = guest.process.wait(HELD_S) is not None
+                self.measure("ended by SIGTERM while the flush hangs", early)
+                self.expect("the reset ended with QEMU", done.done(), early)
+                syncs.release()
+                self.metric("end_after_release", self.expect_end(guest, SOON_S), "s")
+                # The reset's answer may have been lost.
+                if done.exception(SOON_S) is not None:
+                    lost = isinstance(done.exception(), GuestLostError)
+                    self.check(f"QEMU's end ends the reset: {done.exception()!r}", lost, True)
             finally:
                 syncs.release()
         self.known_issue(
@@ -105,70 +113,6 @@ class FlushHang(PaprScmTest):
             found=f"{HELD_S:g} s after a reset while a flush hangs the monitor "
             + ("does not answer" if blocked else "answers"),
         )
-
-    def test_reset(self) -> None:
-        """A reset while a flush hangs completes when the flush ends, and the guest boots again."""
-
-        def then(guest: Guest, done: Future[object]) -> None:
-            began, printed = time.monotonic(), len(guest.console.lines)
-            guest.vm.syncs(DIMM.slot).release()
-            done.result(SOON_S)
-            self.metric("answer_after_release", time.monotonic() - began, "s")
-            guest.hang_up()
-            ready = {"ready": re.compile("paprscm: ready")}
-            if not guest.console.wait_for(ready, timeout_s=120, silence_s=math.inf, start=printed):
-                raise ContractError("the guest did not start again within 120 s")
-            guest.connect()
-            self.metric("guest_ready_after_release", time.monotonic() - began, "s")
-            # Not by persist, which would have to be compiled again.
-            guest.succeed(f"echo 1 > {find_region(guest, DIMM.slot).device}/deep_flush")
-            counts = guest.vm.syncs(DIMM.slot).counts()
-            outcome = (counts.begun, counts.ended)
-            self.check("syncs that began and ended", outcome, (self.begun + 1, self.begun + 1))
-
-        self.with_reset(then)
-
-    def test_reset_then_terminate(self) -> None:
-        """SIGTERM after a reset during a hanging flush ends QEMU when the flush ends."""
-
-        def then(guest: Guest, done: Future[object]) -> None:
-            guest.process.send_signal(signal.SIGTERM)
-            with timesheet.during("waits"):
-                early = guest.process.wait(HELD_S) is not None
-            self.measure("ended by SIGTERM while the flush hangs", early)
-            self.expect("the reset ended with QEMU", done.done(), early)
-            guest.vm.syncs(DIMM.slot).release()
-            self.metric("end_after_release", self.expect_end(guest, SOON_S), "s")
-            # The reset's answer may have been lost.
-            if done.exception(SOON_S) is not None:
-                lost = isinstance(done.exception(), GuestLostError)
-                self.check(f"QEMU's end ends the reset: {done.exception()!r}", lost, True)
-
-        self.with_reset(then)
-
-    def test_quit(self) -> None:
-        """quit ends QEMU immediately while a flush hangs."""
-        guest = self.hanging()
-        syncs = guest.vm.syncs(DIMM.slot)
-        # The monitor may close before it answers.
-        began = time.monotonic()
-        with ThreadPoolExecutor(1) as pool:
-            pool.submit(guest.qmp.execute, "quit")
-            ended = guest.process.wait(SOON_S)
-            syncs.release()
-        self.metric("end", time.monotonic() - began, "s")
-        self.expect("QEMU's exit status while the flush hangs", ended, 0)
-        self.expect_end(guest, SOON_S)
-        self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
-
-    def test_powerdown(self) -> None:
-        """A guest whose DIMM has no namespace powers down while a flush of the DIMM hangs."""
-        guest = self.hanging()
-        syncs = guest.vm.syncs(DIMM.slot)
-        guest.qmp.execute("system_powerdown")
-        self.metric("end", self.expect_end(guest, SOON_S), "s")
-        self.usual("the kernel prints 'Power down'", self.powered_down(guest), True)
-        self.check("syncs that ended", syncs.counts().ended, self.begun - 1)
 
     def test_powerdown_with_namespace(self) -> None:
         """A guest does not power down before a DIMM with a namespace is flushed."""
