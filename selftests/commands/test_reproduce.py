@@ -126,7 +126,7 @@ def test_bad_input(words: list[str], text: str, capsys: pytest.CaptureFixture[st
     assert text in captured.out + captured.err
 
 
-# They wait for something that hangs, or load a machine repeatedly: 10 to 60 s each.
+# They wait for something that hangs, load a machine repeatedly, or compare durations.
 SLOW = {
     "avocado-delays-messages",
     "avocado-waits-for-killed-test",
@@ -135,6 +135,7 @@ SLOW = {
     "qemu-flush-state-by-order",
     "qemu-flush-state-unchecked",
     "qemu-flushes-starve-disks",
+    "qemu-maxmem-makes-slow-start",
     "qemu-nvdimm-placement-not-migrated",
     "qemu-quiesced-not-migrated",
     "qemu-reset-waits-for-flush",
