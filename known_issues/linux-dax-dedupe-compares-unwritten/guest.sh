@@ -4,10 +4,6 @@
 # allocated but never written, in blocks of a deleted file.
 . "$(dirname "$0")/../lib.sh"
 
-blocks() {
-	xfs_io -c fiemap "$1" | sed -n 's/.*\]: //p' | head -n 1
-}
-
 expected "FIDEDUPERANGE of unequal ranges changes nothing"
 need mkfs.xfs xfs_io
 namespace "$1" fsdax
@@ -15,18 +11,26 @@ page=$(getconf PAGESIZE)
 mkfs.xfs -q -f -b size="$page" "/dev/$device" && mount -o dax=always "/dev/$device" /mnt ||
 	unknown "no XFS with DAX"
 cd /mnt || unknown "no /mnt"
-yes 'promised data' | head -c "$page" > d
-xfs_io -f -c "falloc 0 $((8 * page))" x
-cat d d d d d d d d | dd of=x conv=notrunc bs="$page" 2> /dev/null
+xfs_io -f -c "pwrite -q -S 0x5a 0 $page" d
+before=$(cksum < d)
+# The disk is full then; when the file is removed, most free blocks have its data.
+xfs_io -f -c "pwrite -q -S 0x5a -b 4m 0 1t" x 2> /dev/null
 sync
-old=$(blocks x)
 rm x
 sync
-xfs_io -f -c "falloc 0 $((8 * page))" s
+xfs_io -f -c "falloc 0 256m" s
 sync
-[ "$(blocks s)" = "$old" ] || unknown "the new file does not have the blocks $old of the old one"
-before=$(cksum < d)
-text=$(xfs_io -c "dedupe s 0 0 $page" d 2>&1)
+for at in $(seq 0 8388608 268369920); do
+	# Place in the file and on the disk, in sectors.
+	extent=$(xfs_io -c "fiemap $at $page" s |
+		sed -n 's/.*\[\([0-9]*\)\.\..*\]: \([0-9]*\)\.\..*/\1 \2/p')
+	sector=$((${extent#* } + at / 512 - ${extent% *}))
+	stale=$(dd if="/dev/$device" bs=512 skip=$sector count=$((page / 512)) iflag=direct \
+		2> /dev/null | cksum)
+	[ "$stale" != "$before" ] || break
+done
+[ "$stale" = "$before" ] || unknown "the blocks of the new file do not have old data"
+text=$(xfs_io -c "dedupe s $at 0 $page" d 2>&1)
 after=$(cksum < d)
 cd / && umount /mnt
 [ "$before" = "$after" ] || shown "the file has lost its data: $text"
