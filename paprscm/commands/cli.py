@@ -26,6 +26,7 @@ from paprscm.commands import (
     doctor,
     issue_report,
     manual,
+    matrix,
     reproduce,
     results,
     shell,
@@ -143,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
         manual.takes_files(
             one.add_argument("job", nargs="?", type=Path, default=results.LATEST, help=text)
         )
+
+    matrix.add_verbs(verbs, common)
 
     branches = add(
         "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."
