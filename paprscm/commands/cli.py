@@ -24,6 +24,7 @@ from paprscm.commands import (
     bench_suite,
     caches,
     doctor,
+    history,
     issue_report,
     manual,
     reproduce,
@@ -143,6 +144,8 @@ def parser() -> argparse.ArgumentParser:
         manual.takes_files(
             one.add_argument("job", nargs="?", type=Path, default=results.LATEST, help=text)
         )
+
+    history.add_verbs(verbs, common)
 
     branches = add(
         "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Records of runs in the database."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from records import BARE, GUEST, KERNEL, example, make_record, make_test
+
+from paprscm.errors import ConfigError
+from paprscm.history.store import Filter, History
+from paprscm.results.record import Record
+
+
+def run(hour: int, **changes: Any) -> Record:
+    """A run at this hour."""
+    start = f"2026-11-27T{hour:02}:00:00+00:00"
+    return make_record(make_test("a"), **{"id": f"{hour:02}" * 20, "start": start, **changes})
+
+
+def test_a_run_that_is_imported_twice_is_one_run(tmp_path: Path) -> None:
+    with History(str(tmp_path / "h"), create=True) as history:
+        assert history.add(example(), "/a") == "added"
+        assert history.add(example(), "/b") == "present"
+        assert list(history.records()) == [example()]
+        # --force-job-id gives two jobs one id.
+        assert history.add(run(4, id=example().job.id), "/c") == "added"
+    with History(str(tmp_path / "h")) as history:
+        assert [one.source for one in history.runs()] == ["/a", "/c"]
+
+
+def test_a_run_that_was_interrupted_is_replaced_by_its_end(tmp_path: Path) -> None:
+    tests = make_test("a"), make_test("b", "INTERRUPTED"), make_test("c", "INTERRUPTED")
+    early = make_record(*tests, end=None)
+    later = replace(early, tests=(tests[0], make_test("b"), tests[2]))
+    whole = make_record(make_test("a"), make_test("b"), make_test("c"))
+    with History(str(tmp_path / "h"), create=True) as history:
+        assert history.add(early, "/a") == "added"
+        assert history.add(later, "/b") == "replaced"
+        assert history.add(early, "/c") == "present"
+        assert history.add(whole, "/d") == "replaced"
+        assert history.add(later, "/e") == "present"
+        assert list(history.records()) == [whole]
+
+
+def test_records_are_sorted_by_time_and_selected(tmp_path: Path) -> None:
+    old_kernel = replace(GUEST, kernel=replace(KERNEL, release="6.1.1_0"))
+    one, two, three = run(1), run(2), run(3, start="2026-11-27T04:00:00+02:00")
+    two = replace(two, environments={"guest": old_kernel, "bare": BARE})
+    with History(str(tmp_path / "h"), create=True) as history:
+        for record in (one, three, two):
+            history.add(record, "")
+
+        def selected(**conditions: object) -> list[Record]:
+            return list(history.records(Filter(**conditions)))  # type: ignore[arg-type]
+
+        # The third started at the same moment as the second.
+        assert selected() == [one, two, three]
+        start_s = history.runs()[1].started_s
+        assert selected(since_s=start_s) == [two, three]
+        assert selected(until_s=start_s) == [one]
+        assert selected(kernel="6.1.1_") == [two]
+        assert selected(kernel="6_1") == []
+        assert selected(qemu="10.0") == [one, two, three]
+        assert selected(host="EPYC") == [one, two, three]
+        assert selected(host="POWER") == []
+        assert selected(last=2) == [two, three]
+        assert selected(last=1, kernel="6.12") == [three]
+
+
+def test_a_run_is_found_by_the_beginning_of_its_id(tmp_path: Path) -> None:
+    with History(str(tmp_path / "h"), create=True) as history:
+        history.add(run(1), "")
+        history.add(run(1, start="2026-11-28T00:00:00+00:00"), "")
+        history.add(run(2), "")
+        assert history.find("02") == run(2)
+        assert history.find("01" * 20 + "@2026-11-27") == run(1)
+        with pytest.raises(ConfigError, match=r"several runs in .* begins with 0101"):
+            history.find("0101")
+        with pytest.raises(ConfigError, match=r"no run in .* begins with 0%"):
+            history.find("0%")
