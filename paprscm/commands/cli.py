@@ -23,6 +23,7 @@ from paprscm.commands import (
     bench_flushes,
     bench_suite,
     caches,
+    compare,
     doctor,
     history,
     issue_report,
@@ -146,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
         )
 
     history.add_verbs(verbs, common)
+    compare.add_verb(verbs, common)
 
     branches = add(
         "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."

@@ -13,12 +13,13 @@ from rich.console import Console
 
 from paprscm.commands import manual
 from paprscm.errors import CapabilityError, ConfigError
+from paprscm.history.runs import Filter
 from paprscm.results.record import FILE, read_record
 from paprscm.settings import Settings
 
 # Optional dependencies, and slow to import.
 if TYPE_CHECKING:
-    from paprscm.history.store import Filter, History
+    from paprscm.history.store import History
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -36,6 +37,10 @@ def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:
     shown = own.add_parser("list", help=text, description=text, parents=[common])
     add_filter(shown)
     shown.set_defaults(verb=list_runs)
+    text = "List the tests whose verdict changes between runs in equal conditions."
+    flaky = own.add_parser("flaky", help=text, description=text, parents=[common])
+    add_filter(flaky)
+    flaky.set_defaults(verb=list_flaky)
 
 
 def add_filter(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +56,6 @@ def add_filter(parser: argparse.ArgumentParser) -> None:
 
 def filter_of(arguments: argparse.Namespace) -> Filter:
     """The selection of runs that was given."""
-    from paprscm.history.store import Filter
-
     return Filter(
         since_s=arguments.since,
         until_s=arguments.until,
@@ -88,7 +91,7 @@ def import_folders(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Add the runs of folders; one that cannot be read does not stop the others."""
     counts = {"added": 0, "replaced": 0, "present": 0, "refused": 0}
     with open_history(chosen, create=True) as history:
-        for folder in (job for given in arguments.folders for job in _jobs(given)):
+        for folder in (job for given in arguments.folders for job in jobs_in(given)):
             try:
                 record = read_record(folder)
                 counts[history.add(record, str(folder.resolve()))] += 1
@@ -116,8 +119,22 @@ def list_runs(arguments: argparse.Namespace, chosen: Settings) -> int:
     return 0
 
 
-def _jobs(folder: Path) -> list[Path]:
-    """The folder itself, or the jobs' folders in it without the link `latest`."""
+def list_flaky(arguments: argparse.Namespace, chosen: Settings) -> int:
+    """Print a table of the flaky tests."""
+    from paprscm.history.flaky import flaky_tests
+    from paprscm.history.terminal import flaky_table
+
+    with open_history(chosen) as history:
+        tests = flaky_tests(history.verdicts(filter_of(arguments)))
+    if not tests:
+        print("no verdict has changed between runs in equal conditions")
+        return 0
+    Console(highlight=False).print(flaky_table(tests))
+    return 0
+
+
+def jobs_in(folder: Path) -> list[Path]:
+    """The folder itself, or the jobs' folders in it, without the link `latest`."""
     if (folder / FILE).exists():
         return [folder]
     jobs = sorted(file.parent for file in folder.glob(f"*/{FILE}"))

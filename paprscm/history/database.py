@@ -20,7 +20,8 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from paprscm.errors import ConfigError, Error, HostError
-from paprscm.history.tables import HEAD, VERSION_TABLE
+from paprscm.history.rows import rebuild
+from paprscm.history.tables import HEAD, METADATA, VERSION_TABLE
 from paprscm.log import logger
 from paprscm.results.text import one_line
 from paprscm.settings import expanded
@@ -113,7 +114,8 @@ class Database:
             version = connection.execute(sa.select(table.c.version_num)).scalar()
             if version is None:
                 raise self._damaged("it does not have the version of its schema")
-            if missing := {"runs"} - tables:
+            missing = set(METADATA.tables) - tables
+            if version == HEAD and missing:
                 raise self._damaged(f"it does not have the table {min(missing)}")
             return str(version)
         if tables:
@@ -143,6 +145,7 @@ class Database:
                 backup = self._back_up(self.file, version)
                 logger.info("%s: migrated to schema %s; backup: %s", self.name, HEAD, backup)
         command.upgrade(config, "head")
+        rebuild(connection, self.name)
 
     @staticmethod
     def _back_up(file: Path, version: str) -> Path:

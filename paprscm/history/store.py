@@ -6,80 +6,19 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal, Self
 
 import sqlalchemy as sa
-import zstandard
 from sqlalchemy.engine import Row
 
 from paprscm.errors import ConfigError
 from paprscm.history.database import Database
-from paprscm.history.tables import RUNS
-from paprscm.results import tally
-from paprscm.results.record import Environment, Record, decode, encode
+from paprscm.history.rows import run_row, unpack, verdict_rows
+from paprscm.history.runs import ALL, Filter, Run
+from paprscm.history.tables import RUNS, VERDICTS
+from paprscm.results.record import Record
 
 Outcome = Literal["added", "replaced", "present"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run in the list of runs.
-
-    Attributes:
-        id: see run_id().
-        started_s: seconds since the epoch.
-        source: the folder that was imported.
-        is_complete: the job has ended, it was not killed.
-        kernel: release of the guests' kernel; "" without one.
-        qemu: version.
-        host: CPU and cores.
-        suite: version and commit.
-        statuses: number of tests by status.
-    """
-
-    id: str
-    started_s: float
-    source: str
-    is_complete: bool
-    kernel: str
-    qemu: str
-    host: str
-    suite: str
-    statuses: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Filter:
-    """Selects runs; each condition that is given must hold.
-
-    Attributes:
-        since_s: started then or later, seconds since the epoch.
-        until_s: started before.
-        kernel: beginning of the kernel's release.
-        qemu: beginning of QEMU's version.
-        host: a part of the host's description.
-        last: only so many, the latest ones.
-    """
-
-    since_s: float | None = None
-    until_s: float | None = None
-    kernel: str = ""
-    qemu: str = ""
-    host: str = ""
-    last: int | None = None
-
-
-ALL = Filter()
-
-
-def run_id(record: Record) -> str:
-    """Identity of a run: its job's id and start. Importing it twice is importing it once.
-
-    Avocado's ids are random, but `--force-job-id` gives two jobs the same.
-    """
-    return f"{record.job.id}@{record.job.start}"
 
 
 class History:
@@ -109,7 +48,8 @@ class History:
             record: of a job that has ended, or was killed.
             source: the folder from which it was read.
         """
-        values = _columns(record, source)
+        values = {**run_row(record), "imported_s": time.time(), "source": source}
+        rows = verdict_rows(record)
         same = RUNS.c.id == values["id"]
         with self._database.writing() as connection:
             old = connection.execute(
@@ -120,6 +60,8 @@ class History:
                     return "present"
                 connection.execute(sa.delete(RUNS).where(same))
             connection.execute(sa.insert(RUNS).values(values))
+            if rows:
+                connection.execute(sa.insert(VERDICTS), rows)
         return "added" if old is None else "replaced"
 
     def runs(self, chosen: Filter = ALL) -> list[Run]:
@@ -139,6 +81,20 @@ class History:
                 row = connection.execute(sa.select(RUNS).where(RUNS.c.id == id_)).one()
             yield self._record(row)
 
+    def verdicts(self, chosen: Filter = ALL) -> Iterator[tuple[str, str, str]]:
+        """Name, digest of the conditions, and status of each test of runs, sorted by time."""
+        ids = sa.select(_select(chosen, RUNS.c.id).subquery().c.id)
+        query = (
+            sa.select(VERDICTS.c.test, VERDICTS.c.conditions, VERDICTS.c.status)
+            .join(RUNS, VERDICTS.c.run == RUNS.c.id)
+            .where(RUNS.c.id.in_(ids))
+            .order_by(RUNS.c.started_s, RUNS.c.id, VERDICTS.c.number)
+        )
+        with self._database.reading() as connection:
+            rows = connection.execute(query).all()
+        for row in rows:
+            yield tuple(row)
+
     def find(self, prefix: str) -> Record:
         """The record of the run whose id begins with these characters.
 
@@ -157,45 +113,7 @@ class History:
         return self._record(rows[0])
 
     def _record(self, row: Row[Any]) -> Record:
-        name = f"the record of run {row.id} in {self.name}"
-        try:
-            return decode(zstandard.ZstdDecompressor().decompress(row.record), name)
-        except zstandard.ZstdError as error:
-            raise ConfigError(
-                f"{name} is damaged: {error}", hint="restore a copy of the database"
-            ) from error
-
-
-def _columns(record: Record, source: str) -> dict[str, Any]:
-    try:
-        started_s = datetime.fromisoformat(record.job.start).timestamp()
-    except (ValueError, OverflowError) as error:
-        raise ConfigError(f"{source}: the start of the job is {record.job.start!r}") from error
-    main = _main_environment(record)
-    statuses = tally.statuses(record)
-    values = {
-        "id": run_id(record),
-        "started_s": started_s,
-        "imported_s": time.time(),
-        "source": source,
-        "is_complete": record.job.end is not None,
-        "verdicts": len(record.tests) - statuses["INTERRUPTED"],
-        "kernel": main.kernel.release if main and main.kernel else "",
-        "qemu": main.qemu.version.split(" ")[0] if main else "",
-        "host": f"{record.host.cpu}, {record.host.cores} cores",
-        "suite": f"{record.suite.version} {(record.suite.commit or '')[:12]}".strip(),
-        "statuses": json.dumps({status: statuses[status] for status in tally.ORDER}),
-        "record": zstandard.ZstdCompressor(level=9, write_checksum=True).compress(encode(record)),
-    }
-    # PostgreSQL has no NUL in texts.
-    return {k: v.replace("\0", "\ufffd") if isinstance(v, str) else v for k, v in values.items()}
-
-
-def _main_environment(record: Record) -> Environment | None:
-    """The environment of most tests; one with a kernel comes first."""
-    keys = [test.environment for test in record.tests if test.environment is not None]
-    ranks = [(record.environments[k].kernel is not None, keys.count(k), k) for k in set(keys)]
-    return record.environments[max(ranks)[2]] if ranks else None
+        return unpack(row.record, f"the record of run {row.id} in {self.name}")
 
 
 def _select(chosen: Filter, *columns: Any) -> sa.Select[Any]:

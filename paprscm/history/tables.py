@@ -9,9 +9,19 @@ from __future__ import annotations
 
 from typing import Final
 
-from sqlalchemy import Boolean, Column, Double, Integer, LargeBinary, MetaData, Table, Text
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Double,
+    ForeignKey,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Table,
+    Text,
+)
 
-HEAD: Final = "0001"
+HEAD: Final = "0002"
 """The newest module of migrations/versions/."""
 VERSION_TABLE: Final = "paprscm_version"
 """Alembic's table of the version; it also marks a database as that of paprscm."""
@@ -41,4 +51,16 @@ RUNS: Final = Table(
     Column("statuses", Text, nullable=False),
     # The document of results/record.py, compressed by zstd with a checksum.
     Column("record", LargeBinary, nullable=False),
+)
+
+VERDICTS: Final = Table(
+    "verdicts",
+    METADATA,
+    Column("run", Text, ForeignKey("runs.id", ondelete="CASCADE"), primary_key=True),
+    # Index of the test in the record; names can be repeated.
+    Column("number", Integer, primary_key=True),
+    Column("test", Text, nullable=False),
+    Column("status", Text, nullable=False),
+    # Digest of everything that may change a verdict: environment, parameters, commit of the suite.
+    Column("conditions", Text, nullable=False),
 )

@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from paprscm.history.store import Run
+from paprscm.history.flaky import Flaky
+from paprscm.history.runs import Run
 from paprscm.results.tally import ORDER
 from paprscm.results.terminal import STYLES
 from paprscm.results.text import one_line
@@ -27,7 +28,7 @@ def runs_table(runs: Sequence[Run], *, wide: bool) -> Table:
         runs: in the order of the rows.
         wide: with the columns that need more than 80 characters.
     """
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in ("run", "start (UTC)"):
         table.add_column(name, no_wrap=True)
     for name in ("kernel", "QEMU"):
@@ -47,6 +48,26 @@ def runs_table(runs: Sequence[Run], *, wide: bool) -> Table:
         if wide:
             cells += map(one_line, (run.host, run.suite, run.source))
         table.add_row(*map(Text, cells))
+    return table
+
+
+def flaky_table(tests: Sequence[Flaky]) -> Table:
+    """A row for each test."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("test", overflow="fold")
+    for name in ("changes", "rate", "95 %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("verdicts", overflow="fold")
+    for test in tests:
+        low, high = test.interval
+        statuses = [f"{test.statuses[s]} {s}" for s in reversed(ORDER) if test.statuses[s]]
+        table.add_row(
+            one_line(test.test),
+            f"{test.changes} of {test.pairs}",
+            f"{100 * test.changes / test.pairs:.0f} %",
+            f"{100 * low:.0f} to {100 * high:.0f} %",
+            ", ".join(statuses),
+        )
     return table
 
 

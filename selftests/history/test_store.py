@@ -11,7 +11,8 @@ import pytest
 from records import BARE, GUEST, KERNEL, example, make_record, make_test
 
 from paprscm.errors import ConfigError
-from paprscm.history.store import Filter, History
+from paprscm.history.runs import Filter
+from paprscm.history.store import History
 from paprscm.results.record import Record
 
 
