@@ -24,6 +24,8 @@ LEVEL: Final = 0.05
 POWER: Final = 0.8
 _RELABELLINGS: Final = 4000
 """Number of relabellings up to which all of them are used: 7 + 7 runs have 3432."""
+_EXACT_RUNS: Final = 30
+"""Number of runs up to which the interval is exact; then it is that of a normal approximation."""
 _ROUNDING: Final = 1e-9
 
 
@@ -116,9 +118,7 @@ def hodges_lehmann(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
     """
     differences = sorted(y - x for x in a for y in b)
     estimate = statistics.median(differences)
-    cumulated = accumulate(_rank_sums(len(a), len(b)))
-    tail = LEVEL / 2 * math.comb(len(a) + len(b), len(a))
-    rank = sum(1 for count in cumulated if count <= tail)
+    rank = _interval_rank(len(a), len(b))
     if rank == 0:
         return estimate, -math.inf, math.inf
     return estimate, differences[rank - 1], differences[-rank]
@@ -224,6 +224,15 @@ def _detectable(sample: Sample, null: Sequence[float], needed: float) -> float:
 def _squares(values: Sequence[float]) -> float:
     mean = statistics.fmean(values)
     return math.fsum((value - mean) ** 2 for value in values)
+
+
+def _interval_rank(a: int, b: int) -> int:
+    """Rank, from both ends, of the differences that bound the interval; 0 without one."""
+    if a + b > _EXACT_RUNS:
+        deviation = math.sqrt(a * b * (a + b + 1) / 12)
+        return max(0, int(a * b / 2 - statistics.NormalDist().inv_cdf(1 - LEVEL / 2) * deviation))
+    tail = LEVEL / 2 * math.comb(a + b, a)
+    return sum(1 for count in accumulate(_rank_sums(a, b)) if count <= tail)
 
 
 def _rank_sums(a: int, b: int) -> list[int]:
