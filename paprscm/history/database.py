@@ -30,6 +30,7 @@ _PATIENCE_S = 60
 """Time to wait for other writers."""
 _LOCK_KEY = 0x7061707273636D
 """Of the advisory lock: the bytes of "paprscm"."""
+_HEADER: Final = b"SQLite format 3\0"
 _MIGRATIONS: Final = Path(__file__).with_name("migrations")
 
 
@@ -60,6 +61,9 @@ class Database:
                 self.file.parent.mkdir(parents=True, exist_ok=True)
             elif not self.file.exists():
                 raise self._absent()
+            # SQLite takes a file of less than a page for an empty one, and would replace it.
+            if self.file.exists() and (head := _head(self.file)) not in (b"", _HEADER):
+                raise self._damaged(f"file is not a database: it begins with {head!r}")
         self._engine = _engine(url)
         try:
             self._check(create=create)
@@ -197,6 +201,11 @@ class Database:
         return ConfigError(
             f"{self.name} has no history", hint="paprscm history import FOLDER makes it"
         )
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as data:
+        return data.read(len(_HEADER))
 
 
 def _url(address: str) -> URL:

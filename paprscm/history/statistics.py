@@ -129,7 +129,7 @@ def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
     order = sorted(range(len(p_values)), key=lambda i: p_values[i], reverse=True)
     q_values, smallest = [1.0] * len(p_values), 1.0
     for worse, i in enumerate(order):
-        smallest = min(smallest, p_values[i] * len(p_values) / (len(p_values) - worse))
+        smallest = min(smallest, p_values[i] * (len(p_values) / (len(p_values) - worse)))
         q_values[i] = smallest
     return q_values
 
