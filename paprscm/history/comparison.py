@@ -125,7 +125,7 @@ def compare(
         a: the first set.
         b: the second set; no run may be in both.
         reference: name of a metric that measures the speed of the host in each run; times and
-            rates are normalized by it. The default one may be absent.
+            rates are normalized by it if all runs have it. The default one may be absent.
         minimum: relative change that matters, instead of that of each metric.
         anyway: conditions that must be equal may differ.
 
@@ -143,6 +143,9 @@ def compare(
         )
     medians = run_medians([*a, *b])
     key = _reference(medians, reference)
+    if key is not None and (missing := sum(not (v and v > 0) for v in medians[key])):
+        warnings.append(f"not normalized, runs without the metric {key.label}: {missing}")
+        key = None
     if key is not None:
         medians = normalized(medians, key)
     results = [] if obstacles else _compare_metrics(medians, len(a), minimum)

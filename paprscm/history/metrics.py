@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -89,24 +90,19 @@ def normalized(
 
     Args:
         medians: returned by run_medians().
-        reference: one of its metrics; a run without it loses its times and rates.
+        reference: one of its metrics; positive in all runs.
     """
-    speeds = [_speed(value, reference) for value in medians[reference]]
-    known = [speed for speed in speeds if speed]
-    if not known:
-        return {key: list(values) for key, values in medians.items()}
+    own = [value or math.nan for value in medians[reference]]
     # The numbers keep their size.
-    usual = statistics.median(known)
-    factors = [speed / usual if speed else None for speed in speeds]
+    slowness = [value / statistics.median(own) for value in own]
+    if reference.unit not in _TIMES:
+        slowness = [1 / value for value in slowness]
     result: dict[Key, list[float | None]] = {}
     for key, values in medians.items():
-        if key == reference or not (key.unit in _TIMES or key.unit.endswith("/s")):
-            result[key] = list(values)
-            continue
-        result[key] = [
-            None if v is None or f is None else v * f if key.unit in _TIMES else v / f
-            for v, f in zip(values, factors, strict=True)
-        ]
+        # Of a time, 1 / slowness; of a rate, slowness.
+        power = 0 if key == reference else -1 if key.unit in _TIMES else key.unit.endswith("/s")
+        pairs = zip(values, slowness, strict=True)
+        result[key] = [None if v is None else v * factor**power for v, factor in pairs]
     return result
 
 
@@ -117,12 +113,6 @@ def find_reference(medians: Iterable[Key], name: str) -> list[Key]:
         for key in sorted(medians)
         if name in (key.name, key.label) and (key.unit in _TIMES or key.unit.endswith("/s"))
     ]
-
-
-def _speed(value: float | None, reference: Key) -> float | None:
-    if value is None or value <= 0:
-        return None
-    return 1 / value if reference.unit in _TIMES else value
 
 
 def _key(test: str, metric: Metric) -> Key:
