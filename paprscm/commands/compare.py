@@ -43,7 +43,7 @@ def add_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
 def compare_sets(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Compare two sets of runs and print the differences."""
     from paprscm.history.comparison import compare
-    from paprscm.history.comparison_table import print_comparison
+    from paprscm.history.terminal import print_comparison
 
     if not arguments.rest:
         raise ConfigError("one set of runs is missing", hint="paprscm compare A… -- B…")

@@ -121,8 +121,8 @@ def list_runs(arguments: argparse.Namespace, chosen: Settings) -> int:
 
 def list_flaky(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Print a table of the flaky tests."""
-    from paprscm.history.flaky import flaky_tests
     from paprscm.history.terminal import flaky_table
+    from paprscm.history.verdicts import flaky_tests
 
     with open_history(chosen) as history:
         tests = flaky_tests(history.verdicts(filter_of(arguments)))

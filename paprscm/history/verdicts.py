@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Verdicts and known issues of two sets of runs."""
+"""Verdicts and known issues of two sets of runs, and tests whose verdict is not steady."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
-from paprscm.history.statistics import fisher
+from paprscm.history.statistics import fisher, wilson
 from paprscm.results.record import Record, Status
 
 Change = Literal["worse", "better", "changed", "varies"]
@@ -57,6 +57,28 @@ class IssueChange:
     b: tuple[int, int]
 
 
+@dataclass(kw_only=True)
+class Flaky:
+    """A test with changes of its verdict.
+
+    Attributes:
+        test: name.
+        changes: number of consecutive runs in equal conditions with different verdicts.
+        pairs: number of consecutive runs in equal conditions.
+        statuses: number of runs by verdict.
+    """
+
+    test: str
+    changes: int = 0
+    pairs: int = 0
+    statuses: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The interval of 95 % of the rate of changes."""
+        return wilson(self.changes, self.pairs)
+
+
 def verdict_changes(a: Sequence[Record], b: Sequence[Record]) -> list[VerdictChange]:
     """The tests whose verdicts differ, the worse ones first."""
     one, two = _statuses(a), _statuses(b)
@@ -94,6 +116,29 @@ def only_in(a: Sequence[Record], b: Sequence[Record]) -> list[str]:
         {name for name, statuses in _statuses(a).items() if statuses.keys() & _RANKS.keys()}
         - {name for name, statuses in _statuses(b).items() if statuses.keys() & _RANKS.keys()}
     )
+
+
+def flaky_tests(verdicts: Iterable[tuple[str, str, str]]) -> list[Flaky]:
+    """The tests whose verdict has changed, those that certainly change often first.
+
+    Args:
+        verdicts: returned by History.verdicts(). Conditions are equal if environment, parameters
+            and suite are; other conditions may have been tested in between.
+    """
+    tests: dict[str, Flaky] = {}
+    last: dict[tuple[str, str], str] = {}
+    for test, conditions, status in verdicts:
+        if status not in _RANKS:
+            continue
+        own = tests.setdefault(test, Flaky(test=test))
+        own.statuses[status] += 1
+        before = last.get((test, conditions))
+        if before is not None:
+            own.pairs += 1
+            own.changes += before != status
+        last[test, conditions] = status
+    found = [one for one in tests.values() if one.changes]
+    return sorted(found, key=lambda one: (-one.interval[0], one.test))
 
 
 def _statuses(records: Sequence[Record]) -> dict[str, Counter[Status]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from paprscm.errors import ConfigError
 from paprscm.history.comparison import Comparison, compare
-from paprscm.history.comparison_table import print_comparison
+from paprscm.history.terminal import print_comparison
 from paprscm.history.verdicts import issue_changes, only_in, verdict_changes
 from paprscm.results.record import Environment, Metric, Record, Test
 

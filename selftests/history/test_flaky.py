@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from paprscm.history.flaky import flaky_tests
+from paprscm.history.verdicts import flaky_tests
 
 
 def test_changes_are_counted_within_equal_conditions() -> None:
