@@ -20,6 +20,7 @@ from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree
 from paprscm.commands import (
     bench,
+    bench_ab,
     bench_flushes,
     bench_suite,
     caches,
@@ -232,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     for name, numbers in (("threads", bench_flushes.THREADS), ("dimms", bench_flushes.DIMMS)):
         default = ",".join(map(str, numbers))
         flush.add_argument(f"--{name}", default=default, metavar="N,…", help=f"default: {default}")
+    bench_ab.add_verb(benches, common, _suite())
     plot = Path("results/bench-flush.svg")
     flush.add_argument("--plot", type=Path, default=plot, help=f".svg or .png ({plot})")
     return parser

@@ -142,6 +142,18 @@ def test_counts_have_no_direction() -> None:
     assert (leaks.is_relative, leaks.shift, leaks.change) == (False, 3, "changed")
 
 
+def test_repetitions_are_one_number_of_the_run() -> None:
+    """An outlier of a run moves its mean, not its median."""
+
+    def repeated(name: str, last: float) -> list[Record]:
+        values = (1.0, 1.1, 1.2, 1.3, last)
+        metrics = tuple(Metric(name="m", value=value, unit="s") for value in values)
+        return runs(name, 4, make_test("a", metrics=metrics))
+
+    (one,) = compare(repeated("a", 1.4), repeated("b", 50)).metrics
+    assert (one.a, one.b, one.change) == ((1.2,) * 4, (1.2,) * 4, None)
+
+
 def test_a_minimum_that_is_given() -> None:
     a, b = measured("a", 6), measured("b", 6, 1.2)
     assert changed(compare(a, b, minimum=0.3)) == {}
