@@ -26,15 +26,28 @@ _LIMITS: Final = ("scratch_dir", "silence_limit_s", "boot_limit_s", "command_lim
 
 def conditions(record: Record) -> dict[str, str]:
     """The conditions of a run by name; "" for one that is not known."""
-    host, suite = record.host, record.suite
+    host = record.host
     words = [host.cpu, f"{host.cores} cores", host.machine, host.kernel]
+    return {
+        **conditions_of_test(record, main_environment(record)),
+        "host": one_line(", ".join(words)),
+    }
+
+
+def conditions_of_test(record: Record, environment: Environment | None) -> dict[str, str]:
+    """The conditions of a test by name, without the host.
+
+    Args:
+        record: of its run.
+        environment: of the test.
+    """
+    suite = record.suite
+    # The environment has the effect of settings.
     parameters = {k: v for k, v in record.job.parameters.items() if k not in names()}
-    environment = main_environment(record)
     found = {
         **(_of_environment(environment) if environment else {}),
         "parameters": _pairs(parameters),
         "suite": f"{(suite.commit or suite.version)[:12]}{' modified' if suite.modified else ''}",
-        "host": ", ".join(words),
     }
     return {name: one_line(text) for name, text in found.items()}
 

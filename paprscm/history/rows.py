@@ -8,12 +8,12 @@ import json
 from datetime import datetime
 from typing import Any
 
-import msgspec
 import sqlalchemy as sa
 import zstandard
 from sqlalchemy.engine import Connection
 
 from paprscm.errors import ConfigError
+from paprscm.history.conditions import conditions_of_test
 from paprscm.history.runs import main_environment, run_id
 from paprscm.history.tables import RUNS, VERDICTS
 from paprscm.results import tally
@@ -108,14 +108,7 @@ def rebuild(connection: Connection, name: str) -> None:
 
 
 def _conditions(record: Record, environment: Environment | None) -> str:
-    """Digest of an environment without its paths, of the parameters and the suite."""
-    fields = msgspec.to_builtins(environment) or {}
-    fields |= {"snapshot": fields.get("snapshot") is not None}
-    for product in ("kernel", "qemu"):
-        if fields.get(product):
-            fields[product] |= {"path": "", "setting": ""}
-    suite = record.suite
-    words = [fields, record.job.parameters, suite.commit, suite.modified]
+    words = conditions_of_test(record, environment)
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]
 
 

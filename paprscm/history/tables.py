@@ -61,6 +61,6 @@ VERDICTS: Final = Table(
     Column("number", Integer, primary_key=True),
     Column("test", Text, nullable=False),
     Column("status", Text, nullable=False),
-    # Digest of everything that may change a verdict: environment, parameters, commit of the suite.
+    # Digest of what may change a verdict: environment, parameters, commit of the suite.
     Column("conditions", Text, nullable=False),
 )

@@ -116,10 +116,13 @@ def test_conditions_do_not_depend_on_paths(address: str) -> None:
     other = replace(GUEST, kernel=replace(KERNEL, build_id="1"))
     with History(address, create=True) as history:
         for hour, environment in enumerate((GUEST, elsewhere, other)):
-            record = replace(run(hour), environments={"guest": environment, "bare": BARE})
+            parameters = {"kernel": f"/{hour}"}
+            record = run(hour, parameters=parameters)
+            record = replace(record, environments={"guest": environment, "bare": BARE})
             history.add(record, "")
+        history.add(run(3, parameters={"seed": "7"}), "")
         killed = replace(run(4), tests=(make_test("a"), make_test("b", environment=None)))
         history.add(killed, "")
-        a, b, c, d, e = [conditions for _, conditions, _ in history.verdicts()]
+        a, b, c, seed, d, e = [conditions for _, conditions, _ in history.verdicts()]
     assert a == b == d == e
-    assert a != c
+    assert len({a, c, seed}) == 3
