@@ -168,6 +168,8 @@ class Database:
             ):
                 source.backup(target)
             part.rename(backup)
+        except sqlite3.Error as error:
+            raise HostError(f"{backup} cannot be written: {error}") from error
         finally:
             part.unlink(missing_ok=True)
         return backup

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import resource
 import sqlite3
 import subprocess
 import sys
@@ -206,6 +207,25 @@ def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:
         tests = [make_test(f"{i}" * 500) for i in range(500)]
         with pytest.raises(HostError, match="database or disk is full"):
             history.add(make_record(*tests, id="2"), "")
+    with History(address) as history:
+        assert list(history.records()) == [example()]
+
+
+def test_a_full_disk_before_a_migration(tmp_path: Path) -> None:
+    address = str(tmp_path / "h")
+    with History(address, create=True) as history:
+        history.add(example(), "")
+    downgrade_to_0001(address)
+    before = (tmp_path / "h").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(HostError, match=r"h\.schema-0001 cannot be written: "):
+            History(address)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files(tmp_path) == ["h"]
+    assert (tmp_path / "h").read_bytes() == before
     with History(address) as history:
         assert list(history.records()) == [example()]
 
