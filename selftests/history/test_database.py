@@ -7,8 +7,10 @@ import resource
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,34 @@ def test_an_older_schema_is_migrated_after_a_backup(filled: str, tmp_path: Path)
     with History(filled):
         pass
     assert files(tmp_path) == ["history.sqlite", backup.name, f"{backup.name}.2"]
+
+
+def test_a_migration_by_another_process_is_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = str(tmp_path / "h")
+    with History(address, create=True) as history:
+        history.add(example(), "")
+    downgrade_to_0001(address)
+    waiting = threading.Event()
+    writing = Database.writing
+
+    def announced(self: Database) -> AbstractContextManager[sa.Connection]:
+        waiting.set()
+        return writing(self)
+
+    monkeypatch.setattr(Database, "writing", announced)
+    engine = database._engine(database._url(address))
+    with ThreadPoolExecutor(1) as pool:
+        with engine.connect().execution_options(writes=True) as connection, connection.begin():
+            tables.VERDICTS.create(connection)
+            connection.execute(sa.text("UPDATE paprscm_version SET version_num = '0002'"))
+            opened = pool.submit(History, address)
+            assert waiting.wait(60)
+        with opened.result() as history:
+            assert list(history.records()) == [example()]
+    engine.dispose()
+    assert files(tmp_path) == ["h"]
 
 
 def test_a_migration_that_fails_changes_nothing(
