@@ -78,7 +78,8 @@ class Comparison:
         gone: tests with a verdict in the first set only.
         new: tests with a verdict in the second set only.
         reference: the metric by which times and rates are normalized; "" without one.
-        metrics: the largest changes first; empty if the sets are not comparable.
+        metrics: the most certain changes first, without metrics that are equal in all runs; empty
+            if the sets are not comparable.
     """
 
     a: tuple[str, ...]
@@ -221,7 +222,8 @@ def _compare_metrics(
     for key, values in medians.items():
         a = tuple(value for value in values[:first] if value is not None)
         b = tuple(value for value in values[first:] if value is not None)
-        if enough(len(a), len(b)):
+        # A metric that is the same in all runs is no hypothesis.
+        if enough(len(a), len(b)) and len({*a, *b}) > 1:
             pairs[key] = (a, b)
     keys = sorted(pairs)
     samples = [_sample(*pairs[key], key.minimum if minimum is None else minimum) for key in keys]
