@@ -161,9 +161,9 @@ def _difference(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def _towards_a(sample: Sample) -> list[float]:
-    """The values of both sets, with the second one moved towards the first by the minimum."""
+    """The values of both sets; a second one that has moved is moved back by the minimum."""
     difference = _difference(sample.a, sample.b)
-    step = math.copysign(min(sample.minimum, abs(difference)), difference)
+    step = math.copysign(sample.minimum, difference) if abs(difference) > sample.minimum else 0.0
     return [*sample.a, *(value - step for value in sample.b)]
 
 
