@@ -18,12 +18,9 @@ _TIMES: Final = ("s", "ms", "us", "ns")
 _AMOUNTS: Final = ("KiB", "MiB", "GiB")
 _MINIMUM: Final = 0.03
 _MINIMUM_OF_COUNT: Final = 0.10
-_MINIMA: Final = {
-    # The longest of many is noisier than their median, and less telling.
-    **dict.fromkeys(("call_longest", "longest_other_flush", "slowest_answer"), 0.10),
-    # One value a run, of a process whose other memory varies.
-    **dict.fromkeys(("anonymous_memory", "memory_of_destination"), 0.10),
-}
+_NOISY: Final = ("longest", "slowest", "memory")
+"""Words in names of metrics with one value a run, which are noisier than a median of many."""
+_MINIMUM_OF_NOISY: Final = 0.10
 REFERENCE: Final = "reference"
 """Name of the metric of a run that measures the speed of its host."""
 
@@ -54,8 +51,9 @@ class Key:
     @property
     def minimum(self) -> float:
         """The smallest relative change that matters."""
-        usual = _MINIMUM if self.direction else _MINIMUM_OF_COUNT
-        return _MINIMA.get(self.name, usual)
+        if any(word in self.name for word in _NOISY):
+            return _MINIMUM_OF_NOISY
+        return _MINIMUM if self.direction else _MINIMUM_OF_COUNT
 
 
 def run_medians(records: Sequence[Record]) -> dict[Key, list[float | None]]:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from paprscm.errors import ConfigError
 from paprscm.history.comparison import Comparison, compare
-from paprscm.history.metrics import run_medians
+from paprscm.history.metrics import Key, run_medians
 from paprscm.history.terminal import print_comparison
 from paprscm.history.verdicts import issue_changes, only_in, verdict_changes
 from paprscm.results.record import Environment, Metric, Record, Test
@@ -157,6 +157,21 @@ def test_repetitions_are_one_number_of_the_run() -> None:
         return runs(name, 4, make_test("a", metrics=metrics))
 
     assert list(run_medians([*repeated("a", 1.4), *repeated("b", 50)]).values()) == [[1.2] * 8]
+
+
+@pytest.mark.parametrize(
+    ("name", "unit", "direction", "minimum"),
+    [
+        ("call_median", "s", -1, 0.03),
+        ("flush_rate", "flushes/s", 1, 0.03),
+        ("call_longest", "s", -1, 0.1),
+        ("memory_of_destination", "MiB", -1, 0.1),
+        ("polls", "hcalls", 0, 0.1),
+    ],
+)
+def test_direction_and_minimum(name: str, unit: str, direction: int, minimum: float) -> None:
+    key = Key("t", name, unit, name)
+    assert (key.direction, key.minimum) == (direction, minimum)
 
 
 def test_a_minimum_that_is_given() -> None:
