@@ -99,8 +99,8 @@ def issue_changes(a: Sequence[Record], b: Sequence[Record]) -> list[IssueChange]
     changes = []
     for name in sorted(titles):
         before, after = one.get(name, (0, 0)), two.get(name, (0, 0))
-        # A set that did not look for it cannot tell.
-        if 0 in (before[1], after[1]) or before[0] * after[1] == after[0] * before[1]:
+        # Equal rates; or a set that did not look for it.
+        if before[0] * after[1] == after[0] * before[1]:
             continue
         change: Change = "worse" if after[0] * before[1] > before[0] * after[1] else "better"
         total = before[0] in (0, before[1]) and after[0] in (0, after[1])

@@ -159,6 +159,15 @@ def test_repetitions_are_one_number_of_the_run() -> None:
     assert list(run_medians([*repeated("a", 1.4), *repeated("b", 50)]).values()) == [[1.2] * 8]
 
 
+def test_a_metric_of_all_tests_counts_for_the_tests_that_all_runs_have() -> None:
+    def starting(name: str, start_s: float) -> Test:
+        return make_test(name, metrics=(Metric(name="guest_start", value=start_s, unit="s"),))
+
+    (one,) = runs("a", 1, starting("both", 1), starting("slow", 9))
+    (two,) = runs("b", 1, starting("both", 1))
+    assert list(run_medians([one, two]).values()) == [[1, 1]]
+
+
 @pytest.mark.parametrize(
     ("name", "unit", "direction", "minimum"),
     [
