@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -94,7 +95,8 @@ def import_folders(arguments: argparse.Namespace, chosen: Settings) -> int:
         for folder in (job for given in arguments.folders for job in jobs_in(given)):
             try:
                 record = read_record(folder)
-                counts[history.add(record, str(folder.resolve()))] += 1
+                source = os.fsencode(folder.resolve()).decode(errors="replace")
+                counts[history.add(record, source)] += 1
             except ConfigError as error:
                 counts["refused"] += 1
                 print(f"paprscm: {error.message}", file=sys.stderr)

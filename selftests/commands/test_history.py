@@ -89,6 +89,15 @@ def test_a_folder_of_jobs_without_its_link(
     assert capsys.readouterr().out.endswith(": 2 added\n")
 
 
+def test_a_folder_whose_name_is_not_utf_8(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = write_job(tmp_path / os.fsdecode(b"\xff\x1b[31m"), 1)
+    assert cli.main(["history", "import", str(job)]) == 0
+    assert cli.main(["history", "list"]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_list_and_flaky(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number, status in enumerate(("PASS", "FAIL", "PASS"), start=1):
         write_job(tmp_path / "r", number, status)
