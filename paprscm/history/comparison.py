@@ -25,6 +25,8 @@ from paprscm.results.record import Record
 
 WORSE = 1
 NOT_COMPARABLE = 2
+NOISE_UNKNOWN = "noise unknown"
+"""Beginning of the obstacle that `anyway` does not overcome."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,7 @@ def compare(
         obstacles, warnings = [], [*obstacles, *warnings]
     if not enough(len(a), len(b)):
         obstacles.append(
-            f"noise unknown: {len(a)} against {len(b)} runs, and at least 4 against 4 are needed"
+            f"{NOISE_UNKNOWN}: {len(a)} against {len(b)} runs, and at least 4 against 4 are needed"
         )
     medians = run_medians([*a, *b])
     key = _reference(medians, reference)

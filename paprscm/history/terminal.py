@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from paprscm.history.comparison import Comparison, MetricResult
+from paprscm.history.comparison import NOISE_UNKNOWN, Comparison, MetricResult
 from paprscm.history.runs import Run
 from paprscm.history.verdicts import Change, Flaky
 from paprscm.results.record import Status
@@ -193,6 +193,8 @@ def _print_conclusion(console: Console, found: Comparison) -> None:
         console.print(text)
     for obstacle in found.obstacles:
         console.print(Text(f"not comparable: {one_line(obstacle)}", "bold"))
+        is_noise = obstacle.startswith(NOISE_UNKNOWN)
+        console.print(f"  hint: {'paprscm bench ab' if is_noise else '--anyway compares them'}")
     if found.obstacles:
         return
     changes: dict[str, list[Change | None]] = {

@@ -381,4 +381,7 @@ def test_the_terminal_without_a_change_or_a_comparison() -> None:
     )
     text = printed(compare(measured("a", 1), measured("b", 1)), 160)
     assert "not comparable: noise unknown: 1 against 1 runs" in text
+    assert "hint: paprscm bench ab\n" in text
+    other = compare(measured("a", 6), measured("b", 6, parameters={"cycles": "9"}))
+    assert "hint: --anyway compares them\n" in printed(other, 160)
     assert "nothing has changed" not in text
