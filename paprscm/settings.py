@@ -104,6 +104,11 @@ class Settings:
     logs_url: str = _setting(
         "", "address at which the job's folder can be read, ending with /, for links in reports"
     )
+    database: str = _setting(
+        "auto",
+        "history of runs: a file, postgresql://USER@HOST/NAME, or 'auto' (paprscm/history.sqlite "
+        "in the user's folder for data)",
+    )
     silence_limit_s: float = _setting(
         30.0, "a booting guest that prints nothing for this long is hung, s"
     )
@@ -137,7 +142,7 @@ class Settings:
 
 
 # No test reads them.
-_OF_REPORTS = ("formats", "origin", "logs_url")
+_OF_REPORTS = ("formats", "origin", "logs_url", "database")
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
