@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""The verb that writes a static site about many jobs, and serves it on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from paprscm import log
+from paprscm.commands import manual
+from paprscm.errors import ConfigError
+from paprscm.report.serve import serve
+from paprscm.report.site import write_site
+from paprscm.results.record import FILE, Record, Test, read_record
+from paprscm.results.text import last_lines
+from paprscm.settings import Settings
+
+RESULTS = Path("results")
+_CONSOLE_LINES = 60
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the verb's arguments."""
+    text = "jobs' folders, or folders that contain them (results)"
+    manual.takes_files(
+        parser.add_argument(
+            "jobs", nargs="*", type=Path, default=[RESULTS], metavar="DIR", help=text
+        )
+    )
+    text = "folder of the site: a new one, or an earlier site, which is replaced"
+    manual.takes_files(parser.add_argument("--output", type=Path, metavar="SITE", help=text))
+    text = "serve the site at 127.0.0.1 until Ctrl-C (0: any free port)"
+    parser.add_argument("--serve", nargs="?", type=int, const=0, metavar="PORT", help=text)
+
+
+def write(arguments: argparse.Namespace, _chosen: Settings) -> int:
+    """Write the site of `paprscm report`, and serve it if that is wanted.
+
+    Raises:
+        ConfigError: a folder or an option cannot be used.
+        HostError: the site cannot be written.
+    """
+    if arguments.output is None and arguments.serve is None:
+        raise ConfigError("neither --output nor --serve", hint="--output SITE writes the site")
+    with contextlib.ExitStack() as stack:
+        output = arguments.output or Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="paprscm-report-"))
+        )
+        folders: dict[str, Path] = {}
+
+        def console(record: Record, test: Test) -> list[str]:
+            folder = folders.get(record.job.id)
+            if folder is None or test.console is None:
+                return []
+            return last_lines(folder / test.console, _CONSOLE_LINES)
+
+        contents = write_site(_records(arguments.jobs, folders), output, console=console)
+        counts = (_count(contents.runs, "run"), _count(contents.tests, "test"))
+        print(f"{output / 'index.html'}: {', '.join(counts)}")
+        if arguments.serve is not None:
+            serve(output, arguments.serve, lambda url: print(f"{url} (Ctrl-C ends)", flush=True))
+    return 0
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def _records(jobs: Iterable[Path], folders: dict[str, Path]) -> Iterator[Record]:
+    """The records of jobs' folders; `folders` gets the folder of each job by its id."""
+    for job in jobs:
+        inside = (
+            []
+            if (job / FILE).exists()
+            else sorted({f.parent.resolve() for f in job.glob(f"*/{FILE}")})
+        )
+        for folder in inside or [job]:
+            try:
+                record = read_record(folder)
+            except ConfigError as error:
+                # A folder that was named has to be usable; one of many need not.
+                if not inside:
+                    raise
+                log.logger.warning("left out: %s", error.message)
+                continue
+            folders[record.job.id] = folder
+            yield record
