@@ -19,12 +19,15 @@ test: setup
 	@$(RUN) .venv/bin/paprscm image
 	@$(RUN) .venv/bin/pytest -q -n 2 -m "guest and not slow"
 
-# The site of `paprscm report` in a browser. Not a part of `test`: Chromium is a download of 100 MB.
+# The site of `paprscm report` in a browser; screenshots in results/browser. Not a part of `test`:
+# Chromium is a download of 100 MB.
 browser: setup
 	@command -v chromium >/dev/null || \
-		$$([ "$$(id -u)" -eq 0 ] || echo sudo) apt-get install -q -y --no-install-recommends chromium
+		$$([ "$$(id -u)" -eq 0 ] || echo sudo) apt-get install -q -y \
+		--no-install-recommends chromium fonts-dejavu-core
 	@.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[browser]'
-	@$(RUN) .venv/bin/pytest -q selftests/report
+	@mkdir -p results
+	@$(RUN) .venv/bin/pytest -q --basetemp=results/browser selftests/report/test_browser.py
 
 setup:
 	@tools/setup

@@ -40,6 +40,9 @@ LETTERS: Final[dict[Status, str]] = {
 NO_RESULT: Final = "-"
 """Letter of a test that a run does not have, or that never started there."""
 
+NOT_STARTED: Final = "NOT STARTED"
+"""Label of the tests that a killed job did not reach, instead of their status."""
+
 _BROKEN_LIMIT: Final = 50
 _STREAK_LIMIT: Final = 30
 
@@ -152,9 +155,9 @@ class Site:
 
     def _run(self, run: Run, previous: Run | None) -> dict[str, Any]:
         tests = sorted(run.tests.values(), key=lambda test: (rank(test.status), test.name))
-        groups: dict[Status, list[Test]] = {}
+        groups: dict[str, list[Test]] = {}
         for test in tests:
-            groups.setdefault(test.status, []).append(test)
+            groups.setdefault(_label(test), []).append(test)
         return {
             **{"run": run, "groups": groups, "counts": _counts(run), "previous": previous},
             "changed": _changed(previous, run) if previous else [],
@@ -242,15 +245,22 @@ def _changed(before: Run, after: Run) -> list[Change]:
     found = [
         Change(name=name, before=before.tests[name].status, after=test.status)
         for name, test in after.tests.items()
-        if name in before.tests and before.tests[name].status != test.status
+        if name in before.tests
+        and before.tests[name].status != test.status
+        and has_started(test)
+        and has_started(before.tests[name])
     ]
     return sorted(found, key=lambda c: (rank(c.after), rank(c.before), c.name))
 
 
-def _counts(run: Run) -> dict[Status, int]:
+def _counts(run: Run) -> dict[str, int]:
     """Number of tests by status, the worst one first; only statuses that occur."""
-    counts = Counter(test.status for test in run.tests.values())
-    return {status: counts[status] for status in tally.ORDER if counts[status]}
+    counts = Counter(map(_label, run.tests.values()))
+    return {label: counts[label] for label in (*tally.ORDER, NOT_STARTED) if counts[label]}
+
+
+def _label(test: Test) -> str:
+    return test.status if has_started(test) else NOT_STARTED
 
 
 def _spans(versions: dict[str, int]) -> list[str]:

@@ -54,7 +54,7 @@ def test_a_folder_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         write_job(
             tmp_path / "results" / f"job-{number}", make_record(make_test("x"), id=f"{number}")
         )
-    (tmp_path / "results/latest").symlink_to("job-2")
+    (tmp_path / "results/latest").symlink_to("job-3")
     running = write_job(tmp_path / "results/job-3", make_record(make_test("x"), end=None))
     (write_job(tmp_path / "results/job-4") / FILE).write_text('{"schema": "paprscm-results/2"}')
     handle = lock(running)

@@ -39,7 +39,7 @@ class Grid {
     this.canvas.addEventListener("pointermove", (event) => this.point(event));
     this.canvas.addEventListener("click", (event) => this.point(event));
     this.canvas.addEventListener("dblclick", () => this.follow());
-    paprscm.drawIn(this.box, () => this.layout());
+    paprscm.redraw(this.box, () => this.layout());
   }
 
   // rows: {name, href, title, cells: a letter for each run}; columns: {run, title, group}.

@@ -65,7 +65,7 @@ const paprscm = {
   },
 
   // Calls draw() now, and when the colours or the width of an element change.
-  drawIn(element, draw) {
+  redraw(element, draw) {
     let width = 0;
     new ResizeObserver(() => {
       if (element.clientWidth !== width) {

@@ -122,7 +122,7 @@
       });
     };
     addEventListener("hashchange", draw);
-    paprscm.drawIn(place, draw);
+    paprscm.redraw(place, draw);
   }
 
   verdicts(document.getElementById("grid"));
