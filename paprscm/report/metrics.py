@@ -39,15 +39,16 @@ class Band:
 
 @dataclass(kw_only=True)
 class Series:
-    """A metric of a test in the runs of one track.
+    """A metric of a test in the runs of one track on one kind of host.
 
     Attributes:
+        place: name of the track, and of the host if there are several.
         points: run and the median of its repetitions, in chronological order.
     """
 
     label: str
     unit: str
-    track: str
+    place: str
     points: list[tuple[Run, float]] = field(default_factory=list)
 
     @property
@@ -74,19 +75,22 @@ class Series:
 
 
 def series(history: History) -> list[Series]:
-    """The metrics of a test by label and track; its duration is the first one."""
+    """The metrics of a test by label, the place with the newest run first.
+
+    Its duration is the first one.
+    """
+    hosts = {run.host for run, _ in history.results}
     found: dict[tuple[str, str, str], Series] = {}
-    for track, results in history.tracks.items():
-        for run, test in results:
-            for (label, unit), values in _values(test).items():
-                key = (label, unit, track)
-                one = found.get(key)
-                if one is None:
-                    one = found[key] = Series(label=label, unit=unit, track=track)
-                one.points.append((run, statistics.median(values)))
-    order = list(history.tracks)
+    for run, test in history.results:
+        place = f"{run.track}, {run.host}" if len(hosts) > 1 else run.track
+        for (label, unit), values in _values(test).items():
+            key = (label, unit, place)
+            one = found.get(key)
+            if one is None:
+                one = found[key] = Series(label=label, unit=unit, place=place)
+            one.points.append((run, statistics.median(values)))
     return sorted(
-        found.values(), key=lambda s: (s.label != DURATION, s.label, order.index(s.track))
+        found.values(), key=lambda s: (s.label != DURATION, s.label, -s.points[-1][0].number)
     )
 
 

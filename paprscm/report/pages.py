@@ -169,7 +169,10 @@ class Site:
         }
 
     def _test(self, position: int, history: History) -> Iterator[tuple[str, str]]:
-        metrics = by_label(series(history))
+        measured = series(history)
+        metrics = by_label(measured)
+        newest = sorted(measured, key=lambda one: -one.points[-1][0].number)
+        places = list(dict.fromkeys(one.place for one in newest))
         failure = history.last_failure
         yield (
             f"tests/{history.key}.html",
@@ -188,13 +191,14 @@ class Site:
                 metrics=metrics,
             ),
         )
-        data = [
+        data: dict[str, Any] = {"places": [harmless(place) for place in places]}
+        data["metrics"] = [
             {
                 "label": harmless(label),
                 "unit": harmless(unit),
                 "series": [
                     {
-                        "track": self._tracks.index(one.track),
+                        "place": places.index(one.place),
                         "runs": [run.number for run, _ in one.points],
                         "values": [value for _, value in one.points],
                         "band": (band := one.band) and [band.low, band.median, band.high],

@@ -67,6 +67,11 @@ class Run:
         return _environment(self.record)
 
     @property
+    def host(self) -> str:
+        """The machine on which it ran, for comparing times."""
+        return f"{self.record.host.cpu}, {self.record.host.cores} cores"
+
+    @property
     def versions(self) -> str:
         """Releases of Linux and QEMU, in a few words."""
         if (environment := self.environment) is None:
@@ -80,7 +85,7 @@ def in_order(records: Iterable[Record]) -> list[Run]:
     """The runs of records, the oldest first. Of a job that occurs repeatedly, the last record."""
     jobs: dict[tuple[str, str], Record] = {}
     for record in records:
-        jobs[record.job.id, record.job.start] = _without_facts(record)
+        jobs[record.job.id, record.job.start] = _prepared(record)
     ordered = sorted(jobs.values(), key=lambda r: (_time(r.job.start) or _EPOCH, r.job.id))
     tracks = track_names([_place(_environment(record)) for record in ordered])
     return [
@@ -215,10 +220,11 @@ def _time(text: str) -> datetime | None:
     return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
-def _without_facts(record: Record) -> Record:
-    """Facts are the largest part of a record, and the site shows none."""
-    tests = tuple(replace(test, facts={}) if test.facts else test for test in record.tests)
-    return closed(replace(record, tests=tests), "the job was killed")
+def _prepared(record: Record) -> Record:
+    """The record without facts, its largest part, with its tests by name."""
+    tests = [replace(test, facts={}) if test.facts else test for test in record.tests]
+    tests.sort(key=lambda test: test.name)
+    return closed(replace(record, tests=tuple(tests)), "the job was killed")
 
 
 def _by_name(tests: Sequence[Test]) -> dict[str, Test]:

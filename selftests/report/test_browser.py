@@ -262,10 +262,10 @@ def test_plots(tab: Tab, site: Path) -> None:
             .data.buffer).reduce((sum, byte) => sum + byte, 0))"""
     before = page.evaluate(script)
     assert len(before) == 3 and all(before)
-    page.locator("#track").select_option(index=1)
+    page.locator("#place").select_option(index=1)
     page.wait_for_timeout(200)
     assert page.evaluate(script) != before
-    assert "track=1" in page.url
+    assert "place=1" in page.url
 
 
 def test_a_comparison(tab: Tab, site: Path) -> None:

@@ -250,6 +250,16 @@ def test_a_run_counts_with_the_median_of_its_repetitions() -> None:
     assert [value for _, value in metric.points] == [2]
 
 
+def test_another_host_has_another_noise() -> None:
+    metric = Metric(name="m", value=1.0, unit="us")
+    records = [job(day, make_test("x", metrics=(metric,))) for day in (1, 2, 3)]
+    records[2] = replace(records[2], host=replace(records[2].host, cpu="Xeon"))
+    found = [(one.place, len(one.points)) for one in series(only(records)) if one.label == "m"]
+    track = "Linux 6.12, QEMU 10.0"
+    assert found == [(f"{track}, Xeon, 2 cores", 1), (f"{track}, AMD EPYC, 2 cores", 2)]
+    assert series(only(records[:2]))[0].place == track
+
+
 def test_the_duration_of_a_failure_is_not_a_measurement() -> None:
     assert [one.label for one in measured([1.0], "FAIL")] == ["m"]
 

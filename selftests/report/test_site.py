@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import threading
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,11 @@ def test_a_text_is_readable_where_it_belongs(hostile: Path) -> None:
 # --- data
 
 
+def test_data_are_ascii_without_markup(each_site: Path) -> None:
+    files = sorted((each_site / "data").iterdir())
+    assert len(files) > 20 and all(data(file) for file in files)
+
+
 def test_the_picture_has_the_verdicts_of_the_records(site: Path) -> None:
     index = data(site / "data/index.js")
     records = list(many(24, 90))
@@ -211,7 +217,7 @@ def test_the_picture_has_the_verdicts_of_the_records(site: Path) -> None:
 def test_metrics_are_those_of_the_records(site: Path) -> None:
     index = data(site / "data/index.js")
     name, key, _ = next(test for test in index["tests"] if test[0].endswith("test_case_0_pmem_off"))
-    metrics = {one["label"]: one for one in data(site / f"data/{key}.js")}
+    metrics = {one["label"]: one for one in data(site / f"data/{key}.js")["metrics"]}
     expected = [
         metric.value
         for record in many(24, 90)
@@ -237,8 +243,12 @@ def test_a_failure_has_its_reason_console_and_command(site: Path) -> None:
 
 
 def test_equal_records_give_equal_files(site: Path, tmp_path: Path) -> None:
-    records = list(many(24, 90))
-    random.Random(3).shuffle(records)  # noqa: S311
+    chance = random.Random(3)  # noqa: S311
+    records = [
+        replace(record, tests=tuple(chance.sample(record.tests, len(record.tests))))
+        for record in many(24, 90)
+    ]
+    chance.shuffle(records)
     write_site(records, tmp_path / "again", console=lambda *_: ["a line", "the last line"])
     assert tree(tmp_path / "again") == tree(site)
 
@@ -389,6 +399,23 @@ def test_a_site_that_appears_meanwhile_is_replaced(tmp_path: Path) -> None:
         (part / "x").write_text("new")
         write_many(target, runs=1, tests=1)
     assert (target / "x").read_text() == "new" and not (target / "index.html").exists()
+
+
+def test_a_site_that_another_report_moves_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between this report's check and its rename, the other one has moved the earlier site."""
+    target = write_many(tmp_path / "site", runs=1, tests=1)
+    checks = itertools.count()
+
+    def check(site: Path) -> None:
+        if next(checks) == 1:
+            site.rename(tmp_path / "moved")
+
+    monkeypatch.setattr(report_folder, "check", check)
+    with report_folder.replacement(target) as part:
+        (part / "x").write_text("new")
+    assert (target / "x").read_text() == "new"
 
 
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:

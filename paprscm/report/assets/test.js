@@ -2,7 +2,8 @@
 "use strict";
 
 (() => {
-  const { index, metrics } = paprscm.data;
+  const { index } = paprscm.data;
+  const { metrics, places } = paprscm.data.metrics;
   const { element } = paprscm;
 
   // A row for each environment, a column for each run that has the test.
@@ -31,9 +32,9 @@
     grid.show(rows, columns);
   }
 
-  // All runs of a metric as points; those of the chosen environment with their line and band.
-  function plot(place, metric, track) {
-    const own = metric.series.find((one) => one.track === track);
+  // All runs of a metric as points; those of the chosen place with their line and band.
+  function plot(figure, metric, place) {
+    const own = metric.series.find((one) => one.place === place);
     const runs = [...new Set(metric.series.flatMap((one) => one.runs))].sort((a, b) => a - b);
     const value = new Map(own.runs.map((run, i) => [run, own.values[i]]));
     const others = new Map();
@@ -59,7 +60,7 @@
     const points = (size, fill) => ({ show: true, size, fill, stroke: fill, width: 0 });
     const bare = { points: { show: false } };
     const options = {
-      width: Math.max(200, place.clientWidth),
+      width: Math.max(200, figure.clientWidth),
       height: 180,
       cursor: { drag: { x: false, y: false } },
       legend: { show: false },
@@ -101,31 +102,27 @@
     const note = element("div", { class: unusual ? "bad" : "note" }, summary);
     const caption = element("figcaption", {}, element("b", {}, metric.label), note);
     const box = element("div", { role: "img", "aria-label": `${metric.label}: ${summary}` });
-    place.replaceChildren(caption, box);
+    figure.replaceChildren(caption, box);
     new uPlot(options, data, box);
   }
 
-  function plots(place) {
-    const tracks = [...new Set(metrics.flatMap(({ series }) => series.map(({ track }) => track)))];
-    tracks.sort((a, b) => a - b);
-    const select = document.getElementById("track");
-    paprscm.options(select, [["", index.tracks[tracks[0]]], ...tracks.slice(1).map((t) => [t, index.tracks[t]])]);
-    document.getElementById("metric-filter").hidden = tracks.length < 2;
+  function plots(box) {
+    const select = document.getElementById("place");
+    paprscm.options(select, places.map((place, i) => [i || "", place]));
+    document.getElementById("metric-filter").hidden = places.length < 2;
     paprscm.bind(select);
     const figures = metrics.map(() => element("figure"));
-    place.append(...figures);
+    box.append(...figures);
     const draw = () => {
-      const track = Number(paprscm.state().get("track") ?? tracks[0]);
       metrics.forEach((metric, i) => {
-        figures[i].hidden = !metric.series.some((one) => one.track === track);
-        if (!figures[i].hidden) plot(figures[i], metric, track);
+        figures[i].hidden = !metric.series.some((one) => one.place === Number(select.value));
+        if (!figures[i].hidden) plot(figures[i], metric, Number(select.value));
       });
     };
     addEventListener("hashchange", draw);
-    paprscm.redraw(place, draw);
+    paprscm.redraw(box, draw);
   }
 
   verdicts(document.getElementById("grid"));
-  const place = document.getElementById("plots");
-  if (place) plots(place);
+  if (metrics.length) plots(document.getElementById("plots"));
 })();
