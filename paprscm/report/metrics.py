@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -56,7 +57,7 @@ class Series:
         """The value of the newest run."""
         return self.points[-1][1]
 
-    @property
+    @functools.cached_property
     def band(self) -> Band | None:
         """None with fewer than RUNS_FOR_NOISE runs."""
         if len(self.points) < RUNS_FOR_NOISE:

@@ -90,6 +90,9 @@ class Site:
         self.runs, self.tests, self.issues, self._console = runs, tests, issues, console
         self._keys = {history.name: history.key for history in tests}
         self._breakages = {history.name: history.breakages() for history in tests}
+        # A link for each row of all runs; format() escapes.
+        link = markupsafe.Markup('<a class="name" href="../tests/{}.html">{}</a>')
+        self._links = {h.name: link.format(h.key, harmless(h.name)) for h in tests}
         # The track with the newest run first.
         self._tracks = list(dict.fromkeys(run.track for run in reversed(runs)))
         self._environment = jinja2.Environment(
@@ -105,7 +108,7 @@ class Site:
             number=number, seconds=tally.seconds, short=_short, spans=_spans
         )
         self._environment.globals.update(
-            keys=self._keys, statuses=tally.ORDER, issue_keys=_issue_keys(issues)
+            keys=self._keys, links=self._links, statuses=tally.ORDER, issue_keys=_issue_keys(issues)
         )
 
     def files(self) -> Iterator[tuple[str, str]]:

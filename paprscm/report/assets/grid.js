@@ -112,6 +112,8 @@ class Grid {
 
   // A title above the first column of those that have it, if there is room; that of a group is cut.
   titles(end) {
+    // Its children have no place in the layout, and the corner is sticky only within its parent.
+    this.head.style.width = `${end}px`;
     const titles = [];
     let free = 0;
     this.columns.forEach(({ title, group }, i) => {
