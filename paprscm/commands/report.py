@@ -49,10 +49,10 @@ def write(arguments: argparse.Namespace, _chosen: Settings) -> int:
         output = arguments.output or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="paprscm-report-"))
         )
-        folders: dict[str, Path] = {}
+        folders: dict[tuple[str, str], Path] = {}
 
         def console(record: Record, test: Test) -> list[str]:
-            folder = folders.get(record.job.id)
+            folder = folders.get((record.job.id, record.job.start))
             if folder is None or test.console is None:
                 return []
             return last_lines(folder / test.console, _CONSOLE_LINES)
@@ -69,8 +69,8 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def _records(jobs: Iterable[Path], folders: dict[str, Path]) -> Iterator[Record]:
-    """The records of jobs' folders; `folders` gets the folder of each job by its id."""
+def _records(jobs: Iterable[Path], folders: dict[tuple[str, str], Path]) -> Iterator[Record]:
+    """The records of jobs' folders; `folders` gets the folder of each job by its id and start."""
     for job in jobs:
         inside = (
             []
@@ -86,5 +86,7 @@ def _records(jobs: Iterable[Path], folders: dict[str, Path]) -> Iterator[Record]
                     raise
                 log.logger.warning("left out: %s", error.message)
                 continue
-            folders[record.job.id] = folder
+            # A job's folder, or the document itself.
+            home = folder if folder.is_dir() else folder.parent
+            folders[record.job.id, record.job.start] = home
             yield record

@@ -48,6 +48,20 @@ def test_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Oops in flush/test_x.py:X.test_fail" in page.read_text()
 
 
+def test_jobs_of_one_id_and_a_document_have_their_own_consoles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--force-job-id` gives several jobs one id."""
+    logs = ("console/console.log",)
+    first = make_record(make_test("a", "FAIL", logs=logs), start="2026-11-26T01:00:00+00:00")
+    second = make_record(make_test("b", "FAIL", logs=logs))
+    jobs = [write_job(tmp_path / "a", first) / FILE, write_job(tmp_path / "b", second)]
+    assert report(capsys, *jobs, "--output", tmp_path / "site")[0] == 0
+    for name in "ab":
+        (page,) = (tmp_path / "site").glob(f"tests/*X-{name}-*.html")
+        assert f"Oops in flush/test_x.py:X.{name}" in page.read_text()
+
+
 def test_a_folder_of_jobs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each job once; one that still runs and one that is damaged are left out, with a line."""
     for number in range(3):

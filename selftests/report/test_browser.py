@@ -201,6 +201,7 @@ def test_the_picture_by_keyboard(tab: Tab, site: Path) -> None:
     page.keyboard.press("ArrowLeft")
     assert "2026-10-01 03:00" in line(page)
     page.keyboard.press("End")
+    assert "2026-10-08 23:00" in line(page)
     for _ in range(20):
         page.keyboard.press("PageDown")
     assert rows(page)[-1].rpartition(".")[2] in line(page)
