@@ -192,6 +192,15 @@ def test_a_breakage_belongs_to_its_track_and_names_the_change() -> None:
     assert (found.track, found.changes) == ("Linux 6.12, QEMU 10.0", ("Linux 6.12.115 → 6.12.117",))
 
 
+def test_tests_are_sorted_by_subject_and_name() -> None:
+    records = [
+        job(1, make_test("b"), make_test("a", subject="hcall")),
+        job(2, make_test("c"), make_test("a2")),
+    ]
+    names = [history.name.rpartition(".")[2] for history in histories(in_order(records))]
+    assert names == ["a2", "b", "c", "a"]
+
+
 def test_streaks() -> None:
     history = only(verdicts("ppf-fpc"))
     streaks = history.streaks("Linux 6.12, QEMU 10.0")

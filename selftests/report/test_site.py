@@ -214,6 +214,12 @@ def test_the_picture_has_the_verdicts_of_the_records(site: Path) -> None:
     assert [run[1] for run in index["runs"]] == sorted(run[1] for run in index["runs"])
 
 
+def test_a_run_links_to_all_of_its_tests(site: Path) -> None:
+    for run in (site / "runs").iterdir():
+        links = Page(run.read_text()).values("href")
+        assert len({link for link in links if link.startswith("../tests/")}) == 90
+
+
 def test_metrics_are_those_of_the_records(site: Path) -> None:
     index = data(site / "data/index.js")
     name, key, _ = next(test for test in index["tests"] if test[0].endswith("test_case_0_pmem_off"))
