@@ -26,6 +26,10 @@
     return Object.entries(found).sort((a, b) => paprscm.rank(a[0]) - paprscm.rank(b[0]));
   }
 
+  function size(runs) {
+    return `${runs.length} run${runs.length === 1 ? "" : "s"}`;
+  }
+
   function share(found) {
     const total = found.reduce((sum, [, count]) => sum + count, 0);
     return found.reduce((sum, [letter, count]) => sum + paprscm.isBroken(letter) * count, 0) / total;
@@ -68,7 +72,7 @@
     });
     const changed = Object.entries(groups).filter(([, tests]) => tests.length);
     control("count").textContent =
-      `${both} tests in both: ${groups.worse.length} worse, ${groups.better.length} better, ` +
+      `${size(before)} against ${size(after)}, ${both} tests in both: ${groups.worse.length} worse, ${groups.better.length} better, ` +
       `${groups.other.length} changed otherwise`;
     control("result").replaceChildren(
       ...changed.map(([name, tests]) => {
