@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from paprscm import log
-from paprscm.commands import manual
+from paprscm.commands import history, manual
 from paprscm.errors import ConfigError
+from paprscm.history.runs import ALL
 from paprscm.report.serve import serve
 from paprscm.report.site import write_site
-from paprscm.results.record import FILE, Record, Test, read_record
+from paprscm.results.record import Record, Test, read_record
 from paprscm.results.text import last_lines
 from paprscm.settings import Settings
 
@@ -25,18 +27,17 @@ _CONSOLE_LINES = 60
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add the verb's arguments."""
     text = "jobs' folders, or folders that contain them (results)"
-    manual.takes_files(
-        parser.add_argument(
-            "jobs", nargs="*", type=Path, default=[RESULTS], metavar="DIR", help=text
-        )
-    )
+    manual.takes_files(parser.add_argument("jobs", nargs="*", type=Path, metavar="DIR", help=text))
+    text = "the runs in the database of `paprscm history`, in addition to DIR"
+    parser.add_argument("--history", action="store_true", help=text)
+    history.add_filter(parser)
     text = "folder of the site: a new one, or an earlier site, which is replaced"
     manual.takes_files(parser.add_argument("--output", type=Path, metavar="SITE", help=text))
     text = "serve the site at 127.0.0.1 until Ctrl-C (0: any free port)"
     parser.add_argument("--serve", nargs="?", type=int, const=0, metavar="PORT", help=text)
 
 
-def write(arguments: argparse.Namespace, _chosen: Settings) -> int:
+def write(arguments: argparse.Namespace, chosen: Settings) -> int:
     """Write the site of `paprscm report`, and serve it if that is wanted.
 
     Raises:
@@ -45,6 +46,9 @@ def write(arguments: argparse.Namespace, _chosen: Settings) -> int:
     """
     if arguments.output is None and arguments.serve is None:
         raise ConfigError("neither --output nor --serve", hint="--output SITE writes the site")
+    if not arguments.history and history.filter_of(arguments) != ALL:
+        raise ConfigError("a selection of runs without --history", hint="it selects stored runs")
+    jobs = arguments.jobs or ([] if arguments.history else [RESULTS])
     with contextlib.ExitStack() as stack:
         output = arguments.output or Path(
             stack.enter_context(tempfile.TemporaryDirectory(prefix="paprscm-report-"))
@@ -57,7 +61,12 @@ def write(arguments: argparse.Namespace, _chosen: Settings) -> int:
                 return []
             return last_lines(folder / test.console, _CONSOLE_LINES)
 
-        contents = write_site(_records(arguments.jobs, folders), output, console=console)
+        records: Iterable[Record] = _records(jobs, folders)
+        if arguments.history:
+            stored = stack.enter_context(history.open_history(chosen))
+            # Of a run that is in both, the later one counts: it has a console.
+            records = itertools.chain(stored.records(history.filter_of(arguments)), records)
+        contents = write_site(records, output, console=console)
         counts = (_count(contents.runs, "run"), _count(contents.tests, "test"))
         print(f"{output / 'index.html'}: {', '.join(counts)}")
         if arguments.serve is not None:
@@ -72,17 +81,13 @@ def _count(number: int, noun: str) -> str:
 def _records(jobs: Iterable[Path], folders: dict[tuple[str, str], Path]) -> Iterator[Record]:
     """The records of jobs' folders; `folders` gets the folder of each job by its id and start."""
     for job in jobs:
-        inside = (
-            []
-            if (job / FILE).exists()
-            else sorted({f.parent.resolve() for f in job.glob(f"*/{FILE}")})
-        )
-        for folder in inside or [job]:
+        found = history.jobs_in(job)
+        for folder in found:
             try:
                 record = read_record(folder)
             except ConfigError as error:
                 # A folder that was named has to be usable; one of many need not.
-                if not inside:
+                if found == [job]:
                     raise
                 log.logger.warning("left out: %s", error.message)
                 continue

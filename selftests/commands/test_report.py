@@ -103,6 +103,30 @@ def test_a_named_folder_has_to_be_usable(
     assert not (tmp_path / "site").exists()
 
 
+def test_runs_of_the_history(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stored runs and those of folders are in one site; a run that is in both is one run."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    site = tmp_path / "site"
+    failed = make_test("x", "FAIL", logs=("console/console.log",))
+    for number in (1, 2, 3):
+        record = make_record(failed, id=f"{number}", start=f"2026-11-0{number}T00:00:00+00:00")
+        write_job(tmp_path / f"job-{number}", record)
+    main(["history", "import", str(tmp_path / "job-1"), str(tmp_path / "job-2")])
+    capsys.readouterr()
+    for words, runs in (
+        ((), "2 runs"),
+        (("--last", "1"), "1 run"),
+        ((tmp_path / "job-2", tmp_path / "job-3"), "3 runs"),
+    ):
+        status, output, errors = report(capsys, *words, "--history", "--output", site)
+        assert (status, errors) == (0, "") and output.endswith(f": {runs}, 1 test\n")
+    assert "Oops in" in next(site.glob("tests/*")).read_text()
+    status, _, errors = report(capsys, tmp_path / "job-1", "--last", "1", "--output", site)
+    assert status == 2 and "selection of runs without --history" in errors
+
+
 def test_an_output_is_needed(capsys: pytest.CaptureFixture[str]) -> None:
     status, _, errors = report(capsys)
     assert status == 2 and "neither --output nor --serve" in errors
