@@ -64,7 +64,6 @@ def write(arguments: argparse.Namespace, chosen: Settings) -> int:
         records: Iterable[Record] = _records(jobs, folders)
         if arguments.history:
             stored = stack.enter_context(history.open_history(chosen))
-            # Of a run that is in both, the later one counts: it has a console.
             records = itertools.chain(stored.records(history.filter_of(arguments)), records)
         contents = write_site(records, output, console=console)
         counts = (_count(contents.runs, "run"), _count(contents.tests, "test"))
