@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 # The two commands of the README. Both do all their own set-up, and are quick the second time.
 
-.PHONY: suite test setup clean
+.PHONY: suite test browser setup clean
 
 # Options for `avocado run`, such as ARGS="-p qemu=debian:trixie".
 ARGS ?=
@@ -18,6 +18,16 @@ test: setup
 	@$(RUN) .venv/bin/pytest -q -n auto --maxprocesses 8 -m "not guest and not slow"
 	@$(RUN) .venv/bin/paprscm image
 	@$(RUN) .venv/bin/pytest -q -n 2 -m "guest and not slow"
+
+# The site of `paprscm report` in a browser; screenshots in results/browser. Not a part of `test`:
+# Chromium is a download of 100 MB.
+browser: setup
+	@command -v chromium >/dev/null || \
+		$$([ "$$(id -u)" -eq 0 ] || echo sudo) apt-get install -q -y \
+		--no-install-recommends chromium fonts-dejavu-core
+	@.venv/bin/python -m pip install -q --disable-pip-version-check -e '.[browser]'
+	@mkdir -p results
+	@$(RUN) .venv/bin/pytest -q --basetemp=results/browser selftests/report/test_browser.py
 
 setup:
 	@tools/setup

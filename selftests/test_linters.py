@@ -83,13 +83,14 @@ def test_the_suites_tests_fail_in_one_way() -> None:
 
 
 def test_every_source_file_names_its_licence() -> None:
-    kinds = {".py", ".c", ".h", ".S"}
+    kinds = {".py", ".c", ".h", ".S", ".js", ".css"}
     folders = ("paprscm", "tests", "selftests", "guest_tools", "host_tools")
     files = [file for folder in folders for file in (ROOT / folder).rglob("*")]
     without = [
         file.relative_to(ROOT)
         for file in files
         if file.suffix in kinds
+        and file.parent.name != "vendor"
         and "SPDX-License-Identifier: GPL-2.0-or-later" not in file.read_text()
     ]
     assert without == []

@@ -13,8 +13,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from records import example
 
 from paprscm.paths import ROOT
+from paprscm.report.site import write_site
+from paprscm.results.record import encode
 
 
 def run(*words: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -80,6 +83,20 @@ def test_all_data_files_are_in_the_wheel(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     data = {name.removeprefix("paprscm/data/") for name in names if "paprscm/data/" in name}
     assert data == set(tracked.stdout.splitlines())
+
+
+def test_a_site_of_a_job(bin_folder: Path, tmp_path: Path) -> None:
+    """The wheel has templates and assets: the site is the same as that of the checkout."""
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job/record.json").write_bytes(encode(example()))
+    done = run(bin_folder / "paprscm", "report", "job", "--output", "site", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    write_site([example()], tmp_path / "own")
+    trees = [
+        {str(f.relative_to(site)): f.read_bytes() for f in site.rglob("*") if f.is_file()}
+        for site in (tmp_path / "site", tmp_path / "own")
+    ]
+    assert trees[0] == trees[1] and "assets/uPlot.LICENSE" in trees[0]
 
 
 def test_doctor(bin_folder: Path, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from paprscm.commands import (
     issue_report,
     manual,
     matrix,
+    report,
     reproduce,
     results,
     shell,
@@ -159,6 +160,9 @@ def parser() -> argparse.ArgumentParser:
         "job", nargs="?", type=Path, default=results.LATEST, help=f"default: {results.LATEST}"
     )
 
+    text = "Write a static site about many jobs: verdicts over time, changes, metrics."
+    report.add_options(add("report", report.write, text))
+
     text = "Run the reproduction of known issues; status 0: gone, 1: shown, 2: could not tell."
     again = add("reproduce", _reproduce, text)
     again.add_argument("issues", nargs="*", metavar="ISSUE", help="files of known_issues/")
@@ -166,10 +170,10 @@ def parser() -> argparse.ArgumentParser:
     again.add_argument("--all", nargs="?", const="", choices=("", *PRODUCTS), help=text)
 
     text = "Print a known issue as a report to its project; nothing is sent."
-    report = add("report-issue", _report_issue, text)
-    report.add_argument("issue", metavar="ISSUE", help="a file of known_issues/")
+    printed = add("report-issue", _report_issue, text)
+    printed.add_argument("issue", metavar="ISSUE", help="a file of known_issues/")
     text = "source of the product, a tree or a tar archive: its MAINTAINERS names the receivers"
-    manual.takes_files(report.add_argument("--source", type=Path, help=text))
+    manual.takes_files(printed.add_argument("--source", type=Path, help=text))
 
     kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
     kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
