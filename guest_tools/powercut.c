@@ -13,10 +13,14 @@
  *	create=A  mkdir=D  unlink=A  rmdir=D  rename=A:B  link=A:B  truncate=A:LENGTH
  *	write=A:OFFSET:LENGTH:BYTE    pwrite(2)
  *	dwrite=A:OFFSET:LENGTH:BYTE   the same through a descriptor with O_DSYNC
+ *	direct=A:OFFSET:LENGTH:BYTE   with O_DIRECT
+ *	ddirect=A:OFFSET:LENGTH:BYTE  with O_DIRECT and O_DSYNC
  *	store=A:OFFSET:LENGTH:BYTE    stores through a shared mapping
+ *	dax=A:OFFSET:LENGTH:BYTE      the same; the file is a DAX device
  *	msync=A:OFFSET:LENGTH         msync(2) with MS_SYNC, of a new shared mapping
  *	fsync=A  fdatasync=A  syncfs=A
  *	sync=.                        sync(2)
+ *	deep_flush=A                  writes 1 to the file A.deep_flush, a link to the region's attribute
  *
  * It stops at the first failed step. The report has each step with its errno.
  *
@@ -68,7 +72,8 @@ static int closed(int fd, int result)
 static int write_bytes(int fd, const struct step *step)
 {
 	long long length = step->numbers[1];
-	char *data = malloc(length);
+	/* O_DIRECT needs the alignment of the largest sector. */
+	char *data = aligned_alloc(4096, (length + 4095) / 4096 * 4096);
 	int result = -1, number;
 
 	if (data) {
@@ -101,6 +106,16 @@ static int in_mapping(int fd, const struct step *step, bool stores)
 	return result;
 }
 
+static int deep_flush(const char *name)
+{
+	char path[256];
+	int fd;
+
+	snprintf(path, sizeof(path), "%s.deep_flush", name);
+	fd = opened(path, O_WRONLY);
+	return fd < 0 ? -1 : closed(fd, write(fd, "1\n", 2) == 2 ? 0 : -1);
+}
+
 static int make(const struct step *step)
 {
 	const char *verb = step->verb, *name = step->name;
@@ -122,10 +137,16 @@ static int make(const struct step *step)
 		sync();
 		return 0;
 	}
+	if (!strcmp(verb, "deep_flush"))
+		return deep_flush(name);
 	if (!strcmp(verb, "create"))
 		fd = opened(name, O_RDWR | O_CREAT | O_EXCL);
 	else if (!strcmp(verb, "dwrite"))
 		fd = opened(name, O_RDWR | O_DSYNC);
+	else if (!strcmp(verb, "direct"))
+		fd = opened(name, O_RDWR | O_DIRECT);
+	else if (!strcmp(verb, "ddirect"))
+		fd = opened(name, O_RDWR | O_DIRECT | O_DSYNC);
 	else
 		fd = to_sync(name);
 	if (fd < 0 || !strcmp(verb, "create"))
@@ -136,8 +157,8 @@ static int make(const struct step *step)
 		return closed(fd, fdatasync(fd));
 	if (!strcmp(verb, "syncfs"))
 		return closed(fd, syncfs(fd));
-	if (!strcmp(verb, "store") || !strcmp(verb, "msync"))
-		return closed(fd, in_mapping(fd, step, !strcmp(verb, "store")));
+	if (!strcmp(verb, "store") || !strcmp(verb, "dax") || !strcmp(verb, "msync"))
+		return closed(fd, in_mapping(fd, step, strcmp(verb, "msync")));
 	return closed(fd, write_bytes(fd, step));
 }
 
@@ -148,7 +169,8 @@ static const char *arguments(const char *verb)
 		{ "create", "" },  { "mkdir", "" },	{ "unlink", "" },    { "rmdir", "" },
 		{ "fsync", "" },   { "fdatasync", "" }, { "syncfs", "" },    { "sync", "" },
 		{ "rename", "n" }, { "link", "n" },	{ "truncate", "1" }, { "msync", "2" },
-		{ "write", "3" },  { "dwrite", "3" },	{ "store", "3" },
+		{ "write", "3" },  { "dwrite", "3" },	{ "direct", "3" },   { "ddirect", "3" },
+		{ "store", "3" },  { "dax", "3" },	{ "deep_flush", "" },
 	};
 
 	for (size_t i = 0; i < LENGTH(verbs); i++)

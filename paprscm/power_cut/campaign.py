@@ -25,7 +25,7 @@ COUNTER = PMEM_ON.at(0, SMALL)
 PER_POINT = 2
 """Images of one point: the oldest one, and random ones."""
 CONTROL = 200
-"""Images within which a host that lies must be detected; the most that was needed is 12."""
+"""Images within which a host that lies must be detected."""
 LIES = {"every sync": 1.0, "half of the syncs": 0.5}
 """Lies of the control: the probability that a sync is reported, but not done."""
 _SYNC_S = 60.0
@@ -116,6 +116,11 @@ class Campaign:
         """The contents at the end."""
         return Image("newest", Cut(self.log, self.log.last).newest)
 
+    @property
+    def oldest(self) -> Image:
+        """The oldest contents that a cut at the end may leave."""
+        return Image("oldest", Cut(self.log, self.log.last).oldest)
+
     def images(self, count: int, *, per_point: int = PER_POINT) -> Iterator[tuple[Image, int]]:
         """Yield about `count` legal images, each with its point; the last point is among them."""
         points = min(-(-count // per_point), len(self.points))
@@ -123,11 +128,12 @@ class Campaign:
             for image in images(Cut(self.log, point), self.dice, limit=per_point, torn=self.torn):
                 yield image, point
 
-    def control(self, judge: Judge) -> dict[str, int]:
+    def control(self, judge: Judge, *, limit: int = CONTROL) -> dict[str, int]:
         """Check that a host that lies about its syncs since the preparation is detected.
 
         Args:
             judge: judges the images.
+            limit: number of images within which each lie must be detected.
 
         Returns:
             The number of images that each lie needed.
@@ -135,10 +141,10 @@ class Campaign:
         Raises:
             HostError: a lie is not detected, so the verdicts mean nothing.
         """
-        return {what: self._detect(judge, what, share) for what, share in LIES.items()}
+        return {what: self._detect(judge, what, share, limit) for what, share in LIES.items()}
 
-    def _detect(self, judge: Judge, what: str, share: float) -> int:
-        for number in range(1, CONTROL + 1):
+    def _detect(self, judge: Judge, what: str, share: float, limit: int) -> int:
+        for number in range(1, limit + 1):
             point = self.dice.choice(self.points)
             # Drawn for each image: a file system may make its syncs in pairs, of which the second
             # one is enough.
@@ -148,7 +154,7 @@ class Campaign:
             (image,) = images(cut, self.dice, limit=1)
             if judge(image, self.done[point]):
                 return number
-        raise HostError(f"{CONTROL} images of a host have all data; {what} was a lie")
+        raise HostError(f"{limit} images of a host have all data; {what} was a lie")
 
 
 def image_count(text: str) -> int:
