@@ -20,6 +20,7 @@
  *	msync=A:OFFSET:LENGTH         msync(2) with MS_SYNC, of a new shared mapping
  *	fsync=A  fdatasync=A  syncfs=A
  *	sync=.                        sync(2)
+ *	set=A:TEXT                    write(2) of TEXT to a file of sysfs
  *	deep_flush=A                  writes 1 to the file A.deep_flush, a link to the region's attribute
  *
  * It stops at the first failed step. The report has each step with its errno.
@@ -106,14 +107,19 @@ static int in_mapping(int fd, const struct step *step, bool stores)
 	return result;
 }
 
+static int set(const char *name, const char *text)
+{
+	int fd = opened(name, O_WRONLY);
+
+	return fd < 0 ? -1 : closed(fd, write(fd, text, strlen(text)) > 0 ? 0 : -1);
+}
+
 static int deep_flush(const char *name)
 {
 	char path[256];
-	int fd;
 
 	snprintf(path, sizeof(path), "%s.deep_flush", name);
-	fd = opened(path, O_WRONLY);
-	return fd < 0 ? -1 : closed(fd, write(fd, "1\n", 2) == 2 ? 0 : -1);
+	return set(path, "1");
 }
 
 static int make(const struct step *step)
@@ -137,6 +143,8 @@ static int make(const struct step *step)
 		sync();
 		return 0;
 	}
+	if (!strcmp(verb, "set"))
+		return set(name, step->other);
 	if (!strcmp(verb, "deep_flush"))
 		return deep_flush(name);
 	if (!strcmp(verb, "create"))
@@ -171,6 +179,7 @@ static const char *arguments(const char *verb)
 		{ "rename", "n" }, { "link", "n" },	{ "truncate", "1" }, { "msync", "2" },
 		{ "write", "3" },  { "dwrite", "3" },	{ "direct", "3" },   { "ddirect", "3" },
 		{ "store", "3" },  { "dax", "3" },	{ "deep_flush", "" },
+		{ "set", "n" },
 	};
 
 	for (size_t i = 0; i < LENGTH(verbs); i++)

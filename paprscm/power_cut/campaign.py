@@ -8,7 +8,7 @@ log, too. So the log has the number of completed steps at each of its points.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +27,7 @@ PER_POINT = 2
 CONTROL = 200
 """Images within which a host that lies must be detected."""
 LIES = {"every sync": 1.0, "half of the syncs": 0.5}
-"""Lies of the control: the probability that a sync is reported, but not done."""
+"""Lies of the control, with their probabilities."""
 _SYNC_S = 60.0
 """Time limit of a sync on a busy host, s."""
 
@@ -128,12 +128,15 @@ class Campaign:
             for image in images(Cut(self.log, point), self.dice, limit=per_point, torn=self.torn):
                 yield image, point
 
-    def control(self, judge: Judge, *, limit: int = CONTROL) -> dict[str, int]:
+    def control(
+        self, judge: Judge, *, limit: int = CONTROL, lies: Mapping[str, float] = LIES
+    ) -> dict[str, int]:
         """Check that a host that lies about its syncs since the preparation is detected.
 
         Args:
             judge: judges the images.
             limit: number of images within which each lie must be detected.
+            lies: for each, the probability that a sync is reported, but not done.
 
         Returns:
             The number of images that each lie needed.
@@ -141,7 +144,7 @@ class Campaign:
         Raises:
             HostError: a lie is not detected, so the verdicts mean nothing.
         """
-        return {what: self._detect(judge, what, share, limit) for what, share in LIES.items()}
+        return {what: self._detect(judge, what, share, limit) for what, share in lies.items()}
 
     def _detect(self, judge: Judge, what: str, share: float, limit: int) -> int:
         for number in range(1, limit + 1):

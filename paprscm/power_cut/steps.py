@@ -58,7 +58,7 @@ class Step:
     Attributes:
         verb: such as "write".
         name: the file, relative to the program's folder.
-        other: second name of rename and link.
+        other: second name of rename and link, or the text of "set".
         offset, length, byte: range and content, in bytes; `length` is also that of truncate.
     """
 
@@ -70,7 +70,7 @@ class Step:
     byte: int = 0
 
     def __str__(self) -> str:
-        if self.verb in ("rename", "link"):
+        if self.verb in ("rename", "link", "set"):
             return f"{self.verb}={self.name}:{self.other}"
         if self.verb in WRITES:
             return f"{self.verb}={self.name}:{self.offset}:{self.length}:{self.byte}"
