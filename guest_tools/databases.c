@@ -147,7 +147,8 @@ static bool sqlite_check(void *db, uint64_t *last)
 		 " AND coalesce(sum(content = printf('%%.*c', 100 + n * 997 %% 5000, "
 		 "char(65 + n %% 26))), 0) = count(*) FROM rows",
 		 *last, KEPT, *last);
-	return sql(db, text, answer) && (!strcmp(answer, "1") || failed("rows", "not as committed"));
+	return sql(db, text, answer) &&
+	       (!strcmp(answer, "1") || failed("rows", "not as committed"));
 }
 
 /* LMDB: lmdb.h has these prototypes and numbers. */

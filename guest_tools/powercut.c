@@ -174,12 +174,11 @@ static int make(const struct step *step)
 static const char *arguments(const char *verb)
 {
 	static const char *const verbs[][2] = {
-		{ "create", "" },  { "mkdir", "" },	{ "unlink", "" },    { "rmdir", "" },
-		{ "fsync", "" },   { "fdatasync", "" }, { "syncfs", "" },    { "sync", "" },
-		{ "rename", "n" }, { "link", "n" },	{ "truncate", "1" }, { "msync", "2" },
-		{ "write", "3" },  { "dwrite", "3" },	{ "direct", "3" },   { "ddirect", "3" },
-		{ "store", "3" },  { "dax", "3" },	{ "deep_flush", "" },
-		{ "set", "n" },
+		{ "create", "" },  { "mkdir", "" },	{ "unlink", "" },     { "rmdir", "" },
+		{ "fsync", "" },   { "fdatasync", "" }, { "syncfs", "" },     { "sync", "" },
+		{ "rename", "n" }, { "link", "n" },	{ "truncate", "1" },  { "msync", "2" },
+		{ "write", "3" },  { "dwrite", "3" },	{ "direct", "3" },    { "ddirect", "3" },
+		{ "store", "3" },  { "dax", "3" },	{ "deep_flush", "" }, { "set", "n" },
 	};
 
 	for (size_t i = 0; i < LENGTH(verbs); i++)

@@ -39,7 +39,8 @@ def run(these: BlockPrograms, *, forgets: str = "", torn: bool = False) -> Campa
     """The campaign of a device without a cache, which syncs in each call but `forgets`."""
     memory = bytearray(these.size)
     pages: list[dict[tuple[int, int], bytes]] = []
-    syncs, done = [], []
+    syncs: list[Sync] = []
+    done: list[int] = []
     changed: set[int] = set()
 
     def point(number: int) -> None:
