@@ -28,10 +28,11 @@ from paprscm.pmem.namespaces import (
     CharacterDevice,
     NamespaceMode,
     create_namespace,
+    disk_offset,
     file_offset,
     find_namespaces,
 )
-from paprscm.pmem.regions import Region, find_region, read_page_size
+from paprscm.pmem.regions import find_region, read_page_size
 from paprscm.power_cut.blocks import (
     AREA,
     CACHED,
@@ -148,8 +149,8 @@ class BlockTest(PaprScmTest):
                 run_steps(guest, FOLDER, counter.path, steps[at : at + STEPS_PER_RUN])
             log = stop_and_read(guest, path, [nvdimm.slot for nvdimm in dimms])
         done = [prepared + count for count in counter.at_points(log)]
-        is_torn_ = is_torn(str(self.params.get("torn", default=torn)))
-        return Campaign(log, done, len(programs.before), dice, is_torn_), layout
+        tears = is_torn(str(self.params.get("torn", default=torn)))
+        return Campaign(log, done, len(programs.before), dice, tears), layout
 
     def judge_images(
         self,
@@ -179,7 +180,7 @@ class BlockTest(PaprScmTest):
         def prepare(guest: Guest) -> tuple[str, Layout]:
             region = find_region(guest, slot)
             disk = create_namespace(guest, region, mode=mode).disk
-            offset = _offset(guest, region, f"/sys/block/{disk.name}/device")
+            offset = disk_offset(guest, region, disk)
             return disk.path, Layout(PROGRAMS * AREA, ((slot, offset),))
 
         return prepare
@@ -381,11 +382,9 @@ def _btt(guest: Guest) -> tuple[str, Layout]:
     """Find the BTT, make its content durable, and return the disk and the namespace's position."""
     region = find_region(guest, 1)
     (namespace,) = find_namespaces(guest, region)
-    folder = f"/sys/block/{namespace.disk.name}/device"
-    name = guest.succeed(f"cat {folder}/namespace")
     guest.succeed(f"echo 1 > {region.device}/deep_flush")
-    offset = _offset(guest, region, f"/sys/bus/nd/devices/{name}")
-    return namespace.disk.path, Layout(namespace.disk.size_bytes, ((1, offset),))
+    disk = namespace.disk
+    return disk.path, Layout(disk.size_bytes, ((1, disk_offset(guest, region, disk)),))
 
 
 def _raw(programs: BlockPrograms, layout: Layout) -> Judge:
@@ -395,10 +394,3 @@ def _raw(programs: BlockPrograms, layout: Layout) -> Judge:
 
 def _all(groups: Sequence[dict[str, Operation]]) -> list[Operation]:
     return [operation for group in groups for operation in group.values()]
-
-
-def _offset(guest: Guest, region: Region, folder: str) -> int:
-    """Offset of a device's data in the DIMM's backing file, bytes."""
-    texts = guest.succeed(f"cat {folder}/resource {region.device}/resource").split()
-    start, region_start = (int(text, 16) for text in texts)
-    return start - region_start
