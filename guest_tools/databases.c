@@ -8,7 +8,8 @@
  * KIND is one of
  *
  *	sqlite-wal      SQLite with a write-ahead log, checkpoints every 8 pages, synchronous=FULL
- *	sqlite-delete   SQLite with a rollback journal, synchronous=FULL
+ *	sqlite-delete   SQLite with a rollback journal, synchronous=EXTRA: with FULL, the removal of
+ *	                the journal, which commits a transaction, is not durable
  *	lmdb            LMDB with write(2)
  *	lmdb-map        LMDB that stores into a shared mapping (MDB_WRITEMAP)
  *
@@ -103,7 +104,7 @@ static void *sqlite(const char *kind, void *library, const char *file)
 		return NULL;
 	}
 	if (!sql(db, wal ? "PRAGMA journal_mode=WAL" : "PRAGMA journal_mode=DELETE", answer) ||
-	    !sql(db, "PRAGMA synchronous=FULL", answer) ||
+	    !sql(db, wal ? "PRAGMA synchronous=FULL" : "PRAGMA synchronous=EXTRA", answer) ||
 	    !sql(db, "PRAGMA wal_autocheckpoint=8", answer))
 		return NULL;
 	return db;

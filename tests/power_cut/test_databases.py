@@ -4,11 +4,13 @@
 After a power cut of the host, a database can be opened, passes its own check, and has exactly the
 transactions whose commit had returned, and perhaps the next one.
 
-SQLite (write-ahead log and rollback journal, synchronous=FULL) and LMDB (write and shared mapping)
-commit transactions in a guest; the images are built as in test_files.py, and another guest mounts
-each, and opens the databases. The libraries are Debian's (paprscm/power_cut/databases.py).
+SQLite (write-ahead log with synchronous=FULL, rollback journal with EXTRA) and LMDB (write and
+shared mapping) commit transactions in a guest; the images are built as in test_files.py, and
+another guest mounts each, and opens the databases. The libraries are Debian's
+(paprscm/power_cut/databases.py).
 
-Sources: https://www.sqlite.org/atomiccommit.html, https://www.sqlite.org/wal.html, lmdb.h.
+Sources: https://www.sqlite.org/pragma.html#pragma_synchronous, https://www.sqlite.org/wal.html,
+lmdb.h.
 """
 
 from __future__ import annotations
