@@ -20,6 +20,8 @@ DISK = "disk"
 """Name of the device in the folder of the programs."""
 AREA = 128 * KIB
 """Size of a program's own part of the device, bytes: two pages of the guest."""
+STRIDE = 4096 * KIB
+"""Distance of the areas, bytes: 60 of them are all over a DIMM of 256 MiB."""
 
 Operation = Callable[[int], list[Step]]
 """Steps in a program's area, for the size of a sector, bytes."""
@@ -95,8 +97,8 @@ def _programs(
         ]
 
 
-def _moved(step: Step, number: int) -> Step:
-    return dataclasses.replace(step, offset=step.offset + number * AREA)
+def _moved(step: Step, place: int) -> Step:
+    return dataclasses.replace(step, offset=step.offset + place)
 
 
 def _durable(steps: Sequence[Step], calls: Sequence[str]) -> Iterator[Step]:
@@ -117,26 +119,29 @@ class Layout:
     """Position of a device's first bytes in the backing files.
 
     Attributes:
-        size: number of bytes of the device that programs use, a multiple of 4 KiB.
+        areas: number of areas that programs use.
+        stride: distance of the areas, bytes.
         chunk: size of a stripe, bytes; a multiple of 4 KiB.
         stripes: slot of the DIMM and offset in its file, for each member of a striped device, or
             for the only one.
     """
 
-    size: int
+    areas: int
     stripes: tuple[tuple[int, int], ...]
     chunk: int = 64 * KIB
+    stride: int = STRIDE
 
     def places(self) -> Iterator[Place]:
-        """The pages of the device."""
-        for at in range(0, self.size, PAGE):
+        """The pages of the areas."""
+        for area, start in itertools.product(range(self.areas), range(0, AREA, PAGE)):
+            at = area * self.stride + start
             chunk, rest = divmod(at, self.chunk)
             row, member = divmod(chunk, len(self.stripes))
             slot, offset = self.stripes[member]
             yield slot, (offset + row * self.chunk + rest) // PAGE
 
     def read(self, image: Image) -> bytes:
-        """The content in an image."""
+        """The content of the areas in an image."""
         return b"".join(image.pages.get(place, ZEROS) for place in self.places())
 
     def reader(self, image: Image) -> Callable[[int, int], bytes]:
@@ -166,6 +171,7 @@ class BlockPrograms:
             the device's memory.
         unit: size of a sector, bytes.
         whole: a sector is old or new as a whole.
+        stride: distance of the areas on the device, bytes.
     """
 
     def __init__(
@@ -177,6 +183,7 @@ class BlockPrograms:
         calls: Sequence[str] = CALLS,
         unit: int = SECTOR,
         whole: bool = False,
+        stride: int = STRIDE,
     ) -> None:
         programs = list(_programs(dice, [make(unit) for make in operations], count, calls))
         self._is_dax = any(step.verb == "dax" for step in programs[0])
@@ -184,19 +191,19 @@ class BlockPrograms:
         filler = "dax" if self._is_dax else "write"
         filled = Step(filler, DISK, length=AREA, byte=1)
         durable = Step("deep_flush" if self._is_dax else "fsync", DISK)
-        self.before = [*(_moved(filled, number) for number in range(count)), durable]
+        self.before = [*(_moved(filled, number * stride) for number in range(count)), durable]
         """The first steps: they fill all areas."""
         self.steps = list(self.before)
         """All steps."""
         self.size = count * AREA
-        """Number of bytes of the device that they use."""
+        """Number of bytes of all areas."""
         self._begins: list[int] = []
         self._programs: list[Program] = []
         made = [Step("create", DISK), Step("truncate", DISK, length=AREA), Step("syncfs", ".")]
         self._made = [*made, filled, durable]
         for number, steps in enumerate(programs):
             self._begins.append(len(self.steps))
-            self.steps += (_moved(step, number) for step in steps)
+            self.steps += (_moved(step, number * stride) for step in steps)
             # A call for the whole device, of a later program, is the last step of each.
             self._programs.append(Program([*self._made, *steps, durable]))
         self._known: dict[tuple[int, int, bytes], list[str]] = {}
@@ -205,7 +212,7 @@ class BlockPrograms:
         """Compare the content with what is legal when `done` steps had returned.
 
         Args:
-            content: the first bytes of the device.
+            content: the content of all areas.
             done: number of steps that had returned, at least those of `before`.
         """
         found = []

@@ -19,6 +19,7 @@ from paprscm.pmem.regions import find_region
 from paprscm.power_cut.images import Cut, Image, images
 from paprscm.power_cut.store_log import PAGE, StoreLog, read_log
 from paprscm.vm.dimms import PMEM_ON, SMALL
+from paprscm.vm.sync_shim import Record
 
 COUNTER = PMEM_ON.at(0, SMALL)
 """Before the other DIMMs: its pages are logged first, so that the count is not too high."""
@@ -76,11 +77,14 @@ def stop_and_read(guest: Guest, path: Path, slots: Sequence[int]) -> StoreLog:
         slots: the slots of all its DIMMs, in the order of the machine.
     """
     guest.vm.qmp.execute("stop")
+    records: list[Record] = []
     for slot in slots:
         # The end of a sync is in the log before it is counted.
         syncs = guest.vm.syncs(slot)
         syncs.wait_ended(syncs.counts().begun, _SYNC_S)
-    log = read_log(path, [guest.file(slot) for slot in slots])
+        records += syncs.records()
+    ranges = {record.number: (record.start, record.end) for record in records}
+    log = read_log(path, [guest.file(slot) for slot in slots], ranges)
     path.unlink()
     return log
 

@@ -23,7 +23,7 @@ from paprscm.power_cut.steps import WRITES
 from paprscm.power_cut.store_log import PAGE, StoreLog, Sync
 
 COUNT = 30
-LAYOUT = Layout(COUNT * AREA, ((1, 0),))
+LAYOUT = Layout(COUNT, ((1, 0),), stride=AREA)
 
 
 def dice() -> random.Random:
@@ -32,7 +32,7 @@ def dice() -> random.Random:
 
 def programs(*groups: dict[str, Operation], unit: int = 512, whole: bool = False) -> BlockPrograms:
     operations = [operation for group in groups for operation in group.values()]
-    return BlockPrograms(dice(), operations, count=COUNT, unit=unit, whole=whole)
+    return BlockPrograms(dice(), operations, count=COUNT, unit=unit, whole=whole, stride=AREA)
 
 
 def run(these: BlockPrograms, *, forgets: str = "", torn: bool = False) -> Campaign:
@@ -105,10 +105,14 @@ def test_torn_blocks_are_found() -> None:
 
 
 def test_a_striped_device_is_read_from_its_members() -> None:
-    layout = Layout(4 * AREA, ((1, PAGE), (2, 0)))
+    layout = Layout(4, ((1, PAGE), (2, 0)), stride=AREA)
     places = list(layout.places())
     pages = {place: bytes([number]) * PAGE for number, place in enumerate(places)}
     assert layout.read(Image("", pages)) == b"".join(pages.values())
     assert places[:2] == [(1, 1), (1, 2)]
     assert places[16:18] == [(2, 0), (2, 1)]
     assert places[32] == (1, 17)
+    # An area has two chunks, one on each member.
+    far = list(Layout(2, ((1, 0), (2, 0)), stride=4 * AREA).places())
+    assert far[32:34] == [(1, 64), (1, 65)]
+    assert far[48] == (2, 64)
