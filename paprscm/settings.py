@@ -69,14 +69,19 @@ class Settings:
     memory_mib: int = _setting(1024, "guest memory without the DIMMs, MiB")
     kernel: str = _setting(
         "default",
-        "'default' (built from Debian's source), 'debug' (the same with debug options: slower) or "
-        "a vmlinux",
+        "'default' (built from Debian's source), 'debug' (the same with debug options: slower), "
+        "'debian:SUITE=VERSION' (the default kernel from that version of the source), or a file: "
+        "vmlinux, also compressed, zImage, .deb or tar archive",
     )
     modules: Path | None = _setting(
-        None, "INSTALL_MOD_PATH of `make modules_install` for that kernel"
+        None,
+        "modules of a kernel that is a file: INSTALL_MOD_PATH of `make modules_install`, a .deb or "
+        "a tar archive; not needed for those in the same package",
     )
     page_size: str = _setting("64k", "page size of the default or debug kernel: '64k' or '4k'")
-    kernel_source: str = _setting("linux-source-6.12", "Debian source package of these two kernels")
+    kernel_source: str = _setting(
+        "linux-source-6.12", "Debian source package of these two kernels, also PACKAGE=VERSION"
+    )
     kernel_suite: str = _setting(
         "auto", "Debian suite of kernel_source; 'auto' is the first of a list that has it"
     )
@@ -98,6 +103,11 @@ class Settings:
     origin: str = _setting("paprscm", "name of this CI system in reports to KCIDB")
     logs_url: str = _setting(
         "", "address at which the job's folder can be read, ending with /, for links in reports"
+    )
+    database: str = _setting(
+        "auto",
+        "history of runs: a file, postgresql://USER@HOST/NAME, or 'auto' (paprscm/history.sqlite "
+        "in the user's folder for data)",
     )
     silence_limit_s: float = _setting(
         30.0, "a booting guest that prints nothing for this long is hung, s"
@@ -132,7 +142,7 @@ class Settings:
 
 
 # No test reads them.
-_OF_REPORTS = ("formats", "origin", "logs_url")
+_OF_REPORTS = ("formats", "origin", "logs_url", "database")
 
 
 def _one_of(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -186,7 +196,26 @@ def load(
         if value is not None:
             _check_name(name, "the command line")
             values[name] = value
+    values.update(_source_of(values.get("kernel", "")))
     return Settings(**{name: _convert(name, value) for name, value in values.items()})
+
+
+def _source_of(kernel: str) -> dict[str, str]:
+    """The settings that kernel=debian:SUITE=VERSION stands for.
+
+    Raises:
+        ConfigError: a part of it is missing.
+    """
+    if not kernel.startswith("debian:"):
+        return {}
+    match = re.fullmatch(r"debian:([a-z][a-z0-9-]*)=((\d+\.\d+)\S*)", kernel)
+    if match is None:
+        raise ConfigError(
+            f"kernel={kernel} does not name a suite and a version of the Linux source",
+            hint="debian:SUITE=VERSION, such as debian:bookworm-security=6.12.107",
+        )
+    source = f"linux-source-{match[3]}={match[2]}"
+    return {"kernel": "default", "kernel_suite": match[1], "kernel_source": source}
 
 
 def _from_file(config: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -101,3 +102,11 @@ def test_no_module_grows_past_two_subjects() -> None:
         if (lines := len(file.read_text().splitlines())) > 450
     }
     assert long == {}
+
+
+def test_pytest_enters_every_folder(pytestconfig: pytest.Config) -> None:
+    """Its default skips folders with names such as "build" without a word."""
+    skipped = pytestconfig.getini("norecursedirs")
+    for file in (ROOT / "selftests").rglob("test_*.py"):
+        for folder in file.relative_to(ROOT).parts[:-1]:
+            assert not any(fnmatch(folder, pattern) for pattern in skipped), file

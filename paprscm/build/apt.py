@@ -272,6 +272,15 @@ class AptSource:
         )
         if "E: No packages found" in output:
             names = list(words[1:])
+        if version := re.search(
+            r"^E: Version '(.+)' for '(.+)' was not found", output, re.MULTILINE
+        ):
+            offered = self._apt("madison", version[2], tool="apt-cache")
+            versions = ", ".join(line.split("|")[1].strip() for line in offered if "|" in line)
+            return UnavailableError(
+                f"{self._description} has no {version[2]} {version[1]}",
+                hint=f"it has {versions}" if versions else _OTHER_HINT,
+            )
         if names:
             listed = ", ".join(dict.fromkeys(names))
             return UnavailableError(

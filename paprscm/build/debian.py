@@ -68,7 +68,7 @@ class Download:
         unpacked = 0
         with log.progress(f"{title}: unpack", self.size_bytes, unit="bytes") as bar:
             for file in self.files:
-                _unpack(self.folder / file.name, target)
+                unpack_package(self.folder / file.name, target)
                 unpacked += file.size_bytes
                 bar.update(unpacked)
         for name in _MERGED:
@@ -196,20 +196,32 @@ class Archive:
                 hint="install the packages apt and dpkg (Fedora has them, too), or "
                 "`paprscm cache import` what another machine exported",
             )
-        source = AptSource(self.cache, resolve_mirror(self.mirror), suite, arch, title, proceed)
+        mirror = resolve_mirror(self.mirror, suite)
+        source = AptSource(self.cache, mirror, suite, arch, title, proceed)
         source.update()
         return source
 
 
-def resolve_mirror(setting: str) -> str:
-    """The URI of the Debian mirror, without a trailing slash.
+def resolve_mirror(setting: str, suite: str = "") -> str:
+    """The URI of the mirror with this suite, without a trailing slash.
+
+    Security suites are on a mirror of their own, whose URI differs from that of the main one in its
+    last part only, debian-security.
 
     Args:
         setting: a URI, or 'auto' for the Debian mirror of the host's apt.
+        suite: the suite; "": one of the main mirror.
 
     Raises:
         ConfigError: it is not a URI, or the host's apt has no Debian mirror.
     """
+    mirror = _main_mirror(setting)
+    if suite.endswith("-security") and mirror.endswith("/debian"):
+        return f"{mirror}-security"
+    return mirror
+
+
+def _main_mirror(setting: str) -> str:
     if setting != "auto":
         if not re.fullmatch(r"[a-z+]+:/[^\s\[\]]+", setting):
             raise ConfigError(f"mirror={setting} is not a URI", hint=_MIRROR_HINT)
@@ -265,7 +277,12 @@ def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, t
     )
 
 
-def _unpack(package: Path, target: Path) -> None:
+def unpack_package(package: Path, target: Path) -> None:
+    """Unpack the files of a .deb into a folder; no maintainer script runs.
+
+    Raises:
+        HostError: it cannot be unpacked, or no space is left.
+    """
     # Each of the two ends if the other or this process ends.
     with subprocess.Popen(
         ["dpkg-deb", "--fsys-tarfile", package], stdout=subprocess.PIPE, stderr=subprocess.PIPE

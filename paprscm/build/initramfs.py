@@ -17,7 +17,8 @@ from pathlib import Path
 from elftools.common.exceptions import ELFError
 from elftools.elf.elffile import ELFFile
 
-from paprscm.build.tcg_fixup import fix_file, is_signed, read_object
+from paprscm.build.compression import uncompressed
+from paprscm.build.tcg_fixup import fix_file, is_signed
 from paprscm.build.toolchain import PREFIX
 from paprscm.build.vmlinux import UNKNOWN, Kernel, configured, embedded_config
 from paprscm.errors import ConfigError
@@ -180,7 +181,7 @@ def with_config(kernel: Kernel, modules: Path) -> Kernel:
     path = find_modules(kernel, modules).get("configs")
     if kernel.config is not None or path is None:
         return kernel
-    data = read_object(path)
+    data = uncompressed(path)
     config = embedded_config(data, [(0, len(data))])
     return kernel if config is None else configured(kernel, config)
 
@@ -261,7 +262,7 @@ def modinfo(path: Path) -> dict[str, list[str]]:
         ConfigError: it is not a module.
     """
     try:
-        section = ELFFile(io.BytesIO(read_object(path))).get_section_by_name(".modinfo")
+        section = ELFFile(io.BytesIO(uncompressed(path))).get_section_by_name(".modinfo")
     except (ELFError, struct.error, ValueError) as error:
         raise ConfigError(f"{path} is a damaged module: {error}") from error
     if section is None:

@@ -211,7 +211,7 @@ def _find_without_source(
     cache: Cache, settings: Settings, fragment: Fragment
 ) -> BuiltKernel | None:
     """The newest kernel in the cache of this source series, built by any compiler."""
-    series = settings.kernel_source.removeprefix("linux-source-") + "."
+    series = kernel_source.series(settings) + "."
     entries = [
         entry
         for entry in cache.entries()

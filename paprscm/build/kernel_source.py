@@ -38,6 +38,19 @@ def _source_fields(settings: Settings, suite: str) -> dict[str, str]:
     return {"package": settings.kernel_source, "suite": suite}
 
 
+def series(settings: Settings) -> str:
+    """The series of the source, "6.12"."""
+    return settings.kernel_source.removeprefix("linux-source-").partition("=")[0]
+
+
+def _wanted(settings: Settings) -> str:
+    """The package for apt; a version without Debian's revision means any revision."""
+    package, _, version = settings.kernel_source.partition("=")
+    if not version:
+        return package
+    return f"{package}={version}" if "-" in version else f"{package}={version}-*"
+
+
 def find_source(cache: Cache, settings: Settings) -> Path | None:
     """The cache entry with archive and version of the source package, of the first suite."""
     for suite in suites(settings.kernel_suite):
@@ -59,17 +72,18 @@ def fetch_source(archive: Archive, settings: Settings, proceed: Callable[[], Non
         ConfigError: the package holds no Linux source.
         HostError: as Archive.download().
     """
-    package = settings.kernel_source
+    package = settings.kernel_source.partition("=")[0]
 
     def attempt(suite: str) -> Path:
         def fill(entry: Path) -> None:
             root = entry / "root"
             with step(f"fetching {package} (Debian {suite})"):
                 download = archive.download(
-                    [package],
+                    [_wanted(settings)],
                     suite=suite,
-                    # The package is for all architectures; the userland needs this index.
-                    arch=ARCH,
+                    # The package is in the index of each architecture. The userland needs that of
+                    # ARCH, but takes nothing from security suites, and every mirror has amd64.
+                    arch="amd64" if suite.endswith("-security") else ARCH,
                     title=package,
                     alone=True,
                     proceed=proceed,

@@ -10,10 +10,8 @@ TCG models no caches, so a plain `dcbf` is equivalent.
 from __future__ import annotations
 
 import bisect
-import gzip
 import io
 import itertools
-import lzma
 import re
 import shutil
 import struct
@@ -22,13 +20,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import zstandard
 from elftools.common.exceptions import ELFError
 from elftools.elf.constants import SH_FLAGS
 from elftools.elf.elffile import ELFFile
 from elftools.elf.relocation import RelocationSection
 from elftools.elf.sections import Section, SymbolTableSection
 
+from paprscm.build.compression import uncompressed
 from paprscm.errors import ConfigError
 
 # Linux, include/linux/module_signature.h.
@@ -121,7 +119,7 @@ def fix_file(source: Path, target: Path, executes: Mapping[str, bool]) -> FixRep
         ConfigError: `source` cannot be read or is not a 64-bit ELF file.
     """
     lacking = missing_instructions(executes)
-    content = read_object(source)
+    content = uncompressed(source)
     if not lacking:
         target.write_bytes(content)
         shutil.copymode(source, target)
@@ -161,28 +159,6 @@ def is_signed(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_SIGNATURE_MARK)))
         return file.read() == _SIGNATURE_MARK
-
-
-def read_object(path: Path) -> bytes:
-    """The content of an ELF file; a compressed module (.gz, .xz, .zst) is uncompressed.
-
-    Raises:
-        ConfigError: it cannot be read, or the compressed data are damaged.
-    """
-    try:
-        data = path.read_bytes()
-        if data.startswith(b"\x1f\x8b"):
-            return gzip.decompress(data)
-        if data.startswith(b"\xfd7zXZ\x00"):
-            return lzma.decompress(data)
-        if data.startswith(b"\x28\xb5\x2f\xfd"):
-            # Kernel builds stream, so the frame may lack the size of its content.
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError) as error:
-        raise ConfigError(f"{path} is compressed and damaged: {error}") from error
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    return data
 
 
 @dataclass(frozen=True)

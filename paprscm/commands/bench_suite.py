@@ -349,11 +349,11 @@ def _once(rounds: Iterable[Mapping[str, int]]) -> str:
 
 def _job(plan: Plan, mode: str, folder: Path, scratch: Path) -> Job:
     began = time.monotonic()
-    _run(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
+    run_avocado(plan.argv(mode, results=folder, scratch=scratch), folder / "avocado.log")
     return read_job(folder, mode, began, time.monotonic(), slots=plan.slots(mode))
 
 
-def _run(argv: Sequence[str], log_file: Path) -> None:
+def run_avocado(argv: Sequence[str], log_file: Path) -> None:
     """Run Avocado to its end; it cannot outlive us."""
     log.logger.debug("%s", " ".join(argv))
     libc = ctypes.CDLL(None)

@@ -20,12 +20,16 @@ from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree
 from paprscm.commands import (
     bench,
+    bench_ab,
     bench_flushes,
     bench_suite,
     caches,
+    compare,
     doctor,
+    history,
     issue_report,
     manual,
+    matrix,
     reproduce,
     results,
     shell,
@@ -144,6 +148,10 @@ def parser() -> argparse.ArgumentParser:
             one.add_argument("job", nargs="?", type=Path, default=results.LATEST, help=text)
         )
 
+    matrix.add_verbs(verbs, common)
+    history.add_verbs(verbs, common)
+    compare.add_verb(verbs, common)
+
     branches = add(
         "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."
     )
@@ -227,6 +235,7 @@ def parser() -> argparse.ArgumentParser:
     for name, numbers in (("threads", bench_flushes.THREADS), ("dimms", bench_flushes.DIMMS)):
         default = ",".join(map(str, numbers))
         flush.add_argument(f"--{name}", default=default, metavar="N,…", help=f"default: {default}")
+    bench_ab.add_verb(benches, common, _suite())
     plot = Path("results/bench-flush.svg")
     flush.add_argument("--plot", type=Path, default=plot, help=f".svg or .png ({plot})")
     return parser

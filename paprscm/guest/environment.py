@@ -189,7 +189,8 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         )
     ) as obtaining:
         # Compile the kernel while packages are downloaded; a failed download cancels the build.
-        under_test, source = kernel_image.obtain(archive, settings, obtaining.check)
+        kernel = kernel_image.obtain(archive, settings, obtaining.check)
+        under_test = kernel.kernel
         obtained = obtaining.result()
     executes = {} if board.accel == "kvm" else kernel_image.instructions_of(cache, qemu, board.cpu)
     vmlinux, sites = kernel_image.fix(cache, under_test, executes)
@@ -224,12 +225,12 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
         )
 
     def assemble(userland: Userland) -> Environment:
-        initrd = kernel_image.initrd(cache, settings, under_test, userland, executes)
+        initrd = kernel_image.initrd(cache, kernel, userland, executes)
         return Environment(
             settings=settings,
             qemu=qemu,
             kernel=under_test,
-            kernel_source=source,
+            kernel_source=kernel.source,
             userland=f"Debian {userland.suite}, libc6 {userland.versions.get('libc6')}",
             fixed_sites=sites,
             equipment=equipment(userland, initrd),

@@ -6,10 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm import log
-from paprscm.build import initramfs, kbuild, tcg_fixup, vmlinux
+from paprscm.build import initramfs, kbuild, kernel_files, tcg_fixup, vmlinux
 from paprscm.build.debian import Archive
 from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
@@ -20,8 +21,23 @@ from paprscm.vm import binary, instructions
 from paprscm.vm.binary import Qemu
 
 
-def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> tuple[Kernel, str]:
-    """Return the kernel under test and its source; "" for a user's own kernel.
+@dataclass(frozen=True)
+class UnderTest:
+    """The kernel under test.
+
+    Attributes:
+        kernel: facts about its vmlinux.
+        modules: a folder with lib/modules/RELEASE, or None.
+        source: package and version of a source that was built here; "" for a user's own kernel.
+    """
+
+    kernel: Kernel
+    modules: Path | None
+    source: str
+
+
+def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) -> UnderTest:
+    """Build, find or unpack the kernel under test.
 
     Args:
         archive: packages and cache for the default kernels.
@@ -38,12 +54,17 @@ def obtain(archive: Archive, settings: Settings, proceed: Callable[[], None]) ->
                 hint="set kernel= to the vmlinux of the same build",
             )
         built = kbuild.build_default(archive, settings, proceed=proceed)
-        return vmlinux.inspect(built.vmlinux), f"{settings.kernel_source} {built.source}"
-    kernel = vmlinux.inspect(expanded(Path(settings.kernel)).absolute())
-    if settings.modules is not None:
-        kernel = initramfs.with_config(kernel, settings.modules)
-    vmlinux.require_usable(kernel, has_modules=settings.modules is not None)
-    return kernel, ""
+        package = settings.kernel_source.partition("=")[0]
+        return UnderTest(vmlinux.inspect(built.vmlinux), None, f"{package} {built.source}")
+    path = expanded(Path(settings.kernel)).absolute()
+    files = kernel_files.open_kernel(archive.cache, path, settings.modules)
+    kernel = vmlinux.inspect(files.vmlinux)
+    if kernel.config is None and files.config is not None:
+        kernel = vmlinux.configured(kernel, vmlinux.read_config(files.config))
+    if files.modules is not None:
+        kernel = initramfs.with_config(kernel, files.modules)
+    vmlinux.require_usable(kernel, has_modules=files.modules is not None)
+    return UnderTest(kernel, files.modules, "")
 
 
 def instructions_of(cache: Cache, qemu: Qemu, cpu: str) -> Mapping[str, bool]:
@@ -77,13 +98,12 @@ def fix(cache: Cache, kernel: Kernel, executes: Mapping[str, bool]) -> tuple[Pat
 
 def initrd(
     cache: Cache,
-    settings: Settings,
-    kernel: Kernel,
+    under_test: UnderTest,
     userland: Userland,
     executes: Mapping[str, bool],
 ) -> Path | None:
-    """Build or find the initramfs with the kernel's modules; None if modules= is not set."""
-    folder_of_modules = settings.modules
+    """Build or find the initramfs with the kernel's modules; None if it has none."""
+    kernel, folder_of_modules = under_test.kernel, under_test.modules
     if folder_of_modules is None:
         return None
     files = initramfs.find_modules(kernel, folder_of_modules)

@@ -311,17 +311,30 @@ def _read(document: Path) -> Record:
         data = document.read_bytes()
     except OSError as error:
         raise _absent(document, error) from error
+    return decode(data, str(document))
+
+
+def decode(data: bytes, name: str) -> Record:
+    """The record of a document; encode() is the inverse.
+
+    Args:
+        data: the document.
+        name: its name in messages.
+
+    Raises:
+        ConfigError: it is damaged, or of another version.
+    """
     try:
         version = msgspec.json.decode(data, type=_Head).schema
         if version != SCHEMA:
             raise ConfigError(
-                f"{document} has the schema {version!r}; this paprscm reads {SCHEMA!r}",
+                f"{name} has the schema {version!r}; this paprscm reads {SCHEMA!r}",
                 hint="use the version of paprscm that wrote it",
             )
         return _decoder().decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(
-            f"{document} is damaged: {error}", hint="copy the job's folder again"
+            f"{name} is damaged: {error}", hint="copy the job's folder again"
         ) from error
 
 

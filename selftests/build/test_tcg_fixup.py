@@ -282,7 +282,7 @@ def test_probe_refuses_an_untrustworthy_answer(tmp_path: Path) -> None:
     liar = tmp_path / "liar"
     liar.write_text("#!/bin/sh\necho 'isa-probe: dcbf=1 dcbfps=1 illegal=1 end'\n")
     liar.chmod(0o755)
-    with pytest.raises(HostError, match="not to be trusted"):
+    with pytest.raises(HostError, match="is unreliable"):
         instructions.probe([str(liar)])
 
 

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""I/O between a mapped DAX device and a file in the guest, and the kernel's page structures."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from paprscm.errors import CapabilityError, ContractError
+from paprscm.guest.guest import Guest
+from paprscm.guest.report import Natural, ToolReport, read_report
+from paprscm.guest.tools import run_tool
+
+_LIMIT_S = 120.0
+
+
+class PinsReport(ToolReport, frozen=True, kw_only=True):
+    """What became of the pieces.
+
+    Attributes:
+        size: of the device, bytes.
+        pieces: number of pieces that were written and read.
+        failure: what was wrong; "" if nothing was.
+        at: offset of the last piece, bytes.
+        errno: of I/O that failed.
+        offsets: of all pieces in the device, bytes.
+    """
+
+    tool: Literal["pins"]
+    size: Natural
+    pieces: Natural
+    failure: str
+    at: Natural
+    errno: Natural
+    offsets: tuple[Natural, ...]
+
+    @property
+    def exit_status(self) -> int:
+        return int(self.failure != "")
+
+
+def pin_pages(guest: Guest, device: str, *, count: int, seed: int) -> PinsReport:
+    """Let a disk read and write the pages of a DAX device.
+
+    Args:
+        guest: the guest.
+        device: path of the character device, which is overwritten.
+        count: number of pieces beside the first and the last one.
+        seed: the same seed uses the same pieces.
+
+    Raises:
+        ProbeError: the tool failed, or its report cannot be believed.
+        ContractError: a piece has other contents, or I/O failed.
+    """
+    words = [f"--count={count}", f"--seed={seed}", device, "/var/tmp/scratch"]  # noqa: S108
+    result = run_tool(guest, "pins", words, timeout_s=_LIMIT_S)
+    report = read_report(PinsReport, result.stdout, result.status, result.stderr)
+    if report.failure:
+        raise ContractError(f"{device} at {report.at}: {report.failure} (errno {report.errno})")
+    return report
+
+
+def page_structure_bytes(guest: Guest) -> int:
+    """Size of the kernel's struct page, bytes, as the kernel itself exports it for dumps.
+
+    The guest tells where the note is (kernel/ksysfs.c, vmcoreinfo), and QEMU reads it.
+
+    Raises:
+        CapabilityError: the kernel has no such note.
+    """
+    file = "/sys/kernel/vmcoreinfo"
+    words = guest.run(f"cat {file}").stdout.split()
+    if len(words) != 2:
+        raise CapabilityError("the kernel has no vmcoreinfo", hint="it needs CONFIG_KEXEC_FILE")
+    place, size = (int(word, 16) for word in words)
+    with tempfile.NamedTemporaryFile(prefix="paprscm-vmcoreinfo-") as note:
+        guest.qmp.execute("pmemsave", val=place, size=size, filename=note.name)
+        text = Path(note.name).read_bytes().decode(errors="replace")
+    match = re.search(r"^SIZE\(page\)=(\d+)$", text, re.MULTILINE)
+    if match is None:
+        raise ContractError(f"the kernel's vmcoreinfo lacks SIZE(page): {text[:300]!r}")
+    return int(match[1])

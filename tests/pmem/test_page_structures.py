@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Page structures of a DIMM's memory: their layout, and I/O that pins pages through them.
+
+If struct page has a size that is a power of two, the kernel shares pages of page structures between
+huge pages of devdax (arch/powerpc/mm/book3s64/radix_pgtable.c, vmemmap_populate_compound_pages).
+"""
+
+from __future__ import annotations
+
+from paprscm.errors import HostError
+from paprscm.guest.guest import Guest
+from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
+from paprscm.pmem.pins import page_structure_bytes, pin_pages
+from paprscm.pmem.regions import Region, wait_for_region
+from paprscm.settings import OWN_KERNELS
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import PMEM_ON, SMALL
+from paprscm.vm.machine import GIB, Machine
+
+LARGE = 5 * GIB
+PIECES = 40
+MASK = (1 << 64) - 1
+
+
+def pattern(offset: int) -> bytes:
+    """The first words that guest_tools/pins.c leaves in the piece at an offset."""
+    return b"".join(_mix(offset + word).to_bytes(8, "little") for word in range(8))
+
+
+def _mix(value: int) -> int:
+    """splitmix64's mixing, as in guest_tools/report.h."""
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
+    return value ^ value >> 31
+
+
+class PageStructures(PaprScmTest):
+    """
+    A devdax namespace.
+
+    :avocado: tags=pmem
+    """
+
+    def test_layout(self) -> None:
+        """The size of struct page, which decides how it is mapped, is that of distributions.
+
+        It is a metric; only the suite's own kernels must have 64 bytes (CONFIG_MEMCG).
+        """
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(0, SMALL),)))
+        size = page_structure_bytes(guest)
+        self.metric("page_structure", size, "bytes")
+        if size != 64 and self.environment.settings.kernel in OWN_KERNELS:
+            raise HostError(f"struct page of the suite's kernel has {size} bytes, not 64")
+
+    def judge(self, location: NamespaceMap) -> None:
+        """Pin pages of namespaces of each alignment, twice: before and after they are disabled."""
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(0, LARGE),)))
+        region = wait_for_region(guest, 0)
+        seeds = f"/sys/bus/nd/devices/{region.name}/dax_seed"
+        listed = guest.succeed(
+            f"cat /sys/bus/nd/devices/$(cat {seeds})/supported_alignments"
+        ).split()
+        for align in map(int, listed):
+            size = max(2 * align, GIB) if align < GIB else 3 * align
+            device = create_namespace(
+                guest,
+                region,
+                mode="devdax",
+                map=location,
+                size_bytes=size,
+                align_bytes=align,
+            ).device
+            assert isinstance(device, CharacterDevice)  # noqa: S101 - create_namespace() checks it
+            self.check(f"alignment of {device.name}", device.align_bytes, align)
+            for what in ("new", "enabled again"):
+                self.pin(guest, region, device, f"align {align}, {what}")
+                guest.succeed(f"ndctl disable-namespace -r {region.name} all")
+                guest.succeed(f"ndctl enable-namespace -r {region.name} all")
+            guest.succeed(f"ndctl destroy-namespace -f -r {region.name} all")
+
+    def pin(self, guest: Guest, region: Region, device: CharacterDevice, what: str) -> None:
+        """Let a disk access pages of the device, and compare the pieces with the backing file."""
+        seed = self.random().getrandbits(32)
+        report = pin_pages(guest, device.path, count=PIECES, seed=seed)
+        self.expect(f"{what}: size of the device", report.size, device.size_bytes)
+        start = file_offset(guest, region, device)
+        with guest.file(0).open("rb") as file:
+            for offset in report.offsets:
+                file.seek(start + offset)
+                found = file.read(64)
+                self.check(f"{what}: the file at {offset:#x}", found, pattern(offset))
+        self.metric("pieces", report.pieces, "pieces", of=what)
+
+    def test_pinned_map_mem(self) -> None:
+        """A disk accesses pages of a devdax with page structures in memory, at each alignment."""
+        self.judge("mem")
+
+    def test_pinned_map_dev(self) -> None:
+        """A disk accesses pages of a devdax with page structures on the DIMM, at each alignment."""
+        self.judge("dev")
