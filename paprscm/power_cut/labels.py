@@ -123,16 +123,23 @@ for n in namespace*.*; do
 done
 """
 
+# Region and namespaces are probed asynchronously. At first the seed is a namespace of the labels;
+# when that has its driver, an empty one usually follows. Only then can a namespace be made.
 _BIND = """
 echo {name} > {driver}/bind
-# This read returns when the bus has probed all its devices.
-cat /sys/bus/nd/devices/ndbus*/wait_probe > /dev/null
-cd /sys/bus/nd/devices/region* && [ -e driver ] || exit 3
+for try in $(seq 40); do
+	cat /sys/bus/nd/devices/ndbus*/wait_probe > /dev/null
+	seed='' size=''
+	cd /sys/bus/nd/devices/region* && read -r seed < namespace_seed && read -r size < $seed/size
+	[ "$size" != 0 ] || break
+	sleep 0.02
+done
+[ -n "$size" ] && [ -e driver ] || exit 3
 {read}
-read -r seed < namespace_seed
+[ "$size" = 0 ] || exit 0
 read -r align < align
 read -r uuid < /proc/sys/kernel/random/uuid
-cd $seed && echo $uuid > uuid && echo $align > size || exit 4
+cd $seed && /bin/echo $uuid > uuid && /bin/echo $align > size || exit 4
 """
 
 
@@ -147,7 +154,8 @@ def read_namespaces(guest: Guest, device: str) -> dict[str, int]:
 
 
 def bind_again(guest: Guest, driver: str, name: str) -> tuple[dict[str, int], str]:
-    """Bind the driver of the only DIMM of a guest, which reads the labels; make a namespace.
+    """Bind the driver of the only DIMM of a guest, which reads the labels; make a namespace, if the
+    region has an empty one for that.
 
     Args:
         guest: the guest.
@@ -161,7 +169,8 @@ def bind_again(guest: Guest, driver: str, name: str) -> tuple[dict[str, int], st
     reasons = {0: "", 3: "the DIMM is disabled", 4: "the DIMM does not take another namespace"}
     if result.status not in reasons:
         raise ContractError(f"bind of {name} ended with {result.status}: {result.stderr.strip()}")
-    return _sizes(result.stdout), reasons[result.status]
+    reason = " ".join([reasons[result.status], result.stderr.strip()]).strip()
+    return _sizes(result.stdout), reason if result.status else ""
 
 
 def _sizes(text: str) -> dict[str, int]:
