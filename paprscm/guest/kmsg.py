@@ -73,8 +73,10 @@ SOFT_LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(?P<cpu>\d+) stuck f
 """A CPU did not schedule for twice watchdog_thresh (kernel/watchdog.c, watchdog_timer_fn)."""
 STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked.* for more than")
 """Messages that a stuck CPU causes."""
+# With PPC_SPLPAR the CPU may be in a hcall that yields to the owner of the lock.
 _SPINS = re.compile(
-    r"NIP \[[0-9a-f]+\] (?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+)\+"
+    r"(?:(?:NIP|LR) |\[[0-9a-f]+\] )\[[0-9a-f]+\] "
+    r"(?:queued_spin_lock_slowpath|_raw_spin_lock\w*|yield_\w+|splpar_spin_yield)\+(?!.*unreliable)"
 )
 
 

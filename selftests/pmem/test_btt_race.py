@@ -13,7 +13,7 @@ from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 from msgspec.structs import replace
 
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.kmsg import traces
+from paprscm.guest.kmsg import spins, traces
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem.btt_race import (
     DONE,
@@ -199,3 +199,28 @@ def test_btt_sleep() -> None:
 def test_sleep_elsewhere(frame: str) -> None:
     with pytest.raises(ContractError, match="not in a flush of the BTT"):
         btt_sleep(SLEEP.replace(frame, "] other+"))
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        ("NIP [c0000000000661dc] queued_spin_lock_slowpath+0x840/0xcfc", True),
+        # With PPC_SPLPAR: a hcall that yields to the owner.
+        (
+            "NIP [c000000000079d3c] plpar_hcall_norets_notrace+0xc/0x2c\n"
+            "LR [c00000000006552c] yield_to_preempted+0x38/0x4c\n"
+            "[c000000005d777e0] [c0000000000662dc] queued_spin_lock_slowpath+0x940/0xcfc",
+            True,
+        ),
+        ("[c000000005d777e0] [c0000000000662dc] queued_spin_lock_slowpath+0x940/0xcfc", True),
+        # What an earlier call has left on the stack.
+        (
+            "NIP [c000000000079d3c] plpar_hcall_norets+0xc/0x2c\n"
+            "[c000000005d777e0] [c00000000006c] queued_spin_lock_slowpath+0x9/0xc (unreliable)",
+            False,
+        ),
+        ("NIP [c0000000000661dc] memcpy+0x840/0xcfc", False),
+    ],
+)
+def test_spins(trace: str, expected: bool) -> None:
+    assert spins(trace) is expected
