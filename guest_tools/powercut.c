@@ -13,10 +13,15 @@
  *	create=A  mkdir=D  unlink=A  rmdir=D  rename=A:B  link=A:B  truncate=A:LENGTH
  *	write=A:OFFSET:LENGTH:BYTE    pwrite(2)
  *	dwrite=A:OFFSET:LENGTH:BYTE   the same through a descriptor with O_DSYNC
+ *	direct=A:OFFSET:LENGTH:BYTE   with O_DIRECT
+ *	ddirect=A:OFFSET:LENGTH:BYTE  with O_DIRECT and O_DSYNC
  *	store=A:OFFSET:LENGTH:BYTE    stores through a shared mapping
+ *	dax=A:OFFSET:LENGTH:BYTE      the same; the file is a DAX device
  *	msync=A:OFFSET:LENGTH         msync(2) with MS_SYNC, of a new shared mapping
  *	fsync=A  fdatasync=A  syncfs=A
  *	sync=.                        sync(2)
+ *	set=A:TEXT                    write(2) of TEXT to a file of sysfs
+ *	deep_flush=A                  writes 1 to the file A.deep_flush, a link to the region's attribute
  *
  * It stops at the first failed step. The report has each step with its errno.
  *
@@ -68,7 +73,8 @@ static int closed(int fd, int result)
 static int write_bytes(int fd, const struct step *step)
 {
 	long long length = step->numbers[1];
-	char *data = malloc(length);
+	/* O_DIRECT needs the alignment of the largest sector. */
+	char *data = aligned_alloc(4096, (length + 4095) / 4096 * 4096);
 	int result = -1, number;
 
 	if (data) {
@@ -101,6 +107,21 @@ static int in_mapping(int fd, const struct step *step, bool stores)
 	return result;
 }
 
+static int set(const char *name, const char *text)
+{
+	int fd = opened(name, O_WRONLY);
+
+	return fd < 0 ? -1 : closed(fd, write(fd, text, strlen(text)) > 0 ? 0 : -1);
+}
+
+static int deep_flush(const char *name)
+{
+	char path[256];
+
+	snprintf(path, sizeof(path), "%s.deep_flush", name);
+	return set(path, "1");
+}
+
 static int make(const struct step *step)
 {
 	const char *verb = step->verb, *name = step->name;
@@ -122,10 +143,18 @@ static int make(const struct step *step)
 		sync();
 		return 0;
 	}
+	if (!strcmp(verb, "set"))
+		return set(name, step->other);
+	if (!strcmp(verb, "deep_flush"))
+		return deep_flush(name);
 	if (!strcmp(verb, "create"))
 		fd = opened(name, O_RDWR | O_CREAT | O_EXCL);
 	else if (!strcmp(verb, "dwrite"))
 		fd = opened(name, O_RDWR | O_DSYNC);
+	else if (!strcmp(verb, "direct"))
+		fd = opened(name, O_RDWR | O_DIRECT);
+	else if (!strcmp(verb, "ddirect"))
+		fd = opened(name, O_RDWR | O_DIRECT | O_DSYNC);
 	else
 		fd = to_sync(name);
 	if (fd < 0 || !strcmp(verb, "create"))
@@ -136,8 +165,8 @@ static int make(const struct step *step)
 		return closed(fd, fdatasync(fd));
 	if (!strcmp(verb, "syncfs"))
 		return closed(fd, syncfs(fd));
-	if (!strcmp(verb, "store") || !strcmp(verb, "msync"))
-		return closed(fd, in_mapping(fd, step, !strcmp(verb, "store")));
+	if (!strcmp(verb, "store") || !strcmp(verb, "dax") || !strcmp(verb, "msync"))
+		return closed(fd, in_mapping(fd, step, strcmp(verb, "msync")));
 	return closed(fd, write_bytes(fd, step));
 }
 
@@ -145,10 +174,11 @@ static int make(const struct step *step)
 static const char *arguments(const char *verb)
 {
 	static const char *const verbs[][2] = {
-		{ "create", "" },  { "mkdir", "" },	{ "unlink", "" },    { "rmdir", "" },
-		{ "fsync", "" },   { "fdatasync", "" }, { "syncfs", "" },    { "sync", "" },
-		{ "rename", "n" }, { "link", "n" },	{ "truncate", "1" }, { "msync", "2" },
-		{ "write", "3" },  { "dwrite", "3" },	{ "store", "3" },
+		{ "create", "" },  { "mkdir", "" },	{ "unlink", "" },     { "rmdir", "" },
+		{ "fsync", "" },   { "fdatasync", "" }, { "syncfs", "" },     { "sync", "" },
+		{ "rename", "n" }, { "link", "n" },	{ "truncate", "1" },  { "msync", "2" },
+		{ "write", "3" },  { "dwrite", "3" },	{ "direct", "3" },    { "ddirect", "3" },
+		{ "store", "3" },  { "dax", "3" },	{ "deep_flush", "" }, { "set", "n" },
 	};
 
 	for (size_t i = 0; i < LENGTH(verbs); i++)

@@ -32,6 +32,20 @@ def file_offset(guest: Guest, region: Region, device: CharacterDevice) -> int:
     return start - region_start
 
 
+def disk_offset(guest: Guest, region: Region, disk: BlockDevice) -> int:
+    """Offset of a block device's data in the DIMM's backing file, bytes.
+
+    That of a BTT is the offset of its namespace: its sectors are not in order.
+    """
+    folder = f"/sys/block/{disk.name}/device"
+    begins = guest.succeed(
+        f"cd -P {folder} && if [ -e resource ]; then cat resource; else "
+        f"cat /sys/bus/nd/devices/$(cat namespace)/resource; fi && cat {region.device}/resource"
+    )
+    start, region_start = (int(line, 16) for line in begins.split("\n"))
+    return start - region_start
+
+
 def create_namespace(
     guest: Guest,
     region: Region,

@@ -3,8 +3,8 @@
 
 They follow from the log of stores and from what a host guarantees:
 
-- A page has at least the content that it had when the last successful sync of its file began that
-  had ended before the cut.
+- A page has at least the content that it had when the last successful sync of it began that had
+  ended before the cut.
 - It may have any later content: the host writes back pages when it likes, in any order.
 - The host writes a page of 4 KiB as a whole; in the pessimistic mode each sector of 512 bytes is
   written on its own.
@@ -16,7 +16,6 @@ They follow from the log of stores and from what a host guarantees:
 from __future__ import annotations
 
 import bisect
-import hashlib
 import itertools
 import math
 import os
@@ -56,7 +55,7 @@ class Cut:
         """The contents at the point of the cut."""
         for place, history in log.histories.items():
             until = [(at, content) for at, content in history if at <= point]
-            self.versions[place] = self._legal(place[0], until)
+            self.versions[place] = self._legal(place, until)
             self.newest[place] = until[-1][1] if until else ZEROS
 
     @property
@@ -74,26 +73,33 @@ class Cut:
         """Number of different combinations of pages."""
         return math.prod(len(contents) for contents in self.versions.values())
 
-    def _legal(self, file: int, history: Sequence[tuple[int, bytes]]) -> list[bytes]:
+    def _legal(self, place: Place, history: Sequence[tuple[int, bytes]]) -> list[bytes]:
         """Contents of a page from the newest guaranteed one on; without repetitions."""
         changes = [-1, *(point for point, _ in history)]
         contents = [ZEROS, *(content for _, content in history)]
         oldest = 0
         # From the newest one on: usually the first one counts.
+        file, page = place
         for sync in self._kept.get(file, ()):
-            if self._wrote(sync, file, changes):
+            if sync.covers(page) and self._wrote(sync, place, changes):
                 oldest = bisect.bisect_right(changes, sync.point) - 1
                 break
         return list(dict.fromkeys(contents[oldest:]))
 
-    def _wrote(self, sync: Sync, file: int, changes: Sequence[int]) -> bool:
+    def _wrote(self, sync: Sync, place: Place, changes: Sequence[int]) -> bool:
         """The sync has written the page, or an earlier one had: no failed sync has dropped it."""
+        file, page = place
         changed = changes[bisect.bisect_right(changes, sync.point) - 1]
         return all(
             bad.point < changed
             or _ended(bad) > sync.point
-            or any(changed <= one.point and _ended(one) <= bad.point for one in self._kept[file])
+            or any(
+                changed <= one.point and _ended(one) <= bad.point
+                for one in self._kept[file]
+                if one.covers(page)
+            )
             for bad in self._failed.get(file, ())
+            if bad.covers(page)
         )
 
 
@@ -115,14 +121,10 @@ class Image:
     pages: Mapping[Place, bytes]
 
     @property
-    def digest(self) -> str:
-        """Digest of the contents; equal images are judged once."""
-        total = hashlib.sha256()
-        for place, content in sorted(self.pages.items()):
-            if content != ZEROS:
-                total.update(f"{place}".encode())
-                total.update(content)
-        return total.hexdigest()
+    def digest(self) -> int:
+        """Hash of the contents; equal images are judged once."""
+        # Python keeps the hash of each page's content.
+        return hash(frozenset(item for item in self.pages.items() if item[1] != ZEROS))
 
 
 def images(cut: Cut, dice: random.Random, *, limit: int, torn: bool = False) -> Iterator[Image]:
@@ -137,7 +139,7 @@ def images(cut: Cut, dice: random.Random, *, limit: int, torn: bool = False) -> 
         limit: largest number of images.
         torn: each sector of 512 bytes is written on its own.
     """
-    seen: set[str] = set()
+    seen: set[int] = set()
     makers = _all(cut) if cut.count <= limit and not torn else _some(cut, dice, torn=torn)
     # A random choice may repeat earlier ones: give up when it finds few new images.
     for image in itertools.islice(makers, 4 * limit):

@@ -5,6 +5,8 @@ The rules are those of the system calls, not of one file system:
 
 - fsync(2), fdatasync(2), msync(2), O_DSYNC: the file's data, and the metadata that are needed to
   read them, are durable when the call returns. The name of the file needs fsync of its folder.
+- A write with O_DIRECT, and a store to a DAX mapping, is in the device's memory, but not durable:
+  that takes one of the calls above, or a write to the region's attribute deep_flush.
 - sync(2) and syncfs(2): everything is durable when they return (Linux waits for the write-back).
 - What was changed later may be durable or not, each sector of 512 bytes on its own. The size may be
   any between the sizes in that time.
@@ -20,6 +22,11 @@ from pathlib import PurePosixPath
 from typing import TypeVar
 
 SECTOR = 512
+
+WRITES = ("write", "dwrite", "direct", "ddirect", "store", "dax")
+"""Verbs that write bytes to a file."""
+_IN_DEVICE = ("direct", "ddirect", "dax")
+"""Those that do not leave data in the guest's page cache."""
 
 _T = TypeVar("_T")
 
@@ -51,7 +58,7 @@ class Step:
     Attributes:
         verb: such as "write".
         name: the file, relative to the program's folder.
-        other: second name of rename and link.
+        other: second name of rename and link, or the text of "set".
         offset, length, byte: range and content, in bytes; `length` is also that of truncate.
     """
 
@@ -63,9 +70,9 @@ class Step:
     byte: int = 0
 
     def __str__(self) -> str:
-        if self.verb in ("rename", "link"):
+        if self.verb in ("rename", "link", "set"):
             return f"{self.verb}={self.name}:{self.other}"
-        if self.verb in ("write", "dwrite", "store"):
+        if self.verb in WRITES:
             return f"{self.verb}={self.name}:{self.offset}:{self.length}:{self.byte}"
         if self.verb == "msync":
             return f"{self.verb}={self.name}:{self.offset}:{self.length}"
@@ -90,6 +97,8 @@ class _Node:
     kept_sectors: dict[int, int] = field(default_factory=dict)
     """Last step that made a sector durable, if later than `kept`."""
     kept_size: int = -1
+    in_device: dict[int, int] = field(default_factory=dict)
+    """Last step that wrote a sector to the device's memory, if no later one wrote to the cache."""
 
     @property
     def size(self) -> int:
@@ -141,9 +150,9 @@ class Program:
             self._name(number, step.other, node)
         elif verb == "truncate":
             self._resize(number, self._find(step), step.length)
-        elif verb in ("write", "dwrite", "store"):
+        elif verb in WRITES:
             self._write(number, self._find(step), step)
-        elif verb not in ("fsync", "fdatasync", "msync", "sync", "syncfs"):
+        elif verb not in ("fsync", "fdatasync", "msync", "sync", "syncfs", "deep_flush"):
             raise ValueError(f"unknown verb in {step}")
         if returned:
             self._keep(number, step)
@@ -159,7 +168,10 @@ class Program:
             node.kept = number
             if node.folder and step.verb == "fsync":
                 self._kept_names.append((number, step.name))
-        elif step.verb in ("dwrite", "msync"):
+        elif step.verb == "deep_flush":
+            node = self._find(step)
+            node.kept_sectors |= node.in_device
+        elif step.verb in ("dwrite", "ddirect", "msync"):
             node = self._find(step)
             node.kept_size = number
             for sector in _sectors(step):
@@ -189,10 +201,13 @@ class Program:
         node.sizes.append((number, size))
 
     def _write(self, number: int, node: _Node, step: Step) -> None:
-        if step.verb == "store" and step.offset + step.length > node.size:
+        if step.verb in ("store", "dax") and step.offset + step.length > node.size:
             raise ValueError(f"{step}: beyond the end of the file")
         for sector in _sectors(step):
             node.sectors.setdefault(sector, []).append((number, step.byte))
+            node.in_device.pop(sector, None)
+            if step.verb in _IN_DEVICE:
+                node.in_device[sector] = number
         if step.offset + step.length > node.size:
             node.sizes.append((number, step.offset + step.length))
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -18,6 +18,7 @@ PAGE: Final = 4096
 """Unit of the log, bytes: the smallest page of a host."""
 ZEROS: Final = bytes(PAGE)
 _ENTRY: Final = struct.Struct("<IIQII")
+_END: Final = (1 << 63) - 1
 _PAGE: Final = struct.Struct(f"<II{PAGE}s")
 
 
@@ -38,6 +39,7 @@ class Sync:
         point: number of the point at which it began.
         ended: number of the first point after its end; None: it did not end.
         error: its errno, 0 for success.
+        start, end: the bytes of the file that it covers.
     """
 
     number: int
@@ -45,6 +47,12 @@ class Sync:
     point: int
     ended: int | None = None
     error: int = 0
+    start: int = 0
+    end: int = _END
+
+    def covers(self, page: int) -> bool:
+        """The sync writes the whole page."""
+        return self.start <= page * PAGE and (page + 1) * PAGE <= self.end
 
 
 @dataclass(frozen=True)
@@ -75,12 +83,16 @@ class StoreLog:
         return histories
 
 
-def read_log(path: Path, files: Sequence[Path]) -> StoreLog:
+def read_log(
+    path: Path, files: Sequence[Path], ranges: Mapping[int, tuple[int, int]] | None = None
+) -> StoreLog:
     """Read the log of a QEMU that is stopped or has ended; its last point is now.
 
     Args:
         path: the log.
         files: the watched files, in the order in which they were watched.
+        ranges: by the number of a sync, start and end of the bytes that it covers; without, it
+            covers the whole file.
 
     Raises:
         HostError: the log is not complete.
@@ -105,11 +117,12 @@ def read_log(path: Path, files: Sequence[Path]) -> StoreLog:
             raise HostError(f"the log of stores {path} ends within an entry") from error
         at += count * _PAGE.size
         if kind == Kind.BEGIN:
-            syncs[number] = Sync(number, file, len(pages))
+            start, end = (ranges or {}).get(number, (0, _END))
+            syncs[number] = Sync(number, file, len(pages), start=start, end=end)
             pages.append(changed)
             now |= changed
         elif kind == Kind.END:
-            syncs[number] = Sync(number, file, syncs[number].point, len(pages), result)
+            syncs[number] = replace(syncs[number], ended=len(pages), error=result)
         else:
             raise HostError(f"the log of stores {path} has an entry of the unknown kind {kind}")
     pages.append(dict(_changes(files, now)))

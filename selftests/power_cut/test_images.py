@@ -55,6 +55,15 @@ def test_a_sync_guarantees_what_was_stored_before_it_began() -> None:
     assert legal(Cut(log, 2)) == {0: "abc"}
 
 
+def test_a_sync_of_a_range_guarantees_its_pages() -> None:
+    log = log_of(["aaa", "bbb", "ccc"], Sync(0, 0, 0, ended=1, start=PAGE, end=2 * PAGE + 1))
+    assert legal(Cut(log, 1)) == {0: "0ab", 1: "ab", 2: "0ab"}
+    # A failed sync of other pages drops nothing.
+    failed = Sync(0, 0, 0, ended=1, error=5, end=PAGE)
+    log = log_of(["aa", "--", "--"], failed, Sync(1, 0, 1, ended=2))
+    assert legal(Cut(log, 2)) == {0: "0a", 1: "a"}
+
+
 def test_a_sync_that_did_not_end_or_failed_or_lies_guarantees_nothing() -> None:
     for sync in (Sync(0, 0, 0), Sync(0, 0, 0, ended=1, error=5), Sync(0, 1, 0, ended=1)):
         assert legal(Cut(log_of(["a", "b"], sync), 1)) == {0: "0ab"}

@@ -15,42 +15,38 @@ Sources: fsync(2), sync(2), open(2) (O_DSYNC), msync(2), rename(2).
 from __future__ import annotations
 
 import functools
-import random
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from paprscm.errors import ConfigError, ContractError, HostError
 from paprscm.pmem.fs_health import KERNEL_LOG, complaints
 from paprscm.pmem.mounts import FsType, dax_mount
-from paprscm.pmem.namespaces import CharacterDevice, create_namespace, file_offset, find_namespaces
+from paprscm.pmem.namespaces import find_namespaces
 from paprscm.pmem.regions import find_region
+from paprscm.power_cut.campaign import (
+    COUNTER,
+    Campaign,
+    image_count,
+    is_torn,
+    make_counter,
+    stop_and_read,
+)
 from paprscm.power_cut.generate import BEFORE, programs
-from paprscm.power_cut.images import Cut, Image, images, write_image
+from paprscm.power_cut.images import Image, write_image
 from paprscm.power_cut.programs import read_tree, run_steps
 from paprscm.power_cut.steps import Program, Step
-from paprscm.power_cut.store_log import PAGE, StoreLog, read_log
+from paprscm.power_cut.store_log import StoreLog
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, PMEM_ON, SMALL
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
 
-COUNTER = PMEM_ON.at(0, SMALL)
-"""Before the other DIMM: its pages are logged first, so that the count is not too high."""
 SIZES: dict[FsType, int] = {"ext4": SMALL, "xfs": FOR_XFS}
 FOLDER = "/mnt/cut"
 PROGRAMS = 40
 """Programs in one guest."""
 IMAGES = 20
 """Images of the default run; -p images=N is another number."""
-PER_POINT = 2
-"""Images of one point: the oldest one, and random ones."""
-CONTROL = 200
-"""Images within which a host that lies must be detected; the most that was needed is 12."""
-LIES = {"every sync": 1.0, "half of the syncs": 0.5}
-"""Lies of the control: the probability that a sync is reported, but not done."""
 STEPS_PER_RUN = 200
-SYNC_S = 60.0
-"""Time limit of a sync on a busy host, s."""
 
 
 class PowerCut(PaprScmTest):
@@ -81,102 +77,45 @@ class PowerCut(PaprScmTest):
     def judge(self, fstype: FsType, options: str) -> None:
         """Run programs, build images, and judge them in another guest."""
         dice = self.random()
-        count = self.number()
+        count = image_count(str(self.params.get("images", default=IMAGES)))
         disk = PMEM_OFF.at(1, SIZES[fstype])
-        log, steps, start, offset = self.record(disk, fstype, options, dice, count)
-        done = _counts(log, offset)
-        points = [point for point in range(start, log.last + 1) if done[point] >= len(steps.before)]
-        judge_of = functools.partial(
-            _Judge,
-            self,
-            disk,
-            f"mount -t {fstype} -o {options}",
-            steps.program,
-            Image("newest", Cut(log, log.last).newest),
-        )
+        steps = _Steps(programs(dice, max(PROGRAMS, count // 10)))
+        log, done = self.record(disk, fstype, options, steps)
+        torn = is_torn(str(self.params.get("torn", default="no")))
+        campaign = Campaign(log, done, len(steps.before), dice, torn)
+        mount = f"mount -t {fstype} -o {options}"
+        judge_of = functools.partial(_Judge, self, disk, mount, steps.program, campaign.newest)
         judge = judge_of()
         judged, began = 0, time.monotonic()
-        for point in _spread(points, -(-count // PER_POINT), dice):
-            for image in images(Cut(log, point), dice, limit=PER_POINT, torn=self.torn()):
-                judged += 1
-                detail = judge.context(done[point])
-                for text in judge.differences(image, done[point]):
-                    self.check(f"{image.name} at point {point}", text, "", detail=detail)
+        for image, point in campaign.images(count):
+            judged += 1
+            detail = judge.context(done[point])
+            for text in judge.differences(image, done[point]):
+                self.check(f"{image.name} at point {point}", text, "", detail=detail)
             self.checkpoint()
         duration_s = time.monotonic() - began
-        self.measure("syncs, points and images", [len(log.syncs), len(points), judged])
+        self.measure("syncs, points and images", [len(log.syncs), len(campaign.points), judged])
         self.metric("image", duration_s / judged, "s", fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
-        self.control(judge_of(allowed=[""]), log, start, done, points, dice)
-
-    def number(self) -> int:
-        """Number of images, from -p images=N."""
-        text = str(self.params.get("images", default=IMAGES))
-        if not text.isdecimal() or not int(text):
-            raise ConfigError(f"images={text} is not a number of images")
-        return int(text)
-
-    def torn(self) -> bool:
-        """With -p torn=yes, the host writes each sector of 512 bytes on its own."""
-        text = str(self.params.get("torn", default="no"))
-        if text not in ("yes", "no"):
-            raise ConfigError(f"torn={text} is neither yes nor no")
-        return text == "yes"
+        for lie, number in campaign.control(judge_of(allowed=[""]).differences).items():
+            self.metric("images_to_detection", number, "images", lie=lie)
 
     def record(
-        self, disk: Nvdimm, fstype: FsType, options: str, dice: random.Random, count: int
-    ) -> tuple[StoreLog, _Steps, int, int]:
-        """Run programs; return the log, the steps, their first point, and the counter's offset."""
+        self, disk: Nvdimm, fstype: FsType, options: str, steps: _Steps
+    ) -> tuple[StoreLog, list[int]]:
+        """Run programs; return the log, and the number of completed steps at each point."""
         files = self.keep(COUNTER, disk)
         path = Path(self.workdir) / f"stores-{fstype}"
-        steps = _Steps(programs(dice, max(PROGRAMS, count // 10)))
         with self.environment.guest(
             Machine(nvdimms=files.nvdimms()), folder=self.folder("guest"), shim=self.shim(log=path)
         ) as guest:
-            region = find_region(guest, COUNTER.slot)
-            counter = create_namespace(guest, region, mode="devdax").device
-            if not isinstance(counter, CharacterDevice):
-                raise ContractError(f"{counter.path} is not a DAX device")
-            offset = file_offset(guest, region, counter)
+            counter = make_counter(guest)
             dax_mount(guest, disk.slot, fstype, FOLDER, options=options)
             guest.succeed(f"sync {FOLDER}")
-            start = guest.vm.syncs(disk.slot).counts().begun
             for part in steps.parts():
                 run_steps(guest, FOLDER, counter.path, part)
-            guest.vm.qmp.execute("stop")
-            # The end of a sync is in the log before it is counted.
-            syncs = guest.vm.syncs(disk.slot)
-            syncs.wait_ended(syncs.counts().begun, SYNC_S)
-            log = read_log(path, [files.path(COUNTER.slot), files.path(disk.slot)])
-        path.unlink()
-        return log, steps, start, offset
-
-    def control(
-        self,
-        judge: _Judge,
-        log: StoreLog,
-        start: int,
-        done: Sequence[int],
-        points: Sequence[int],
-        dice: random.Random,
-    ) -> None:
-        """Check that a host is detected that lies about syncs since the first program.
-
-        Raises:
-            HostError: it is not, so the verdicts mean nothing.
-        """
-        for what, share in LIES.items():
-            for number in range(1, CONTROL + 1):
-                point = dice.choice(points)
-                # Drawn for each image: a file system may make its syncs in pairs, of which the
-                # second one is enough.
-                done_syncs = {s for s in log.syncs if s.point < start or dice.random() >= share}
-                (image,) = images(Cut(log, point, counts=done_syncs.__contains__), dice, limit=1)
-                if judge.differences(image, done[point]):
-                    self.metric("images_to_detection", number, "images", lie=what)
-                    break
-            else:
-                raise HostError(f"{CONTROL} images of a host have all data; {what} was a lie")
+            log = stop_and_read(guest, path, [COUNTER.slot, disk.slot])
+        return log, counter.at_points(log)
 
 
 class _Steps:
@@ -195,23 +134,6 @@ class _Steps:
     def parts(self) -> list[Sequence[Step]]:
         steps = self.program.steps
         return [steps[at : at + STEPS_PER_RUN] for at in range(0, len(steps), STEPS_PER_RUN)]
-
-
-def _counts(log: StoreLog, offset: int) -> list[int]:
-    """Number of completed steps at each point."""
-    done, counts = 0, []
-    place = (COUNTER.slot, offset // PAGE)
-    for changed in log.pages:
-        if place in changed:
-            done = int.from_bytes(changed[place][offset % PAGE :][:8], "little")
-        counts.append(done)
-    return counts
-
-
-def _spread(points: Sequence[int], count: int, dice: random.Random) -> list[int]:
-    """A choice of points in random order; the last one is among them."""
-    others = dice.sample(points[:-1], min(count, len(points)) - 1)
-    return [points[-1], *others]
 
 
 class _Judge:

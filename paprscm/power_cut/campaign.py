@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""One run of a guest with a log of its stores, and the images of power cuts in it.
+
+Programs in the guest count their completed steps in a DIMM of their own, whose pages are in the
+log, too. So the log has the number of completed steps at each of its points.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from paprscm.errors import ConfigError, ContractError, HostError
+from paprscm.guest.guest import Guest
+from paprscm.pmem.namespaces import CharacterDevice, create_namespace, file_offset
+from paprscm.pmem.regions import find_region
+from paprscm.power_cut.images import Cut, Image, images
+from paprscm.power_cut.store_log import PAGE, StoreLog, read_log
+from paprscm.vm.dimms import PMEM_ON, SMALL
+from paprscm.vm.sync_shim import Record
+
+COUNTER = PMEM_ON.at(0, SMALL)
+"""Before the other DIMMs: its pages are logged first, so that the count is not too high."""
+PER_POINT = 2
+"""Images of one point: the oldest one, and random ones."""
+CONTROL = 200
+"""Images within which a host that lies must be detected."""
+LIES = {"every sync": 1.0, "half of the syncs": 0.5}
+"""Lies of the control, with their probabilities."""
+_SYNC_S = 60.0
+"""Time limit of a sync on a busy host, s."""
+
+Judge = Callable[[Image, int], list[str]]
+"""Returns what is missing or wrong in an image, when so many steps had returned."""
+
+
+@dataclass(frozen=True)
+class Counter:
+    """The DAX device whose first word is the number of completed steps.
+
+    Attributes:
+        path: its path in the guest.
+        offset: its offset in the backing file of `COUNTER`, bytes.
+    """
+
+    path: str
+    offset: int
+
+    def at_points(self, log: StoreLog) -> list[int]:
+        """Return the number of completed steps at each point of a log."""
+        done, counts = 0, []
+        place = (COUNTER.slot, self.offset // PAGE)
+        for changed in log.pages:
+            if place in changed:
+                done = int.from_bytes(changed[place][self.offset % PAGE :][:8], "little")
+            counts.append(done)
+        return counts
+
+
+def make_counter(guest: Guest) -> Counter:
+    """Make the counter of a guest on the DIMM `COUNTER`."""
+    region = find_region(guest, COUNTER.slot)
+    device = create_namespace(guest, region, mode="devdax").device
+    if not isinstance(device, CharacterDevice):
+        raise ContractError(f"{device.path} is not a DAX device")
+    return Counter(device.path, file_offset(guest, region, device))
+
+
+def stop_and_read(guest: Guest, path: Path, slots: Sequence[int]) -> StoreLog:
+    """Stop a guest, wait for its syncs, and read the log of its stores.
+
+    Args:
+        guest: the guest.
+        path: its log, which is removed: it may have a gigabyte.
+        slots: the slots of all its DIMMs, in the order of the machine.
+    """
+    guest.vm.qmp.execute("stop")
+    records: list[Record] = []
+    for slot in slots:
+        # The end of a sync is in the log before it is counted.
+        syncs = guest.vm.syncs(slot)
+        syncs.wait_ended(syncs.counts().begun, _SYNC_S)
+        records += syncs.records()
+    ranges = {record.number: (record.start, record.end) for record in records}
+    log = read_log(path, [guest.file(slot) for slot in slots], ranges)
+    path.unlink()
+    return log
+
+
+@dataclass
+class Campaign:
+    """The images of one log.
+
+    Attributes:
+        log: the log of stores.
+        done: number of completed steps at each point.
+        before: number of the first steps, which prepare: no cut is before their end.
+        dice: source of the random choices.
+        torn: each sector of 512 bytes is written on its own.
+    """
+
+    log: StoreLog
+    done: Sequence[int]
+    before: int
+    dice: random.Random
+    torn: bool = False
+    points: list[int] = field(init=False)
+    """Points at which the power may go off."""
+
+    def __post_init__(self) -> None:
+        first = next((n for n, done in enumerate(self.done) if done >= self.before), None)
+        if first is None:
+            raise HostError(f"no point of the log is after the first {self.before} steps")
+        self.points = list(range(first, self.log.last + 1))
+
+    @property
+    def newest(self) -> Image:
+        """The contents at the end."""
+        return Image("newest", Cut(self.log, self.log.last).newest)
+
+    @property
+    def oldest(self) -> Image:
+        """The oldest contents that a cut at the end may leave."""
+        return Image("oldest", Cut(self.log, self.log.last).oldest)
+
+    def images(self, count: int, *, per_point: int = PER_POINT) -> Iterator[tuple[Image, int]]:
+        """Yield about `count` legal images, each with its point; the last point is among them."""
+        points = min(-(-count // per_point), len(self.points))
+        for point in [self.points[-1], *self.dice.sample(self.points[:-1], points - 1)]:
+            for image in images(Cut(self.log, point), self.dice, limit=per_point, torn=self.torn):
+                yield image, point
+
+    def control(
+        self, judge: Judge, *, limit: int = CONTROL, lies: Mapping[str, float] = LIES
+    ) -> dict[str, int]:
+        """Check that a host that lies about its syncs since the preparation is detected.
+
+        Args:
+            judge: judges the images.
+            limit: number of images within which each lie must be detected.
+            lies: for each, the probability that a sync is reported, but not done.
+
+        Returns:
+            The number of images that each lie needed.
+
+        Raises:
+            HostError: a lie is not detected, so the verdicts mean nothing.
+        """
+        return {what: self._detect(judge, what, share, limit) for what, share in lies.items()}
+
+    def _detect(self, judge: Judge, what: str, share: float, limit: int) -> int:
+        for number in range(1, limit + 1):
+            point = self.dice.choice(self.points)
+            # Drawn for each image: a file system may make its syncs in pairs, of which the second
+            # one is enough.
+            first = self.points[0]
+            done = {s for s in self.log.syncs if s.point < first or self.dice.random() >= share}
+            cut = Cut(self.log, point, counts=done.__contains__)
+            (image,) = images(cut, self.dice, limit=1)
+            if judge(image, self.done[point]):
+                return number
+        raise HostError(f"{limit} images of a host have all data; {what} was a lie")
+
+
+def image_count(text: str) -> int:
+    """The parameter images=N.
+
+    Raises:
+        ConfigError: it is not a positive number.
+    """
+    if not text.isdecimal() or not int(text):
+        raise ConfigError(f"images={text} is not a number of images")
+    return int(text)
+
+
+def is_torn(text: str) -> bool:
+    """The parameter torn=yes or torn=no: the host writes each sector of 512 bytes on its own.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text not in ("yes", "no"):
+        raise ConfigError(f"torn={text} is neither yes nor no")
+    return text == "yes"

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Contract of databases on a DIMM that is flushed by H_SCM_FLUSH.
+
+After a power cut of the host, a database can be opened, passes its own check, and has exactly the
+transactions whose commit had returned, and perhaps the next one.
+
+SQLite (write-ahead log with synchronous=FULL, rollback journal with EXTRA) and LMDB (write and
+shared mapping) commit transactions in a guest; the images are built as in test_files.py, and
+another guest mounts each, and opens the databases. The libraries are Debian's
+(paprscm/power_cut/databases.py).
+
+Sources: https://www.sqlite.org/pragma.html#pragma_synchronous, https://www.sqlite.org/wal.html,
+lmdb.h.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from paprscm.pmem.mounts import FsType, dax_mount
+from paprscm.pmem.namespaces import find_namespaces
+from paprscm.pmem.regions import find_region
+from paprscm.power_cut.campaign import (
+    COUNTER,
+    Campaign,
+    image_count,
+    is_torn,
+    make_counter,
+    stop_and_read,
+)
+from paprscm.power_cut.databases import KINDS, Databases, differences, fetch_libraries
+from paprscm.power_cut.images import Image, write_image
+from paprscm.power_cut.store_log import StoreLog
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
+from paprscm.vm.machine import Machine, Nvdimm
+
+SIZES: dict[FsType, int] = {"ext4": SMALL, "xfs": FOR_XFS}
+FOLDER = "/mnt/cut"
+TRANSACTIONS = 24
+"""Transactions of each database."""
+IMAGES = 12
+"""Images of the default run; -p images=N is another number."""
+
+
+class DatabaseCut(PaprScmTest):
+    """
+    Databases, and the host's power goes off.
+
+    :avocado: tags=flush,promise
+    """
+
+    timeout = 900
+
+    def test_ext4(self) -> None:
+        """On ext4 with DAX, databases have exactly the committed transactions after a power cut.
+
+        With -p images=N, N images are judged instead of 12. Controls check that a host that lies
+        about its syncs is detected.
+        """
+        self.judge("ext4", "dax=always")
+
+    def test_xfs(self) -> None:
+        """On XFS with DAX, databases have exactly the committed transactions after a power cut."""
+        self.judge("xfs", "dax=always")
+
+    def test_ext4_page_cache(self) -> None:
+        """On ext4 without DAX, databases have exactly the committed transactions after a cut."""
+        self.judge("ext4", "dax=never")
+
+    def judge(self, fstype: FsType, options: str) -> None:
+        """Commit transactions, build images, and check the databases in another guest."""
+        dice = self.random()
+        count = image_count(str(self.params.get("images", default=IMAGES)))
+        torn = is_torn(str(self.params.get("torn", default="no")))
+        libraries = fetch_libraries(self.settings)
+        disk = PMEM_OFF.at(1, SIZES[fstype])
+        log, done = self.record(disk, fstype, options, libraries)
+        # The databases exist before the first transaction.
+        campaign = Campaign(log, done, 1, dice, torn)
+        mount = f"mount -t {fstype} -o {options}"
+        judge = _Judge(self, disk, mount, libraries, campaign.newest)
+        judged, began = 0, time.monotonic()
+        for image, point in campaign.images(count):
+            judged += 1
+            detail = f"{done[point]} transactions were committed"
+            for text in judge.differences(image, done[point]):
+                self.check(f"{image.name} at point {point}", text, "", detail=detail)
+            self.checkpoint()
+        duration_s = time.monotonic() - began
+        self.measure("syncs, points and images", [len(log.syncs), len(campaign.points), judged])
+        self.metric("image", duration_s / judged, "s", fstype=fstype, options=options)
+        liar = _Judge(self, disk, mount, libraries, campaign.newest, allowed=[""])
+        for lie, number in campaign.control(liar.differences).items():
+            self.metric("images_to_detection", number, "images", lie=lie)
+
+    def record(
+        self, disk: Nvdimm, fstype: FsType, options: str, libraries: list[Path]
+    ) -> tuple[StoreLog, list[int]]:
+        """Commit transactions; return the log, and the number of transactions at each point."""
+        files = self.keep(COUNTER, disk)
+        path = Path(self.workdir) / f"stores-{fstype}"
+        with self.environment.guest(
+            Machine(nvdimms=files.nvdimms()), folder=self.folder("guest"), shim=self.shim(log=path)
+        ) as guest:
+            counter = make_counter(guest)
+            dax_mount(guest, disk.slot, fstype, FOLDER, options=options)
+            databases = Databases(guest, FOLDER)
+            databases.install(libraries)
+            for kind in KINDS:
+                databases.run(kind, counter.path, 0)
+            guest.succeed(f"sync -f {FOLDER}")
+            for kind in KINDS:
+                databases.run(kind, counter.path, TRANSACTIONS)
+            log = stop_and_read(guest, path, [COUNTER.slot, disk.slot])
+        return log, counter.at_points(log)
+
+
+class _Judge:
+    """A guest that mounts one image after the other.
+
+    Args:
+        test: the test; the guest ends with it.
+        disk: the DIMM.
+        mount: the command that mounts a file system, without device and folder.
+        libraries: libraries of the databases.
+        newest: the DIMM's last contents, with which the guest starts.
+        allowed: expected kernel messages (regular expressions).
+    """
+
+    def __init__(
+        self,
+        test: DatabaseCut,
+        disk: Nvdimm,
+        mount: str,
+        libraries: list[Path],
+        newest: Image,
+        *,
+        allowed: Iterable[str] = (),
+    ) -> None:
+        self._slot = disk.slot
+        files = test.keep(disk)
+        self._file = files.path(disk.slot)
+        write_image(newest, self._slot, self._file)
+        self._guest = test.boot(Machine(nvdimms=files.nvdimms()), allowed=allowed)
+        (namespace,) = find_namespaces(self._guest, find_region(self._guest, self._slot))
+        self._databases = Databases(self._guest, FOLDER)
+        self._databases.install(libraries)
+        self._mount = f"mkdir -p {FOLDER} && {mount} {namespace.path} {FOLDER}"
+
+    def differences(self, image: Image, done: int) -> list[str]:
+        """Return what is wrong in an image, when `done` transactions had returned."""
+        write_image(image, self._slot, self._file)
+        mounted = self._guest.run(self._mount)
+        if mounted.status:
+            return [f"cannot be mounted: {mounted.stderr.strip()}"]
+        reports = self._databases.check()
+        self._guest.succeed(f"umount {FOLDER}")
+        return differences(reports, done, TRANSACTIONS)
