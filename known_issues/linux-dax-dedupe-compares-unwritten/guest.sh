@@ -7,7 +7,7 @@
 expected "FIDEDUPERANGE of unequal ranges changes nothing"
 need mkfs.xfs xfs_io
 namespace "$1" fsdax
-page=$(getconf PAGESIZE)
+page=$(($(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps) * 1024))
 mkfs.xfs -q -f -b size="$page" "/dev/$device" && mount -o dax=always "/dev/$device" /mnt ||
 	unknown "no XFS with DAX"
 cd /mnt || unknown "no /mnt"

@@ -69,7 +69,7 @@ PROGRAMS = 60
 IMAGES = 80
 """Images of the default run that the host reads; -p images=N is another number."""
 CONTROL = 1000
-"""Images within which a host that lies must be detected; up to 8 were needed."""
+"""Images within which a host that lies must be detected."""
 BTT_LIES = {"every sync": 1.0, "nine of ten syncs": 0.9}
 """Lies about syncs of a BTT, which makes four for each sector: half of them nearly suffice."""
 BTT_PROGRAMS = 24
