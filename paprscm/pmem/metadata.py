@@ -177,17 +177,18 @@ class LabelArea:
         """The label in a slot."""
         return self.data[self.slot_offset(slot) :][:LABEL_BYTES]
 
-    def used_slots(self) -> list[int]:
-        """Slots that the current index block lists as used."""
-        if self.current is None:
+    def used_slots(self, number: int | None = None) -> list[int]:
+        """Slots that an index block lists as used; None: the current one, if there is one."""
+        number = self.current if number is None else number
+        if number is None:
             return []
-        index = self.index(self.current)
+        index = self.index(number)
         free = int.from_bytes(index[_SLOT_FREE:], "little")
         return [slot for slot in range(INDEX.read(index, "nslot")) if not free >> slot & 1]
 
-    def namespaces(self) -> frozenset[StoredNamespace]:
-        """The namespaces of intact labels in used slots."""
-        labels = (self.label(slot) for slot in self.used_slots())
+    def namespaces(self, number: int | None = None) -> frozenset[StoredNamespace]:
+        """The namespaces of intact labels in used slots, as for used_slots()."""
+        labels = (self.label(slot) for slot in self.used_slots(number))
         return frozenset(
             StoredNamespace(
                 str(uuid.UUID(bytes=label[:16])),
