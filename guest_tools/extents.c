@@ -2,7 +2,7 @@
 /*
  * extents - random operations on the extents of two files, whose contents are known at any time.
  *
- * extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] FOLDER SCRATCH
+ * extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER SCRATCH
  *   Creates the files FOLDER/a and FOLDER/b, sparse up to the offset --base, and keeps a copy of
  *   what follows in memory. Each step writes, truncates, punches, clones, … a random range, with
  *   arguments that a file system either accepts or does not support at all, and compares what
@@ -10,7 +10,7 @@
  *   system's block size. SCRATCH is a file of another file system, which O_DIRECT writes to from
  *   mappings.
  *
- *   The same seed makes the same steps.
+ *   The same seed makes the same steps. --trace prints each of them.
  *
  * Exit status 1: a file has other contents or another size, or an operation failed; see the report.
  */
@@ -27,7 +27,7 @@
 
 static const struct option options[] = {
 	OPTION("block", 'b'), OPTION("base", 'o'), OPTION("seed", 's'),
-	OPTION("steps", 'n'), END_OF_OPTIONS,
+	OPTION("steps", 'n'), FLAG("trace", 't'),  END_OF_OPTIONS,
 };
 
 enum operation {
@@ -66,6 +66,7 @@ static uint64_t block, base, limit, seed = 1, steps = 1000, drawn;
 static uint64_t done[OPERATIONS], unsupported[OPERATIONS];
 static unsigned char *buffer;
 static int scratch;
+static bool trace;
 /* What went wrong. */
 static const char *failure;
 static uint64_t step, failed_at, wanted_value, found_value;
@@ -74,7 +75,7 @@ static char description[160];
 
 const char tool_name[] = "extents";
 const char usage_text[] =
-	"usage: extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] FOLDER SCRATCH\n";
+	"usage: extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER SCRATCH\n";
 
 static uint64_t draw(uint64_t below)
 {
@@ -172,6 +173,9 @@ static void describe(enum operation operation, const struct file *file, uint64_t
 	if (source)
 		snprintf(description + used, sizeof(description) - (size_t)used, " of %s %" PRIu64,
 			 source->name, source_from);
+	if (trace)
+		fprintf(stderr, "%" PRIu64 " %s, sizes %" PRIu64 " %" PRIu64 "\n", step,
+			description, files[0].size, files[1].size);
 }
 
 /* An operation of fallocate(2) that leaves the size, or extends it. */
@@ -437,6 +441,9 @@ int main(int argc, char **argv)
 			break;
 		case 's':
 			seed = parse_number("--seed", optarg, 0, UINT64_MAX);
+			break;
+		case 't':
+			trace = true;
 			break;
 		case 'n':
 			steps = parse_number("--steps", optarg, 1, 1000000);

@@ -46,6 +46,19 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
     def exit_status(self) -> int:
         return int(self.failure != "")
 
+    @property
+    def punch_shows_data(self) -> bool:
+        """A punched range does not read as zeros."""
+        return self.step.startswith("punch ") and self.failure != "" and self.expected < self.found
+
+    @property
+    def place(self) -> str:
+        """The last step, what was wrong, and where."""
+        return (
+            f"step {self.steps}, {self.step}: {self.failure} (at {self.at}: expected "
+            f"{self.expected}, found {self.found}; errno {self.errno})"
+        )
+
     def expect_correct(self, needed: Set[str]) -> None:
         """Assert that no step failed, and that each needed operation was made.
 
@@ -54,10 +67,7 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
             HostError: a needed operation never succeeded: it was not tested.
         """
         if self.failure:
-            raise ContractError(
-                f"step {self.steps}, {self.step}: {self.failure} (at {self.at}: expected "
-                f"{self.expected}, found {self.found}; errno {self.errno})"
-            )
+            raise ContractError(self.place)
         if missing := sorted(name for name in needed if not self.done.get(name)):
             raise HostError(f"never made in {self.steps} steps: {', '.join(missing)}")
 

@@ -132,6 +132,7 @@ for try in $(seq 40); do
 	seed='' size=''
 	cd /sys/bus/nd/devices/region* && read -r seed < namespace_seed && read -r size < $seed/size
 	[ "$size" != 0 ] || break
+	# No file tells when the seed is empty.
 	sleep 0.02
 done
 [ -n "$size" ] && [ -e driver ] || exit 3
