@@ -190,6 +190,7 @@ def test_a_misspelt_format_is_refused_before_the_first_test(job: tuple[Path, str
 
 SLOW = """
 import time
+from pathlib import Path
 
 from paprscm.testcase import QemuTest
 
@@ -199,6 +200,7 @@ class Slow(QemuTest):
         pass
 
     def test_2(self):
+        Path(__file__).with_name("sleeping").touch()
         time.sleep(60)
 
     def test_3(self):
@@ -223,8 +225,10 @@ def test_a_job_that_is_killed_or_interrupted(tmp_path: Path, number: signal.Sign
             deadline = time.monotonic() + 120
             while time.monotonic() < deadline:
                 files = list(tmp_path.glob(f"results/job-*/{FILE}"))
+                # In the body of the test: an interrupt while its process starts is an ERROR.
                 if (
-                    files
+                    (tmp_path / "sleeping").exists()
+                    and files
                     and b'"RUNNING"' in files[0].read_bytes()
                     and b'"PASS"' in (files[0].read_bytes())
                 ):
