@@ -33,6 +33,7 @@ _LOG_MAY_DIFFER = (
     r"block pmem@.*: the capability attribute has been deprecated.",
 )
 _NAME = re.compile(r"\b(region|namespace|pfn|dax|btt|pmem|ndbus|nmem)([0-9]+)(?=\b|s\b|\.|p)")
+_CLAIM = re.compile(r"\b(pfn|dax|btt)([0-9]+)\.([0-9]+)\b")
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
@@ -46,6 +47,9 @@ class Seen:
     def __init__(self, file: Path) -> None:
         text = file.read_bytes().decode(errors="replace")
         self._drcs: dict[str, str] = {}
+        # Devices that hold a namespace, and empty ones for the next namespace, are registered
+        # asynchronously: their numbers depend on which is first.
+        self._holders = set(re.findall(r"/holder <==\n(?:sys )?(\w+\.[0-9]+)$", text, re.MULTILINE))
         self.tree: dict[str, str] = {}
         self.files: dict[str, str] = {}
         lines, log, name = [], [], None
@@ -78,7 +82,10 @@ class Seen:
             owner = match[0] if known else f"region{match[2]}"
             return f"{match[1]}@{self._drcs.get(owner, match[2])}"
 
-        return _NAME.sub(by_drc, text)
+        def by_use(match: re.Match[str]) -> str:
+            return f"{match[1]}{match[2]}." + ("used" if match[0] in self._holders else "empty")
+
+        return _NAME.sub(by_drc, _CLAIM.sub(by_use, text))
 
 
 def differences(first: Seen, second: Seen) -> list[str]:
