@@ -2,13 +2,13 @@
 /*
  * extents - random operations on the extents of two files, whose contents are known at any time.
  *
- * extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER SCRATCH
+ * extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER [SCRATCH]
  *   Creates the files FOLDER/a and FOLDER/b, sparse up to the offset --base, and keeps a copy of
  *   what follows in memory. Each step writes, truncates, punches, clones, … a random range, with
  *   arguments that a file system either accepts or does not support at all, and compares what
  *   changed; every 16th step compares both files as a whole, read and mapped. --block is the file
- *   system's block size. SCRATCH is a file of another file system, which O_DIRECT writes to from
- *   mappings.
+ *   system's block size. SCRATCH is a disk or a file elsewhere, which O_DIRECT writes to from
+ *   mappings; without it, this operation does nothing.
  *
  *   The same seed makes the same steps. --trace prints each of them.
  *
@@ -65,7 +65,7 @@ static struct file {
 static uint64_t block, base, limit, seed = 1, steps = 1000, drawn;
 static uint64_t done[OPERATIONS], unsupported[OPERATIONS];
 static unsigned char *buffer;
-static int scratch;
+static int scratch = -1;
 static bool trace;
 /* What went wrong. */
 static const char *failure;
@@ -75,7 +75,7 @@ static char description[160];
 
 const char tool_name[] = "extents";
 const char usage_text[] =
-	"usage: extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER SCRATCH\n";
+	"usage: extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER [SCRATCH]\n";
 
 static uint64_t draw(uint64_t below)
 {
@@ -329,17 +329,20 @@ static bool copy(struct file *file, struct file *source)
 static bool direct_write(struct file *file)
 {
 	uint64_t from = draw(limit / DIRECT) * DIRECT;
-	unsigned char *map;
+	volatile unsigned char *map;
 	bool success;
 
-	if (from + DIRECT > file->size)
+	if (scratch < 0 || from + DIRECT > file->size)
 		return true;
 	describe(DIRECT_WRITE, file, from, DIRECT, NULL, 0);
-	map = mmap(NULL, limit, PROT_READ, MAP_SHARED, file->fd, (off_t)base);
+	map = mmap(NULL, limit, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, (off_t)base);
 	if (map == MAP_FAILED)
 		fail("mmap");
-	success = pwrite(scratch, map + from, DIRECT, 0) == DIRECT;
-	munmap(map, limit);
+	/* Writable pages: Linux 6.12 hangs on others if they were ever shared (see pin_file.c). */
+	for (uint64_t i = from; i < from + DIRECT; i += block)
+		map[i] = file->data[i];
+	success = pwrite(scratch, (const void *)(map + from), DIRECT, 0) == DIRECT;
+	munmap((void *)map, limit);
 	if (!worked(DIRECT_WRITE, success))
 		return !failure;
 	if (pread(scratch, buffer, DIRECT, 0) != DIRECT)
@@ -452,15 +455,14 @@ int main(int argc, char **argv)
 	}
 	if (!block || block % 512 || base % (block ? block : 1) || base % DIRECT)
 		usage("--block and --base must be multiples of sectors and blocks", NULL);
-	if (optind != argc - 2)
-		usage("expected FOLDER and SCRATCH", NULL);
+	if (optind != argc - 1 && optind != argc - 2)
+		usage("expected FOLDER, and SCRATCH if wanted", NULL);
 	limit = BLOCKS * block;
 	drawn = seed;
 	make_file(&files[0], argv[optind]);
 	make_file(&files[1], argv[optind]);
-	scratch = open(argv[optind + 1], O_RDWR | O_CREAT | O_DIRECT, 0600);
-	if (scratch < 0)
-		fail(argv[optind + 1]);
+	if (optind == argc - 2)
+		scratch = open_direct(argv[optind + 1]);
 	errno = posix_memalign((void **)&buffer, DIRECT, limit > DIRECT ? limit : DIRECT);
 	if (errno)
 		fail("memory");
@@ -471,6 +473,7 @@ int main(int argc, char **argv)
 	}
 	report_begin();
 	report_number("steps", step);
+	report_number("block", block);
 	report_open("done", '{');
 	for (unsigned int i = 0; i < OPERATIONS; i++)
 		report_number(names[i], done[i]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * pins - I/O between the pages of a mapped DAX device and a file: the pages are pinned meanwhile.
+ * pins - I/O between the pages of a mapped DAX device and a disk: the pages are pinned meanwhile.
  *
  * pins --count=N [--seed=N] DEVICE SCRATCH
  *   Maps DEVICE as a whole, and stores a pattern of its own into the first and the last 64 KiB and
@@ -82,9 +82,7 @@ int main(int argc, char **argv)
 	map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, device, 0);
 	if (map == MAP_FAILED)
 		fail("mmap");
-	scratch = open(argv[optind + 1], O_RDWR | O_CREAT | O_DIRECT, 0600);
-	if (scratch < 0)
-		fail(argv[optind + 1]);
+	scratch = open_direct(argv[optind + 1]);
 	errno = posix_memalign((void **)&buffer, PIECE, PIECE);
 	offsets = calloc(count + 2, sizeof(*offsets));
 	if (errno || !offsets)

@@ -28,6 +28,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -143,6 +144,26 @@ static inline uint64_t draw_below(uint64_t *state, uint64_t limit)
 {
 	*state += GOLDEN;
 	return mix(*state) % limit;
+}
+
+/* --- files ----------------------------------------------------------------------------------- */
+
+#define TMPFS 0x01021994 /* TMPFS_MAGIC of linux/magic.h */
+
+/* Open a file or disk for I/O that pins the user's pages. tmpfs copies, even with O_DIRECT. */
+SHARED int open_direct(const char *path)
+{
+	struct statfs fs;
+	int fd = open(path, O_RDWR | O_CREAT | O_DIRECT, 0600);
+	struct stat status;
+
+	if (fd < 0 || fstatfs(fd, &fs) || fstat(fd, &status))
+		fail(path);
+	if (!S_ISBLK(status.st_mode) && fs.f_type == TMPFS) {
+		errno = EOPNOTSUPP;
+		fail("O_DIRECT on tmpfs");
+	}
+	return fd;
 }
 
 /* --- DAX ------------------------------------------------------------------------------------- */

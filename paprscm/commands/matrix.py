@@ -14,19 +14,29 @@ from typing import Any
 import msgspec
 from rich.console import Console
 
+from paprscm import settings
 from paprscm.commands import manual
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.matrix import choice, grid
-from paprscm.matrix.outcome import CELLS, Finished, Outcome, mark_done, read_finished, read_outcome
+from paprscm.matrix.outcome import (
+    CELLS,
+    DONE,
+    Finished,
+    Outcome,
+    mark_done,
+    read_finished,
+    read_outcome,
+)
 from paprscm.matrix.plan import Cell, Plan, read_plan
 from paprscm.results.files import publish
 from paprscm.results.record import FILE, read_record
 from paprscm.settings import Settings
 
 _STRENGTHS = {"2": 2, "3": 3, "all": None}
-_INTERRUPTED = 130
+# A bit of Avocado's exit status (avocado.core.exit_codes, AVOCADO_JOB_INTERRUPTED).
+_INTERRUPTED = 8
 _ERROR = "paprscm: "
 
 
@@ -125,9 +135,7 @@ def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
     else:
         cells = _chosen(plan, arguments)
     given = {
-        name: value
-        for name in Settings.__dataclass_fields__
-        if (value := getattr(arguments, name)) is not None
+        name: value for name in settings.names() if (value := getattr(arguments, name)) is not None
     }
     cache = Cache(chosen.cache_dir)
     fine = True
@@ -148,13 +156,13 @@ def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
     return 0 if fine else 1
 
 
-def _run_cell(plan: Plan, cell: Cell, folder: Path, settings: dict[str, str]) -> Finished:
+def _run_cell(plan: Plan, cell: Cell, folder: Path, given: dict[str, str]) -> Finished:
     """Build what a cell needs, run its tests, and mark it as done."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "done.json").unlink(missing_ok=True)
+    (folder / DONE).unlink(missing_ok=True)
     log_file = folder / "output.log"
     log_file.write_bytes(b"")
-    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = [sys.executable, "-m", "paprscm.commands.cli"]
     job, reason = "", ""
     built = process.run(
@@ -169,7 +177,7 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, settings: dict[str, str]) ->
         words = [*options, *(word for tag in plan.tags for word in ("-t", tag)), *plan.tests]
         rest = ["--", "--job-results-dir", str(folder.absolute())]
         ran = process.run([*command, "run", *words, *rest], log_file=log_file, check=False)
-        if ran.status == _INTERRUPTED:
+        if ran.status & _INTERRUPTED:
             raise KeyboardInterrupt
         new = sorted(set(folder.glob(f"job-*/{FILE}")) - before)
         if not new:
@@ -182,7 +190,7 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, settings: dict[str, str]) ->
     outcome = Outcome(
         cell=cell.id,
         values=dict(cell.values),
-        settings=settings,
+        settings=given,
         job=job,
         reason=reason,
         duration_s=time.monotonic() - begin,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Set
 from typing import Literal
 
@@ -19,6 +20,7 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
 
     Attributes:
         steps: number of steps that were made, including the failed one.
+        block: block size, bytes.
         done: successful operations, by name.
         unsupported: operations that this file system does not have, by name.
         failure: what was wrong; "" if nothing was.
@@ -30,6 +32,7 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
 
     tool: Literal["extents"]
     steps: Natural
+    block: Natural
     done: dict[str, Natural]
     unsupported: dict[str, Natural]
     failure: str
@@ -47,9 +50,13 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
         return int(self.failure != "")
 
     @property
-    def punch_shows_data(self) -> bool:
-        """A punched range does not read as zeros."""
-        return self.step.startswith("punch ") and self.failure != "" and self.expected < self.found
+    def punch_shows_blocks(self) -> bool:
+        """A whole block within a punched range does not read as zeros; its edges do."""
+        match = re.fullmatch(r"punch \w (\d+)\+(\d+)", self.step)
+        if match is None or not self.failure or self.expected or not self.found:
+            return False
+        start, length = int(match[1]), int(match[2])
+        return self.at % self.block == 0 and start < self.at <= start + length - self.block
 
     @property
     def place(self) -> str:
@@ -73,13 +80,21 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
 
 
 def exercise(
-    guest: Guest, folder: str, *, block_bytes: int, base: int, seed: int, steps: int
+    guest: Guest,
+    folder: str,
+    scratch: str | None,
+    *,
+    block_bytes: int,
+    base: int,
+    seed: int,
+    steps: int,
 ) -> ExtentsReport:
     """Make random operations on two files of a folder.
 
     Args:
         guest: the guest.
         folder: where the files are made.
+        scratch: path of another disk, which mapped pages are written to; None: none are.
         block_bytes: block size of its file system.
         base: the files are sparse up to this offset, bytes.
         seed: the same seed makes the same operations.
@@ -90,7 +105,6 @@ def exercise(
         GuestLostError: the guest was lost, or an operation did not end.
     """
     words = [f"--block={block_bytes}", f"--base={base}", f"--seed={seed}", f"--steps={steps}"]
-    # The root disk's file system.
-    words += [folder, "/var/tmp/scratch"]  # noqa: S108
+    words += [folder] if scratch is None else [folder, scratch]
     result = run_tool(guest, "extents", words, timeout_s=_LIMIT_S)
     return read_report(ExtentsReport, result.stdout, result.status, result.stderr)

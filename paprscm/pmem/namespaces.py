@@ -247,6 +247,17 @@ class Namespace:
             raise ContractError(f"{self.name} is {self.mode}: {self.path} is not a block device")
         return self.device
 
+    @property
+    def character_device(self) -> CharacterDevice:
+        """Its character device.
+
+        Raises:
+            ContractError: it has none.
+        """
+        if not isinstance(self.device, CharacterDevice):
+            raise ContractError(f"{self.name} is {self.mode}: {self.path} is a block device")
+        return self.device
+
 
 def parse_namespaces(dump: Dump, region: Region) -> tuple[Namespace, ...]:
     """The namespaces listed by ndctl, in the order of their numbers."""

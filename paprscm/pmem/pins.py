@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""I/O between a mapped DAX device and a file in the guest, and the kernel's page structures."""
+"""I/O between a mapped DAX device and a disk in the guest, and the kernel's page structures."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Literal
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ToolReport, read_report
-from paprscm.guest.tools import run_tool
+from paprscm.guest.tools import install_tool, run_tool
 
 _LIMIT_S = 120.0
+# One page takes milliseconds.
+_WRITE_LIMIT_S = 15
+_KILLED = 128 + 9
 
 
 class PinsReport(ToolReport, frozen=True, kw_only=True):
@@ -41,12 +44,13 @@ class PinsReport(ToolReport, frozen=True, kw_only=True):
         return int(self.failure != "")
 
 
-def pin_pages(guest: Guest, device: str, *, count: int, seed: int) -> PinsReport:
+def pin_pages(guest: Guest, device: str, scratch: str, *, count: int, seed: int) -> PinsReport:
     """Let a disk read and write the pages of a DAX device.
 
     Args:
         guest: the guest.
         device: path of the character device, which is overwritten.
+        scratch: path of another disk, which is overwritten.
         count: number of pieces beside the first and the last one.
         seed: the same seed uses the same pieces.
 
@@ -54,12 +58,32 @@ def pin_pages(guest: Guest, device: str, *, count: int, seed: int) -> PinsReport
         ProbeError: the tool failed, or its report cannot be believed.
         ContractError: a piece has other contents, or I/O failed.
     """
-    words = [f"--count={count}", f"--seed={seed}", device, "/var/tmp/scratch"]  # noqa: S108
+    words = [f"--count={count}", f"--seed={seed}", device, scratch]
     result = run_tool(guest, "pins", words, timeout_s=_LIMIT_S)
     report = read_report(PinsReport, result.stdout, result.status, result.stderr)
     if report.failure:
         raise ContractError(f"{device} at {report.at}: {report.failure} (errno {report.errno})")
     return report
+
+
+def write_mapped_page(guest: Guest, path: str, scratch: str) -> bool:
+    """Write the first page of a mapped file to a disk with O_DIRECT; False: it did not end.
+
+    Args:
+        guest: the guest.
+        path: the file.
+        scratch: path of a disk, which is overwritten.
+
+    Raises:
+        ContractError: the write failed.
+    """
+    tool = install_tool(guest, "pin_file")
+    result = guest.run(f"timeout -s KILL {_WRITE_LIMIT_S} {tool} {path} {scratch}")
+    if result.status == _KILLED:
+        return False
+    if result.status:
+        raise ContractError(f"O_DIRECT from a mapping of {path}: {result.stderr.strip()}")
+    return True
 
 
 def page_structure_bytes(guest: Guest) -> int:

@@ -54,13 +54,12 @@ class PageStructures(PaprScmTest):
 
     def judge(self, location: NamespaceMap) -> None:
         """Pin pages of namespaces of each alignment, twice: before and after they are disabled."""
-        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(0, LARGE),)))
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(0, LARGE), PMEM_ON.at(1, SMALL))))
         region = wait_for_region(guest, 0)
-        seeds = f"/sys/bus/nd/devices/{region.name}/dax_seed"
-        listed = guest.succeed(
-            f"cat /sys/bus/nd/devices/$(cat {seeds})/supported_alignments"
-        ).split()
-        for align in map(int, listed):
+        scratch = create_namespace(guest, wait_for_region(guest, 1), mode="raw").path
+        nd = "/sys/bus/nd/devices"
+        listed = guest.succeed(f"cat {nd}/$(cat {nd}/{region.name}/dax_seed)/supported_alignments")
+        for align in map(int, listed.split()):
             size = max(2 * align, GIB) if align < GIB else 3 * align
             device = create_namespace(
                 guest,
@@ -69,19 +68,20 @@ class PageStructures(PaprScmTest):
                 map=location,
                 size_bytes=size,
                 align_bytes=align,
-            ).device
-            assert isinstance(device, CharacterDevice)  # noqa: S101 - create_namespace() checks it
+            ).character_device
             self.check(f"alignment of {device.name}", device.align_bytes, align)
-            for what in ("new", "enabled again"):
-                self.pin(guest, region, device, f"align {align}, {what}")
-                guest.succeed(f"ndctl disable-namespace -r {region.name} all")
-                guest.succeed(f"ndctl enable-namespace -r {region.name} all")
+            self.pin(guest, region, device, scratch, f"align {align}, new")
+            ndctl = f"ndctl disable-namespace -r {region.name} all"
+            guest.succeed(f"{ndctl} && {ndctl.replace('disable', 'enable')}")
+            self.pin(guest, region, device, scratch, f"align {align}, enabled again")
             guest.succeed(f"ndctl destroy-namespace -f -r {region.name} all")
 
-    def pin(self, guest: Guest, region: Region, device: CharacterDevice, what: str) -> None:
+    def pin(
+        self, guest: Guest, region: Region, device: CharacterDevice, scratch: str, what: str
+    ) -> None:
         """Let a disk access pages of the device, and compare the pieces with the backing file."""
         seed = self.random().getrandbits(32)
-        report = pin_pages(guest, device.path, count=PIECES, seed=seed)
+        report = pin_pages(guest, device.path, scratch, count=PIECES, seed=seed)
         self.expect(f"{what}: size of the device", report.size, device.size_bytes)
         start = file_offset(guest, region, device)
         with guest.file(0).open("rb") as file:
