@@ -2,13 +2,13 @@
 /*
  * extents - random operations on the extents of two files, whose contents are known at any time.
  *
- * extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER [SCRATCH]
+ * extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER SCRATCH
  *   Creates the files FOLDER/a and FOLDER/b, sparse up to the offset --base, and keeps a copy of
  *   what follows in memory. Each step writes, truncates, punches, clones, … a random range, with
  *   arguments that a file system either accepts or does not support at all, and compares what
  *   changed; every 16th step compares both files as a whole, read and mapped. --block is the file
  *   system's block size. SCRATCH is a disk or a file elsewhere, which O_DIRECT writes to from
- *   mappings; without it, this operation does nothing.
+ *   mappings.
  *
  *   The same seed makes the same steps. --trace prints each of them.
  *
@@ -65,7 +65,7 @@ static struct file {
 static uint64_t block, base, limit, seed = 1, steps = 1000, drawn;
 static uint64_t done[OPERATIONS], unsupported[OPERATIONS];
 static unsigned char *buffer;
-static int scratch = -1;
+static int scratch;
 static bool trace;
 /* What went wrong. */
 static const char *failure;
@@ -75,7 +75,7 @@ static char description[160];
 
 const char tool_name[] = "extents";
 const char usage_text[] =
-	"usage: extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER [SCRATCH]\n";
+	"usage: extents --block=BYTES [--base=BYTES] [--seed=N] [--steps=N] [--trace] FOLDER SCRATCH\n";
 
 static uint64_t draw(uint64_t below)
 {
@@ -332,7 +332,7 @@ static bool direct_write(struct file *file)
 	volatile unsigned char *map;
 	bool success;
 
-	if (scratch < 0 || from + DIRECT > file->size)
+	if (from + DIRECT > file->size)
 		return true;
 	describe(DIRECT_WRITE, file, from, DIRECT, NULL, 0);
 	map = mmap(NULL, limit, PROT_READ | PROT_WRITE, MAP_SHARED, file->fd, (off_t)base);
@@ -455,14 +455,13 @@ int main(int argc, char **argv)
 	}
 	if (!block || block % 512 || base % (block ? block : 1) || base % DIRECT)
 		usage("--block and --base must be multiples of sectors and blocks", NULL);
-	if (optind != argc - 1 && optind != argc - 2)
-		usage("expected FOLDER, and SCRATCH if wanted", NULL);
+	if (optind != argc - 2)
+		usage("expected FOLDER and SCRATCH", NULL);
 	limit = BLOCKS * block;
 	drawn = seed;
 	make_file(&files[0], argv[optind]);
 	make_file(&files[1], argv[optind]);
-	if (optind == argc - 2)
-		scratch = open_direct(argv[optind + 1]);
+	scratch = open_direct(argv[optind + 1]);
 	errno = posix_memalign((void **)&buffer, DIRECT, limit > DIRECT ? limit : DIRECT);
 	if (errno)
 		fail("memory");

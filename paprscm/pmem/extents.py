@@ -82,7 +82,7 @@ class ExtentsReport(ToolReport, frozen=True, kw_only=True):
 def exercise(
     guest: Guest,
     folder: str,
-    scratch: str | None,
+    scratch: str,
     *,
     block_bytes: int,
     base: int,
@@ -94,7 +94,7 @@ def exercise(
     Args:
         guest: the guest.
         folder: where the files are made.
-        scratch: path of another disk, which mapped pages are written to; None: none are.
+        scratch: path of another disk, which is overwritten.
         block_bytes: block size of its file system.
         base: the files are sparse up to this offset, bytes.
         seed: the same seed makes the same operations.
@@ -105,6 +105,6 @@ def exercise(
         GuestLostError: the guest was lost, or an operation did not end.
     """
     words = [f"--block={block_bytes}", f"--base={base}", f"--seed={seed}", f"--steps={steps}"]
-    words += [folder] if scratch is None else [folder, scratch]
+    words += [folder, scratch]
     result = run_tool(guest, "extents", words, timeout_s=_LIMIT_S)
     return read_report(ExtentsReport, result.stdout, result.status, result.stderr)

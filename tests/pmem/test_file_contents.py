@@ -36,7 +36,6 @@ SHARING = {"clone", "dedupe", "dedupe equal", "unshare"}
 PUNCH_ISSUE = "linux-xfs-punch-shows-old-blocks"
 HUGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
 WARNS = r"WARNING: .*(dax_insert_entry|vmf_insert_folio_pmd)\+"
-PUNCH_SEED = 638374648
 
 
 def expect_sharing(guest: Guest) -> None:
@@ -62,7 +61,7 @@ class FileContents(PaprScmTest):
         self.checkpoint()
 
     def exercise(
-        self, guest: Guest, scratch: str | None, block: int, base: int, seed: int
+        self, guest: Guest, scratch: str, block: int, base: int, seed: int
     ) -> ExtentsReport | None:
         """Make random operations; None: they met the known issue of huge pages."""
         lost = None
@@ -111,24 +110,6 @@ class FileContents(PaprScmTest):
     def test_xfs_off(self) -> None:
         """On XFS, pmem=off: cloned and deduplicated files keep their contents."""
         self.judge(PMEM_OFF, "xfs")
-
-    def test_punch(self) -> None:
-        """On XFS, a punched range of a file with shared blocks reads as zeros.
-
-        fallocate(2), FALLOC_FL_PUNCH_HOLE. The steps are those that a random run has found.
-        """
-        machine = Machine(nvdimms=(PMEM_OFF.at(0, FOR_XFS).holding("xfs"),))
-        guest = self.boot(machine, allowed=[WARNS])
-        block = dax_mount(guest, 0, "xfs", "/mnt").block_size
-        self.expect_dax(guest, PMEM_OFF, "xfs")
-        expect_sharing(guest)
-        report = self.exercise(guest, None, block, 0, PUNCH_SEED)
-        if report is None:
-            return
-        if not report.punch_shows_blocks:
-            report.expect_correct(BASIC - {"direct write"} | SHARING)
-        found = report.place if report.failure else f"{report.steps} steps without a difference"
-        self.known_issue(PUNCH_ISSUE, shows=report.punch_shows_blocks, found=found)
 
     def test_ext4(self) -> None:
         """On ext4, pmem=off: files whose extents move keep their contents."""

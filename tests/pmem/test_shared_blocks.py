@@ -7,7 +7,7 @@ blocks serves loads and I/O as any other (fs/dax.c, fs/xfs/xfs_reflink.c).
 
 from __future__ import annotations
 
-from paprscm.errors import ContractError, HostError
+from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
 from paprscm.map_sync.verdict import on_dax_file
@@ -19,6 +19,7 @@ from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_ON, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm
 
+PUNCH_ISSUE = "linux-xfs-punch-shows-old-blocks"
 PIN_ISSUE = "linux-xfs-dax-pin-of-shared-block-hangs"
 HUGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
 UNWRITTEN_ISSUE = "linux-dax-dedupe-compares-unwritten"
@@ -78,6 +79,25 @@ status=0
 xfs_io -c "mmap -r {huge} {huge}" -c "mread {huge} 1" b || status=$?
 echo "status $status"
 """
+# Free blocks have the data of x. The fork of b that holds copies of shared blocks has two extents,
+# and a store to the first one asks for both.
+PUNCH = """\
+set -e
+cd /mnt
+xfs_io -f -c 'pwrite -q -S 0x5a -b 4m 0 {fill}' x || :
+sync
+rm x
+sync
+xfs_io -f -c "pwrite -q -S 1 -b {huge} 0 {huge}" a
+cp --reflink=always a b
+xfs_io -c "pwrite -q -S 2 {block} {block}" b
+xfs_io -c "reflink a" b > /dev/null
+xfs_io -c "mmap -rw 0 {huge}" -c "mwrite -S 7 0 1" b
+xfs_io -c "fpunch {start} {length}" b
+echo "stored $(dd if=b bs=1 count=1 2> /dev/null | od -A n -t u1)"
+echo "bytes $(dd if=b bs={start} skip=1 2> /dev/null | head -c {length} | tr -d '\\0' | wc -c)"
+echo "after $(dd if=b bs={end} skip=1 2> /dev/null | head -c 1 | od -A n -t u1)"
+"""
 # Two equal blocks in two extents, and two different ones in one extent.
 DEDUPE_EXTENTS = """\
 set -e
@@ -110,10 +130,18 @@ class SharedBlocks(PaprScmTest):
         self.checkpoint()
         return guest, made
 
+    def start_radix(self) -> tuple[Guest, DaxMount]:
+        """Start a guest whose page tables have entries of 2 MiB; those of the hash MMU have 16."""
+        guest, made = self.start(allowed=(WARNS,))
+        mmu = guest.succeed("sed -n 's/^MMU.*: //p' /proc/cpuinfo").strip()
+        if mmu != "Radix":
+            raise CapabilityError(f"a mapping of {HUGE // MIB} MiB needs the radix MMU, not {mmu}")
+        return guest, made
+
     def run_script(self, guest: Guest, script: str, **values: object) -> dict[str, str]:
         """Run a script; return the rest of each line by its first word."""
         output = guest.succeed(script.format(**values), timeout_s=LIMIT_S)
-        return dict(line.split(" ", 1) for line in output.splitlines() if " " in line)
+        return dict(line.split(None, 1) for line in output.splitlines())
 
     def judge(self, issue: str, found: dict[str, str]) -> None:
         """Judge a deduplication of unequal ranges: the destination keeps its contents."""
@@ -143,12 +171,36 @@ class SharedBlocks(PaprScmTest):
 
     def test_map_huge(self) -> None:
         """A mapping that one entry may serve is read, also if a file with its blocks has others."""
-        guest, made = self.start(allowed=(WARNS,))
+        guest, made = self.start_radix()
         found = self.run_script(guest, MAP_SHARED, size=4 * HUGE, huge=HUGE, page=made.block_size)
         if found["place"] != found["begin"]:
             raise HostError(f"the blocks of the file are not aligned: {found}")
         self.known_issue(
             HUGE_ISSUE, shows=found["status"] != "0", found=f"the reader's status {found['status']}"
+        )
+
+    def test_punch(self) -> None:
+        """A punched range of a file with shared blocks reads as zeros (fallocate(2))."""
+        guest, made = self.start_radix()
+        block = made.block_size
+        start, end = 4 * block, 12 * block
+        length = end - start
+        found = self.run_script(
+            guest,
+            PUNCH,
+            fill=FOR_XFS,
+            huge=HUGE,
+            block=block,
+            start=start,
+            end=end,
+            length=length,
+        )
+        self.check("the byte that was stored", found["stored"], "7")
+        self.check("the byte behind the hole", found["after"], "1")
+        self.known_issue(
+            PUNCH_ISSUE,
+            shows=found["bytes"] != "0",
+            found=f"{found['bytes']} of {length} bytes are not zero",
         )
 
     def test_dedupe_unwritten(self) -> None:
