@@ -35,8 +35,6 @@ from paprscm.results.record import FILE, read_record
 from paprscm.settings import Settings
 
 _STRENGTHS = {"2": 2, "3": 3, "all": None}
-# A bit of Avocado's exit status (avocado.core.exit_codes, AVOCADO_JOB_INTERRUPTED).
-_INTERRUPTED = 8
 _ERROR = "paprscm: "
 
 
@@ -164,7 +162,7 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, given: dict[str, str]) -> Fi
     log_file.write_bytes(b"")
     options = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
     command = [sys.executable, "-m", "paprscm.commands.cli"]
-    job, reason = "", ""
+    job, reason, record = "", "", None
     built = process.run(
         [*command, "image", "--quiet", *options], log_file=log_file, check=False, keep_lines=10
     )
@@ -177,14 +175,20 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, given: dict[str, str]) -> Fi
         words = [*options, *(word for tag in plan.tags for word in ("-t", tag)), *plan.tests]
         rest = ["--", "--job-results-dir", str(folder.absolute())]
         ran = process.run([*command, "run", *words, *rest], log_file=log_file, check=False)
-        if ran.status & _INTERRUPTED:
-            raise KeyboardInterrupt
         new = sorted(set(folder.glob(f"job-*/{FILE}")) - before)
         if not new:
             raise HostError(
                 f"the cell {cell.id} left no results (status {ran.status}): "
                 + " ".join(ran.lines[-3:]),
                 hint=f"see {log_file}",
+            )
+        record = read_record(new[-1])
+        # Avocado's exit status tells an interrupted job like one whose test took too long.
+        if record.job.interruption is not None:
+            raise KeyboardInterrupt
+        if record.job.end is None:
+            raise HostError(
+                f"the job of the cell {cell.id} was killed", hint="paprscm matrix run --resume"
             )
         job = new[-1].parent.name
     outcome = Outcome(
@@ -195,7 +199,6 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, given: dict[str, str]) -> Fi
         reason=reason,
         duration_s=time.monotonic() - begin,
     )
-    record = read_record(folder / job) if job else None
     mark_done(folder, outcome)
     return Finished(folder, outcome, record)
 
