@@ -215,6 +215,15 @@ dax_file() {
 		fallocate -l 2M /mnt/file || unknown "no ext4 with DAX on $1"
 }
 
+# xfs_with_dax DISK: make an XFS with DAX on a disk, mount it on /mnt, and make that the current folder;
+# $page is the size of its blocks, and of a page.
+xfs_with_dax() {
+	need mkfs.xfs xfs_io
+	page=$(($(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps) * 1024))
+	mkfs.xfs -q -f -b size="$page" "$1" && mount -o dax=always "$1" /mnt && cd /mnt ||
+		unknown "no XFS with DAX on $1"
+}
+
 # breakable REGION|DISK: create a disk that `table error` breaks and `table linear` repairs;
 # $disk is its path. All data of the region or disk are lost.
 breakable() {

@@ -5,12 +5,8 @@
 . "$(dirname "$0")/../lib.sh"
 
 expected "FIDEDUPERANGE of unequal ranges changes nothing"
-need mkfs.xfs xfs_io
 namespace "$1" fsdax
-page=$(($(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps) * 1024))
-mkfs.xfs -q -f -b size="$page" "/dev/$device" && mount -o dax=always "/dev/$device" /mnt ||
-	unknown "no XFS with DAX"
-cd /mnt || unknown "no /mnt"
+xfs_with_dax "/dev/$device"
 xfs_io -f -c "pwrite -q -S 0x5a 0 $page" d
 before=$(cksum < d)
 # The disk is full then; when the file is removed, most free blocks have its data.

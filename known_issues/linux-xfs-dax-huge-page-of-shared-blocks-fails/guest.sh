@@ -5,13 +5,9 @@
 . "$(dirname "$0")/../lib.sh"
 
 expected "a mapping of a cloned file can be read"
-need mkfs.xfs xfs_io
 namespace "$1" fsdax
-page=$(($(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps) * 1024))
 huge=2097152
-mkfs.xfs -q -f -b size="$page" "/dev/$device" && mount -o dax=always "/dev/$device" /mnt ||
-	unknown "no XFS with DAX"
-cd /mnt || unknown "no /mnt"
+xfs_with_dax "/dev/$device"
 # Where the last extent of file a begins on the disk, within 2 MiB.
 place() {
 	sync

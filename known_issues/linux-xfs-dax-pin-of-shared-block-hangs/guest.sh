@@ -5,19 +5,18 @@
 . "$(dirname "$0")/../lib.sh"
 
 expected "a write of a mapped page ends, also if the file shares its blocks"
-need cc mkfs.xfs xfs_io timeout
+need cc timeout
 cc -Wall -o pin pin.c || unknown "pin.c does not compile"
+pin=$PWD/pin
 region=$1
 namespace "$region" raw -s 32M
 disk=/dev/$device
 namespace "$region" fsdax
-page=$(($(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps) * 1024))
-mkfs.xfs -q -f -b size="$page" "/dev/$device" && mount -o dax=always "/dev/$device" /mnt ||
-	unknown "no XFS with DAX"
+xfs_with_dax "/dev/$device"
 xfs_io -f -c "pwrite -q 0 $page" /mnt/a
-timeout 30 ./pin /mnt/a "$disk" || unknown "the write of a page that is not shared fails ($?)"
+timeout 30 "$pin" /mnt/a "$disk" || unknown "the write of a page that is not shared fails ($?)"
 cp --reflink=always /mnt/a /mnt/b || unknown "no reflink"
-timeout 30 ./pin /mnt/a "$disk"
+timeout 30 "$pin" /mnt/a "$disk"
 case $? in
 0) gone "the write of a shared page ends" ;;
 124) shown "the write of a shared page does not end within 30 s, the one before took less" ;;

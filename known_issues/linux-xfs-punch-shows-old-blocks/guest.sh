@@ -5,13 +5,9 @@
 . "$(dirname "$0")/../lib.sh"
 
 expected "a hole reads as zeros"
-need mkfs.xfs xfs_io
 namespace "$1" fsdax
-page=$(($(sed -n 's/^KernelPageSize: *\([0-9]*\) kB/\1/p; T; q' /proc/self/smaps) * 1024))
 huge=2097152
-mkfs.xfs -q -f -b size="$page" "/dev/$device" && mount -o dax=always "/dev/$device" /mnt ||
-	unknown "no XFS with DAX"
-cd /mnt || unknown "no /mnt"
+xfs_with_dax "/dev/$device"
 xfs_io -f -c "pwrite -q -S 0x5a -b 4m 0 1t" x 2> /dev/null
 sync
 rm x

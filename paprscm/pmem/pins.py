@@ -11,12 +11,9 @@ from typing import Literal
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ToolReport, read_report
-from paprscm.guest.tools import install_tool, run_tool
+from paprscm.guest.tools import run_tool
 
 _LIMIT_S = 120.0
-# One page takes milliseconds.
-_WRITE_LIMIT_S = 15
-_KILLED = 128 + 9
 
 
 class PinsReport(ToolReport, frozen=True, kw_only=True):
@@ -66,8 +63,24 @@ def pin_pages(guest: Guest, device: str, scratch: str, *, count: int, seed: int)
     return report
 
 
+class PinFileReport(ToolReport, frozen=True, kw_only=True):
+    """What became of the write of a mapped page.
+
+    Attributes:
+        ended: False: it used the CPU until it was killed.
+        errno: 0 if it succeeded.
+    """
+
+    tool: Literal["pin_file"]
+    ended: bool
+    errno: Natural
+
+
 def write_mapped_page(guest: Guest, path: str, scratch: str) -> bool:
-    """Write the first page of a mapped file to a disk with O_DIRECT; False: it did not end.
+    """Write the first page of a mapped file to a disk with O_DIRECT.
+
+    Returns False if the write does not end: it uses the CPU for seconds. One that waits for the
+    disk is waited for.
 
     Args:
         guest: the guest.
@@ -75,15 +88,14 @@ def write_mapped_page(guest: Guest, path: str, scratch: str) -> bool:
         scratch: path of a disk, which is overwritten.
 
     Raises:
+        ProbeError: the tool failed, or its report cannot be believed.
         ContractError: the write failed.
     """
-    tool = install_tool(guest, "pin_file")
-    result = guest.run(f"timeout -s KILL {_WRITE_LIMIT_S} {tool} {path} {scratch}")
-    if result.status == _KILLED:
-        return False
-    if result.status:
-        raise ContractError(f"O_DIRECT from a mapping of {path}: {result.stderr.strip()}")
-    return True
+    result = run_tool(guest, "pin_file", [path, scratch], timeout_s=_LIMIT_S)
+    report = read_report(PinFileReport, result.stdout, result.status, result.stderr)
+    if report.errno:
+        raise ContractError(f"O_DIRECT from a mapping of {path}: errno {report.errno}")
+    return report.ended
 
 
 def page_structure_bytes(guest: Guest) -> int:

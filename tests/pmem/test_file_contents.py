@@ -7,9 +7,6 @@ that have no page cache in between (fs/dax.c, fs/xfs/xfs_reflink.c, fs/ext4/exte
 
 from __future__ import annotations
 
-import re
-
-from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.map_sync.probe import map_sync
@@ -19,6 +16,12 @@ from paprscm.pmem.fs_health import check_offline
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import wait_for_region
+from paprscm.pmem.shared_blocks import (
+    HUGE_PAGE_ISSUE,
+    HUGE_PAGE_WARNING,
+    huge_page_warnings,
+    require_shared_blocks,
+)
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import GIB, Machine, Nvdimm
@@ -34,17 +37,6 @@ SHARING = {"clone", "dedupe", "dedupe equal", "unshare"}
 """Operations of XFS with reflink; ext4 has no shared extents."""
 
 PUNCH_ISSUE = "linux-xfs-punch-shows-old-blocks"
-HUGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
-WARNS = r"WARNING: .*(dax_insert_entry|vmf_insert_folio_pmd)\+"
-
-
-def expect_sharing(guest: Guest) -> None:
-    """Raise CapabilityError if the kernel does not vouch for shared blocks on DAX."""
-    if guest.succeed("dmesg | grep 'XFS.*DAX enabled.*EXPERIMENTAL' || :"):
-        raise CapabilityError(
-            "the kernel calls DAX on XFS experimental; "
-            "in Linux 6.1, shared blocks have errors that were fixed later"
-        )
 
 
 class FileContents(PaprScmTest):
@@ -63,31 +55,28 @@ class FileContents(PaprScmTest):
     def exercise(
         self, guest: Guest, scratch: str, block: int, base: int, seed: int
     ) -> ExtentsReport | None:
-        """Make random operations; None: they met the known issue of huge pages."""
-        lost = None
+        """Make random operations; None: they ended with the known issue of huge pages."""
+        report = None
         try:
             report = exercise(
                 guest, "/mnt", scratch, block_bytes=block, base=base, seed=seed, steps=STEPS
             )
-        except ProbeError as error:
-            lost = error
-        warnings = [line for line in guest.console.lines if re.search(WARNS, line)]
-        if warnings:
-            self.known_issue(HUGE_ISSUE, shows=True, found=warnings[0])
-            return None
-        if lost is not None:
-            raise lost
+        except ProbeError:
+            if not huge_page_warnings(guest):
+                raise
+        for line in huge_page_warnings(guest)[:1]:
+            self.known_issue(HUGE_PAGE_ISSUE, shows=True, found=line)
         return report
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType) -> None:
         """Make random operations on files that are proven to be DAX, then check the file system."""
         machine = Machine(nvdimms=(nvdimm.at(0, FOR_XFS).holding(fstype), PMEM_ON.at(1, SMALL)))
-        guest = self.boot(machine, allowed=[WARNS])
+        guest = self.boot(machine, allowed=[HUGE_PAGE_WARNING] if fstype == "xfs" else ())
         scratch = create_namespace(guest, wait_for_region(guest, 1), mode="raw").path
         made = dax_mount(guest, 0, fstype, "/mnt")
         self.expect_dax(guest, nvdimm, fstype)
         if fstype == "xfs":
-            expect_sharing(guest)
+            require_shared_blocks(guest)
         needed = BASIC | SHARING if fstype == "xfs" else BASIC
         for base in BASES:
             seed = self.random().getrandbits(32)

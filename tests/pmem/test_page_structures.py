@@ -71,8 +71,8 @@ class PageStructures(PaprScmTest):
             ).character_device
             self.check(f"alignment of {device.name}", device.align_bytes, align)
             self.pin(guest, region, device, scratch, f"align {align}, new")
-            ndctl = f"ndctl disable-namespace -r {region.name} all"
-            guest.succeed(f"{ndctl} && {ndctl.replace('disable', 'enable')}")
+            namespaces = f"namespace -r {region.name} all"
+            guest.succeed(f"ndctl disable-{namespaces} && ndctl enable-{namespaces}")
             self.pin(guest, region, device, scratch, f"align {align}, enabled again")
             guest.succeed(f"ndctl destroy-namespace -f -r {region.name} all")
 

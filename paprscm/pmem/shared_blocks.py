@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""What the kernel says of files that share blocks on XFS with DAX."""
+
+from __future__ import annotations
+
+import re
+
+from paprscm.errors import CapabilityError
+from paprscm.guest.guest import Guest
+
+HUGE_PAGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
+HUGE_PAGE_WARNING = r"WARNING: .*(dax_insert_entry|vmf_insert_folio_pmd)\+"
+"""What the kernel prints with that issue."""
+
+
+def huge_page_warnings(guest: Guest) -> list[str]:
+    """The warnings of that issue on the guest's console."""
+    return [line for line in guest.console.lines if re.search(HUGE_PAGE_WARNING, line)]
+
+
+def require_shared_blocks(guest: Guest) -> None:
+    """Require a kernel that vouches for shared blocks, after an XFS with DAX was mounted.
+
+    Linux 6.1 warns of DAX on XFS when it mounts it (fs/xfs/xfs_super.c).
+
+    Raises:
+        CapabilityError: the kernel calls DAX on XFS experimental.
+    """
+    if guest.succeed("dmesg | grep 'XFS.*DAX enabled.*EXPERIMENTAL' || :"):
+        raise CapabilityError("the kernel calls DAX on XFS experimental")
