@@ -30,6 +30,9 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 DOWNLOADS = "downloads"
 """Folder below the cache's root for package indexes and packages that are not yet unpacked."""
 
+SOURCE = "source"
+"""The architecture of source packages."""
+
 _OTHER_HINT = "set another suite or mirror="
 # Network options are taken from the host's apt.
 _NETWORK_OPTIONS = ("Acquire::http", "Acquire::ForceIP", "Acquire::Retries", "Acquire::Check-Date")
@@ -45,11 +48,11 @@ class UnavailableError(HostError):
 
 @dataclass(frozen=True)
 class PackageFile:
-    """One package file to download.
+    """One file of a package, or of a source package, to download.
 
     Attributes:
         uri: its address on the mirror.
-        name: its file name in apt's folder, NAME_VERSION_ARCH.deb.
+        name: its file name in apt's folder, NAME_VERSION_ARCH.deb for a package.
         size_bytes: its size.
     """
 
@@ -75,7 +78,7 @@ class AptSource:
         cache: the index is kept in a folder below its root.
         mirror: URI of the mirror.
         suite: codename or suite name ("trixie", "sid").
-        arch: Debian architecture ("ppc64el").
+        arch: Debian architecture ("ppc64el"), or SOURCE.
         title: name of the download, for messages and the progress bar.
         proceed: called several times a second; may raise to end the download.
     """
@@ -121,7 +124,39 @@ class AptSource:
             lines = self._apt(
                 *("install", "-qq", "--print-uris", *self._status(packages, alone), *packages)
             )
-        matches = (re.fullmatch(r"'([^']+)' (\S+\.deb) (\d+) \S*", line) for line in lines)
+        return self._listed(lines, packages)
+
+    def source_versions(self, package: str, version: str) -> list[str]:
+        """Versions of a source package, in the index of SOURCE; the newest first.
+
+        Args:
+            package: its name.
+            version: upstream's version for any revision of Debian, a complete one, or "" for all.
+
+        Raises:
+            UnavailableError: there is no such package or version.
+        """
+        with self._locked():
+            records = self._apt("showsrc", "--only-source", package, tool="apt-cache")
+        # An index lists them in ascending order, such as 1:10.2.2+ds-1.
+        offered = [line[9:] for line in reversed(records) if line.startswith("Version: ")]
+        pattern = re.compile(rf"(\d+:)?{re.escape(version) or '.*'}(([+~].*)?-[^-]+)?")
+        if found := [one for one in offered if pattern.fullmatch(one)]:
+            return found
+        raise UnavailableError(
+            f"{self._description} has no source package {package} {version}".rstrip(),
+            hint=f"it has {', '.join(offered)}" if offered else _OTHER_HINT,
+        )
+
+    def plan_source(self, package: str, version: str) -> tuple[PackageFile, ...]:
+        """The files of one version of a source package, in the index of SOURCE."""
+        with self._locked():
+            words = ["source", "-qq", "--print-uris", f"{package}={version}"]
+            return self._listed(self._apt(*words), [package])
+
+    def _listed(self, lines: Sequence[str], packages: Sequence[str]) -> tuple[PackageFile, ...]:
+        pattern = re.compile(r"'([^']+)' (\S+\.(?:deb|dsc|tar\.\w+)) (\d+) \S*")
+        matches = map(pattern.fullmatch, lines)
         files = tuple(PackageFile(m[1], m[2], int(m[3])) for m in matches if m)
         if not files:
             raise HostError(f"apt lists no file for {', '.join(packages)} of {self._description}")
@@ -136,6 +171,16 @@ class AptSource:
         alone: bool = False,
     ) -> None:
         """Download the files of a plan into `folder`; files that exist are kept."""
+        words = ["install", "--yes", "--download-only", "-o", f"Dir::Cache::archives={folder}"]
+        self._fetch([*words, *self._status(packages, alone), *packages], files, folder)
+
+    def fetch_source(
+        self, package: str, version: str, files: Sequence[PackageFile], folder: Path
+    ) -> None:
+        """Download the files of a plan of a source package; files that exist are kept."""
+        self._fetch(["source", "--download-only", f"{package}={version}"], files, folder)
+
+    def _fetch(self, words: Sequence[str], files: Sequence[PackageFile], folder: Path) -> None:
         total = sum(file.size_bytes for file in files)
         with log.progress(f"{self._title}: download", total, unit="bytes") as bar:
 
@@ -144,14 +189,8 @@ class AptSource:
                 bar.update(min(total, _present_bytes(files, folder)))
 
             try:
-                self._apt(
-                    *("install", "--yes", "--download-only"),
-                    *("-o", f"Dir::Cache::archives={folder}"),
-                    *self._status(packages, alone),
-                    *packages,
-                    proceed=proceed,
-                    stop=re.compile(r"^\s+404\s"),
-                )
+                # `apt-get source` downloads to the current folder.
+                self._apt(*words, cwd=folder, proceed=proceed, stop=re.compile(r"^\s+404\s"))
             except UnavailableError as error:
                 names = [file.name for file in absent_files(files)]
                 if not names:
@@ -202,7 +241,8 @@ class AptSource:
         options = ["check-valid-until=no"]
         if KEYRING.is_file():
             options.append(f"signed-by={KEYRING}")
-        return f"deb [{' '.join(options)}] {self._mirror} {self._suite} main\n"
+        kind = "deb-src" if self._arch == SOURCE else "deb"
+        return f"{kind} [{' '.join(options)}] {self._mirror} {self._suite} main\n"
 
     def _configuration(self) -> str:
         values = {
@@ -231,6 +271,7 @@ class AptSource:
         self,
         *words: str,
         tool: str = "apt-get",
+        cwd: Path | None = None,
         proceed: Callable[[], None] | None = None,
         stop: re.Pattern[str] | None = None,
     ) -> tuple[str, ...]:
@@ -251,6 +292,7 @@ class AptSource:
         try:
             result = process.run(
                 [tool, "-q", *words],
+                cwd=cwd,
                 env=env,
                 on_line=line,
                 idle_s=_REFRESH_S,

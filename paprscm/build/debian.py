@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from paprscm import log
-from paprscm.build.apt import DOWNLOADS, AptSource, PackageFile, UnavailableError, absent_files
+from paprscm.build.apt import (
+    DOWNLOADS,
+    SOURCE,
+    AptSource,
+    PackageFile,
+    UnavailableError,
+    absent_files,
+)
 from paprscm.errors import ConfigError, HostError
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
@@ -153,6 +160,40 @@ class Archive:
             source.fetch(packages, files, folder, alone=alone)
         return Download(suite, folder, files)
 
+    def fetch_source(
+        self, package: str, *, suite: str, version: str = "", target: Path, title: str
+    ) -> str:
+        """Download the newest version of a source package whose files the mirror has.
+
+        Args:
+            package: name of the source package.
+            suite: codename or suite name.
+            version: upstream's version, or a complete one; "": any.
+            target: a folder of the cache, for the files.
+            title: name of the download, for messages and the progress bar.
+
+        Returns:
+            The version.
+
+        Raises:
+            As download().
+        """
+        source = self._source(suite, SOURCE, title, lambda: None)
+        folder = self._root / source.key([package])
+
+        def attempt(exact: str) -> str:
+            files = source.plan_source(package, exact)
+            folder.mkdir(parents=True, exist_ok=True)
+            source.fetch_source(package, exact, files, folder)
+            for file in files:
+                (folder / file.name).rename(target / file.name)
+            shutil.rmtree(folder)
+            return exact
+
+        with self.cache.lock(f"download-{folder.name}", purpose=f"downloads the {title}"):
+            versions = source.source_versions(package, version)
+            return first_available(versions, attempt, title=title, kind="version")
+
     def absent_files(
         self, packages: Sequence[str], *, suite: str, arch: str
     ) -> tuple[int, list[str]]:
@@ -247,7 +288,9 @@ def suites(setting: str) -> tuple[str, ...]:
     return AUTO_SUITES if setting == "auto" else tuple(setting.split(","))
 
 
-def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, title: str) -> T:
+def first_available(
+    candidates: Sequence[str], attempt: Callable[[str], T], *, title: str, kind: str = "suite"
+) -> T:
     """The result of the first suite without an UnavailableError.
 
     Each skipped suite is logged with the reason.
@@ -256,6 +299,7 @@ def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, t
         candidates: the suites, preferred first.
         attempt: called with one suite after the other.
         title: name of the result, for messages.
+        kind: name of what the candidates are, if not suites.
 
     Raises:
         UnavailableError: no suite can provide it; with the reason of each.
@@ -267,12 +311,12 @@ def first_available(candidates: Sequence[str], attempt: Callable[[str], T], *, t
         except UnavailableError as error:
             failures.append(error)
             if suite != candidates[-1]:
-                log.logger.info("%s; trying the next suite", error.message)
+                log.logger.info("%s; trying the next %s", error.message, kind)
     if len(failures) == 1:
         raise failures[0]
     reasons = "".join(f"\n    {error.message}" for error in failures)
     raise UnavailableError(
-        f"no suite of {', '.join(candidates)} can provide the {title}:{reasons}",
+        f"no {kind} of {', '.join(candidates)} can provide the {title}:{reasons}",
         hint="try again later (a mirror may be in the middle of an update), or set mirror=",
     )
 

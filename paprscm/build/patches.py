@@ -47,6 +47,13 @@ def set_patches(folder: Path, unpack: Callable[[Path], None], patches: Sequence[
     busy.unlink()
 
 
+def apply_series(tree: Path, folder: Path) -> None:
+    """Apply the patches that folder/series lists, as a Debian source package has them (quilt)."""
+    for line in (folder / "series").read_text().splitlines():
+        if words := line.partition("#")[0].split():
+            _patch(tree, folder / words[0])
+
+
 def _revert(tree: Path, applied: Path) -> None:
     for patch in sorted(applied.iterdir(), reverse=True):
         _patch(tree, patch, "--reverse")

@@ -22,6 +22,8 @@ KERNEL_TOOLS = ("make", "gcc", "bison", "flex", "bc")
 _PACKAGES = {
     "cc": "gcc libc-dev",
     "patch": "patch",
+    "ninja": "ninja-build",
+    "pkg-config": "pkg-config",
     f"{PREFIX}gcc": "gcc-powerpc64le-linux-gnu",
     f"{PREFIX}as": "binutils-powerpc64le-linux-gnu",
     f"{PREFIX}ld": "binutils-powerpc64le-linux-gnu",
@@ -30,8 +32,7 @@ _PACKAGES = {
 
 
 def require_program(program: str) -> str:
-    """Return the path of a tool: "cc", "patch", one with PREFIX, or one of
-    KERNEL_TOOLS.
+    """Return the path of a tool that a build needs.
 
     Raises:
         HostError: it is not installed; the hint names its package.

@@ -17,12 +17,12 @@ from rich.table import Table
 from paprscm import known_issues, log, settings
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
-from paprscm.build.kbuild import build_default, build_tree
 from paprscm.commands import (
     bench,
     bench_ab,
     bench_flushes,
     bench_suite,
+    builds,
     caches,
     compare,
     doctor,
@@ -175,14 +175,7 @@ def parser() -> argparse.ArgumentParser:
     text = "source of the product, a tree or a tar archive: its MAINTAINERS names the receivers"
     manual.takes_files(printed.add_argument("--source", type=Path, help=text))
 
-    kernel = verbs.add_parser("kernel", help="Build a guest kernel.")
-    kernels = kernel.add_subparsers(title="verbs", required=True, metavar="VERB")
-    build = kernels.add_parser("build", help="Build a vmlinux.", parents=[common])
-    build.add_argument("--source", type=Path, help="a kernel tree; default: Debian's source")
-    build.add_argument("--config", type=Path, help="that tree's .config; default: the suite's own")
-    text = "apply this patch to Debian's source; may be repeated"
-    manual.takes_files(build.add_argument("--patch", type=Path, action="append", help=text))
-    build.set_defaults(verb=_kernel_build)
+    builds.add_verbs(verbs, common)
 
     cache = verbs.add_parser("cache", help="Manage the cache of built and fetched artifacts.")
     verbs_of_cache = cache.add_subparsers(title="verbs", required=True, metavar="VERB")
@@ -395,32 +388,6 @@ def _report_issue(arguments: argparse.Namespace, chosen: Settings) -> int:
         entry = kernel_source.find_source(Cache(chosen.cache_dir), chosen)
         source = entry / kernel_source.ARCHIVE if entry else None
     print(issue_report.render(issue, issue_report.read_maintainers(issue, source)), end="")
-    return 0
-
-
-def _kernel_build(arguments: argparse.Namespace, chosen: Settings) -> int:
-    archive = Archive.of(chosen)
-    if arguments.source is None:
-        if arguments.config is not None:
-            raise ConfigError("--config without --source", hint="give its source tree, too")
-        built = build_default(archive, chosen, patches=arguments.patch or ())
-    elif arguments.patch:
-        patch = arguments.patch[0]
-        raise ConfigError(
-            "--patch with --source: the tree is yours",
-            hint=f"git -C {arguments.source} apply {patch}",
-        )
-    else:
-        built = build_tree(
-            archive.cache,
-            arguments.source,
-            config=arguments.config,
-            page_size=chosen.page_size,
-            debug=chosen.kernel == "debug",
-        )
-    print(built.vmlinux)
-    if built.modules is not None:
-        log.logger.info("its modules: --modules %s", built.modules)
     return 0
 
 

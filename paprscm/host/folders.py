@@ -13,12 +13,12 @@ _HINT = "set cache_dir to a folder that can"
 
 
 def require_make(folder: Path) -> None:
-    """Raise ConfigError unless a kernel can be built below the folder.
+    """Raise ConfigError unless a kernel or QEMU can be built below the folder.
 
-    The kernel's Makefile rejects blanks and colons, treats % as a pattern, and does not quote
-    paths for the shell.
+    Both reject blanks and colons (Makefile, configure). The kernel's Makefile treats % as a
+    pattern, and does not quote paths for the shell.
     """
-    _require(folder, r"[^\w./,+=@~-]", "hold a kernel build")
+    _require(folder, r"[^\w./,+=@~-]", "hold a build")
 
 
 def require_loader(folder: Path) -> None:

@@ -72,17 +72,7 @@ class Served:
         index = root / f"dists/{SUITE}/main/binary-{ARCH}/Packages"
         index.parent.mkdir(parents=True)
         index.write_text(library + "\n" + tool)
-        name = index.relative_to(root / "dists" / SUITE)
-        data = index.read_bytes()
-        release = (
-            f"Origin: Debian\nSuite: {SUITE}\nCodename: {SUITE}\nArchitectures: {ARCH}\n"
-            # Expired long ago: an old release file is accepted.
-            "Components: main\nDate: Sat, 01 Mar 2025 00:00:00 UTC\n"
-            "Valid-Until: Sat, 08 Mar 2025 00:00:00 UTC\n"
-            f"SHA256:\n {hashlib.sha256(data).hexdigest()} {len(data)} {name}\n"
-        )
-        signed = self._gpg("--clearsign", stdin=release.encode())
-        (root / f"dists/{SUITE}/InRelease").write_bytes(signed)
+        self._release()
         self.server = http.server.ThreadingHTTPServer(
             ("127.0.0.1", 0), lambda *args: Handler(*args, directory=str(root))
         )
@@ -95,6 +85,47 @@ class Served:
         self.server.shutdown()
         self.server.server_close()
         subprocess.run(["gpgconf", "--homedir", self._gnupg, "--kill", "all"], check=False)
+
+    def add_sources(self, name: str, *versions: str) -> None:
+        """Add versions of a source package, each of three files that begin with the version."""
+        stanzas = []
+        for version in versions:
+            plain = version.partition(":")[2]
+            stanzas.append(
+                f"Package: {name}\nVersion: {version}\nDirectory: pool\nFormat: 3.0 (quilt)\n"
+            )
+            for hash_name, title in (("md5", "Files"), ("sha256", "Checksums-Sha256")):
+                stanzas[-1] += f"{title}:\n"
+                for suffix in (".dsc", ".orig.tar.xz", ".debian.tar.xz"):
+                    base = plain.rpartition("-")[0] if "orig" in suffix else plain
+                    file = self.root / f"pool/{name}_{base}{suffix}"
+                    file.write_text(f"{plain} {suffix}\n")
+                    data = file.read_bytes()
+                    digest = hashlib.new(hash_name, data).hexdigest()
+                    stanzas[-1] += f" {digest} {len(data)} {file.name}\n"
+        index = self.root / f"dists/{SUITE}/main/source/Sources"
+        index.parent.mkdir()
+        index.write_text("\n".join(stanzas))
+        self._release()
+
+    def _release(self) -> None:
+        """Write and sign the release file for the indexes that there are."""
+        top = self.root / "dists" / SUITE
+        indexes = [*top.glob("main/*/Packages"), *top.glob("main/source/Sources")]
+        lines = [
+            f" {hashlib.sha256(data).hexdigest()} {len(data)} {index.relative_to(top)}\n"
+            for index in indexes
+            for data in [index.read_bytes()]
+        ]
+        release = (
+            f"Origin: Debian\nSuite: {SUITE}\nCodename: {SUITE}\nArchitectures: {ARCH}\n"
+            # Expired long ago: an old release file is accepted.
+            "Components: main\nDate: Sat, 01 Mar 2025 00:00:00 UTC\n"
+            "Valid-Until: Sat, 08 Mar 2025 00:00:00 UTC\n"
+            f"SHA256:\n{''.join(lines)}"
+        )
+        signed = self._gpg("--clearsign", stdin=release.encode())
+        (top / "InRelease").write_bytes(signed)
 
     def _gpg(self, *words: str, stdin: bytes = b"") -> bytes:
         argv = ["gpg", "--homedir", str(self._gnupg), "--batch", "--passphrase", "", *words]
@@ -427,3 +458,39 @@ def test_mirror_from_the_settings() -> None:
     for wrong in ("m.example/debian", "http://a b/debian", "", "http://a/debian [trusted=yes]"):
         with pytest.raises(Error, match="is not a URI"):
             debian.resolve_mirror(wrong)
+
+
+@needs_tools
+def test_newest_source_package_whose_files_are_there(
+    archive: Served, mirror: Archive, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fetch(version: str = "", name: str = "tool") -> str:
+        target = mirror.cache.root / "source"
+        shutil.rmtree(target, ignore_errors=True)
+        target.mkdir(parents=True)
+        exact = mirror.fetch_source(
+            name, suite=SUITE, version=version, target=target, title="source"
+        )
+        for file in target.iterdir():
+            assert file.read_text().startswith(exact.partition(":")[2].partition("+")[0])
+        assert len(list(target.iterdir())) == 3
+        return exact
+
+    archive.add_sources("tool", "1:1.9.1+ds-1", "1:2.0.3+ds-2~bpo12+1", "1:2.1.0-1")
+    assert fetch() == "1:2.1.0-1"
+    assert fetch("1.9.1") == fetch("1.9.1+ds-1") == fetch("1:1.9.1+ds-1") == "1:1.9.1+ds-1"
+    assert fetch("2.0.3") == "1:2.0.3+ds-2~bpo12+1"
+    for version in ("2.0", "2.1.0-2", "1"):
+        with pytest.raises(UnavailableError, match=rf"no source package tool {version} ") as caught:
+            fetch(version)
+        assert str(caught.value.hint) == ("it has 1:2.1.0-1, 1:2.0.3+ds-2~bpo12+1, 1:1.9.1+ds-1")
+    with pytest.raises(UnavailableError, match=r"no source package gone "):
+        fetch(name="gone")
+    (archive.root / "pool/tool_2.1.0-1.dsc").unlink()
+    with caplog.at_level(logging.INFO, "avocado.paprscm"):
+        assert fetch() == "1:2.0.3+ds-2~bpo12+1"
+    assert "tool_2.1.0-1.dsc; trying the next version" in caplog.text
+    left = [path.name for path in (mirror.cache.root / apt.DOWNLOADS).iterdir()]
+    assert all(name.startswith("index-") for name in left), "files stay after they were moved"
+    with pytest.raises(UnavailableError, match=r"lacks 1 package files .*: tool_2.1.0-1.dsc"):
+        fetch("2.1.0")
