@@ -15,12 +15,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from paprscm.commands.maintainers import Addresses, addresses
+from paprscm.commands.standalone import standalone
 from paprscm.errors import ConfigError
 from paprscm.known_issues import SEVERITIES, TRIGGERS, KnownIssue
 
 _WIDTH = 72
 """Columns of a mail's text (Linux Documentation/process/email-clients.rst)."""
 
+_SCRIPT = "reproduce.sh"
 _SECURITY = (
     "A guest triggers this issue. Read QEMU's security process before publishing it: "
     "https://www.qemu.org/contribute/security-process/"
@@ -180,25 +182,29 @@ def _steps(issue: KnownIssue) -> str:
     """Command that runs the script of the report, or the steps of the issue's file."""
     if issue.script is None:
         return issue.section("Reproduce")
-    script = f"{issue.name}/{issue.script.name}"
-    shared = [file.name for file in issue.attachments if file.parent != issue.folder]
-    places = f"Its folder and {' and '.join(shared)} are beside each other. " if shared else ""
+    end = "It exits with 1 if it shows the issue, and with 0 if the issue is gone."
     if issue.script.name == "host.sh":
-        how = f"In an empty folder, run `QEMU=PATH/qemu-system-ppc64 sh PATH/{script}`."
-    else:
-        machine = " and ".join(issue.machine)
-        how = (
-            f"As root, run `sh {script} REGION` on a machine with persistent memory, such as a "
-            f"pseries guest with a spapr-nvdimm ({machine}). REGION is its name in "
-            "/sys/bus/nd/devices; its data are overwritten."
+        return (
+            "Save the files below to one folder, and in an empty folder run "
+            f"`QEMU=PATH/qemu-system-ppc64 sh PATH/{_SCRIPT}`. {end}"
         )
-    return f"{how} {places}It exits with 1 if it shows the issue, and with 0 if the issue is gone."
+    return (
+        f"Save the files below to one folder, and as root run `sh {_SCRIPT} REGION` on a machine "
+        "with persistent memory, such as a pseries guest with a spapr-nvdimm "
+        f"({' and '.join(issue.machine)}). REGION is its name in /sys/bus/nd/devices; its data are "
+        f"overwritten. {end}"
+    )
 
 
 def _files(issue: KnownIssue) -> Iterator[tuple[str, str]]:
-    """Names and texts of the files that belong to the report."""
+    """Names and texts of the files that belong to the report, for one folder."""
     for file in issue.attachments:
-        yield str(file.relative_to(issue.folder.parent)), file.read_text()
+        text = file.read_text()
+        if file == issue.script:
+            text = standalone(text, (issue.folder.parent / "lib.sh").read_text())
+            yield _SCRIPT, text.replace(file.name, _SCRIPT)
+        elif file.name != "lib.sh":
+            yield file.name, text.replace('"../bare.h"', '"bare.h"')
     if issue.patch is not None:
         yield issue.patch.name, issue.patch.read_text()
 
