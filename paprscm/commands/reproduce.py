@@ -124,7 +124,7 @@ class Reproducer:
             on_host = issue.script.name == "host.sh"
             return (self._on_host if on_host else self._in_guest)(issue, issue.script, chosen)
         if issue.tests:
-            return self._test(issue)
+            return self._test(issue, chosen)
         raise ConfigError(
             f"{issue.name} has no reproduction that can be run",
             hint=f"known_issues/{issue.name}.md describes it",
@@ -149,9 +149,13 @@ class Reproducer:
         outcome = judge_output(done.status, done.lines)
         return Reproduction(*outcome, {"QEMU": qemu.version_text}, done.duration_s)
 
-    def _in_guest(self, issue: KnownIssue, script: Path, chosen: settings.Settings) -> Reproduction:
+    def _environment(self, chosen: settings.Settings) -> Environment:
         environment = self._environments.get(chosen) or prepare(chosen)
         self._environments[chosen] = environment
+        return environment
+
+    def _in_guest(self, issue: KnownIssue, script: Path, chosen: settings.Settings) -> Reproduction:
+        environment = self._environment(chosen)
         versions = {"QEMU": environment.qemu.version_text, "Linux": environment.kernel.release}
         nvdimms = tuple(parse_nvdimm(text, slot=slot) for slot, text in enumerate(issue.machine))
         for nvdimm in nvdimms:
@@ -177,8 +181,10 @@ class Reproducer:
         outcome = judge_output(result.status, lines)
         return Reproduction(*outcome, versions, time.monotonic() - started)
 
-    def _test(self, issue: KnownIssue) -> Reproduction:
+    def _test(self, issue: KnownIssue, chosen: settings.Settings) -> Reproduction:
         """Run a test of the suite, and read its verdict on the issue."""
+        # Not within the time limit: a kernel may have to be built.
+        self._environment(chosen)
         test = issue.tests[0]
         with tempfile.TemporaryDirectory(prefix="paprscm-reproduce-") as folder:
             # Avocado takes the method for a regular expression.
