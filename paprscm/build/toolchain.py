@@ -21,6 +21,7 @@ KERNEL_TOOLS = ("make", "gcc", "bison", "flex", "bc")
 
 _PACKAGES = {
     "cc": "gcc libc-dev",
+    "git": "git",
     "patch": "patch",
     "ninja": "ninja-build",
     "pkg-config": "pkg-config",

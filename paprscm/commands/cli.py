@@ -22,6 +22,7 @@ from paprscm.commands import (
     bench_ab,
     bench_flushes,
     bench_suite,
+    bisect,
     builds,
     caches,
     compare,
@@ -152,6 +153,7 @@ def parser() -> argparse.ArgumentParser:
     matrix.add_verbs(verbs, common)
     history.add_verbs(verbs, common)
     compare.add_verb(verbs, common)
+    bisect.add_verb(verbs, common)
 
     branches = add(
         "branches", _branches, "Print the branches of the hcalls that a job's tests have taken."

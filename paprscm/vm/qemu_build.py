@@ -115,7 +115,7 @@ def build_tree(cache: Cache, tree: Path) -> Path:
     fields = {"source": str(tree), "options": " ".join(_OPTIONS), "compiler": _compiler()}
     with cache.workspace(BUILT, fields, purpose=f"builds the QEMU of {tree}") as folder:
         with step(f"building the QEMU of {tree}"):
-            _compile(tree, folder, blame=ConfigError)
+            _compile(tree, folder, blame=ConfigError, blame_configure=ConfigError)
         bundle = folder / "qemu-bundle"
         bundle.unlink(missing_ok=True)
         bundle.symlink_to("objects/qemu-bundle")
@@ -187,6 +187,7 @@ def _compile(
     *options: str,
     python: Path = Path(sys.executable),
     blame: type[Error],
+    blame_configure: type[Error] = HostError,
 ) -> None:
     """Configure and compile a tree in folder/objects, and publish the emulator by rename.
 
@@ -201,7 +202,7 @@ def _compile(
         objects.mkdir()
         words = [str(tree / "configure"), f"--python={python}", *_OPTIONS, *options]
         with step("configuring QEMU"):
-            _run(words, objects, log_file, HostError)
+            _run(words, objects, log_file, blame_configure)
     with progress("QEMU's objects", None, "objects") as bar:
 
         def line(text: str) -> None:
