@@ -44,7 +44,8 @@
 #define swap_if(place, old, value) \
 	__atomic_compare_exchange_n(place, old, value, false, __ATOMIC_SEQ_CST, __ATOMIC_ACQUIRE)
 
-enum operation { FDATASYNC, FSYNC, MSYNC, PMEM_PERSIST, OPERATIONS };
+/* LABEL: any of them on a part of the file behind the DIMM's data. */
+enum operation { FDATASYNC, FSYNC, MSYNC, PMEM_PERSIST, LABEL, OPERATIONS };
 
 /* Changes to a call, as bits. */
 enum injected { DELAYED = 1, FAILED = 2, HUNG = 4 };
@@ -66,6 +67,8 @@ struct counts {
 
 struct file {
 	uint64_t dev, ino;
+	/* Size of the DIMM's data; 0: the whole file. */
+	uint64_t data;
 	/* rules[generation & 1] is in force; the other one is for the next rule. */
 	uint32_t generation;
 	/* Calls held in this epoch or earlier may continue. */
@@ -393,8 +396,11 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 {
 	uint64_t number = add(&page->begun, 1) - 1, begin_ns = now_ns();
 	struct record *record = &page->records[number % ARRAY_SIZE(page->records)];
-	struct plan plan = decide(file, operation);
+	struct plan plan;
 
+	if (file->data && start >= file->data)
+		operation = LABEL;
+	plan = decide(file, operation);
 	*call = (struct call){ file, operation, record, (number + 1) << 1, (int)plan.error };
 	/* Invalidate the slot's last call, even if it is still in progress. */
 	__atomic_exchange_n(&record->state, 0, __ATOMIC_SEQ_CST);
@@ -408,7 +414,8 @@ static bool enter(struct call *call, struct file *file, enum operation operation
 	record->end = end;
 	store(&record->state, call->state);
 	count_begun(&file->counts[operation]);
-	count_begun(&file->counts[OPERATIONS]);
+	if (operation != LABEL)
+		count_begun(&file->counts[OPERATIONS]);
 	log_begin(number, record->file);
 
 	/* Poll, because sync_shim.py only writes memory, and does not wake us. */
@@ -434,7 +441,8 @@ static int leave(const struct call *call, int result)
 	}
 	log_end((call->state >> 1) - 1, (uint32_t)(call->file - page->file), (uint32_t)error);
 	count_ended(&call->file->counts[call->operation], error);
-	count_ended(&call->file->counts[OPERATIONS], error);
+	if (call->operation != LABEL)
+		count_ended(&call->file->counts[OPERATIONS], error);
 	if (error)
 		errno = error;
 	return result;

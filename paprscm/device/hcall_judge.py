@@ -71,6 +71,9 @@ def known_bug(allowed: Sequence[Expected]) -> tuple[str, Expected] | None:
     return None
 
 
+_WAITS = "qemu-thread-pool-waits-for-hung-request"
+
+
 class ScmJudge:
     """Makes calls on a machine, and compares each answer with the model's.
 
@@ -174,25 +177,38 @@ class ScmJudge:
     def poll_to_the_end(self, *slots: int, limit: int = 100_000) -> None:
         """Poll every outstanding flush of these DIMMs until it ends.
 
+        While a flush of another DIMM is held, one may wait behind it in QEMU's queue, which is a
+        known issue. The next flush of the DIMM starts a thread, and ends that.
+
         Args:
             slots: slots of the DIMMs; none: all DIMMs.
             limit: maximum number of polls of one flush, 100 µs apart.
         """
-        for slot, dimm in self.model.dimms.items():
-            if slots and slot not in slots:
+        for slot in slots or self.model.dimms:
+            if not (busy := self._poll(slot, limit)):
                 continue
-            tokens = sorted(dimm.outstanding)
-            polls = [
-                Call(Hcall.H_SCM_FLUSH, (drc_index(slot), token), limit, True, 100)
-                for token in tokens
-            ]
-            answers = self.bare.batch(polls, timeout_s=60)
-            requests = [Request(Hcall.H_SCM_FLUSH, poll.args) for poll in polls]
-            for one, answer in zip(requests, answers, strict=True):
-                self.model.covered[_GOES_ON] += answer.busy
-                if answer.code == ReturnCode.H_LONG_BUSY_ORDER_10_MSEC:
-                    raise ContractError(f"{one} has not ended after {answer.count} polls")
-            self.judge(requests, answers)
+            others = [dimm for dimm in self.model.dimms.values() if dimm.slot != slot]
+            if not any(dimm.held for dimm in others):
+                raise ContractError(f"{busy[0]} has not ended after {limit} polls")
+            self.known_wrong.setdefault(_WAITS, f"{busy[0]} waits for a held flush")
+            self.make(Request(Hcall.H_SCM_FLUSH, (drc_index(slot), 0)))
+            if busy := self._poll(slot, limit):
+                raise ContractError(
+                    f"{busy[0]} has not ended after {limit} polls, and {limit} more"
+                )
+
+    def _poll(self, slot: int, limit: int) -> list[Request]:
+        """Poll the outstanding flushes of a DIMM; return those that have not ended."""
+        tokens = sorted(self.model.dimms[slot].outstanding)
+        polls = [
+            Call(Hcall.H_SCM_FLUSH, (drc_index(slot), token), limit, True, 100) for token in tokens
+        ]
+        answers = self.bare.batch(polls, timeout_s=60)
+        requests = [Request(Hcall.H_SCM_FLUSH, poll.args) for poll in polls]
+        self.model.covered[_GOES_ON] += sum(answer.busy for answer in answers)
+        self.judge(requests, answers)
+        busy = ReturnCode.H_LONG_BUSY_ORDER_10_MSEC
+        return [one for one, answer in zip(requests, answers, strict=True) if answer.code == busy]
 
     def missing(self, calls: Iterable[Hcall], *, without: Iterable[str] = ()) -> set[str]:
         """Names of the branches of these calls that were not taken yet.

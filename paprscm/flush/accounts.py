@@ -12,7 +12,7 @@ from paprscm.errors import ContractError
 from paprscm.flush.trace import FlushTrace, TracedFlush, TraceReading
 from paprscm.guest.guest import Guest
 from paprscm.papr import drc_index
-from paprscm.vm.shim_layout import Operation
+from paprscm.vm.shim_layout import FLUSHES, Operation
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class FlushAccounts:
     def _syncs(self) -> dict[int, dict[Operation, int]]:
         """Number of ended syncs of each slot, by operation."""
         return {
-            slot: {op: self._guest.vm.syncs(slot).counts(op).ended for op in Operation}
+            slot: {op: self._guest.vm.syncs(slot).counts(op).ended for op in FLUSHES}
             for slot in self._slots
         }
 

@@ -73,6 +73,7 @@ class ScratchFiles(Lifetime):
     Attributes:
         folder: the scratch folder.
         paths: the backing file of each slot.
+        data_bytes: the size of each DIMM without its label area, by slot.
     """
 
     folder: Path
@@ -87,6 +88,7 @@ class ScratchFiles(Lifetime):
         super().__init__()
         self._image = image
         self.paths: dict[int, Path] = {}
+        self.data_bytes: dict[int, int] = {}
         self._scratch_dir = scratch_dir
         self._nvdimms = tuple(nvdimms)
 
@@ -100,6 +102,7 @@ class ScratchFiles(Lifetime):
 
     def make(self, nvdimm: Nvdimm) -> Path:
         """Return the DIMM's own file, or create one; the caller adds it to `paths`."""
+        self.data_bytes[nvdimm.slot] = nvdimm.size_bytes
         if nvdimm.file is not None:
             return nvdimm.file
         handle, name = tempfile.mkstemp(prefix=f"nvdimm{nvdimm.slot}-", dir=self.folder)

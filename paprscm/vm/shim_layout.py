@@ -22,6 +22,12 @@ class Operation(IntEnum):
     FSYNC = 1
     MSYNC = 2
     PMEM_PERSIST = 3
+    LABEL = 4
+    """Any of them on a part of the file behind the DIMM's data; not a flush of the DIMM."""
+
+
+FLUSHES: Final = tuple(one for one in Operation if one is not Operation.LABEL)
+"""Calls that may be a flush of a DIMM."""
 
 
 class Injected(IntFlag):
@@ -48,7 +54,7 @@ RULE = _struct(
 )
 _COUNTS = _struct((_U64, "begun ended failed in_flight most"))
 _FILE = _struct(
-    (_U64, "dev ino"),
+    (_U64, "dev ino data"),
     (_U32, "generation released"),
     (RULE * 2, "rules"),
     (_U64, "drawn matched"),

@@ -26,6 +26,7 @@ from paprscm.host.cache import Cache
 from paprscm.paths import HOST_TOOLS
 from paprscm.vm.shim_layout import (
     FILES,
+    FLUSHES,
     MAGIC,
     PAGE,
     RECORDS,
@@ -43,7 +44,6 @@ _FILL_LIMIT_S = 0.1
 _UINT32_MAX = (1 << 32) - 1
 
 
-ALL = tuple(Operation)
 FALLIBLE = (Operation.FDATASYNC, Operation.FSYNC, Operation.MSYNC)
 """Calls that can fail; pmem_persist returns nothing."""
 
@@ -202,11 +202,15 @@ class Shim:
             raise HostError(f"{self._library} does not match paprscm/vm/sync_shim.py")
         return self.loaded
 
-    def watch(self, path: Path) -> WatchedFile:
+    def watch(self, path: Path, data_bytes: int = 0) -> WatchedFile:
         """Start to record the calls on a file, under any of its names.
 
         The file must exist and must not be mapped yet: msync and pmem_persist have only an address,
         and only later mappings are known.
+
+        Args:
+            path: the file.
+            data_bytes: size of a DIMM's data, without the label area behind them; 0: all are data.
 
         Raises:
             HostError: the file cannot be opened, or 64 files are watched already.
@@ -224,7 +228,7 @@ class Shim:
         if number == FILES:
             raise HostError(f"{path} cannot be watched: {FILES} files are watched already")
         entry = self._page.file[number]
-        entry.dev, entry.ino = info.st_dev, info.st_ino
+        entry.dev, entry.ino, entry.data = info.st_dev, info.st_ino, data_bytes
         _barrier()
         self._page.files = number + 1
         self._files.append(WatchedFile(self, entry, path))
@@ -297,7 +301,7 @@ class WatchedFile:
         return bool(self._entry.mapped)
 
     def counts(self, operation: Operation | None = None) -> Counts:
-        """Return the calls so far, of one operation or of all; raises as Shim.check() does."""
+        """Return the calls so far, of one operation or of FLUSHES; raises as Shim.check() does."""
         self._shim.check()
         counts = self._entry.counts[len(Operation) if operation is None else operation]
         # In this order, so that `ended` cannot exceed `begun`.
@@ -315,11 +319,15 @@ class WatchedFile:
             size_bytes: the size of the DIMM without its label area.
             since: number of the first record; raises as Shim.records() does.
         """
-        records = self.records(since)
+        records = [one for one in self.records(since) if one.operation in FLUSHES]
         return [record for record in records if record.start > 0 or record.end < size_bytes]
 
     def delay(
-        self, low_s: float, high_s: float | None = None, *, operations: Collection[Operation] = ALL
+        self,
+        low_s: float,
+        high_s: float | None = None,
+        *,
+        operations: Collection[Operation] = FLUSHES,
     ) -> None:
         """Delay each call by `low_s`, or by a random time from `low_s` to `high_s`, <= 3600 s."""
         high_s = low_s if high_s is None else high_s
@@ -359,7 +367,7 @@ class WatchedFile:
         calls = {"fail_first": first, "fail_step": step, "fail_last": last}
         self._set("fail", fail_mask=_mask(operations), fail_errno=errno, **calls)
 
-    def hang(self, *, operations: Collection[Operation] = ALL) -> None:
+    def hang(self, *, operations: Collection[Operation] = FLUSHES) -> None:
         """Hold each call until release()."""
         self._set("hang", hang_mask=_mask(operations))
 

@@ -23,6 +23,18 @@ from paprscm.vm.sync_shim import Shim, WatchedFile
 _END_LIMIT_S = 2.0
 
 
+class StartError(HostError):
+    """QEMU does not start.
+
+    Attributes:
+        refused: it has ended with status 1, as it does when it refuses its command line.
+    """
+
+    def __init__(self, message: str, *, hint: str, refused: bool) -> None:
+        super().__init__(message, hint=hint)
+        self.refused = refused
+
+
 class Vm(Lifetime):
     """One QEMU; use it as a context manager.
 
@@ -38,7 +50,7 @@ class Vm(Lifetime):
         shim: preloaded into this QEMU, to record and disturb the syncs of the backing files.
 
     Raises:
-        HostError: QEMU does not start.
+        StartError: QEMU does not start.
 
     Attributes:
         process: the QEMU process.
@@ -80,7 +92,7 @@ class Vm(Lifetime):
             if nvdimm.file is None:
                 undo.callback(file.unlink)
             # watch() must precede QEMU's mmap.
-            watched = self._shim.watch(file) if self._shim else None
+            watched = self._shim.watch(file, nvdimm.size_bytes) if self._shim else None
             self._attach(nvdimm, file, watched)
             undo.pop_all()
         self._files.paths[nvdimm.slot] = file
@@ -144,7 +156,10 @@ class Vm(Lifetime):
         script.chmod(0o755)
         shim = self._shim
         if shim:
-            self._watched = {slot: shim.watch(file) for slot, file in self._files.paths.items()}
+            self._watched = {
+                slot: shim.watch(file, self._files.data_bytes[slot])
+                for slot, file in self._files.paths.items()
+            }
         ours, theirs = socket.socketpair()
         with theirs, (self.folder / "qemu.log").open("wb") as output:
             self.exec_s = time.monotonic()
@@ -167,9 +182,10 @@ class Vm(Lifetime):
         except GuestLostError as error:
             status = self.process.wait(_END_LIMIT_S)
             how = "does not answer" if status is None else describe_status(status)
-            raise HostError(
+            raise StartError(
                 f"QEMU did not start ({how}); its output:\n{self.output()}",
                 hint=f"its command line: {self.folder / 'qemu.sh'}",
+                refused=status == 1,
             ) from error
         if shim:
             shim.require_loaded()

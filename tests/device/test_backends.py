@@ -26,8 +26,9 @@ from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm
-from paprscm.vm.shim_layout import Operation
+from paprscm.vm.shim_layout import FLUSHES, Operation
 from paprscm.vm.sync_shim import Shim, WatchedFile
+from paprscm.vm.vm import StartError
 
 PAGE = 65536
 GOOD = PMEM_OFF.at(1, SMALL)
@@ -71,7 +72,13 @@ class Backends(PaprScmTest):
     def test_share_off(self) -> None:
         """With share=off, too, data that a guest has synced are in the file."""
         private = replace(PMEM_OFF.at(2, SMALL), share=False)
-        guest = self.machine(GOOD, private)
+        try:
+            guest = self.machine(GOOD, private)
+        except StartError as error:
+            if not error.refused:
+                raise
+            self.known_issue("qemu-nvdimm-share-off", shows=False, found="QEMU refuses it")
+            return
         for nvdimm in (GOOD, private):
             disk = self.disk(guest, nvdimm.slot)
             self.stored(guest, disk, 0xA5, guest.vm.syncs(nvdimm.slot))
@@ -148,7 +155,7 @@ class Backends(PaprScmTest):
             self.stored(guest, disk, 0xA5, syncs)
             # Both DIMMs are flushed by hcall.
             self.expect("hcalls of two fsyncs", count_hcalls(guest) - hcalls, at_least(4))
-            ended = {o.name.lower(): syncs.counts(o).ended for o in Operation}
+            ended = {o.name.lower(): syncs.counts(o).ended for o in FLUSHES}
             counts[nvdimm] = {name: count for name, count in ended.items() if count}
         self.measure("calls of two fsyncs", list(counts.values()))
         self.expect("syncs of two fsyncs on pmem=off", sum(counts[GOOD].values()), at_least(2))

@@ -17,7 +17,8 @@ from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope, drc_i
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Machine, Nvdimm, in_words
-from paprscm.vm.shim_layout import Operation
+from paprscm.vm.shim_layout import FLUSHES
+from paprscm.vm.vm import StartError
 
 FLUSH = Hcall.H_SCM_FLUSH
 # PAPR: loads and stores in real mode (Linux hvcall.h).
@@ -45,7 +46,7 @@ class FlushTest(QemuTest):
         syncs = judge.bare.vm.syncs(slot)
         partial = syncs.partial(judge.model.dimms[slot].size_bytes)
         self.check(f"syncs of slot {slot} that omit a part of the DIMM", partial, [])
-        ended = {operation.name.lower(): syncs.counts(operation).ended for operation in Operation}
+        ended = {operation.name.lower(): syncs.counts(operation).ended for operation in FLUSHES}
         return {name: count for name, count in ended.items() if count}
 
 
@@ -150,7 +151,7 @@ class Syncs(FlushTest):
         self.measure("branches", counts_by_name(judge.model.covered))
 
     def test_no_other_call_syncs(self) -> None:
-        """Only H_SCM_FLUSH syncs; calls that write labels or bind memory do not."""
+        """Only H_SCM_FLUSH syncs a DIMM's data; calls that write labels or bind memory do not."""
         judge = self.judge(FIRST, OLD)
         for nvdimm in (FIRST, OLD):
             drc, address = nvdimm.drc, judge.model.dimms[nvdimm.slot].address
@@ -188,7 +189,13 @@ class Syncs(FlushTest):
 
     def test_a_private_mapping_loses_what_was_stored(self) -> None:
         """With share=off, too, H_SUCCESS of a flush means that the data are in the file."""
-        content = self.stored_and_flushed(dataclasses.replace(FIRST, share=False))
+        try:
+            content = self.stored_and_flushed(dataclasses.replace(FIRST, share=False))
+        except StartError as error:
+            if not error.refused:
+                raise
+            self.known_issue("qemu-nvdimm-share-off", shows=False, found="QEMU refuses it")
+            return
         lost = content != PATTERN.to_bytes(8, "big")
         self.known_issue(
             "qemu-nvdimm-share-off",
@@ -211,24 +218,26 @@ class Syncs(FlushTest):
         judge.release(0)
         judge.poll_to_the_end()
         self.check("syncs of slot 0", self.counts(judge, 0), {"fdatasync": 3})
-        self.check("syncs of slot 1", self.counts(judge, 1), {"fdatasync": 20})
+        flushes = judge.model.dimms[1].last_token
+        self.check("syncs of slot 1", self.counts(judge, 1), {"fdatasync": flushes})
 
     def test_other_dimm_while_a_worker_is_idle(self) -> None:
         """A sync that hangs does not delay a flush of another DIMM that begins at the same time."""
         judge = self.judge(FIRST, SECOND)
-        held = judge.bare.vm.syncs(0)
         waiting = 0
-        for _ in range(300):
-            # One of QEMU's worker threads is idle after this.
-            judge.make(request(FLUSH, FIRST.drc, 0))
+        for number in range(40):
+            # As many of QEMU's worker threads are idle after this, and each takes one flush.
+            flushes = [request(FLUSH, FIRST.drc, 0)] * (number % 8 + 1)
+            judge.hold(0)
+            judge.make(*flushes)
+            judge.release(0)
             judge.poll_to_the_end()
             judge.hold(0)
-            judge.make(request(FLUSH, FIRST.drc, 0), request(FLUSH, SECOND.drc, 0))
+            judge.make(*flushes, request(FLUSH, SECOND.drc, 0))
             token = judge.model.dimms[1].last_token
             poll = Call(FLUSH, (SECOND.drc, token), 20_000, True, 100)
             (answer,) = judge.bare.batch([poll], timeout_s=60)
-            held.release()
-            judge.model.release(0)
+            judge.release(0)
             judge.judge([request(FLUSH, *poll.args)], [answer])
             judge.poll_to_the_end()
             if answer.code == BUSY:
