@@ -92,6 +92,16 @@ save() {
 	echo quit
 }
 
+# progress PATTERN: in such a function, wait until a line of `info migrate` matches.
+progress() {
+	for _ in $(seq 100); do
+		echo info migrate
+		sleep 0.1
+		grep -Eq "$1" answers && return
+	done
+	exit 1
+}
+
 # loaded: in such a function, wait until an incoming migration has ended.
 loaded() {
 	for _ in $(seq 200); do
