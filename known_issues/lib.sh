@@ -66,11 +66,15 @@ dimm() {
 	dimms="$dimms -device $words"
 }
 
-# machine [OPTION…]: start a machine with the DIMMs; its status is $?.
+# machine [OPTION…]: start a machine with the DIMMs; its status is $?. Its command line, without
+# quotes, is added to the file `commands`.
 machine() {
-	# shellcheck disable=SC2086 # $tracer and $dimms are lists of words
-	$tracer timeout -k 5 60 "$qemu" -machine "$machine" -accel tcg \
-		-m 512M,slots=8,maxmem=8G -nodefaults -display none -no-reboot $dimms "$@"
+	# shellcheck disable=SC2086 # $dimms is a list of words
+	set -- "$qemu" -machine "$machine" -accel tcg -m 512M,slots=8,maxmem=8G \
+		-nodefaults -display none -no-reboot $dimms "$@"
+	echo "$*" >> commands
+	# shellcheck disable=SC2086 # so is $tracer
+	$tracer timeout -k 5 60 "$@"
 }
 
 # A command that prints commands for QEMU's monitor: a function of the script.
