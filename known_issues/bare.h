@@ -3,9 +3,8 @@
  * A program without an operating system for QEMU's pseries machine: it makes hypervisor calls and
  * prints their results.
  *
- *	cc=${CC:-powerpc64le-linux-gnu-gcc}
- *	$cc -mbig-endian -mabi=elfv2 -mcpu=power8 -O1 -ffreestanding -nostdlib -static -fPIE -pie \
- *		-mno-altivec -mno-vsx -Wl,-e,_start -o program program.c
+ *	powerpc64le-linux-gnu-gcc -mbig-endian -mabi=elfv2 -mcpu=power8 -msoft-float -mno-altivec \
+ *		-mno-vsx -O1 -ffreestanding -nostdlib -static -Wl,-Ttext=0 -o program program.c
  *	qemu-system-ppc64 -M pseries,x-vof=on -kernel program …
  *
  * VOF, QEMU's built-in Open Firmware, enters the program in real mode at its first byte.

@@ -129,7 +129,8 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             f" - Architecture: {platform.machine()}",
             " - QEMU flavor: qemu-system-ppc64",
             f" - QEMU version: {_versions(issue)}",
-            " - QEMU command line: in the steps",
+            " - QEMU command line: "
+            + ("the script prints it" if issue.script is not None else "in the steps"),
             "",
             "## Emulated/Virtualized environment",
             f" - Operating system: {guest}",
@@ -147,6 +148,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             "",
             *_fenced(issue),
             "## Additional information",
+            "### Fix",
             without_links(issue.section("Fix")) or "No fix is known.",
             "",
         ]
@@ -168,7 +170,7 @@ def _plain_bug(issue: KnownIssue) -> str:
 def _versions(issue: KnownIssue) -> str:
     since = ", ".join(map(str, issue.since))
     fixed = ", ".join(map(str, issue.fixed_in))
-    return f"{issue.product} {since} and later; seen in {issue.seen_in}" + (
+    return f"{issue.product} since {since}; seen in {issue.seen_in}" + (
         f"; fixed in {fixed}" if fixed else ""
     )
 
@@ -184,9 +186,10 @@ def _steps(issue: KnownIssue) -> str:
         return issue.section("Reproduce")
     end = "It exits with 1 if it shows the issue, and with 0 if the issue is gone."
     if issue.script.name == "host.sh":
+        emulator = "QEMU=PATH/qemu-system-ppc64 " if issue.product == "QEMU" else ""
         return (
             "Save the files below to one folder, and in an empty folder run "
-            f"`QEMU=PATH/qemu-system-ppc64 sh PATH/{_SCRIPT}`. {end}"
+            f"`{emulator}sh PATH/{_SCRIPT}`. {end}\n\n{_about(issue, issue.script)}"
         )
     return (
         f"Save the files below to one folder, and as root run `sh {_SCRIPT} REGION` on a machine "
@@ -194,6 +197,17 @@ def _steps(issue: KnownIssue) -> str:
         f"({' and '.join(issue.machine)}). REGION is its name in /sys/bus/nd/devices; its data are "
         f"overwritten. {end}"
     )
+
+
+def _about(issue: KnownIssue, script: Path) -> str:
+    """Commands that host.sh needs, and the text about it, without those of the suite."""
+    needs = re.findall(r"^need (.+)$", script.read_text(), re.MULTILINE)
+    if any(file.suffix == ".c" for file in issue.attachments):
+        needs.append("powerpc64le-linux-gnu-gcc (or $CC)")
+    text = issue.section("Reproduce").partition("\n\n")[2].partition("\nTest: ")[0]
+    text = text.replace(f"known_issues/{issue.name}/{script.name}", _SCRIPT).strip()
+    needed = f"It needs {' and '.join(needs)}.\n\n" if needs else ""
+    return f"{needed}The script {text.removeprefix('It ')}"
 
 
 def _files(issue: KnownIssue) -> Iterator[tuple[str, str]]:

@@ -97,6 +97,12 @@ def test_a_report_answers_what_a_maintainer_asks(name: str) -> None:
     assert known.patch is None or known.patch.read_text() in text
     # No links into the repository, and no reference to its tests where there is a script.
     assert ".md)" not in text
+    if known.script is not None and known.script.name == "host.sh":
+        steps = text[text.index("Steps to reproduce") :]
+        assert re.search("^The script [a-z]", steps, re.MULTILINE)
+        assert "paprscm reproduce" not in text
+        assert "known_issues/" not in steps
+        assert ("QEMU=PATH" in steps) == (known.product == "QEMU")
     assert known.script is None or "avocado run tests" not in text
 
 
@@ -195,7 +201,11 @@ def test_an_entry_of_qemu_s_tracker_has_the_sections_of_its_template() -> None:
     assert lines[0] == f"Title: hw/ppc/spapr_nvdimm: {known.title}"
     # A guest can end its QEMU.
     assert any("security-process" in line for line in lines)
+    assert "It needs powerpc64le-linux-gnu-gcc (or $CC)." in lines
     harmless = read_issue("qemu-nvdimm-uuid-used-twice")
+    assert "It needs" not in issue_report.render(harmless, RECEIVERS)
+    traced = issue_report.render(read_issue("qemu-label-writes-not-synced"), RECEIVERS)
+    assert "It needs strace and powerpc64le-linux-gnu-gcc (or $CC)." in traced
     assert "security-process" not in issue_report.render(harmless, RECEIVERS)
 
 
