@@ -126,9 +126,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
         guest = "none"
     # Most maintainers can run x86.
     x86 = "qemu-system-x86_64" in issue.section("Reproduce")
-    command = "in the steps"
-    if issue.script is not None and issue.script.name == "host.sh":
-        command = "the script below writes each to a file `commands`"
+    command = "the script prints it" if issue.script is not None else "in the steps"
     return "\n".join(
         [
             *heads,
@@ -157,6 +155,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             "",
             *_fenced(issue),
             "## Additional information",
+            "### Fix",
             without_links(issue.section("Fix")) or "No fix is known.",
             "",
         ]
@@ -178,7 +177,7 @@ def _plain_bug(issue: KnownIssue) -> str:
 def _versions(issue: KnownIssue) -> str:
     since = ", ".join(map(str, issue.since))
     fixed = ", ".join(map(str, issue.fixed_in))
-    return f"{issue.product} {since} and later; seen in {issue.seen_in}" + (
+    return f"{issue.product} since {since}; seen in {issue.seen_in}" + (
         f"; fixed in {fixed}" if fixed else ""
     )
 
@@ -210,15 +209,13 @@ def _steps(issue: KnownIssue) -> str:
         if issue.product == "QEMU":
             run = f"QEMU=PATH/qemu-system-ppc64 {run}"
         needs = re.findall(r"^need (.+)$", issue.script.read_text(), re.MULTILINE)
-        needs += ["a compiler for ppc64 (`$CC`, or powerpc64le-linux-gnu-gcc)"] * _has_program(
-            issue
-        )
-        if needs:
-            end += f" It needs {' and '.join(needs)}."
-        return (
-            f"Save the files below to one folder, and in an empty folder run `{run}`. {end}\n\n"
-            f"{_account(issue, run)}"
-        )
+        needs += ["powerpc64le-linux-gnu-gcc (or $CC)"] * _has_program(issue)
+        parts = [
+            f"Save the files below to one folder, and in an empty folder run `{run}`. {end}",
+            *([f"It needs {' and '.join(needs)}."] if needs else []),
+            _account(issue, run),
+        ]
+        return "\n\n".join(parts)
     return (
         f"Save the files below to one folder, and as root run `sh {_SCRIPT} REGION` on a machine "
         "with persistent memory, such as a pseries guest with a spapr-nvdimm "
@@ -237,7 +234,7 @@ def _account(issue: KnownIssue, run: str) -> str:
     text = issue.section("Reproduce").partition("\n\n")[2]
     text = re.sub(r"^Test: .+(?:\n.+)*", "", text, flags=re.MULTILINE).strip()
     text = re.sub(r"`(QEMU=\S+) sh known_issues/\S+`", rf"`\1 {run.partition(' ')[2]}`", text)
-    return f"It {text}" if text[:1].islower() else text
+    return f"The script {text.removeprefix('It ')}"
 
 
 def _files(issue: KnownIssue) -> Iterator[tuple[str, str]]:
