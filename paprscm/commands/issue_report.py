@@ -119,6 +119,9 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
         guest = "Linux"
     elif not any(file.suffix == ".c" for file in issue.attachments):
         guest = "none"
+    fixes = [] if issue.reported == "not yet" else [issue.reported[0].upper() + issue.reported[1:]]
+    if issue.section("Fix"):
+        fixes.append(without_links(issue.section("Fix")))
     return "\n".join(
         [
             *heads,
@@ -149,7 +152,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             *_fenced(issue),
             "## Additional information",
             "### Fix",
-            without_links(issue.section("Fix")) or "No fix is known.",
+            "\n\n".join(fixes) or "No fix is known.",
             "",
         ]
     )
@@ -236,7 +239,8 @@ def _operating_system() -> str:
 
 
 def without_links(text: str) -> str:
-    """Replace [text](target) by its text: the targets are files of the suite."""
+    """Replace [text](target) by its text, and omit (see [text](target)): files of the suite."""
+    text = re.sub(r"\s*\((?:see )?\[[^\]]+\]\([^)]+\.md\)\)", "", text)
     return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
 
 
