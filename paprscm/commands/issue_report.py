@@ -127,6 +127,9 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
     # Most maintainers can run x86.
     x86 = "qemu-system-x86_64" in issue.section("Reproduce")
     command = "the script prints it" if issue.script is not None else "in the steps"
+    fixes = _reported(issue)
+    if issue.section("Fix"):
+        fixes.append(without_links(issue.section("Fix")))
     return "\n".join(
         [
             *heads,
@@ -148,7 +151,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             "",
             f"Location: {issue.location}",
             "",
-            "\n\n".join([f"Effect: {_effect(issue)}", *_reported(issue)]),
+            f"Effect: {_effect(issue)}",
             "",
             "## Steps to reproduce",
             without_links(_steps(issue)),
@@ -156,7 +159,7 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             *_fenced(issue),
             "## Additional information",
             "### Fix",
-            without_links(issue.section("Fix")) or "No fix is known.",
+            "\n\n".join(fixes) or "No fix is known.",
             "",
         ]
     )

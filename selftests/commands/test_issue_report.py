@@ -271,3 +271,16 @@ def test_receivers_are_read_from_a_tree_or_an_archive(
         words = ["report-issue", "linux-btt-sleeps-under-spinlock", "--source", str(source)]
         assert main(words) == 2
         assert "has no MAINTAINERS" in capsys.readouterr().err
+
+
+def test_a_report_does_not_refer_to_files_of_the_suite() -> None:
+    text = "One ([a](a.md)), two (see [b](b.md)): [c](c.md)."
+    assert issue_report.without_links(text) == "One, two: c."
+
+
+def test_a_report_names_the_fix_of_upstream() -> None:
+    text = issue_report.render(read_issue("qemu-readonly-makes-file"), RECEIVERS)
+    assert "\n### Fix\nFixed upstream: 4d6b23f7e2b7" in text
+    assert "No fix is known" not in text
+    text = issue_report.render(read_issue("qemu-maxmem-makes-slow-start"), RECEIVERS)
+    assert "not yet" not in text
