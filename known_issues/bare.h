@@ -4,9 +4,11 @@
  * prints their results.
  *
  *	cc=${CC:-powerpc64le-linux-gnu-gcc}
- *	$cc -mbig-endian -mabi=elfv2 -mcpu=power8 -O1 -ffreestanding -nostdlib -static -fPIE -pie \
- *		-mno-altivec -mno-vsx -Wl,-e,_start -o program program.c
- *	qemu-system-ppc64 -M pseries,x-vof=on -kernel program …
+ *	$cc -mbig-endian -mabi=elfv2 -mcpu=power8 -msoft-float -mno-altivec -mno-vsx -O1 -Wall \
+ *		-ffreestanding -fno-asynchronous-unwind-tables -nostdlib -static \
+ *		-Wl,-Ttext=0,--build-id=none -o program program.c
+ *	qemu-system-ppc64 -M pseries,x-vof=on -nodefaults -display none -serial stdio \
+ *		-kernel program …
  *
  * VOF, QEMU's built-in Open Firmware, enters the program in real mode at its first byte.
  */

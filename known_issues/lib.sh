@@ -66,13 +66,6 @@ dimm() {
 	dimms="$dimms -device $words"
 }
 
-# machine [OPTION…]: start a machine with the DIMMs; its status is $?.
-machine() {
-	# shellcheck disable=SC2086 # $tracer and $dimms are lists of words
-	$tracer timeout -k 5 60 "$qemu" -machine "$machine" -accel tcg \
-		-m 512M,slots=8,maxmem=8G -nodefaults -display none -no-reboot $dimms "$@"
-}
-
 # A command that prints commands for QEMU's monitor: a function of the script.
 steps=:
 
@@ -90,6 +83,16 @@ save() {
 	echo stop
 	echo 'migrate "exec:cat > state"'
 	echo quit
+}
+
+# progress PATTERN: in such a function, wait until a line of `info migrate` matches.
+progress() {
+	for _ in $(seq 100); do
+		echo info migrate
+		sleep 0.1
+		grep -Eq "$1" answers && return
+	done
+	exit 1
 }
 
 # loaded: in such a function, wait until an incoming migration has ended.
@@ -110,12 +113,17 @@ resume() {
 	echo cont
 }
 
-# run [OPTION…]: start a machine with $steps on its monitor. The monitor's answers are in the file
-# `answers`, messages in `err`, the last one in $message, and QEMU's exit status, 128 + n for signal
-# n, in $status.
+# run [OPTION…]: start a machine with the DIMMs and $steps on its monitor; print its command line. The
+# monitor's answers are in the file `answers`, messages in `err`, the last one in $message, and QEMU's
+# exit status, 128 + n for signal n, in $status.
 run() {
 	: > answers
-	$steps | machine -monitor stdio "$@" > answers 2> err
+	# shellcheck disable=SC2086 # $tracer and $dimms are lists of words
+	set -- $tracer timeout -k 5 60 "$qemu" -machine "$machine" -accel tcg -m 512M,slots=8,maxmem=8G \
+		-nodefaults -display none -no-reboot $dimms -monitor stdio "$@"
+	echo "+ $*"
+	# A shell of its own, whose messages about a signal are in `err`.
+	$steps | ("$@"; exit $?) > answers 2> err
 	status=$?
 	tr -d '\r' < answers > text && mv text answers
 	# Without warnings of each TCG machine, messages of strace, and the shell's name of a signal.

@@ -10,13 +10,7 @@ save_while_pending() {
 	await '^VM status: paused' answers
 	cp calls stopped
 	echo 'migrate -d "exec:cat > state"'
-	for _ in $(seq 100); do
-		echo info migrate
-		sleep 0.1
-		if grep -Eq '^(Migration status|Status):[[:space:]]*completed' answers; then
-			break
-		fi
-	done
+	progress '^(Migration status|Status):[[:space:]]*completed'
 	cp calls saved
 	await EIO calls
 	echo quit

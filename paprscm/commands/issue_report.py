@@ -17,12 +17,16 @@ from pathlib import Path
 from paprscm.commands.maintainers import Addresses, addresses
 from paprscm.commands.standalone import standalone
 from paprscm.errors import ConfigError
-from paprscm.known_issues import SEVERITIES, TRIGGERS, KnownIssue
+from paprscm.known_issues import SEVERITIES, SHARED, TRIGGERS, KnownIssue
 
 _WIDTH = 72
 """Columns of a mail's text (Linux Documentation/process/email-clients.rst)."""
 
 _SCRIPT = "reproduce.sh"
+_LANGUAGES = {".c": "c", ".h": "c", ".sh": "sh", ".patch": "diff"}
+"""Names of the languages of files, for Markdown."""
+
+_HARMFUL = ("harm to the host", "loss of service")
 _SECURITY = (
     "A guest triggers this issue. Read QEMU's security process before publishing it: "
     "https://www.qemu.org/contribute/security-process/"
@@ -99,6 +103,7 @@ def _mail(issue: KnownIssue, receivers: Addresses | None) -> str:
         f"Versions: {_versions(issue)}",
         f"Location: {issue.location}",
         f"Effect: {_effect(issue)}",
+        *_reported(issue),
         f"Reproduction: {_steps(issue)}",
         *([f"Fix: {issue.section('Fix')}"] if issue.section("Fix") else []),
     ]
@@ -112,13 +117,19 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
     heads = [f"Title: {subject(issue)}"]
     if receivers is not None:
         heads.append(f"Cc: {', '.join([*receivers.people, *receivers.lists])}")
-    if issue.trigger == "guest kernel":
+    if issue.trigger.startswith("guest") and issue.severity in _HARMFUL:
         heads.append(f"Note: {_SECURITY}")
     guest = "a program of a few lines that makes hypervisor calls (below)"
     if issue.script is None or issue.script.name == "guest.sh":
         guest = "Linux"
-    elif not any(file.suffix == ".c" for file in issue.attachments):
+    elif not _has_program(issue):
         guest = "none"
+    # Most maintainers can run x86.
+    x86 = "qemu-system-x86_64" in issue.section("Reproduce")
+    command = "the script prints it" if issue.script is not None else "in the steps"
+    fixes = _reported(issue)
+    if issue.section("Fix"):
+        fixes.append(without_links(issue.section("Fix")))
     return "\n".join(
         [
             *heads,
@@ -127,13 +138,13 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             f" - Operating system: {_operating_system()}",
             f" - OS/kernel version: {platform.release()}",
             f" - Architecture: {platform.machine()}",
-            " - QEMU flavor: qemu-system-ppc64",
+            f" - QEMU flavor: qemu-system-ppc64{' and qemu-system-x86_64' * x86}",
             f" - QEMU version: {_versions(issue)}",
-            " - QEMU command line: in the steps",
+            f" - QEMU command line: {command}",
             "",
             "## Emulated/Virtualized environment",
             f" - Operating system: {guest}",
-            " - Architecture: ppc64, machine pseries",
+            f" - Architecture: ppc64, machine pseries{'; x86_64, machine q35' * x86}",
             "",
             "## Description of problem",
             without_links(issue.description),
@@ -147,7 +158,8 @@ def _bug(issue: KnownIssue, receivers: Addresses | None) -> str:
             "",
             *_fenced(issue),
             "## Additional information",
-            without_links(issue.section("Fix")) or "No fix is known.",
+            "### Fix",
+            "\n\n".join(fixes) or "No fix is known.",
             "",
         ]
     )
@@ -168,7 +180,7 @@ def _plain_bug(issue: KnownIssue) -> str:
 def _versions(issue: KnownIssue) -> str:
     since = ", ".join(map(str, issue.since))
     fixed = ", ".join(map(str, issue.fixed_in))
-    return f"{issue.product} {since} and later; seen in {issue.seen_in}" + (
+    return f"{issue.product} since {since}; seen in {issue.seen_in}" + (
         f"; fixed in {fixed}" if fixed else ""
     )
 
@@ -178,16 +190,35 @@ def _effect(issue: KnownIssue) -> str:
     return f"{issue.severity} ({meaning}); triggered by {trigger}"
 
 
+def _reported(issue: KnownIssue) -> list[str]:
+    """Earlier reports and fixes; empty if the project does not know the issue."""
+    text = issue.reported
+    return [] if text == "not yet" else [text[0].upper() + text[1:]]
+
+
+def _has_program(issue: KnownIssue) -> bool:
+    return any(file.suffix == ".c" for file in issue.attachments)
+
+
 def _steps(issue: KnownIssue) -> str:
     """Command that runs the script of the report, or the steps of the issue's file."""
     if issue.script is None:
         return issue.section("Reproduce")
-    end = "It exits with 1 if it shows the issue, and with 0 if the issue is gone."
+    end = (
+        "It exits with 1 if it shows the issue, with 0 if it is gone, and with 2 if it cannot tell."
+    )
     if issue.script.name == "host.sh":
-        return (
-            "Save the files below to one folder, and in an empty folder run "
-            f"`QEMU=PATH/qemu-system-ppc64 sh PATH/{_SCRIPT}`. {end}"
-        )
+        run = f"sh PATH/{_SCRIPT}"
+        if issue.product == "QEMU":
+            run = f"QEMU=PATH/qemu-system-ppc64 {run}"
+        needs = re.findall(r"^need (.+)$", issue.script.read_text(), re.MULTILINE)
+        needs += ["powerpc64le-linux-gnu-gcc (or $CC)"] * _has_program(issue)
+        parts = [
+            f"Save the files below to one folder, and in an empty folder run `{run}`. {end}",
+            *([f"It needs {' and '.join(needs)}."] if needs else []),
+            _account(issue, run),
+        ]
+        return "\n\n".join(parts)
     return (
         f"Save the files below to one folder, and as root run `sh {_SCRIPT} REGION` on a machine "
         "with persistent memory, such as a pseries guest with a spapr-nvdimm "
@@ -196,9 +227,25 @@ def _steps(issue: KnownIssue) -> str:
     )
 
 
+def _account(issue: KnownIssue, run: str) -> str:
+    """What the script does, from the issue's file: without the suite's command and its tests.
+
+    Args:
+        issue: an issue whose section Reproduce begins with the command `paprscm reproduce`.
+        run: command that runs the script of the report.
+    """
+    text = issue.section("Reproduce").partition("\n\n")[2]
+    text = re.sub(r"^Test: .+(?:\n.+)*", "", text, flags=re.MULTILINE).strip()
+    text = re.sub(r"`(QEMU=\S+) sh known_issues/\S+`", rf"`\1 {run.partition(' ')[2]}`", text)
+    return f"The script {text.removeprefix('It ')}"
+
+
 def _files(issue: KnownIssue) -> Iterator[tuple[str, str]]:
-    """Names and texts of the files that belong to the report, for one folder."""
-    for file in issue.attachments:
+    """Names and texts of the files that belong to the report, for one folder.
+
+    The issue's own programs come first: they are short, and the rest is long.
+    """
+    for file in sorted(issue.attachments, key=lambda f: (f.name in SHARED, f == issue.script)):
         text = file.read_text()
         if file == issue.script:
             text = standalone(text, (issue.folder.parent / "lib.sh").read_text())
@@ -211,7 +258,10 @@ def _files(issue: KnownIssue) -> Iterator[tuple[str, str]]:
 
 def _fenced(issue: KnownIssue) -> list[str]:
     """The files of the report, in Markdown."""
-    return [f"{name}:\n\n```\n{text.rstrip()}\n```\n" for name, text in _files(issue)]
+    return [
+        f"{name}:\n\n```{_LANGUAGES.get(Path(name).suffix, '')}\n{text.rstrip()}\n```\n"
+        for name, text in _files(issue)
+    ]
 
 
 def _operating_system() -> str:
@@ -222,7 +272,11 @@ def _operating_system() -> str:
 
 
 def without_links(text: str) -> str:
-    """Replace [text](target) by its text: the targets are files of the suite."""
+    """Replace [text](target) by its text: the targets are files of the suite.
+
+    A remark in parentheses that only names another known issue is removed.
+    """
+    text = re.sub(r"\s*\((?:see\s+)?\[[^\]]+\]\([^)]+\.md\)\)", "", text)
     return re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", text)
 
 

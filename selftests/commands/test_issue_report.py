@@ -17,6 +17,7 @@ from paprscm.commands.maintainers import Addresses, addresses
 from paprscm.commands.reproduce import Outcome, judge_output
 from paprscm.commands.standalone import standalone
 from paprscm.known_issues import names, read_issue
+from paprscm.paths import KNOWN_ISSUES
 
 MAINTAINERS = """\
 Maintainers List
@@ -97,7 +98,47 @@ def test_a_report_answers_what_a_maintainer_asks(name: str) -> None:
     assert known.patch is None or known.patch.read_text() in text
     # No links into the repository, and no reference to its tests where there is a script.
     assert ".md)" not in text
+    if known.script is not None and known.script.name == "host.sh":
+        steps = text[text.index("Steps to reproduce") :]
+        assert re.search("^The script [a-z]", steps, re.MULTILINE)
+        assert "paprscm reproduce" not in text
+        assert "known_issues/" not in steps
+        assert ("QEMU=PATH" in steps) == (known.product == "QEMU")
     assert known.script is None or "avocado run tests" not in text
+
+
+@pytest.mark.parametrize("name", [name for name in names() if name.startswith("qemu-")])
+def test_a_report_to_qemu_needs_no_knowledge_of_the_suite(name: str) -> None:
+    """It names no tests, no command and no other issue of the suite."""
+    known = read_issue(name)
+    text = issue_report.render(known, RECEIVERS)
+    prose = re.sub(r"^```\w*\n.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    for word in ("tests/", "paprscm", "this suite", "the test", *names()):
+        assert word not in prose.lower()
+    # The script is described, and a fix of the project is named.
+    assert known.script is None or re.search(r"^The script [a-z]+s ", prose, re.MULTILINE)
+    assert not known.fixed_in or known.reported.partition(": ")[2].split("\n")[0] in prose
+
+
+def test_a_report_names_the_programs_first_and_x86() -> None:
+    text = issue_report.render(read_issue("qemu-unbind-mem-aborts"), None)
+    assert re.findall(r"^([\w.]+):$", text, re.MULTILINE) == [
+        *("unbind.c", "reproduce.sh", "bare.h", "fix.patch"),
+    ]
+    text = issue_report.render(read_issue("qemu-nvdimm-uuid-settable"), None)
+    assert "On x86: `QEMU=qemu-system-x86_64 sh PATH/reproduce.sh`" in text
+    assert "QEMU flavor: qemu-system-ppc64 and qemu-system-x86_64\n" in text
+
+
+def test_bare_h_names_the_compiler_s_options() -> None:
+    """Its header has the same ones as compile() of lib.sh."""
+
+    def options(file: str, last: str) -> list[str]:
+        text = (KNOWN_ISSUES / file).read_text()
+        words = text[text.index("-mbig-endian") : text.index(last)]
+        return [word for word in words.split() if word.startswith("-")]
+
+    assert options("bare.h", "program.c\n") == options("lib.sh", '"$here/$1.c"')
 
 
 @pytest.mark.parametrize("name", [name for name in names() if read_issue(name).script])
@@ -119,7 +160,7 @@ def test_the_files_of_a_report_run_without_the_suite(name: str, tmp_path: Path) 
     """Saved to a folder of any name, they tell the same as those of known_issues/."""
     known = read_issue(name)
     text = issue_report.render(known, RECEIVERS)
-    files = dict(re.findall(r"^([\w.-]+):\n\n```\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL))
+    files = dict(re.findall(r"^([\w.-]+):\n\n```\w*\n(.*?)\n```$", text, re.MULTILINE | re.DOTALL))
     assert "lib.sh" not in files
     saved = tmp_path / "saved"
     saved.mkdir()
@@ -195,8 +236,19 @@ def test_an_entry_of_qemu_s_tracker_has_the_sections_of_its_template() -> None:
     assert lines[0] == f"Title: hw/ppc/spapr_nvdimm: {known.title}"
     # A guest can end its QEMU.
     assert any("security-process" in line for line in lines)
+    assert "It needs powerpc64le-linux-gnu-gcc (or $CC)." in lines
     harmless = read_issue("qemu-nvdimm-uuid-used-twice")
+    assert "It needs" not in issue_report.render(harmless, RECEIVERS)
+    traced = issue_report.render(read_issue("qemu-label-writes-not-synced"), RECEIVERS)
+    assert "It needs strace and powerpc64le-linux-gnu-gcc (or $CC)." in traced
     assert "security-process" not in issue_report.render(harmless, RECEIVERS)
+    # A guest's root can harm the host; it may misread its own labels.
+    for name, expected in [
+        ("qemu-flush-results-outlive-kernel", True),
+        ("qemu-read-metadata-sign-extends", False),
+    ]:
+        text = issue_report.render(read_issue(name), RECEIVERS)
+        assert ("security-process" in text) is expected
 
 
 def test_receivers_are_read_from_a_tree_or_an_archive(
@@ -219,3 +271,16 @@ def test_receivers_are_read_from_a_tree_or_an_archive(
         words = ["report-issue", "linux-btt-sleeps-under-spinlock", "--source", str(source)]
         assert main(words) == 2
         assert "has no MAINTAINERS" in capsys.readouterr().err
+
+
+def test_a_report_does_not_refer_to_files_of_the_suite() -> None:
+    text = "One ([a](a.md)), two (see [b](b.md)): [c](c.md)."
+    assert issue_report.without_links(text) == "One, two: c."
+
+
+def test_a_report_names_the_fix_of_upstream() -> None:
+    text = issue_report.render(read_issue("qemu-readonly-makes-file"), RECEIVERS)
+    assert "\n### Fix\nFixed upstream: 4d6b23f7e2b7" in text
+    assert "No fix is known" not in text
+    text = issue_report.render(read_issue("qemu-maxmem-makes-slow-start"), RECEIVERS)
+    assert "not yet" not in text

@@ -139,6 +139,7 @@ SLOW = {
     "qemu-nvdimm-placement-not-migrated",
     "qemu-quiesced-not-migrated",
     "qemu-reset-waits-for-flush",
+    "qemu-tcg-migration-loses-stores",
     "qemu-thread-pool-waits-for-hung-request",
 }
 HOST_SCRIPTS = [

@@ -23,7 +23,8 @@ from paprscm.host.cache import Cache
 from paprscm.host.process import Process
 from paprscm.vm import binary, shim_layout, sync_shim
 from paprscm.vm.capabilities import sanitizers
-from paprscm.vm.shim_layout import FLUSHES, Injected, Operation
+from paprscm.vm.shim_layout import FLUSHES as OPERATIONS
+from paprscm.vm.shim_layout import Injected, Operation
 from paprscm.vm.sync_shim import FALLIBLE, Counts, Shim, WatchedFile
 
 PAGE = os.sysconf("SC_PAGESIZE")
@@ -287,7 +288,7 @@ def test_each_call_is_counted_and_recorded_once(
     flushes: Shim, file: WatchedFile, path: Path, driver: Driver
 ) -> None:
     before = time.monotonic_ns()
-    for operation in FLUSHES:
+    for operation in OPERATIONS:
         assert driver.call(operation, path, threads=4, calls=250) == [0] * 1000
         counts = file.counts(operation)
         assert (counts.begun, counts.ended, counts.failed) == (1000, 1000, 0)
@@ -296,7 +297,7 @@ def test_each_call_is_counted_and_recorded_once(
     assert driver.real() == [1000] * 4
     records = flushes.records()
     assert [record.number for record in records] == list(range(4000))
-    for operation in FLUSHES:
+    for operation in OPERATIONS:
         of_it = records[operation * 1000 : operation * 1000 + 1000]
         assert {record.operation for record in of_it} == {operation}
         assert sorted(Counter(record.thread for record in of_it).values()) == [250] * 4
@@ -316,7 +317,7 @@ def test_other_files_are_not_affected(
     (tmp_path / "folder").mkdir()
     other = tmp_path / "folder" / path.name
     other.write_bytes(bytes(PAGE))
-    for operation in FLUSHES:
+    for operation in OPERATIONS:
         assert driver.call(operation, other, calls=3) == [0] * 3
     # The watched name is another file now; ext4 would give it the same inode.
     path.unlink()
@@ -348,7 +349,7 @@ def test_a_file_is_known_under_any_name(
             Path(f"/proc/{os.getpid()}/fd/{opened.fileno()}"),
         ]
         for name in names:
-            for operation in FLUSHES:
+            for operation in OPERATIONS:
                 driver.call(operation, name)
     assert file.counts().begun == 16
     assert flushes.watch(tmp_path / "hard") is file
@@ -421,7 +422,7 @@ def test_a_sync_of_the_label_area_is_no_flush(flushes: Shim, path: Path, driver:
     assert [record.start for record in file.partial(2 * PAGE)] == [PAGE]
 
 
-@pytest.mark.parametrize("operation", FLUSHES)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_a_delay_comes_before_the_call(
     flushes: Shim, file: WatchedFile, path: Path, driver: Driver, operation: Operation
 ) -> None:
@@ -546,7 +547,7 @@ def test_parts_of_a_rule_are_independent(
     assert {record.injected for record in flushes.records(since=3)} == {Injected(0)}
 
 
-@pytest.mark.parametrize("operation", FLUSHES)
+@pytest.mark.parametrize("operation", OPERATIONS)
 def test_hung_calls_wait_for_their_release(
     flushes: Shim, file: WatchedFile, path: Path, driver: Driver, operation: Operation
 ) -> None:
@@ -767,7 +768,7 @@ def test_inert_without_a_page(
 ) -> None:
     words = [] if variable is None else [f"PAPRSCM_SHIM={variable}"]
     driver = Driver("env", f"LD_PRELOAD={library}", *words, program)
-    for operation in FLUSHES:
+    for operation in OPERATIONS:
         assert driver.call(operation, path) == [0]
     assert driver.real() == [1] * 4
     # Its standard output is not a page, and stays open.
