@@ -41,7 +41,8 @@ int main(int argc, char **argv)
 	/* The second index, if the first one is invalid or older. */
 	const char *other = area + get(area + 40, 8);
 
-	if (memcmp(index, "NAMESPACE_INDEX", 16) || get(other + 20, 4) == get(index + 20, 4) % 3 + 1)
+	if (memcmp(index, "NAMESPACE_INDEX", 16) ||
+	    get(other + 20, 4) == get(index + 20, 4) % 3 + 1)
 		index = other;
 	unsigned int bytes = 128 << get(index + 19, 1);
 
