@@ -54,15 +54,27 @@ def replacement(target: Path) -> Iterator[Path]:
 
 def check(target: Path) -> None:
     """Raise ConfigError if the target is neither absent, nor an empty folder, nor a site."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ConfigError(f"{target} is not a folder", hint="--output takes a new folder")
-    if any(target.iterdir()) and not (target / MARK).is_file():
-        raise ConfigError(
-            f"{target} is not empty, and is not a site of `paprscm report`",
-            hint="--output takes a new folder, or a site to replace",
-        )
+    while (seen := _identity(target)) is not None:
+        if not target.is_dir():
+            raise ConfigError(f"{target} is not a folder", hint="--output takes a new folder")
+        with contextlib.suppress(FileNotFoundError):
+            if (target / MARK).is_file() or not any(target.iterdir()):
+                return
+        # Another report may have moved it, and may be deleting it.
+        if seen == _identity(target):
+            raise ConfigError(
+                f"{target} is not empty, and is not a site of `paprscm report`",
+                hint="--output takes a new folder, or a site to replace",
+            )
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What differs between two folders with this name, and after a rename; None if it is absent."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def _exchange(part: Path, target: Path) -> None:

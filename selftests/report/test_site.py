@@ -424,6 +424,28 @@ def test_a_site_that_another_report_moves_meanwhile(
     assert (target / "x").read_text() == "new"
 
 
+def test_a_site_that_another_report_moves_during_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the way of the other one, which moves it between two looks at it."""
+    target = write_many(tmp_path / "site", runs=1, tests=1)
+    looks = itertools.count()
+    is_file = Path.is_file
+
+    def look(file: Path) -> bool:
+        if next(looks) == 0:
+            target.rename(tmp_path / "moved")
+            (tmp_path / "moved" / report_folder.MARK).unlink()
+            write_many(target, runs=1, tests=1)
+            (tmp_path / "moved" / "index.html").unlink()
+            return False
+        return is_file(file)
+
+    monkeypatch.setattr(Path, "is_file", look)
+    report_folder.check(target)
+    assert next(looks) > 1
+
+
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "site"
     with pytest.raises(ConfigError, match="not a site"), report_folder.replacement(target):
