@@ -21,7 +21,7 @@ FORMAT = 1
 
 
 class Outcome(enum.Enum):
-    """What one run, or the runs of one commit, say about the bug."""
+    """Result of one run, or of all runs of one commit."""
 
     SHOWS = "shows"
     GONE = "gone"
@@ -45,7 +45,7 @@ class Run:
 
 @dataclass
 class State:
-    """What is known so far; kept in a file, so that a bisection can go on.
+    """Progress of a bisection; kept in a file, so that an interrupted one can continue.
 
     Attributes:
         question: what is bisected; another question has another state.
@@ -196,8 +196,6 @@ class Search:
         if commit.id in (known := self._state.commits):
             logger.info("%s: %s (known)", commit, known[commit.id].outcome.value)
             return known[commit.id]
-        if commit.id == self._bad.id:
-            return Run(Outcome.SHOWS, self._state.signature)
         self._tree.check_out(commit)
         run = self._repeat(commit)
         known[commit.id] = run

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What a job says about a bug: which tests failed, and for which reason."""
+"""Evidence of a bug in the record of a job: the test that failed, and its reason."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 
 from paprscm.bisect.search import Outcome, Run
 from paprscm.results.record import BROKEN, Record, Test
@@ -28,19 +27,18 @@ def signature(test: Test) -> str:
     return f"{test.name}: {normalized(test.reason)}"
 
 
-def judge(record: Record | None, wanted: str, *, any_failure: bool = False) -> Run:
-    """What a job says about a bug.
+def judge(record: Record, wanted: str, *, any_failure: bool = False) -> Run:
+    """Look for a bug in the record of a job.
 
-    A job says nothing if a test was broken (ERROR, interrupted), or none could be run (CANCEL),
-    unless another one shows the bug. WARN is no failure: the suite knows that bug.
+    The outcome is UNKNOWN if a test was broken (ERROR, interrupted) or none could be run (CANCEL),
+    unless another test shows the bug. WARN is not a failure: it is a known issue.
 
     Args:
-        record: the job's record; None if it has none.
+        record: the job's record.
         wanted: signature of the bug; "" for the first failure.
         any_failure: each failure is the bug.
     """
-    tests: Sequence[Test] = record.tests if record else ()
-    failed = [test for test in tests if test.status == "FAIL"]
+    failed = [test for test in record.tests if test.status == "FAIL"]
     for test in failed:
         if any_failure or wanted in ("", signature(test)):
             reason = f"{test.name}: {shortened(first_line(test.reason), _REASON_CHARACTERS)}"
@@ -48,8 +46,8 @@ def judge(record: Record | None, wanted: str, *, any_failure: bool = False) -> R
     if failed:
         other = f"{failed[0].name} fails for another reason: {first_line(failed[0].reason)}"
         return Run(Outcome.UNKNOWN, reason=other)
-    done = [test for test in tests if test.status in ("PASS", "WARN")]
-    silent = [test for test in tests if test.status in BROKEN or not done]
+    done = [test for test in record.tests if test.status in ("PASS", "WARN")]
+    silent = [test for test in record.tests if test.status in BROKEN or not done]
     if silent:
         reason = f"{silent[0].name} ended as {silent[0].status}: {first_line(silent[0].reason)}"
         return Run(Outcome.UNKNOWN, reason=reason)

@@ -75,7 +75,7 @@ def ab(arguments: argparse.Namespace, chosen: Settings) -> int:
         folders[side].mkdir(parents=True, exist_ok=True)
         with log.step(f"round {number + 1} of {arguments.rounds}: {side.upper()}"):
             argv = job_argv(values[side], arguments.tests, folders[side], arguments.rest)
-            _run_job(argv, folders[side], number)
+            run_job(argv, folders[side], number)
     found = compare(*(complete_jobs(folders[side])[: arguments.rounds] for side in SIDES))
     print_comparison(Console(highlight=False), found, every_metric=False)
     return found.status
@@ -135,7 +135,17 @@ def complete_jobs(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: (record.job.start, record.job.id))
 
 
-def _run_job(argv: Sequence[str], folder: Path, number: int) -> None:
+def run_job(argv: Sequence[str], folder: Path, number: int) -> None:
+    """Run a job to its end.
+
+    Args:
+        argv: its command line.
+        folder: folder of the jobs.
+        number: number of complete jobs that are there.
+
+    Raises:
+        HostError: it left no record, or was interrupted.
+    """
     output = folder / f"avocado-{number}.log"
     run_avocado(argv, output)
     if len(complete_jobs(folder)) <= number:

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,19 @@ from paprscm.bisect.worktree import Commit, Repository
 from paprscm.build.kbuild import build_tree as build_kernel
 from paprscm.build.toolchain import require_program
 from paprscm.commands import manual
-from paprscm.commands.bench_suite import run_avocado
+from paprscm.commands.bench_ab import complete_jobs, job_argv, run_job
 from paprscm.commands.reproduce import Outcome as Reproduced
 from paprscm.commands.reproduce import Reproducer, attempt
-from paprscm.errors import ConfigError, HostError
+from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
 from paprscm.known_issues import KnownIssue, read_issue
 from paprscm.paths import SUITE_VARIABLE
-from paprscm.results.record import FILE, Record, read_record
+from paprscm.results.record import Record
 from paprscm.settings import Settings, expanded
 from paprscm.vm.qemu_build import build_tree as build_qemu
 
 KIND = "bisect"
 """Kind of the cache's workspaces with worktree and state."""
-
-_LAST_LINES = 15
 
 
 def add_verb(verbs: Any, common: argparse.ArgumentParser) -> None:
@@ -75,6 +72,10 @@ def bisect(arguments: argparse.Namespace, chosen: Settings) -> int:
         )
     if arguments.runs < 1 or not 0 < arguments.error < 1:
         raise ConfigError("--runs is at least 1, and --error between 0 and 1")
+    issue = read_issue(arguments.issue) if arguments.issue else None
+    product = "Linux" if arguments.source else "QEMU"
+    if issue and issue.product != product:
+        raise ConfigError(f"{issue.name} is an issue of {issue.product}, not of {product}")
     require_program("git")
     repository = Repository(expanded(arguments.source or arguments.qemu_source).resolve())
     good, bad = repository.commit(arguments.good), repository.commit(arguments.bad)
@@ -90,7 +91,7 @@ def bisect(arguments: argparse.Namespace, chosen: Settings) -> int:
     with cache.workspace(KIND, fields, purpose=f"bisects {repository.folder}") as folder:
         state_file = folder / "state.json"
         tree = repository.worktree(folder / "tree", bad)
-        trial = _Trial(arguments, chosen, cache, tree.folder, folder / "jobs", values)
+        trial = _Trial(arguments, issue, chosen, cache, tree.folder, folder / "jobs", values)
         search = Search(
             repository,
             tree,
@@ -119,6 +120,7 @@ class _Trial:
     def __init__(
         self,
         arguments: argparse.Namespace,
+        issue: KnownIssue | None,
         chosen: Settings,
         cache: Cache,
         tree: Path,
@@ -131,9 +133,7 @@ class _Trial:
         self._tree = tree
         self._jobs = jobs
         self._given = given
-        self._issue: KnownIssue | None = None
-        if arguments.issue:
-            self._issue = read_issue(arguments.issue)
+        self._issue = issue
         self._built: tuple[Commit, dict[str, str]] | None = None
 
     def run(self, commit: Commit, signature: str) -> Run:
@@ -172,22 +172,12 @@ class _Trial:
                     return f"{folder / name}$"
         return name
 
-    def _job(self, values: Mapping[str, str], tests: list[str]) -> Record | None:
+    def _job(self, values: Mapping[str, str], tests: list[str]) -> Record:
         shutil.rmtree(self._jobs, ignore_errors=True)
         self._jobs.mkdir()
-        argv = [str(Path(sys.executable).with_name("avocado")), "run"]
-        argv += ["--job-results-dir", str(self._jobs), *tests]
-        argv += [word for name, value in values.items() for word in ("-p", f"{name}={value}")]
         os.environ[SUITE_VARIABLE] = "1"
-        output = self._jobs / "avocado.log"
-        run_avocado(argv, output)
-        files = [file for file in self._jobs.glob(f"*/{FILE}") if not file.parent.is_symlink()]
-        if not files:
-            text = output.read_text(errors="replace")
-            raise HostError(
-                f"the job did not end with results:\n{log.quoted(text, last=_LAST_LINES)}"
-            )
-        return read_record(files[0])
+        run_job(job_argv(values, tests, self._jobs, []), self._jobs, 0)
+        return complete_jobs(self._jobs)[0]
 
 
 def _reproduce(issue: KnownIssue, values: Mapping[str, str]) -> Run:

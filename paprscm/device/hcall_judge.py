@@ -188,7 +188,7 @@ class ScmJudge:
             if not (busy := self._poll(slot, limit)):
                 continue
             others = [dimm for dimm in self.model.dimms.values() if dimm.slot != slot]
-            if not any(dimm.held for dimm in others):
+            if not any(dimm.held and dimm.outstanding for dimm in others):
                 raise ContractError(f"{busy[0]} has not ended after {limit} polls")
             self.known_wrong.setdefault(_WAITS, f"{busy[0]} waits for a held flush")
             self.make(Request(Hcall.H_SCM_FLUSH, (drc_index(slot), 0)))

@@ -64,7 +64,7 @@ def pin_pages(guest: Guest, device: str, scratch: str, *, count: int, seed: int)
 
 
 class PinFileReport(ToolReport, frozen=True, kw_only=True):
-    """What became of the write of a mapped page.
+    """Result of the write of a mapped page to a disk.
 
     Attributes:
         ended: False: it used the CPU until it was killed.

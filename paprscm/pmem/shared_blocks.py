@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What the kernel says of files that share blocks on XFS with DAX."""
+"""Kernel messages about files that share blocks on XFS with DAX."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from paprscm.guest.guest import Guest
 
 HUGE_PAGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
 HUGE_PAGE_WARNING = r"WARNING: .*(dax_insert_entry|vmf_insert_folio_pmd)\+"
-"""What the kernel prints with that issue."""
+"""The kernel's warnings with that issue, a regular expression."""
 
 
 def huge_page_warnings(guest: Guest) -> list[str]:

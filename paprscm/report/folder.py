@@ -69,7 +69,7 @@ def check(target: Path) -> None:
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """What differs between two folders with this name, and after a rename; None if it is absent."""
+    """Inode and time of change, which a rename changes; None if the path is absent."""
     try:
         status = path.stat()
     except FileNotFoundError:

@@ -59,7 +59,6 @@ def test_what_a_job_without_the_bug_says() -> None:
     canceled = make_test("b", "CANCEL", reason="no pmem")
     assert judge(make_record(canceled, passed), wanted).outcome is Outcome.GONE
     for record in (
-        None,
         make_record(),
         make_record(canceled),
         make_record(passed, make_test("b", "ERROR", reason="no space")),

@@ -113,4 +113,4 @@ def test_wrong_words(
 
 def test_avocado_ends_without_a_record(tmp_path: Path) -> None:
     with pytest.raises(HostError, match="the job did not end with results"):
-        bench_ab._run_job(["/bin/echo", "x"], tmp_path, 0)
+        bench_ab.run_job(["/bin/echo", "x"], tmp_path, 0)
