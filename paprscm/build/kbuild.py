@@ -20,7 +20,7 @@ from paprscm.build.kconfig import (
     unmet,
 )
 from paprscm.build.make import Make, marked
-from paprscm.build.patches import set_patches
+from paprscm.build.patches import in_words, set_patches
 from paprscm.build.vmlinux import parse_config
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
@@ -131,8 +131,9 @@ def build_default(
     if patches:
         with cache.workspace(PATCHED, fields, purpose="builds a patched kernel") as folder:
             set_patches(folder, unpack, patches)
-            what = str(patches[0]) if len(patches) == 1 else f"{len(patches)} patches"
-            with step(f"building the {settings.kernel} kernel ({version}) with {what}"):
+            with step(
+                f"building the {settings.kernel} kernel ({version}) with {in_words(patches)}"
+            ):
                 _fresh_log(log_file)
                 with marked(folder / "objects"):
                     compile_tree(folder)

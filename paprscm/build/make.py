@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from paprscm.build import prerequisites, toolchain
 from paprscm.errors import Error, HostError
@@ -23,6 +24,46 @@ _WRONG = re.compile(
     r": (?:fatal )?error: |undefined reference|internal compiler error|Kconfig\S*:\d+: "
     r"|\*\*\* (?!Waiting)"
 )
+
+
+def run_build(
+    words: Sequence[str],
+    what: str,
+    *,
+    wrong: re.Pattern[str],
+    log_file: Path,
+    on_line: Callable[[str], None],
+    **options: Any,
+) -> None:
+    """Run a build tool; with several jobs its last line is rarely the cause of a failure.
+
+    Args:
+        words: the command line.
+        what: its name, for the message.
+        wrong: matches the lines that report errors.
+        log_file: file to which the output is appended.
+        on_line: called with each line.
+        options: more arguments of process.run().
+
+    Raises:
+        HostError: it failed; with the first errors, and the log's path as hint.
+    """
+    errors: list[str] = []
+
+    def line(text: str) -> None:
+        on_line(text)
+        if wrong.search(text):
+            errors.append(text.strip())
+
+    try:
+        process.run(words, log_file=log_file, on_line=line, **options)
+    except HostError as error:
+        if not errors:
+            raise
+        # Unlike those of the compiler, make's own errors are only consequences.
+        cause = [text for text in errors if "***" not in text] or errors
+        lines = "".join(f"\n    {text}" for text in cause[:8])
+        raise HostError(f"{what} failed:{lines}", hint=f"the whole log: {log_file}") from error
 
 
 class Make:
@@ -67,7 +108,6 @@ class Make:
             HostError: make failed; with the first errors, and the log's path as hint.
         """
         compiled = 0
-        errors: list[str] = []
 
         def line(text: str) -> None:
             nonlocal compiled
@@ -76,28 +116,17 @@ class Make:
                 if bar is not None:
                     # The total is from an earlier build, or of another version.
                     bar.update(compiled, max(total, compiled) if total else None)
-            elif _WRONG.search(text):
-                errors.append(text.strip())
 
-        try:
-            process.run(
-                [*self._argv, *targets],
-                env=self._env,
-                log_file=self._log_file,
-                on_line=line,
-                idle_s=_REFRESH_S,
-                on_idle=self._proceed,
-            )
-        except HostError as error:
-            if not errors:
-                raise
-            # With several jobs the last line is rarely the cause, unlike the compiler's errors.
-            cause = [text for text in errors if "***" not in text] or errors
-            lines = "".join(f"\n    {text}" for text in cause[:8])
-            raise HostError(
-                f"`make {' '.join(targets)}` in {self.source} failed:{lines}",
-                hint=f"the whole log: {self._log_file}",
-            ) from error
+        run_build(
+            [*self._argv, *targets],
+            f"`make {' '.join(targets)}` in {self.source}",
+            wrong=_WRONG,
+            log_file=self._log_file,
+            on_line=line,
+            env=self._env,
+            idle_s=_REFRESH_S,
+            on_idle=self._proceed,
+        )
         return compiled
 
     def compile(

@@ -47,6 +47,11 @@ def set_patches(folder: Path, unpack: Callable[[Path], None], patches: Sequence[
     busy.unlink()
 
 
+def in_words(patches: Sequence[Path]) -> str:
+    """The one patch, or the number of patches, for messages."""
+    return str(patches[0]) if len(patches) == 1 else f"{len(patches)} patches"
+
+
 def apply_series(tree: Path, folder: Path) -> None:
     """Apply the patches that folder/series lists, as a Debian source package has them (quilt)."""
     for line in (folder / "series").read_text().splitlines():

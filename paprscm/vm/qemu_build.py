@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paprscm.build.debian import Archive, first_available, suites
-from paprscm.build.patches import apply_series, set_patches
+from paprscm.build.make import run_build
+from paprscm.build.patches import apply_series, in_words, set_patches
 from paprscm.build.toolchain import require_program
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.host import process
@@ -80,7 +81,7 @@ def build_debian(archive: Archive, setting: str, *, patches: Sequence[Path] = ()
         firmware.mkdir(parents=True, exist_ok=True)
         for name in _FIRMWARE:
             shutil.copyfile(source / name, firmware / name)
-        with step(f"building QEMU {version}" + (f" with {_named(patches)}" if patches else "")):
+        with step(f"building QEMU {version}" + (f" with {in_words(patches)}" if patches else "")):
             # Debian's source lacks the firmware.
             _compile(
                 folder / "tree",
@@ -120,10 +121,6 @@ def build_tree(cache: Cache, tree: Path) -> Path:
         bundle.unlink(missing_ok=True)
         bundle.symlink_to("objects/qemu-bundle")
     return folder / BINARY
-
-
-def _named(patches: Sequence[Path]) -> str:
-    return str(patches[0]) if len(patches) == 1 else f"{len(patches)} patches"
 
 
 def _compiler() -> str:
@@ -222,21 +219,12 @@ def _run(
     blame: type[Error],
     on_line: Callable[[str], None] = lambda _: None,
 ) -> None:
-    errors: list[str] = []
-
-    def line(text: str) -> None:
-        on_line(text)
-        if _WRONG.search(text):
-            errors.append(text.strip())
-
     env = {**os.environ, "LC_ALL": "C"}
+    what = "the build of QEMU" if words[0] == "ninja" else "the configuration of QEMU"
     try:
-        process.run(words, cwd=objects, env=env, log_file=log_file, on_line=line)
+        run_build(
+            words, what, wrong=_WRONG, log_file=log_file, on_line=on_line, cwd=objects, env=env
+        )
     except HostError as error:
-        if not errors:
-            raise
-        lines = "".join(f"\n    {text}" for text in errors[:8])
-        hint = f"the whole log: {log_file}"
-        if words[0] != "ninja":
-            hint = f"{_LIBRARIES_HINT}; {hint}"
-        raise blame(f"QEMU does not build:{lines}", hint=hint) from error
+        hint = error.hint if words[0] == "ninja" else f"{_LIBRARIES_HINT}; {error.hint}"
+        raise blame(error.message, hint=hint) from error
