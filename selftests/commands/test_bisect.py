@@ -124,6 +124,7 @@ def test_what_is_not_possible(
         ((*ends, f"--issue={ISSUE}", "--", "tests/"), "give the tests that fail, or a known"),
         (("--good=v1", "--bad=v9", f"--issue={ISSUE}"), "has no commit v9"),
         ((*ends, f"--issue={ISSUE}", "--error=0"), "--error between 0 and 1"),
+        ((*ends, "--issue=linux-dm-stays-synchronous"), "is an issue of Linux, not of QEMU"),
     ):
         assert cli.main(words(source, tmp_path, *more)) == 2
         assert message in capsys.readouterr().err
