@@ -9,7 +9,7 @@ import json
 import os
 import shlex
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,8 @@ def bisect(arguments: argparse.Namespace, chosen: Settings) -> int:
         state_file.unlink(missing_ok=True)
         repository.remove(tree.folder)
     print(f"git bisect log: {log_file}")
-    print(describe(result, good, bad, fix=arguments.fix, tests=arguments.rest))
+    test = "" if issue else path_of(named_test(result.signature), arguments.rest)
+    print(describe(result, good, bad, fix=arguments.fix, test=test))
     return 0 if result.culprit else 1
 
 
@@ -145,7 +146,10 @@ class _Trial:
         if self._issue is not None:
             return _reproduce(self._issue, values)
         every = not signature or self._arguments.any_failure
-        tests = self._arguments.rest if every else [self._path(named_test(signature))]
+        tests = self._arguments.rest
+        if not every:
+            # Avocado takes the method for a regular expression.
+            tests = [path_of(named_test(signature), tests) + "$"]
         record = self._job(values, tests)
         return judge(record, signature, any_failure=self._arguments.any_failure)
 
@@ -163,21 +167,27 @@ class _Trial:
         modules = {"modules": str(built.modules)} if built.modules else {}
         return {"kernel": str(built.vmlinux), **modules}
 
-    def _path(self, name: str) -> str:
-        """A test's name as Avocado takes it: below the folder of the given tests."""
-        for word in self._arguments.rest:
-            file = Path(word.partition(":")[0])
-            for folder in (file, *file.parents):
-                if (folder / name.partition(":")[0]).is_file():
-                    return f"{folder / name}$"
-        return name
-
     def _job(self, values: Mapping[str, str], tests: list[str]) -> Record:
         shutil.rmtree(self._jobs, ignore_errors=True)
         self._jobs.mkdir()
         os.environ[SUITE_VARIABLE] = "1"
         run_job(job_argv(values, tests, self._jobs, []), self._jobs, 0)
         return complete_jobs(self._jobs)[0]
+
+
+def path_of(name: str, tests: Sequence[str]) -> str:
+    """The reference of a test for Avocado.
+
+    Args:
+        name: its name in a record, which begins below the folder of the suite.
+        tests: references of files or folders, one of which contains it.
+    """
+    for word in tests:
+        file = Path(word.partition(":")[0])
+        for folder in (file, *file.parents):
+            if (folder / name.partition(":")[0]).is_file():
+                return str(folder / name)
+    return name
 
 
 def _reproduce(issue: KnownIssue, values: Mapping[str, str]) -> Run:
@@ -194,14 +204,14 @@ def _digest(config: Path | None) -> str:
         raise ConfigError(f"{config}: {error.strerror}") from error
 
 
-def describe(result: Result, good: Commit, bad: Commit, *, fix: bool, tests: list[str]) -> str:
+def describe(result: Result, good: Commit, bad: Commit, *, fix: bool, test: str) -> str:
     """The result for the terminal, with a draft of a report.
 
     Args:
         result: the end of the search.
         good, bad: its ends.
         fix: it looked for the fix.
-        tests: the words of the tests; empty for a known issue.
+        test: reference of the test that failed; empty for a known issue.
     """
     word = "fixed" if fix else "bad"
     culprit = result.culprit
@@ -226,7 +236,7 @@ def describe(result: Result, good: Commit, bad: Commit, *, fix: bool, tests: lis
         lines.append(f"{verdict}: with this commit reverted on {newer}, {what}{reason}")
     if fix:
         return "\n".join(lines)
-    again = f"paprscm run {shlex.join(tests)}" if tests else f"paprscm reproduce {result.signature}"
+    again = f"paprscm run {shlex.quote(test)}" if test else f"paprscm reproduce {result.signature}"
     lines += [
         "",
         f'Since commit {culprit.id[:12]} ("{culprit.subject}"):',

@@ -115,6 +115,16 @@ def test_a_culprit_and_the_draft_of_a_report(
     assert reproduced[-1] == "wrong"
 
 
+def test_the_failed_test_is_found_below_the_given_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "my tests/hcall"
+    folder.mkdir(parents=True)
+    (folder / "test_x.py").touch()
+    for given in (tmp_path / "my tests", folder, folder / "test_x.py", f"{folder}/test_x.py:X"):
+        path = bisect.path_of("hcall/test_x.py:X.test_a", ["elsewhere", str(given)])
+        assert path == f"{folder}/test_x.py:X.test_a"
+    assert bisect.path_of("hcall/test_y.py:Y.test_a", [str(folder)]) == "hcall/test_y.py:Y.test_a"
+
+
 def test_what_is_not_possible(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
