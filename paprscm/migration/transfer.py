@@ -20,6 +20,8 @@ from paprscm.vm.qmp import RefusedError
 from paprscm.vm.vm import Vm
 
 _LIMIT_S = 60.0
+# Less than the time limit of an answer (vm/qmp.py).
+_HELD_LIMIT_S = 20.0
 _CHUNK = 1 << 20
 
 
@@ -274,15 +276,33 @@ def _load_errors(vm: Vm) -> Iterator[None]:
 
 
 def _start(vm: Vm, **arguments: Any) -> None:
-    """Run an outgoing migration, with the arguments of QMP's migrate, to its end."""
+    """Run an outgoing migration, with the arguments of QMP's migrate, to its end.
+
+    Raises:
+        CapabilityError: QEMU waits until the syncs that hang have ended.
+        ContractError: QEMU cannot save the machine.
+    """
 
     def ended(data: dict[str, Any]) -> bool:
         return data.get("status") in ("completed", "failed", "cancelled")
 
-    data = vm.qmp.execute_until("migrate", "MIGRATION", ended, limit_s=_LIMIT_S, **arguments)
+    released: list[int] = []
+    timer = threading.Timer(_HELD_LIMIT_S, lambda: released.extend(vm.release_syncs()))
+    timer.start()
+    try:
+        data = vm.qmp.execute_until("migrate", "MIGRATION", ended, limit_s=_LIMIT_S, **arguments)
+    finally:
+        timer.cancel()
     if data["status"] != "completed":
         reason = vm.qmp.execute("query-migrate").get("error-desc", "no reason given")
         raise ContractError(f"QEMU's migration has {data['status']}: {reason}")
+    if released:
+        # A fix of known_issues/qemu-flush-error-after-save-lost; QEMU does so for block devices.
+        raise CapabilityError(
+            "this QEMU saves a machine only when its flushes have ended: it did so once the syncs "
+            f"of slots {', '.join(map(str, released))} did not hang any more",
+            hint="no flush is ever pending in its stream; the tests of such flushes do not apply",
+        )
 
 
 @contextlib.contextmanager

@@ -371,6 +371,11 @@ class WatchedFile:
         """Hold each call until release()."""
         self._set("hang", hang_mask=_mask(operations))
 
+    def hanging(self) -> int:
+        """Number of calls that have begun and not ended while hang() is in force."""
+        counts = self.counts()
+        return counts.begun - counts.ended if self._rule.hang_mask else 0
+
     def release(self) -> None:
         """Release the calls that hang, within about 2 ms, and hold no later call."""
         self._set("hang", hang_mask=0)

@@ -129,6 +129,13 @@ class Vm(Lifetime):
         """Return the syncs of the backing file of the DIMM in `slot`; requires a shim."""
         return self._watched[slot]
 
+    def release_syncs(self) -> list[int]:
+        """Release all syncs that hang; return the slots of their DIMMs."""
+        slots = [slot for slot, watched in self._watched.items() if watched.hanging()]
+        for slot in slots:
+            self._watched[slot].release()
+        return slots
+
     def successor(self, *words: str) -> list[str]:
         """Return the command line of a QEMU that replaces this one in its process.
 

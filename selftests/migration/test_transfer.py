@@ -2,17 +2,21 @@
 """State and batches of a bare machine at another QEMU."""
 
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
 from paprscm.device.bare_metal import FREE, BareMachine, compile_program
 from paprscm.device.mailbox import Call
-from paprscm.errors import ContractError
+from paprscm.errors import CapabilityError, ContractError
 from paprscm.host.cache import Cache
+from paprscm.migration import transfer
 from paprscm.migration.handover import save_awake
 from paprscm.migration.stream import read_states
 from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, load, migrate
@@ -21,6 +25,7 @@ from paprscm.vm.binary import Qemu
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
 from paprscm.vm.qmp import RefusedError
+from paprscm.vm.vm import Vm
 
 FLUSH, DRC = Hcall.H_SCM_FLUSH, drc_index(0)
 UNKNOWN = Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING
@@ -72,6 +77,31 @@ def test_a_destination_goes_on(start: Start) -> None:
     # A vCPU that sleeps wakes up: a poll pauses between two calls.
     (ended,) = destination.batch([Call(FLUSH, (DRC, 2), 100_000, True, 100)])
     assert ended.code == ReturnCode.H_SUCCESS
+
+
+def test_a_qemu_that_waits_for_its_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test may accuse it; and no QEMU that is only slow, or that fails, may be taken for one."""
+    released = threading.Event()
+
+    def release() -> list[int]:
+        released.set()
+        return slots
+
+    def answer(*_arguments: object, **_words: object) -> dict[str, str]:
+        assert released.wait(10)
+        return {"status": status}
+
+    monkeypatch.setattr(transfer, "_HELD_LIMIT_S", 0.01)
+    qmp = SimpleNamespace(execute_until=answer, execute=lambda _command: {"error-desc": "no space"})
+    vm = cast("Vm", SimpleNamespace(qmp=qmp, release_syncs=release))
+    slots, status = [3], "completed"
+    with pytest.raises(CapabilityError, match="syncs of slots 3 did not hang"):
+        transfer._start(vm)
+    slots = []
+    transfer._start(vm)
+    slots, status = [3], "failed"
+    with pytest.raises(ContractError, match="no space"):
+        transfer._start(vm)
 
 
 def test_memory_is_copied(start: Start) -> None:
