@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from urllib3.filepost import encode_multipart_formdata
-
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.results import kcidb, squad
 from paprscm.results.context import Context
@@ -94,6 +92,9 @@ def reports(
     words = project.split("/")
     if len(words) != 2 or not all(words):
         raise ConfigError("SQUAD needs a group and a project", hint="--project GROUP/PROJECT")
+    # Takes a tenth of a second, and few commands need it.
+    from urllib3.filepost import encode_multipart_formdata
+
     for form in squad.submissions(record):
         place = "/".join(quote(word, safe="") for word in (*words, form.build, form.environment))
         body, content_type = encode_multipart_formdata(squad.form(form), _BOUNDARY)

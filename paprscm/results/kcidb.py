@@ -14,8 +14,6 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
-from kcidb_io.schema.v05_03 import Version
-
 from paprscm.results import labels
 from paprscm.results.context import Context
 from paprscm.results.record import Environment, Kernel, Record, Test
@@ -34,6 +32,9 @@ def render(record: Record, context: Context) -> str:
 
 def dump(data: dict[str, Any]) -> str:
     """The report as JSON; validated, which accepts NaN, and without NaN."""
+    # Takes a third of a second, and few commands need it.
+    from kcidb_io.schema.v05_03 import Version
+
     Version.validate(data)
     return json.dumps(data, indent=1, allow_nan=False) + "\n"
 

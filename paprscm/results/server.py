@@ -9,9 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-import urllib3
-from urllib3.exceptions import HTTPError
-
 from paprscm.errors import ConfigError, HostError
 
 _PASSING: Final = (429, 500, 502, 503, 504)
@@ -101,6 +98,10 @@ class Server:
         Raises:
             HostError: the server cannot be reached, does not answer, or breaks off.
         """
+        # Takes a tenth of a second, and few commands need it.
+        import urllib3
+        from urllib3.exceptions import HTTPError
+
         patience = self.patience
         retry = urllib3.Retry(
             total=patience.repetitions,
