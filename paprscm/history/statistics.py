@@ -14,9 +14,9 @@ import math
 import random
 import statistics
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, combinations
+from itertools import accumulate
 from typing import Final
 
 LEVEL: Final = 0.05
@@ -169,33 +169,57 @@ def _towards_a(sample: Sample) -> list[float]:
 
 def _separation(values: Sequence[float], first: int) -> float:
     """The part of the variance that is between the sets; it grows with the t statistic."""
-    return _separations(values, first, [range(first)])[0]
+    return _separations(values, first, lambda centred: [sum(centred[:first])])[0]
 
 
 def _separations(
-    values: Sequence[float], first: int, relabellings: Iterable[Iterable[int]]
+    values: Sequence[float],
+    first: int,
+    sums: Callable[[Sequence[float]], Sequence[float]],
 ) -> list[float]:
+    """The separations under the relabellings whose sums of the first set `sums` returns."""
     mean = statistics.fmean(values)
     centred = [value - mean for value in values]
     total = math.fsum(value * value for value in centred)
     # Equal values, but for rounding.
     if total <= (_ROUNDING * max(map(abs, values))) ** 2 * len(values):
-        return [0.0 for _ in relabellings]
+        return [0.0 for _ in sums(centred)]
     scale = (1 / first + 1 / (len(values) - first)) / total
-    take = centred.__getitem__
-    return [sum(map(take, chosen)) ** 2 * scale for chosen in relabellings]
+    return [own * own * scale for own in sums(centred)]
 
 
 def _null_distribution(metrics: Sequence[Sequence[float]], first: int) -> list[float]:
     """The separations of all metrics under all relabellings of the runs, sorted."""
     size = len(metrics[0])
     if math.comb(size, first) <= _RELABELLINGS:
-        relabellings: list[Sequence[int]] = list(combinations(range(size), first))
+
+        def sums(centred: Sequence[float]) -> Sequence[float]:
+            return _sums_of_subsets(centred, first)
     else:
         generator = random.Random(0)  # noqa: S311
-        relabellings = [range(first)]
+        relabellings: list[Sequence[int]] = [range(first)]
         relabellings += [generator.sample(range(size), first) for _ in range(_RELABELLINGS)]
-    return sorted(v for values in metrics for v in _separations(values, first, relabellings))
+
+        def sums(centred: Sequence[float]) -> Sequence[float]:
+            return [sum(map(centred.__getitem__, chosen)) for chosen in relabellings]
+
+    null: list[float] = []
+    for values in metrics:
+        null += _separations(values, first, sums)
+    null.sort()
+    return null
+
+
+def _sums_of_subsets(values: Sequence[float], size: int) -> list[float]:
+    """The sums of all subsets of this size, in no particular order.
+
+    Each subset is one that has the last value or one that has not, so a sum is one addition.
+    """
+    found: list[list[float]] = [[0.0], *([] for _ in range(size))]
+    for value in values:
+        for own in range(size, 0, -1):
+            found[own] += [one + value for one in found[own - 1]]
+    return found[size]
 
 
 def _p_value(separation: float, null: Sequence[float]) -> float:
