@@ -28,29 +28,35 @@ HOSTILE = (
 )
 
 
-def hostile_record(change: Callable[[str], str]) -> Record:
-    """A job whose texts are all changed."""
+RUNS_OF_A_TEXT = 16
+"""Jobs of each hostile text; metrics and the kernel change after half of them."""
+
+
+def hostile_record(change: Callable[[str], str], number: int = 0) -> Record:
+    """A job whose texts are all changed; `number` is that of the job among those with the text."""
+    is_late = number >= RUNS_OF_A_TEXT // 2
     record = example()
     broken = next(test for test in record.tests if test.status == "FAIL")
     named = [replace(broken, name=f"flush/test_x.py:X.{i}") for i in range(len(HOSTILE))]
     tests = [*record.tests, *named]
     return replace(
         record,
-        tests=tuple(_changed(test, number, change) for number, test in enumerate(tests)),
+        tests=tuple(_changed(test, i, change, 1.5 + is_late) for i, test in enumerate(tests)),
         environments={
             key: replace(
                 environment,
                 qemu=replace(environment.qemu, version=change("10.0.13")),
                 userland=change("Debian"),
                 kernel=environment.kernel
-                and replace(environment.kernel, release=change("6.12.117")),
+                and replace(environment.kernel, release=change(f"6.12.{117 + is_late}")),
             )
             for key, environment in record.environments.items()
         },
         host=replace(record.host, cpu=change("cpu")),
         job=replace(
             record.job,
-            id=change("0"),
+            id=change(f"{number:02}"),
+            start=f"2026-11-{1 + number:02}T03:00:00+00:00",
             command=(change("avocado"),),
             interruption=change("reason"),
             end=None,
@@ -58,12 +64,12 @@ def hostile_record(change: Callable[[str], str]) -> Record:
     )
 
 
-def _changed(test: Test, number: int, change: Callable[[str], str]) -> Test:
+def _changed(test: Test, number: int, change: Callable[[str], str], value: float) -> Test:
     issues = tuple(
         replace(issue, name=change(issue.name), title=change(issue.title), found=change("found"))
         for issue in test.known_issues
     )
-    metric = Metric(name=change("m"), value=1.5, unit=change("s"), dimensions={"d": change("v")})
+    metric = Metric(name=change("m"), value=value, unit=change("s"), dimensions={"d": change("v")})
     return replace(
         test,
         name=change(f"{test.name} {number}"),
@@ -85,7 +91,11 @@ def _append(hostile: str, text: str) -> str:
 
 def write_hostile(folder: Path, texts: tuple[str, ...] = HOSTILE) -> Path:
     """A site of jobs with hostile texts; the folder has as many pages as with other texts."""
-    records = [hostile_record(functools.partial(_append, hostile)) for hostile in texts]
+    records = [
+        hostile_record(functools.partial(_append, hostile), number)
+        for hostile in texts
+        for number in range(RUNS_OF_A_TEXT)
+    ]
     records = [
         replace(record, job=replace(record.job, id=f"{number}{record.job.id}"))
         for number, record in enumerate(records)

@@ -27,6 +27,8 @@ WORSE = 1
 NOT_COMPARABLE = 2
 NOISE_UNKNOWN = "noise unknown"
 """Beginning of the obstacle that `anyway` does not overcome."""
+_LARGEST_LOG = 700.0
+"""Beyond it, exp() overflows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,20 @@ class Comparison:
         if self.obstacles:
             return NOT_COMPARABLE
         return WORSE if "worse" in self.changes else 0
+
+    @property
+    def detectable(self) -> tuple[float, float, float] | None:
+        """Relative changes that would have been found with a probability of 80 %.
+
+        Of the metric that is better than nine of ten, of a typical one, and of the one that is
+        worse than nine of ten; None if no change of any metric would have been found.
+        """
+        limits = sorted(
+            r.detectable for r in self.metrics if r.is_relative and r.detectable is not None
+        )
+        if not limits:
+            return None
+        return limits[len(limits) // 10], median(limits), limits[9 * len(limits) // 10]
 
     @property
     def changes(self) -> list[Change]:
@@ -242,7 +258,7 @@ def _result(
     is_relative = _is_relative(a, b)
 
     def effect(value: float) -> float:
-        return math.expm1(value) if is_relative else value
+        return math.expm1(min(value, _LARGEST_LOG)) if is_relative else value
 
     def end(value: float) -> float | None:
         return effect(value) if math.isfinite(value) else None

@@ -21,6 +21,8 @@ _MINIMUM_OF_COUNT: Final = 0.10
 _NOISY: Final = ("longest", "slowest", "memory")
 """Words in names of metrics with one value a run, which are noisier than a median of many."""
 _MINIMUM_OF_NOISY: Final = 0.10
+_LARGEST: Final = 1e100
+"""Largest number of a metric; the squares of larger ones would overflow."""
 REFERENCE: Final = "reference"
 """Name of the metric of a run that measures the speed of its host."""
 
@@ -60,7 +62,7 @@ def run_medians(records: Sequence[Record]) -> dict[Key, list[float | None]]:
     """The metrics of runs.
 
     A test that failed does not count: it may have been cut short. A metric of all tests counts for
-    the tests that all runs have.
+    the tests that all runs have. Numbers beyond 1e100 do not count.
 
     Returns:
         By metric, its median in each run; None for a run without it.
@@ -73,6 +75,8 @@ def run_medians(records: Sequence[Record]) -> dict[Key, list[float | None]]:
         for test in record.tests:
             if test.name in passed[number]:
                 for metric in test.metrics:
+                    if abs(metric.value) > _LARGEST:
+                        continue
                     key = _key(test.name, metric)
                     if key.test or test.name in common:
                         values.setdefault(key, []).append(metric.value)

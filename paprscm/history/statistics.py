@@ -194,6 +194,9 @@ def _null_distribution(metrics: Sequence[Sequence[float]], first: int) -> list[f
     if math.comb(size, first) <= _RELABELLINGS:
 
         def sums(centred: Sequence[float]) -> Sequence[float]:
+            if 2 * first == size:
+                # Sets of equal size can be exchanged: one of the two has the first value.
+                return [centred[0] + one for one in _sums_of_subsets(centred[1:], first - 1)]
             return _sums_of_subsets(centred, first)
     else:
         generator = random.Random(0)  # noqa: S311

@@ -180,15 +180,12 @@ def _metrics_grid(console: Console) -> Table:
 
 def _print_conclusion(console: Console, found: Comparison) -> None:
     if found.metrics:
-        limits = sorted(
-            r.detectable for r in found.metrics if r.is_relative and r.detectable is not None
-        )
         text = f"{len(found.metrics)} metrics compared."
-        if limits:
-            low, high = limits[len(limits) // 10], limits[9 * len(limits) // 10]
+        if found.detectable:
+            low, typical, high = (100 * limit for limit in found.detectable)
             text += (
-                f" With these runs, a change of {100 * median(limits):.0f} % would have been "
-                f"detected in a typical metric ({100 * low:.0f} to {100 * high:.0f} % in most)."
+                f" With these runs, a change of {typical:.0f} % would have been detected in a "
+                f"typical metric ({low:.0f} to {high:.0f} % in most)."
             )
         console.print(text)
     for obstacle in found.obstacles:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Metrics of a test over runs, with the noise between runs."""
+"""Metrics of a test over runs, with the noise between runs and their lasting changes."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
+from paprscm.history.changes import SHORTEST, ChangePoint, change_points
+from paprscm.history.metrics import Key
 from paprscm.report.histories import History
 from paprscm.report.runs import Run
 from paprscm.results.labels import metric_label
@@ -20,7 +23,14 @@ RUNS_FOR_NOISE: Final = 5
 DURATION: Final = "duration of the test"
 """Label of a test's duration, which is shown as a metric."""
 
+MINIMUM_OF_DURATION: Final = 0.10
+"""Smallest change of a duration that matters; it has one value a run, and the host's load in it."""
+
+_Name = tuple[str, str, str]
+"""Label, unit, and name without dimensions."""
+
 _LARGEST = 1e300
+_LARGEST_RATIO = 1e100
 _SIGMA_OF_MAD = 1.4826
 """Ratio of the standard deviation to the median absolute deviation, for a normal distribution."""
 
@@ -38,17 +48,32 @@ class Band:
     high: float
 
 
+@dataclass(frozen=True)
+class Level:
+    """Runs of a series between two lasting changes.
+
+    Attributes:
+        start: index of the first point.
+        stop: index after the last point.
+        median: of the points.
+    """
+
+    start: int
+    stop: int
+    median: float
+
+
 @dataclass(kw_only=True)
 class Series:
     """A metric of a test in the runs of one track on one kind of host.
 
     Attributes:
+        key: its test, label and unit.
         place: name of the track, and of the host if there are several.
         points: run and the median of its repetitions, in chronological order.
     """
 
-    label: str
-    unit: str
+    key: Key
     place: str
     points: list[tuple[Run, float]] = field(default_factory=list)
 
@@ -57,16 +82,47 @@ class Series:
         """The value of the newest run."""
         return self.points[-1][1]
 
+    @property
+    def is_duration(self) -> bool:
+        """It is the duration of the test, not a metric."""
+        return self.key.label == DURATION
+
+    @functools.cached_property
+    def can_change(self) -> bool:
+        """A lasting change could be found: enough runs, and the values differ."""
+        values = [value for _, value in self.points]
+        if len(values) < SHORTEST:
+            return False
+        low, high = min(values), max(values)
+        return 0 < low < high < low * _LARGEST_RATIO
+
+    @functools.cached_property
+    def changes(self) -> list[ChangePoint]:
+        """The lasting changes in chronological order."""
+        if not self.can_change:
+            return []
+        minimum = MINIMUM_OF_DURATION if self.is_duration else self.key.minimum
+        return change_points([value for _, value in self.points], minimum)
+
+    @functools.cached_property
+    def levels(self) -> list[Level]:
+        """The runs between lasting changes; one level without any."""
+        edges = [0, *(change.index for change in self.changes), len(self.points)]
+        return [
+            Level(start, stop, statistics.median(value for _, value in self.points[start:stop]))
+            for start, stop in itertools.pairwise(edges)
+        ]
+
     @functools.cached_property
     def band(self) -> Band | None:
-        """None with fewer than RUNS_FOR_NOISE runs."""
-        if len(self.points) < RUNS_FOR_NOISE:
+        """That of the runs since the last lasting change; None below RUNS_FOR_NOISE runs."""
+        level = self.levels[-1]
+        values = [value for _, value in self.points[level.start :]]
+        if len(values) < RUNS_FOR_NOISE:
             return None
-        values = [value for _, value in self.points]
-        median = statistics.median(values)
-        deviation = statistics.median([abs(value - median) for value in values])
+        deviation = statistics.median([abs(value - level.median) for value in values])
         half = 3 * _SIGMA_OF_MAD * deviation
-        return Band(median - half, median, median + half)
+        return Band(level.median - half, level.median, level.median + half)
 
     @property
     def is_unusual(self) -> bool:
@@ -80,31 +136,40 @@ def series(history: History) -> list[Series]:
 
     Its duration is the first one.
     """
-    hosts = {run.host for run, _ in history.results}
-    found: dict[tuple[str, str, str], Series] = {}
+    places = place_names(run for run, _ in history.results)
+    found: dict[tuple[_Name, str], Series] = {}
     for run, test in history.results:
-        place = f"{run.track}, {run.host}" if len(hosts) > 1 else run.track
-        for (label, unit), values in _values(test).items():
-            key = (label, unit, place)
-            one = found.get(key)
+        place = places[run]
+        for name, values in _values(test).items():
+            one = found.get((name, place))
             if one is None:
-                one = found[key] = Series(label=label, unit=unit, place=place)
-            one.points.append((run, statistics.median(values)))
+                key = Key(history.name, *name)
+                one = found[name, place] = Series(key=key, place=place)
+            one.points.append((run, values[0] if len(values) == 1 else statistics.median(values)))
     return sorted(
-        found.values(), key=lambda s: (s.label != DURATION, s.label, -s.points[-1][0].number)
+        found.values(),
+        key=lambda s: (not s.is_duration, s.key.label, -s.points[-1][0].number),
     )
 
 
-def _values(test: Test) -> dict[tuple[str, str], list[float]]:
-    values: dict[tuple[str, str], list[float]] = {}
+def place_names(runs: Iterable[Run]) -> dict[Run, str]:
+    """The track of each run, and its host if there are several."""
+    hosts = {run: run.host for run in runs}
+    several = len(set(hosts.values())) > 1
+    return {run: f"{run.track}, {host}" if several else run.track for run, host in hosts.items()}
+
+
+def _values(test: Test) -> dict[_Name, list[float]]:
+    values: dict[_Name, list[float]] = {}
     # The duration of a test that broke or was cancelled measures something else.
     if test.times is not None and test.status in ("PASS", "WARN"):
-        values[DURATION, "s"] = [test.times.duration_s]
+        values[DURATION, "s", DURATION] = [test.times.duration_s]
     for metric in test.metrics:
         # The arithmetic of a band would overflow.
         if abs(metric.value) > _LARGEST:
             continue
-        values.setdefault((metric_label(metric), metric.unit), []).append(metric.value)
+        name = (metric_label(metric), metric.unit, metric.name)
+        values.setdefault(name, []).append(metric.value)
     return values
 
 
@@ -119,5 +184,5 @@ def by_label(found: Iterable[Series]) -> dict[tuple[str, str], list[Series]]:
     """The series of each metric, by label and unit."""
     groups: dict[tuple[str, str], list[Series]] = {}
     for one in found:
-        groups.setdefault((one.label, one.unit), []).append(one)
+        groups.setdefault((one.key.label, one.key.unit), []).append(one)
     return groups

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,8 +13,9 @@ from typing import Any, Final
 import jinja2
 import markupsafe
 
+from paprscm.history.comparison import MetricResult
 from paprscm.report.histories import Breakage, History, Issue, is_broken
-from paprscm.report.metrics import by_label, number, series
+from paprscm.report.metrics import Series, by_label, number, series
 from paprscm.report.runs import (
     Run,
     branch,
@@ -26,6 +28,8 @@ from paprscm.report.runs import (
     rank,
     release,
 )
+from paprscm.report.shifts import Shift, certain, percent, shifts
+from paprscm.report.versions import short_id, versions
 from paprscm.results import tally
 from paprscm.results.record import Record, Status, Test
 from paprscm.results.text import one_line, shortened
@@ -45,6 +49,9 @@ NOT_STARTED: Final = "NOT STARTED"
 
 _BROKEN_LIMIT: Final = 50
 _STREAK_LIMIT: Final = 30
+_GROUP_LIMIT: Final = 5
+_SHIFT_LIMIT: Final = 3
+_METRIC_LIMIT: Final = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,7 @@ class Site:
         self.runs, self.tests, self.issues, self._console = runs, tests, issues, console
         self._keys = {history.name: history.key for history in tests}
         self._breakages = {history.name: history.breakages() for history in tests}
+        self._series = {history.name: series(history) for history in tests}
         # A link for each row of all runs; format() escapes.
         link = markupsafe.Markup('<a class="name" href="../tests/{}.html">{}</a>')
         self._links = {h.name: link.format(h.key, harmless(h.name)) for h in tests}
@@ -105,7 +113,13 @@ class Site:
             finalize=_finalize,
         )
         self._environment.filters.update(
-            number=number, seconds=tally.seconds, short=_short, spans=_spans
+            effect=_effect,
+            middle=statistics.median,
+            number=number,
+            percent=percent,
+            seconds=tally.seconds,
+            short=_short,
+            spans=_spans,
         )
         self._environment.globals.update(
             keys=self._keys, links=self._links, statuses=tally.ORDER, issue_keys=_issue_keys(issues)
@@ -115,7 +129,11 @@ class Site:
         """All pages and data of the site."""
         yield "index.html", self._page("index", "", **self._overview())
         yield "runs.html", self._page("runs", "", runs=self.runs[::-1], counts_of=_counts)
-        yield "compare.html", self._page("compare", "")
+        found = versions(self.runs)
+        yield (
+            "compare.html",
+            self._page("compare", "", versions=found, metric_limit=_METRIC_LIMIT),
+        )
         yield "issues.html", self._page("issues", "", issues=self.issues, total=len(self.runs))
         yield "data/index.js", _script("index", self._index())
         previous: dict[str, Run] = {}
@@ -154,6 +172,8 @@ class Site:
         return {
             **{"broken": rows[:_BROKEN_LIMIT], "broken_total": len(rows), "tracks": tracks},
             **{"counts_of": _counts, "runs": self.runs, "tests": self.tests},
+            "groups": certain([one for own in self._series.values() for one in own]),
+            **{"group_limit": _GROUP_LIMIT, "shift_limit": _SHIFT_LIMIT},
         }
 
     def _run(self, run: Run, previous: Run | None) -> dict[str, Any]:
@@ -172,7 +192,7 @@ class Site:
         }
 
     def _test(self, position: int, history: History) -> Iterator[tuple[str, str]]:
-        measured = series(history)
+        measured = self._series[history.name]
         metrics = by_label(measured)
         newest = sorted(measured, key=lambda one: -one.points[-1][0].number)
         places = list(dict.fromkeys(one.place for one in newest))
@@ -192,6 +212,7 @@ class Site:
                 failure=failure,
                 console=self._console(failure[0].record, failure[1]) if failure else (),
                 metrics=metrics,
+                shifts=shifts(measured),
             ),
         )
         data: dict[str, Any] = {"places": [harmless(place) for place in places]}
@@ -199,15 +220,7 @@ class Site:
             {
                 "label": harmless(label),
                 "unit": harmless(unit),
-                "series": [
-                    {
-                        "place": places.index(one.place),
-                        "runs": [run.number for run, _ in one.points],
-                        "values": [value for _, value in one.points],
-                        "band": (band := one.band) and [band.low, band.median, band.high],
-                    }
-                    for one in group
-                ],
+                "series": [_series_data(one, places.index(one.place)) for one in group],
             }
             for (label, unit), group in metrics.items()
         ]
@@ -224,7 +237,10 @@ class Site:
             "statuses": {letter: status for status, letter in LETTERS.items()},
             "tracks": [harmless(track) for track in self._tracks],
             "runs": [
-                [run.key, run.time, self._tracks.index(run.track), harmless(run.versions)]
+                [
+                    *(run.key, run.time, self._tracks.index(run.track), harmless(run.versions)),
+                    harmless(short_id(run)),
+                ]
                 for run in self.runs
             ],
             "tests": [
@@ -236,6 +252,35 @@ class Site:
                 position for position, test in enumerate(self.tests) if self._breakages[test.name]
             ],
         }
+
+
+def _series_data(one: Series, place: int) -> dict[str, Any]:
+    """A metric in one place, for the plot; runs are numbers."""
+    runs = [run.number for run, _ in one.points]
+    data: dict[str, Any] = {
+        "place": place,
+        "runs": runs,
+        "values": [value for _, value in one.points],
+        "band": (band := one.band) and [band.low, band.median, band.high],
+    }
+    if one.changes:
+        data["levels"] = [
+            [runs[level.start], runs[level.stop - 1], level.median] for level in one.levels
+        ]
+        # Each change is between two runs: the ends of its interval, and its description.
+        data["changes"] = [
+            [shift.outside.number, shift.latest.number, _sentence(shift)] for shift in shifts([one])
+        ]
+    return data
+
+
+def _sentence(shift: Shift) -> str:
+    """Size and position of a change, without its causes."""
+    low, high = percent(shift.low), percent(shift.high)
+    position = f"from {shift.first.time} on"
+    if not shift.is_exact:
+        position += f" (95 %: {shift.earliest.time} to {shift.latest.time})"
+    return f"{shift.change}: {percent(shift.size)} (95 %: {low} to {high}) {position}"
 
 
 def _issue_keys(issues: Iterable[Issue]) -> dict[str, str]:
@@ -268,6 +313,15 @@ def _counts(run: Run) -> dict[str, int]:
 
 def _label(test: Test) -> str:
     return test.status if has_started(test) else NOT_STARTED
+
+
+def _effect(result: MetricResult, value: float | None) -> str:
+    """A change of a metric, or an end of its interval."""
+    if value is None:
+        return "unknown"
+    if result.is_relative:
+        return percent(value)
+    return f"{value:+.3g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _spans(versions: dict[str, int]) -> list[str]:

@@ -7,6 +7,7 @@ time: they have the same branch of Linux and of QEMU, and the same page size, MM
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
@@ -66,7 +67,7 @@ class Run:
         """That of most tests; one with a guest kernel, if there is any."""
         return _environment(self.record)
 
-    @property
+    @functools.cached_property
     def host(self) -> str:
         """The machine on which it ran, for comparing times."""
         return f"{self.record.host.cpu}, {self.record.host.cores} cores"

@@ -99,11 +99,19 @@ def line(page: Any) -> str:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [WIDE, PHONE], ids=["wide", "phone"])
 def test_every_kind_of_page(
-    browser: Any, site: Path, tmp_path: Path, size: tuple[int, int], scheme: str
+    browser: Any,
+    site: Path,
+    long_site: Path,
+    tmp_path: Path,
+    size: tuple[int, int],
+    scheme: str,
 ) -> None:
     """No message on the console, nothing wider than the screen, no violation that axe finds."""
     tab = Tab(browser, size, scheme)
-    for name, file in kinds(site).items():
+    # With lasting changes and comparisons of metrics.
+    (changed,) = long_site.glob("tests/*test_case_0_*.html")
+    long = {f"long-{name}": long_site / f"{name}.html" for name in ("index", "compare")}
+    for name, file in {**kinds(site), **long, "long-test": changed}.items():
         page = tab.open(file)
         page.wait_for_timeout(100)
         page.evaluate("for (const d of document.querySelectorAll('details')) d.open = true")
@@ -123,7 +131,7 @@ def test_hostile_texts_do_nothing(tab: Tab, hostile: Path) -> None:
     # Of the tests' pages there are many of the same kind; each text has some.
     files = [
         *hostile.glob("*.html"),
-        *hostile.glob("runs/*"),
+        *sorted(hostile.glob("runs/*"))[::15],
         *sorted(hostile.glob("tests/*"))[::5],
     ]
     for file in files:
@@ -272,6 +280,71 @@ def test_plots(tab: Tab, site: Path) -> None:
     page.wait_for_timeout(200)
     assert page.evaluate(script) != before
     assert "place=1" in page.url
+
+
+@pytest.fixture(scope="module")
+def long_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As in test_site.py: two of six environments have a lasting change."""
+    return write_many(tmp_path_factory.mktemp("long") / "site", runs=204, tests=12)
+
+
+MARKED = """() => [...document.querySelectorAll(".uplot canvas")].map(canvas => {
+    const { data, width } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+    const columns = {};
+    // Amber has more red than blue; all else is blue or grey.
+    for (let i = 0; i < data.length; i += 4) {
+        const x = (i / 4) % width;
+        if (data[i] > data[i + 2] + 60 && data[i + 3] > 60) columns[x] = (columns[x] ?? 0) + 1;
+    }
+    const counts = Object.values(columns);
+    return [counts.length / width, counts.filter((count) => count > canvas.height / 2).length];
+})"""
+"""For each plot: share of columns with amber, and number of columns that are amber mostly."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_lasting_change_is_marked_and_described(
+    browser: Any, long_site: Path, scheme: str
+) -> None:
+    tab = Tab(browser, scheme=scheme)
+    (file,) = long_site.glob("tests/*test_case_0_*.html")
+    page = tab.open(file)
+    page.wait_for_selector(".uplot canvas")
+    for place, is_changed in (("Linux 7.2, QEMU 10.0", True), ("Linux 6.12, QEMU 10.0", False)):
+        page.locator("#place").select_option(label=place)
+        page.wait_for_timeout(200)
+        duration, *metrics = page.evaluate(MARKED)
+        assert duration == [0, 0]
+        for share, columns in metrics:
+            # The dashes of both levels, with gaps; and the band between two runs or more.
+            assert (share > 0.4, columns >= 5) == (is_changed, is_changed), place
+            assert columns == 0 or is_changed
+        described = page.locator("figure [role=img]").evaluate_all(
+            "boxes => boxes.map(box => box.getAttribute('aria-label').includes('worse: +'))"
+        )
+        assert described == [False, is_changed, is_changed]
+        assert page.locator("figure p").count() == 2 * is_changed
+    tab.context.close()
+    assert tab.complaints == []
+
+
+def test_metrics_of_two_sets(tab: Tab, long_site: Path) -> None:
+    """The statistics are those of the command, which the page prints."""
+    runs = sorted(file.stem for file in (long_site / "runs").iterdir())
+    note = "#metrics-of-sets"
+    for sizes, text in (
+        ((4, 4), "paprscm compare 00000000 00000010 00000020 00000030 -- 00000c80"),
+        ((3, 5), "paprscm compare 00000000 00000010 00000020 -- 00000c70"),
+        ((8, 2), "paprscm compare 00000000"),
+        ((3, 4), "not comparable, at least 4 + 4"),
+        ((7, 2), "not comparable"),
+        ((1, 1), "not comparable"),
+    ):
+        a, b = ",".join(runs[: sizes[0]]), ",".join(runs[-sizes[1] :])
+        page = tab.open(long_site / "compare.html", f"#a={a}&b={b}")
+        assert text in page.locator(note).inner_text(), sizes
+    page = tab.open(long_site / "compare.html", f"#a={a}&b={a}")
+    assert "a run is in both sets" in page.locator(note).inner_text()
 
 
 def test_a_comparison(tab: Tab, site: Path) -> None:

@@ -241,7 +241,7 @@ def measured(values: Sequence[float], status: Any = "PASS") -> list[Series]:
 
 def test_the_noise_is_not_widened_by_the_outlier_that_it_shows() -> None:
     duration, metric = measured([10, 11, 10, 9, 10, 11, 50])
-    assert duration.label == "duration of the test" and duration.band is not None
+    assert duration.key.label == "duration of the test" and duration.band is not None
     assert metric.band is not None and metric.is_unusual
     assert metric.band.median == 10 and metric.band.high == pytest.approx(10 + 3 * 1.4826)
     assert not measured([10, 11, 10, 9, 10, 11, 12])[1].is_unusual
@@ -263,18 +263,18 @@ def test_another_host_has_another_noise() -> None:
     metric = Metric(name="m", value=1.0, unit="us")
     records = [job(day, make_test("x", metrics=(metric,))) for day in (1, 2, 3)]
     records[2] = replace(records[2], host=replace(records[2].host, cpu="Xeon"))
-    found = [(one.place, len(one.points)) for one in series(only(records)) if one.label == "m"]
+    found = [(one.place, len(one.points)) for one in series(only(records)) if one.key.label == "m"]
     track = "Linux 6.12, QEMU 10.0"
     assert found == [(f"{track}, Xeon, 2 cores", 1), (f"{track}, AMD EPYC, 2 cores", 2)]
     assert series(only(records[:2]))[0].place == track
 
 
 def test_the_duration_of_a_failure_is_not_a_measurement() -> None:
-    assert [one.label for one in measured([1.0], "FAIL")] == ["m"]
+    assert [one.key.label for one in measured([1.0], "FAIL")] == ["m"]
 
 
 def test_numbers_that_overflow_are_left_out() -> None:
-    assert [one.label for one in measured([1e308] * 6)] == ["duration of the test"]
+    assert [one.key.label for one in measured([1e308] * 6)] == ["duration of the test"]
 
 
 @pytest.mark.parametrize(

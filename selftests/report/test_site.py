@@ -6,13 +6,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import random
 import re
 import shutil
 import threading
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -20,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 from many_records import many
 from records import make_record, make_test
+from site_pages import Page, data
 from sites import HOSTILE, write_hostile, write_many
 
 from paprscm.errors import ConfigError, HostError
@@ -31,35 +30,6 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; base-uri 'none'; "
     "form-action 'none'"
 )
-VOID = {"meta", "link", "img", "input", "br"}
-
-
-class Page(HTMLParser):
-    """Elements of a page, in order; checks that they are balanced."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str]]] = []
-        self.texts: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-        assert self._open == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self._open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-        assert not data.strip() or self._open[-1] not in ("script", "style")
-
-    def values(self, name: str) -> list[str]:
-        return [attributes[name] for _, attributes in self.elements if name in attributes]
 
 
 @pytest.fixture(scope="module")
@@ -84,12 +54,6 @@ def pages(site: Path) -> dict[str, Page]:
 
 def tree(site: Path) -> dict[str, bytes]:
     return {str(f.relative_to(site)): f.read_bytes() for f in site.rglob("*") if f.is_file()}
-
-
-def data(file: Path) -> Any:
-    match = re.fullmatch(r'paprscm\.load\("(\w+)",(.*)\);\n', file.read_text(encoding="ascii"))
-    assert match and "<" not in match[2], file
-    return json.loads(match[2])
 
 
 # --- pages
@@ -266,6 +230,18 @@ def test_the_first_page_of_many_runs_is_small(tmp_path: Path) -> None:
     files = ["index.html", *names, *first.values("src")]
     assert sum((many_runs / name).stat().st_size for name in files) < 300_000
     assert sum(len(content) for content in tree(many_runs).values()) < 30_000_000
+
+
+def test_the_dark_scheme_has_all_colours() -> None:
+    """Without those of texts on a status, which do not change."""
+    style = (ROOT / "paprscm/report/assets/site.css").read_text()
+    light, dark = re.findall(r":root \{\n(.*?)\}", style, re.DOTALL)
+    names = [
+        set(re.findall(r"^ +(--[a-z-]+): #[0-9a-f]{3,6};$", own, re.M)) for own in (light, dark)
+    ]
+    assert names[0] - names[1] == {"--on-light", "--on-dark"} and not names[1] - names[0]
+    used = set(re.findall(r"var\((--[a-z-]+)\)", style))
+    assert used <= names[0]
 
 
 def test_vendored_files_are_those_of_the_digests() -> None:

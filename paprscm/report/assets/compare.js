@@ -53,6 +53,23 @@
     return cell;
   }
 
+  // A permutation test of sets of these sizes can reach 5 %, as in paprscm/history/statistics.py.
+  function enough(a, b) {
+    let ways = 1;
+    for (let i = 1; i <= Math.min(a, b); i++) ways *= (Math.max(a, b) + i) / i;
+    return 2 / ways <= 0.05;
+  }
+
+  // The command for the metrics of the chosen sets, whose statistics are not computed here.
+  function metrics(before, after) {
+    const ids = [before, after].map((runs) => runs.map((run) => index.runs[run][4]).join(" "));
+    if (before.some((run) => after.includes(run))) return ["Metrics: a run is in both sets."];
+    if (!enough(before.length, after.length)) {
+      return ["Metrics: not comparable, at least 4 + 4, 3 + 5 or 2 + 8 runs are needed."];
+    }
+    return ["Metrics, of runs in the history: ", element("code", {}, `paprscm compare ${ids[0]} -- ${ids[1]}`)];
+  }
+
   const titles = {
     worse: "Worse",
     better: "Better",
@@ -74,6 +91,7 @@
     control("count").textContent =
       `${size(before)} against ${size(after)}, ${both} tests in both: ${groups.worse.length} worse, ${groups.better.length} better, ` +
       `${groups.other.length} changed otherwise`;
+    control("metrics-of-sets").replaceChildren(...metrics(before, after));
     control("result").replaceChildren(
       ...changed.map(([name, tests]) => {
         const head = ["Test", "Before", "After"].map((text) => element("th", { scope: "col" }, text));

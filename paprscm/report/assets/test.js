@@ -41,18 +41,42 @@
     for (const one of metric.series) {
       if (one !== own) one.runs.forEach((run, i) => others.set(run, one.values[i]));
     }
-    const first = own.runs[0];
-    const last = own.runs.at(-1);
+    const changes = own.changes ?? [];
+    // The band is that of the runs since the last change; without a change, of all.
+    const levels = own.levels ?? [[own.runs[0], own.runs.at(-1), own.band?.[1]]];
+    const [first, last] = levels.at(-1);
     const level = (i) => runs.map((run) => (own.band && run >= first && run <= last ? own.band[i] : null));
     const data = [
       runs.map((_, i) => i),
       runs.map((run) => others.get(run) ?? null),
       level(0),
       level(2),
-      level(1),
       runs.map((run) => value.get(run) ?? null),
     ];
-    const [accent, quiet, line] = ["accent", "quiet", "line"].map((name) => paprscm.colour(name));
+    const [accent, quiet, line, mark] = ["accent", "quiet", "line", "mark"].map((name) => paprscm.colour(name));
+    const at = (run) => runs.indexOf(run);
+    // The runs between which a change lies.
+    const interval = (u, from, to) => {
+      const [x, end] = [from, to].map((i) => u.valToPos(i, "x", true));
+      u.ctx.save();
+      u.ctx.fillStyle = `${mark}55`;
+      u.ctx.fillRect(x, u.bbox.top, end - x, u.bbox.height);
+      u.ctx.restore();
+    };
+    const dashes = (u, from, to, value) => {
+      const [left, right] = [from, to].map((i) => u.valToPos(i, "x", true));
+      const y = u.valToPos(value, "y", true);
+      const scale = devicePixelRatio;
+      u.ctx.save();
+      u.ctx.strokeStyle = changes.length ? mark : quiet;
+      u.ctx.lineWidth = (changes.length ? 2 : 1) * scale;
+      u.ctx.setLineDash([5 * scale, 4 * scale]);
+      u.ctx.beginPath();
+      u.ctx.moveTo(Math.max(left, u.bbox.left), y);
+      u.ctx.lineTo(Math.min(right, u.bbox.left + u.bbox.width), y);
+      u.ctx.stroke();
+      u.ctx.restore();
+    };
     const label = (i) => (Number.isInteger(i) && runs[i] !== undefined ? index.runs[runs[i]][1] : "");
     const axis = { stroke: quiet, grid: { stroke: line, width: 1 }, ticks: { stroke: line } };
     const unit = metric.unit === "1" ? "" : ` ${metric.unit}`;
@@ -79,11 +103,18 @@
         { ...bare, paths: () => null, points: points(4, line) },
         { ...bare, width: 0 },
         { ...bare, width: 0 },
-        { ...bare, stroke: quiet, width: 1, dash: [4, 4] },
         { stroke: accent, width: 1.5, spanGaps: true, points: points(5, accent) },
       ],
       bands: [{ series: [3, 2], fill: `${accent}22` }],
       hooks: {
+        drawAxes: [(u) => changes.forEach(([before, after]) => interval(u, at(before), at(after)))],
+        draw: [
+          (u) => {
+            if (own.band || changes.length) {
+              for (const [from, to, median] of levels) dashes(u, at(from) - 0.5, at(to) + 0.5, median);
+            }
+          },
+        ],
         setCursor: [
           ({ cursor }) => {
             const i = cursor.idx;
@@ -101,8 +132,10 @@
     const unusual = own.values.at(-1) < low || own.values.at(-1) > high;
     const note = element("div", { class: unusual ? "bad" : "note" }, summary);
     const caption = element("figcaption", {}, element("b", {}, metric.label), note);
-    const box = element("div", { role: "img", "aria-label": `${metric.label}: ${summary}` });
-    figure.replaceChildren(caption, box);
+    const texts = changes.map(([, , sentence]) => sentence);
+    const box = element("div", { role: "img", "aria-label": [`${metric.label}: ${summary}`, ...texts].join("; ") });
+    const below = texts.map((sentence) => element("p", { class: "note" }, element("span", { class: "mark" }), sentence));
+    figure.replaceChildren(caption, box, ...below);
     new uPlot(options, data, box);
   }
 
