@@ -98,6 +98,7 @@ class Site:
         self._keys = {history.name: history.key for history in tests}
         self._breakages = {history.name: history.breakages() for history in tests}
         self._series = {history.name: series(history) for history in tests}
+        self._shifts = {name: shifts(found) for name, found in self._series.items()}
         # A link for each row of all runs; format() escapes.
         link = markupsafe.Markup('<a class="name" href="../tests/{}.html">{}</a>')
         self._links = {h.name: link.format(h.key, harmless(h.name)) for h in tests}
@@ -172,7 +173,10 @@ class Site:
         return {
             **{"broken": rows[:_BROKEN_LIMIT], "broken_total": len(rows), "tracks": tracks},
             **{"counts_of": _counts, "runs": self.runs, "tests": self.tests},
-            "groups": certain([one for own in self._series.values() for one in own]),
+            "groups": certain(
+                (one for own in self._series.values() for one in own),
+                (shift for own in self._shifts.values() for shift in own),
+            ),
             **{"group_limit": _GROUP_LIMIT, "shift_limit": _SHIFT_LIMIT},
         }
 
@@ -192,7 +196,7 @@ class Site:
         }
 
     def _test(self, position: int, history: History) -> Iterator[tuple[str, str]]:
-        measured = self._series[history.name]
+        measured, own_shifts = self._series[history.name], self._shifts[history.name]
         metrics = by_label(measured)
         newest = sorted(measured, key=lambda one: -one.points[-1][0].number)
         places = list(dict.fromkeys(one.place for one in newest))
@@ -212,7 +216,7 @@ class Site:
                 failure=failure,
                 console=self._console(failure[0].record, failure[1]) if failure else (),
                 metrics=metrics,
-                shifts=shifts(measured),
+                shifts=own_shifts,
             ),
         )
         data: dict[str, Any] = {"places": [harmless(place) for place in places]}
@@ -220,7 +224,7 @@ class Site:
             {
                 "label": harmless(label),
                 "unit": harmless(unit),
-                "series": [_series_data(one, places.index(one.place)) for one in group],
+                "series": [_series_data(one, places.index(one.place), own_shifts) for one in group],
             }
             for (label, unit), group in metrics.items()
         ]
@@ -254,8 +258,8 @@ class Site:
         }
 
 
-def _series_data(one: Series, place: int) -> dict[str, Any]:
-    """A metric in one place, for the plot; runs are numbers."""
+def _series_data(one: Series, place: int, found: Iterable[Shift]) -> dict[str, Any]:
+    """A metric in one place, for the plot; runs are numbers. `found` has the test's changes."""
     runs = [run.number for run, _ in one.points]
     data: dict[str, Any] = {
         "place": place,

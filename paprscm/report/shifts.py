@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,17 +92,21 @@ def shifts(series: Iterable[Series]) -> list[Shift]:
     return sorted(found, key=lambda s: (-s.first.number, s.series.key, s.series.place))
 
 
-def certain(series: Sequence[Series]) -> list[Group]:
+def certain(series: Iterable[Series], found: Iterable[Shift]) -> list[Group]:
     """The groups of changes that are not chance among so many series, the newest first.
 
     A change is kept if Benjamini and Hochberg's correction accepts it with the changes of its
     group and the number of all series. Changes elsewhere do not count: they would let a single
     change pass whose p-value is common among all series. Durations are a family of their own,
     because each test has one.
+
+    Args:
+        series: all of the site.
+        found: their changes.
     """
     families = Counter(one.is_duration for one in series if one.can_change)
     kept = []
-    for group in groups(shifts(series)):
+    for group in groups(found):
         own: list[Shift] = []
         for is_duration, total in families.items():
             family = [s for s in group.shifts if s.series.is_duration == is_duration]
@@ -158,7 +162,8 @@ def _shift(series: Series, number: int) -> Shift:
     before, first = runs[point.index - 1], runs[point.index]
     outside, latest = runs[point.earliest - 1], runs[point.latest]
     changed = _differences(before, first, series.key.test)
-    near = _differences(outside, latest, series.key.test)
+    is_exact = outside is before and latest is first
+    near = [] if is_exact else _differences(outside, latest, series.key.test)
     gain = point.shift * series.key.direction
     return Shift(
         series=series,

@@ -28,6 +28,9 @@ def plain(text: str) -> str:
 
     It is valid in XML, and cannot change the state of a terminal or the order of what is read.
     """
+    # Most texts are; all that is replaced is not printable.
+    if text.isprintable():
+        return text
     return _HARMFUL.sub("\N{REPLACEMENT CHARACTER}", _ESCAPES.sub("", text.replace("\r\n", "\n")))
 
 

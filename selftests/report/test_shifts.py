@@ -84,7 +84,7 @@ def test_a_series_without_a_change_has_none() -> None:
     quiet = measured(nightly([noisy(seed, (40, 40)) for seed in range(60)]))
     assert len(quiet) == 60 and all(one.can_change for one in quiet)
     assert len(shifts(quiet)) <= 1
-    assert certain(quiet) == []
+    assert certain(quiet, shifts(quiet)) == []
     for one in (one for one in quiet if not one.changes):
         assert len(one.levels) == 1
 
@@ -162,7 +162,7 @@ def test_changes_of_one_run_are_one_group() -> None:
     found = measured(nightly([*planted, *quiet], at=20))
     firsts = {shift.first.number for shift in shifts(found)}
     assert min(firsts) < 20 < max(firsts)
-    group, *others = certain(found)
+    group, *others = certain(found, shifts(found))
     assert group.lead.first.number == 20 and len(group.shifts) >= 25
     assert "Linux 6.12.115 → 6.12.117" in group.lead.changed
     assert others == []
@@ -188,5 +188,5 @@ def test_other_changes_do_not_make_a_single_one_certain() -> None:
     quiet = [noisy(seed, (35, 40)) for seed in range(40)]
     found = measured(nightly([*([step] * 40), doubtful, *quiet]))
     assert any(one.changes and one.changes[0].index < 18 for one in found)
-    (group,) = certain(found)
+    (group,) = certain(found, shifts(found))
     assert len(group.shifts) == 40
