@@ -22,7 +22,7 @@ from hypothesis.errors import Flaky
 
 from paprscm.device.hcall_judge import Request, ScmJudge, unbind_wraps
 from paprscm.device.mailbox import Call
-from paprscm.errors import ContractError, Error
+from paprscm.errors import CapabilityError, ContractError, Error
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
 from paprscm.vm.dimms import PLAIN, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Nvdimm
@@ -170,9 +170,11 @@ class SequenceRunner:
 
         Raises:
             ContractError: an answer differs from the model's; with the shortest sequence found.
+            CapabilityError: this QEMU cannot run such sequences.
             GuestLostError: QEMU ended.
         """
         failure, shortest = ContractError(""), self.done
+        inability: CapabilityError | None = None
         failed: dict[str, ContractError] = {}
         deadline = math.inf
 
@@ -187,7 +189,9 @@ class SequenceRunner:
         )
         @given(sequences)
         def run(sequence: list[list[Any]]) -> None:
-            nonlocal failure, shortest, deadline
+            nonlocal failure, shortest, deadline, inability
+            if inability is not None:
+                return
             if known := failed.get(repr(sequence)):
                 raise known
             # A failure may take a minute to show: then do not look for a shorter sequence.
@@ -196,6 +200,9 @@ class SequenceRunner:
             self.sequences += 1
             try:
                 self.run([step for part in sequence for step in part])
+            except CapabilityError as error:
+                # Hypothesis would look for a shorter sequence.
+                inability = error
             except ContractError as error:
                 failed[repr(sequence)] = failure = error
                 shortest = self.done
@@ -216,6 +223,8 @@ class SequenceRunner:
             ) from None
         finally:
             self.hcalls += self.judge.calls
+        if inability is not None:
+            raise inability
 
     def _recover(self) -> None:
         """Bring the machine back into a known state, or start a new one."""

@@ -38,7 +38,9 @@ def _page_up(number: int) -> int:
 
 
 @st.composite
-def _dimms(draw: st.DrawFn, number: int, nodes: int, has_pmem: bool) -> tuple[RawBackend, RawDimm]:
+def _dimms(
+    draw: st.DrawFn, number: int, nodes: int, has_pmem: bool, has_private: bool
+) -> tuple[RawBackend, RawDimm]:
     """A DIMM and its backend; QEMU may choose its slot and address.
 
     The backend of a spapr-nvdimm is a file (known_issues/qemu-nvdimm-on-volatile-file). A private
@@ -48,7 +50,7 @@ def _dimms(draw: st.DrawFn, number: int, nodes: int, has_pmem: bool) -> tuple[Ra
     kinds = ["file", "file", "memfd", "ram"] if driver == "nvdimm" else ["file"]
     kind = draw(st.sampled_from(kinds))
     label, blocks = draw(_LABELS), draw(st.integers(1, 3))
-    share = draw(st.booleans()) or label > 4 * MIB
+    share = draw(st.booleans()) or label > 4 * MIB or not has_private
     backend = RawBackend(
         size_bytes=blocks * SCM_BLOCK_SIZE + _page_up(label),
         kind=kind,
@@ -70,12 +72,15 @@ def _dimms(draw: st.DrawFn, number: int, nodes: int, has_pmem: bool) -> tuple[Ra
 
 
 @st.composite
-def valid_machines(draw: st.DrawFn, has_pmem: bool, at_least: int = 0) -> RawMachine:
+def valid_machines(
+    draw: st.DrawFn, has_pmem: bool, has_private: bool, at_least: int = 0
+) -> RawMachine:
     """A machine that QEMU must accept.
 
     Args:
         draw: see hypothesis.
         has_pmem: this QEMU has pmem and pmem-override.
+        has_private: this QEMU accepts DIMMs whose backends are not shared.
         at_least: minimum number of DIMMs.
     """
     few = st.integers(at_least, 8)
@@ -83,7 +88,7 @@ def valid_machines(draw: st.DrawFn, has_pmem: bool, at_least: int = 0) -> RawMac
     memories = draw(st.lists(st.integers(0, 2), max_size=4).filter(lambda n: not n or any(n)))
     nodes = tuple(blocks * SCM_BLOCK_SIZE for blocks in memories)
     memory = sum(nodes) or draw(st.integers(1, 5)) * SCM_BLOCK_SIZE
-    pairs = [draw(_dimms(n, len(nodes), has_pmem)) for n in range(count)]
+    pairs = [draw(_dimms(n, len(nodes), has_pmem, has_private)) for n in range(count)]
     sizes = [_blocks(backend, dimm) for backend, dimm in pairs]
     spare = draw(st.integers(0, 4)) + (count == 0)
     room = (sum(sizes) + spare) * SCM_BLOCK_SIZE
@@ -114,18 +119,20 @@ def _blocks(backend: RawBackend, dimm: RawDimm) -> int:
 
 
 @st.composite
-def flawed_machines(draw: st.DrawFn, reason: RefusalReason, has_pmem: bool) -> RawMachine:
+def flawed_machines(
+    draw: st.DrawFn, reason: RefusalReason, has_pmem: bool, has_private: bool
+) -> RawMachine:
     """A valid machine with one flaw, which QEMU must refuse for this reason only."""
-    valid = draw(valid_machines(has_pmem, at_least=2))
+    valid = draw(valid_machines(has_pmem, has_private, at_least=2))
     machine = FLAWS[reason](lambda strategy: draw(strategy), valid)
     assume(predict(machine, has_override=has_pmem).reasons == {reason})
     return machine
 
 
 @st.composite
-def any_machines(draw: st.DrawFn, has_pmem: bool) -> RawMachine:
+def any_machines(draw: st.DrawFn, has_pmem: bool, has_private: bool) -> RawMachine:
     """A machine with independent values at and around their limits."""
-    machine = draw(valid_machines(has_pmem))
+    machine = draw(valid_machines(has_pmem, has_private))
     for number in range(len(machine.dimms)):
         changes: dict[str, st.SearchStrategy[object]] = {
             "label_bytes": st.none() | st.sampled_from([0, 64 * _KIB, 1 << 32]) | _LABELS,
