@@ -52,9 +52,6 @@ class Payload:
                 # TCG translates ld.so and libc again for each address that they are mapped at: a
                 # process starts in 15 ms without address space randomization, in 60 ms with it.
                 "norandmaps",
-                # TCG has no caches: to flush one at each system call and copy of user data
-                # (Linux arch/powerpc/kernel/security.c) takes a third of a process start.
-                "mitigations=off",
                 *self.words,
                 *machine.cmdline,
             )

@@ -43,7 +43,7 @@ qemu
 -no-reboot
 -kernel /k/vmlinux
 -append 'console=hvc0 root=/dev/vda ro init=/init \
-ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1 norandmaps mitigations=off'
+ip=10.0.2.15::10.0.2.2:255.255.255.0::eth0:off panic=-1 norandmaps'
 -blockdev driver=raw,node-name=root,read-only=on,file.driver=file,file.filename=/d/disk
 -device virtio-blk-pci,drive=root,romfile=
 -netdev user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22
@@ -132,7 +132,7 @@ def test_slof_and_kvm_have_no_tcg_options() -> None:
 def test_kernel_words_come_before_machine_words() -> None:
     payload = Payload(kernel=Path("/k"), disk=Path("/d"), words=("xmon=off",))
     words = qemu_argv(("qemu",), Machine(cmdline=("xmon=on",)), Board(), payload, {}, WIRING)
-    assert after(words, "-append")[0].endswith(" mitigations=off xmon=off xmon=on")
+    assert after(words, "-append")[0].endswith(" panic=-1 norandmaps xmon=off xmon=on")
 
 
 def test_with_modules_init_configures_the_network() -> None:
