@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 
 def data(file: Path) -> Any:
-    """What a script of data/ hands to the page."""
+    """The value in a file of data/, which is a script that passes it to the page."""
     match = re.fullmatch(r'paprscm\.load\("(\w+)",(.*)\);\n', file.read_text(encoding="ascii"))
     assert match and "<" not in match[2], file
     return json.loads(match[2])

@@ -17,6 +17,7 @@ from paprscm.history.verdicts import (
     Change,
     IssueChange,
     VerdictChange,
+    change_by,
     issue_changes,
     only_in,
     verdict_changes,
@@ -266,8 +267,7 @@ def _result(
     change: Change | None = None
     if judgement.is_significant:
         # The means decide, as in the test.
-        gain = (fmean(sample.b) - fmean(sample.a)) * key.direction
-        change = "better" if gain > 0 else "worse" if gain < 0 else "changed"
+        change = change_by((fmean(sample.b) - fmean(sample.a)) * key.direction)
     return MetricResult(
         test=key.test,
         metric=key.label,

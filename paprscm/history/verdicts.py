@@ -21,6 +21,11 @@ _EVIDENCE: Final = 0.01
 """p-value at which the rates of failure differ."""
 
 
+def change_by(gain: float) -> Change:
+    """The change of a metric by its improvement, which is 0 if no direction is better."""
+    return "better" if gain > 0 else "worse" if gain < 0 else "changed"
+
+
 @dataclass(frozen=True, kw_only=True)
 class VerdictChange:
     """A test whose verdicts differ.

@@ -297,7 +297,7 @@ def _start(vm: Vm, **arguments: Any) -> None:
         reason = vm.qmp.execute("query-migrate").get("error-desc", "no reason given")
         raise ContractError(f"QEMU's migration has {data['status']}: {reason}")
     if released:
-        # A fix of known_issues/qemu-flush-error-after-save-lost; QEMU does so for block devices.
+        # As with the fix of known_issues/qemu-flush-error-after-save-lost.
         raise CapabilityError(
             "this QEMU saves a machine only when its flushes have ended: it did so once the syncs "
             f"of slots {', '.join(map(str, released))} did not hang any more",

@@ -12,7 +12,7 @@ from typing import Final
 
 from paprscm.history.conditions import conditions_of_test
 from paprscm.history.statistics import LEVEL, benjamini_hochberg
-from paprscm.history.verdicts import Change
+from paprscm.history.verdicts import Change, change_by
 from paprscm.report.metrics import Series
 from paprscm.report.runs import Run, changes
 
@@ -164,10 +164,9 @@ def _shift(series: Series, number: int) -> Shift:
     changed = _differences(before, first, series.key.test)
     is_exact = outside is before and latest is first
     near = [] if is_exact else _differences(outside, latest, series.key.test)
-    gain = point.shift * series.key.direction
     return Shift(
         series=series,
-        change="better" if gain > 0 else "worse" if gain < 0 else "changed",
+        change=change_by(point.shift * series.key.direction),
         size=point.shift,
         low=point.low,
         high=point.high,

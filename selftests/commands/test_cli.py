@@ -172,6 +172,12 @@ def test_a_signal_ends_the_command_through_its_clean_up(
     assert not folder.exists()
 
 
+def test_libraries_of_dashboards_do_not_delay_other_commands() -> None:
+    code = "import sys, paprscm.commands.cli; print({'kcidb_io', 'urllib3'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
 @pytest.mark.guest
 def test_one_command_in_a_guest_passes_its_status_through(environment: Environment) -> None:
     del environment

@@ -80,7 +80,7 @@ def test_a_destination_goes_on(start: Start) -> None:
 
 
 def test_a_qemu_that_waits_for_its_flushes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test may accuse it; and no QEMU that is only slow, or that fails, may be taken for one."""
+    """It is CANCEL; a QEMU that is slow although no sync hangs goes on, and a failure stays one."""
     released = threading.Event()
 
     def release() -> list[int]:
