@@ -81,7 +81,7 @@ def _memory(machine: RawMachine) -> Iterator[RefusalReason]:
 def _backends(machine: RawMachine) -> Iterator[RefusalReason]:
     for backend in machine.backends:
         if backend.size_bytes == 0:
-            yield RefusalReason.EMPTY_BACKEND
+            yield RefusalReason.BACKEND_SIZE
         elif backend.file_bytes is not None and backend.file_bytes < backend.size_bytes:
             yield RefusalReason.FILE_TOO_SMALL
 

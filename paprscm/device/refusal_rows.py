@@ -44,9 +44,9 @@ SIZES = (
     row("label of 2^64", dimm(label_size=str(1 << 64)), R.VALUE_MALFORMED),
     row("size below 0", on(size=-1), R.VALUE_MALFORMED),
     row("no size", on(size=None), R.PARAMETER_MISSING),
-    row("size of 0", on(size=0), R.EMPTY_BACKEND),
+    row("size of 0", on(size=0), R.BACKEND_SIZE),
     row("size larger than the file", on(size=2 * GIB), R.FILE_TOO_SMALL),
-    row("size of 2^63", on(size=1 << 63), R.FILE_TOO_SMALL),
+    row("size of 2^63", on(size=1 << 63), R.FILE_TOO_SMALL, R.BACKEND_SIZE),
     row(
         "size larger than the room",
         on(path="{large}", size=8 * GIB + SCM_MIN_LABEL_SIZE),
@@ -153,15 +153,15 @@ PLACES = (
     *(
         row(f"address {where}", dimm(addr=hex(address)), R.ADDR_OUTSIDE)
         for where, address in (
-            ("of the kernel", 0x1000),
             ("below the room", 0x30000000),
             ("with its end behind the room", 0x220000000),
             ("behind the room", 0x230000000),
-            ("with its end beyond 2^64", 2**64 - 4096),
+            ("with its end beyond 2^64", 2**64 - 256 * MIB),
         )
     ),
+    row("address of the kernel", dimm(addr="0x1000"), R.ADDR_OUTSIDE, R.ADDR_UNALIGNED),
     row("address not in whole pages", dimm(addr="0x40000001"), R.ADDR_UNALIGNED),
-    row("address in use", (*TWO, *device(1, addr="0x5ffff000")), R.ADDR_CONFLICT),
+    row("address in use", (*TWO, *device(1, addr="0x50000000")), R.ADDR_CONFLICT),
     row(
         "room in two parts",
         board(

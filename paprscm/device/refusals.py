@@ -46,7 +46,7 @@ class RefusalReason(Enum):
     SLOTS_WITHOUT_MAXMEM = r"slots specified but no max-size"
     SLOTS_WITHOUT_ROOM = r"memory slots were specified but maximum memory size"
     # backends/hostmem.c: host_memory_backend_set_size
-    EMPTY_BACKEND = r"property 'size' of memory-backend-\w+ doesn't take value '0'"
+    BACKEND_SIZE = r"property 'size' of memory-backend-\w+ doesn't take value '\d+'"
     # physmem.c: qemu_ram_alloc_from_fd
     FILE_TOO_SMALL = r"backing store size \S+ (does not match|is too small for) 'size' option"
     # hw/core/numa.c: numa_complete_configuration
@@ -83,7 +83,9 @@ class RefusalReason(Enum):
     NO_FREE_SLOT = r"no free slots available"
     # hw/mem/memory-device.c: memory_device_check_addable, memory_device_get_free_addr
     NO_SPACE = r"not enough space, currently \S+ in use of total space for memory devices"
-    ADDR_UNALIGNED = r"address must be aligned to \S+ bytes"
+    ADDR_UNALIGNED = (
+        r"address must be aligned to \S+ bytes|'addr' of a memory device must be a multiple of"
+    )
     ADDR_OUTSIDE = r"can't add memory device \S+ usable range for memory devices"
     ADDR_CONFLICT = r"address range conflicts with memory device id='\w+'"
     FRAGMENTED = r"could not find position in guest address space for memory device"

@@ -251,7 +251,7 @@ FLAWS: dict[RefusalReason, Flaw] = {
     ),
     RefusalReason.SLOTS_WITHOUT_MAXMEM: _of_machine(lambda draw, m: {"maxmem_bytes": None}),
     RefusalReason.SLOTS_WITHOUT_ROOM: _of_machine(lambda draw, m: {"maxmem_bytes": m.memory_bytes}),
-    RefusalReason.EMPTY_BACKEND: _of_backend(lambda draw, b, d: replace(b, size_bytes=0)),
+    RefusalReason.BACKEND_SIZE: _of_backend(lambda draw, b, d: replace(b, size_bytes=0)),
     RefusalReason.FILE_TOO_SMALL: _of_backend(
         lambda draw, b, d: replace(
             b, file_bytes=b.size_bytes - draw(st.integers(1, 2 * mmap.PAGESIZE))

@@ -16,7 +16,8 @@ from paprscm.migration.stream import DimmState, FlushState, read_states
 from paprscm.migration.transfer import SHARED, Way, load, migrate, save
 from paprscm.papr import Hcall, drc_index
 from paprscm.vm.machine import Nvdimm
-from paprscm.vm.shim_layout import Operation
+from paprscm.vm.shim_layout import FLUSHES, Operation
+from paprscm.vm.vm import Vm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +89,16 @@ class Handover:
         return wrong
 
 
+def hold_flushes(vm: Vm, slot: int) -> None:
+    """Hold the flushes of a DIMM at a destination from the start.
+
+    Not msync: QEMU may write back the content of a DIMM before it reports the end of the migration
+    (migration/ram.c, ram_load_cleanup), and would not end it.
+    """
+    calls = [one for one in FLUSHES if one is not Operation.MSYNC]
+    vm.syncs(slot).hang(operations=calls)
+
+
 def spapr_dimms(judge: ScmJudge) -> list[Nvdimm]:
     """The DIMMs with a section in the stream, in the order of their instances."""
     return [nvdimm for nvdimm in judge.nvdimms if nvdimm.device == "spapr-nvdimm"]
@@ -119,7 +130,7 @@ def hand_over(
         LoadError: the destination refuses the stream, or ends.
     """
     for slot in held:
-        destination.vm.syncs(slot).hang()
+        hold_flushes(destination.vm, slot)
     for slot in failing:
         destination.vm.syncs(slot).fail(errno.EIO)
     stream = save_awake(judge.bare, way)
@@ -138,7 +149,7 @@ def hand_over_by(judge: ScmJudge, destination: BareMachine, way: Way) -> Handove
     """
     for slot, dimm in judge.model.dimms.items():
         if dimm.held:
-            destination.vm.syncs(slot).hang()
+            hold_flushes(destination.vm, slot)
 
     def move() -> BareMachine:
         migrate(judge.bare.vm, destination.vm, way)

@@ -134,6 +134,14 @@ class Qmp:
         except ExecuteError as error:
             raise RefusedError(command, str(error)) from error
 
+    def answers(self, limit_s: float) -> bool:
+        """Return False if QEMU lives, but does not answer a query within `limit_s`."""
+        query = self._client.execute("query-status")
+        # Not cancelled: the answer may come later.
+        answer = asyncio.run_coroutine_threadsafe(query, self._loop)
+        done, _ = concurrent.futures.wait([answer], limit_s)
+        return bool(done)
+
     def hmp(self, line: str) -> str:
         """Run one command of the human monitor and return its output."""
         return str(self.execute("human-monitor-command", command_line=line))

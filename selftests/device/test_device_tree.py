@@ -266,7 +266,7 @@ def dimm(number: int = 0, **changes: object) -> RawMachine:
         (replace(RIGHT, nodes=(BLOCK, BLOCK)), "NODES_ARE_NOT_MEMORY"),
         (replace(RIGHT, nodes=(BLOCK - MIB, 3 * BLOCK + MIB)), "NODE_UNALIGNED"),
         (replace(RIGHT, nodes=(0, 64 * MIB, GIB - 64 * MIB)), "MEMORY_TOO_SMALL"),
-        (RIGHT.with_backend(1, size_bytes=0), "EMPTY_BACKEND"),
+        (RIGHT.with_backend(1, size_bytes=0), "BACKEND_SIZE"),
         (RIGHT.with_backend(1, readonly=True), "ARMED_READONLY"),
         (RIGHT.with_backend(1, kind="ram"), "NO_FILE"),
         (RIGHT.with_backend(1, kind="ram").with_dimm(1, driver="nvdimm"), None),

@@ -2,6 +2,7 @@
 """State and batches of a bare machine at another QEMU."""
 
 import itertools
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from paprscm.host.cache import Cache
 from paprscm.migration import transfer
 from paprscm.migration.handover import save_awake
 from paprscm.migration.stream import read_states
-from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, load, migrate
+from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, load, migrate, saving
 from paprscm.papr import Hcall, ReturnCode, drc_index
 from paprscm.vm.binary import Qemu
 from paprscm.vm.dimms import PMEM_OFF, SMALL
@@ -87,21 +88,44 @@ def test_a_qemu_that_waits_for_its_flushes(monkeypatch: pytest.MonkeyPatch) -> N
         released.set()
         return slots
 
-    def answer(*_arguments: object, **_words: object) -> dict[str, str]:
-        assert released.wait(10)
-        return {"status": status}
-
-    monkeypatch.setattr(transfer, "_HELD_LIMIT_S", 0.01)
-    qmp = SimpleNamespace(execute_until=answer, execute=lambda _command: {"error-desc": "no space"})
+    monkeypatch.setattr(transfer, "_PATIENCE_S", 0.01)
+    qmp = SimpleNamespace(answers=lambda _limit_s: False)
     vm = cast("Vm", SimpleNamespace(qmp=qmp, release_syncs=release))
-    slots, status = [3], "completed"
-    with pytest.raises(CapabilityError, match="syncs of slots 3 did not hang"):
-        transfer._start(vm)
+    slots = [3]
+    with pytest.raises(CapabilityError, match="syncs of slots 3 did not hang"), saving(vm):
+        assert released.wait(10)
     slots = []
-    transfer._start(vm)
-    slots, status = [3], "failed"
-    with pytest.raises(ContractError, match="no space"):
-        transfer._start(vm)
+    with saving(vm):
+        assert released.wait(10)
+    slots = [3]
+    with pytest.raises(ContractError, match="no space"), saving(vm):
+        assert released.wait(10)
+        raise ContractError("no space")
+
+
+def test_a_slow_qemu_that_answers_keeps_its_hanging_syncs(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "_PATIENCE_S", 0.01)
+    source, queries = start(), threading.Semaphore(0)
+    real = source.qmp.answers
+
+    def answers(limit_s: float) -> bool:
+        queries.release()
+        return real(limit_s)
+
+    monkeypatch.setattr(source.qmp, "answers", answers)
+    monkeypatch.setattr(source.vm, "release_syncs", lambda: [0])
+    with saving(source.vm):
+        assert all(queries.acquire(timeout=10) for _ in range(3))
+
+
+def test_a_stopped_qemu_does_not_answer(start: Start) -> None:
+    source = start()
+    source.process.send_signal(signal.SIGSTOP)
+    assert not source.qmp.answers(0.1)
+    source.process.send_signal(signal.SIGCONT)
+    assert source.qmp.answers(10)
 
 
 def test_memory_is_copied(start: Start) -> None:

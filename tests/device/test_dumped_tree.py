@@ -46,7 +46,7 @@ SIMPLER_S = 60.0
 
 # Reasons for which QEMU refuses random machines, by the wrong part; all others: the memory.
 BACKEND = (
-    RefusalReason.EMPTY_BACKEND,
+    RefusalReason.BACKEND_SIZE,
     RefusalReason.FILE_TOO_SMALL,
     RefusalReason.NO_MEMDEV,
     RefusalReason.MEMDEV_BUSY,

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 from paprscm import timesheet
 from paprscm.device.device_tree import parse_tree
@@ -394,6 +395,7 @@ class DeviceQmp(QemuTest):
             names: dict[str, str | int | None] = {"id": f"mem{number}"}
             commands.append(("object-add", changed(nvdimm.backend(file), names)))
             names = {"id": f"nv{number}", "memdev": f"mem{number}", "slot": None}
+            names["uuid"] = str(UUID(int=number + 1))
             commands.append(("device_add", changed(nvdimm.frontend(), names)))
         commands.append(("query-memory-devices", {}))
         memory = f"256M,slots={MAX_SLOTS},maxmem=16G"

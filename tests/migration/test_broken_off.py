@@ -15,11 +15,13 @@ from paprscm import timesheet
 from paprscm.device.bare_metal import BareMachine
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
-from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, wait_loaded
+from paprscm.migration.handover import hold_flushes
+from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, saving, wait_loaded
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
+from paprscm.vm.shim_layout import Operation
 
 FLUSH = Hcall.H_SCM_FLUSH
 LIMIT_S = 30.0
@@ -86,7 +88,7 @@ class BrokenOff(QemuTest):
             bare.qmp.execute("migrate", uri=f"unix:{path}")
             connection, _ = listener.accept()
             path.unlink()
-            with connection:
+            with connection, saving(bare.vm):
                 connection.settimeout(LIMIT_S)
                 while received > 0 and (chunk := connection.recv(received)):
                     received -= len(chunk)
@@ -131,7 +133,7 @@ class BrokenOff(QemuTest):
         copies = self.keep(*judge.nvdimms).nvdimms()
         machine = Machine(nvdimms=copies, smp=1, memory_mib=256)
         destination = self.bare(machine, shim=self.shim(), source=judge.bare, shares_memory=False)
-        destination.vm.syncs(0).hang()
+        hold_flushes(destination.vm, 0)
         judge.bare.keep_awake(True)
         for bare in (judge.bare, destination):
             COPIED.prepare(bare.vm)
@@ -179,7 +181,7 @@ class BrokenOff(QemuTest):
                 follower.make(*(request(FLUSH, drc_index(0), token) for token in (1, 2, 3)))
                 follower.release(0)
                 follower.poll_to_the_end()
-                syncs = destination.vm.syncs(0).counts().begun
+                syncs = destination.vm.syncs(0).counts(Operation.FDATASYNC).begun
                 self.check("syncs of the destination, source killed", syncs, 3)
             destination.close()
         self.measure("ends", dict(ends))

@@ -10,6 +10,7 @@ from typing import Any
 
 from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
+from paprscm.migration.transfer import saving
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
@@ -73,7 +74,8 @@ class Snapshots(QemuTest):
             # known_issues/qemu-thread-pool-waits-for-hung-request.md.
             syncs.wait_begun(token)
         judge.bare.keep_awake(True)
-        run_job(vm, "snapshot-save", **snapshot)
+        with saving(vm):
+            run_job(vm, "snapshot-save", **snapshot)
         judge.bare.keep_awake(False)
         saved = copy.deepcopy(judge.model)
         judge.release(0)
