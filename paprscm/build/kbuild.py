@@ -215,9 +215,8 @@ def _find_without_source(
     series = kernel_source.series(settings) + "."
     entries = [
         entry
-        for entry in cache.entries()
-        if entry.kind == "kernel"
-        and entry.fields.get("fragment") == fragment.digest
+        for entry in cache.entries("kernel")
+        if entry.fields.get("fragment") == fragment.digest
         and entry.fields.get("source", "").startswith(series)
     ]
     for entry in sorted(entries, key=lambda entry: entry.created, reverse=True):

@@ -45,8 +45,7 @@ class DimmContents:
         def build(folder: Path) -> None:
             pack_content(file, folder / "content")
 
-        self.cache.ensure(KIND, self._fields(nvdimm), build)
-        self.cache.keep_newest(KIND, _KEEP)
+        self.cache.ensure(KIND, self._fields(nvdimm), build, keep=_KEEP)
 
     def _fields(self, nvdimm: Nvdimm) -> dict[str, str]:
         return {

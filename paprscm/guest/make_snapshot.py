@@ -158,8 +158,7 @@ def ensure_snapshot(recipe: Recipe) -> Outcome:
         with log.step("making a snapshot of a guest"):
             _build(folder, recipe)
 
-    entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES)
-    recipe.cache.keep_newest(KIND, _KEEP)
+    entry = recipe.cache.ensure(KIND, recipe.fields(), build, needs_bytes=_NEEDS_BYTES, keep=_KEEP)
     return _outcome(entry, recipe)
 
 

@@ -53,8 +53,7 @@ class ToolBinaries:
 
         source = hashlib.sha256(tool_source(name).encode()).hexdigest()
         fields = {"tool": name, "source": source, "compiler": _GCC, **self.inputs}
-        entry = self.cache.ensure(KIND, fields, build)
-        self.cache.keep_newest(KIND, _KEEP)
+        entry = self.cache.ensure(KIND, fields, build, keep=_KEEP)
         return (entry.path / name).read_bytes()
 
 

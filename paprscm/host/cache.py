@@ -74,6 +74,7 @@ class Cache:
         build: Callable[[Path], None],
         *,
         needs_bytes: int = 0,
+        keep: int | None = None,
     ) -> CacheEntry:
         """Return the entry of `kind` with `fields`; build it if it is absent or damaged.
 
@@ -82,6 +83,7 @@ class Cache:
             fields: everything that determines the content.
             build: fills an empty folder.
             needs_bytes: free space that the build requires.
+            keep: after a build, keep so many entries of the kind, the most recently used ones.
 
         Raises:
             HostError: no space, or no permission.
@@ -98,6 +100,9 @@ class Cache:
         entry = self._usable(place, kind)
         if entry is None:
             raise HostError(f"the {kind} was built but cannot be read back from {place}")
+        if keep is not None:
+            for old in self.entries(kind)[keep:]:
+                self.remove(old.path)
         return entry
 
     def find(self, kind: str, fields: Mapping[str, str]) -> CacheEntry | None:
@@ -166,9 +171,9 @@ class Cache:
         info = path.stat()
         return f"{path} {info.st_size} {info.st_mtime_ns}"
 
-    def entries(self) -> list[CacheEntry]:
-        """All entries, the most recently used first."""
-        manifests = self.root.glob(f"*/*/{MANIFEST}")
+    def entries(self, kind: str = "*") -> list[CacheEntry]:
+        """All entries, or those of a kind, the most recently used first."""
+        manifests = self.root.glob(f"{kind}/*/{MANIFEST}")
         entries = (self._read(m.parent, m.parent.parent.name) for m in manifests)
         return sorted((e for e in entries if e), key=lambda e: e.used, reverse=True)
 
@@ -180,11 +185,6 @@ class Cache:
         """
         unused = [e for e in self.entries() if time.time() - e.used >= unused_for_s]
         return [entry for entry in unused if self.remove(entry.path)]
-
-    def keep_newest(self, kind: str, count: int) -> None:
-        """Remove the entries of a kind except the `count` most recently used ones."""
-        for entry in [entry for entry in self.entries() if entry.kind == kind][count:]:
-            self.remove(entry.path)
 
     def remove(self, place: Path) -> bool:
         """Remove the entry in this folder; return False if it is being built and stays."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,7 +74,7 @@ class StoreLog:
         """Number of the last point."""
         return len(self.pages) - 1
 
-    @property
+    @functools.cached_property
     def histories(self) -> dict[tuple[int, int], list[tuple[int, bytes]]]:
         """For each page by file and number: the points at which it changed, and its content."""
         histories: dict[tuple[int, int], list[tuple[int, bytes]]] = {}

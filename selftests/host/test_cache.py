@@ -182,6 +182,17 @@ def test_prune_removes_only_unused_entries(cache: Cache) -> None:
     assert [entry.path for entry in cache.entries()] == [new.path]
 
 
+def test_a_build_keeps_the_newest_entries_of_its_kind(cache: Cache) -> None:
+    with cache.workspace("tree", {"source": "/linux"}, purpose="builds"):
+        pass
+    first, second = (entry_named(cache, name, used_days_ago=9 - n) for n, name in enumerate("ab"))
+    assert cache.ensure("thing", first.fields, never, keep=1).path == first.path
+    third = cache.ensure("thing", {"name": "c"}, build_hello, keep=2)
+    assert {entry.path for entry in cache.entries("thing")} == {first.path, third.path}
+    assert not second.path.exists()
+    assert len(cache.entries()) == 3
+
+
 def test_prune_skips_an_entry_that_is_being_built(cache: Cache) -> None:
     entry = entry_named(cache, "busy", used_days_ago=40)
     with cache.lock(f"thing-{entry.key}", purpose="builds the thing"):
