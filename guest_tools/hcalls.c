@@ -4,6 +4,7 @@
  *
  * The guest's memory is shared with the host. Each vCPU has a mailbox at a fixed address: the host
  * writes calls and then a new request number; the vCPU makes the calls and then repeats the number.
+ * Instead of a call, the vCPU can read 8 bytes of memory.
  * This program does not interpret the calls; paprscm/device/mailbox.py is the other end.
  *
  * All variables are in the mailbox or on the stack, so no relocation is needed.
@@ -12,6 +13,7 @@
 typedef unsigned long u64;
 
 #define POLL 1 /* repeat while the answer is long-busy */
+#define READ 2 /* no call: read 8 bytes at the real address in r4, into r4 */
 
 #define H_CEDE 0xe0
 #define LONG_BUSY 9900 /* H_LONG_BUSY_ORDER_1_MSEC, the first of six consecutive codes */
@@ -139,7 +141,12 @@ static void make(volatile struct mailbox *box, volatile struct call *call)
 	for (;;) {
 		int is_busy;
 
-		hypervisor_call(call->in, call->out);
+		if (call->flags & READ) {
+			call->out[0] = 0;
+			call->out[1] = *(volatile u64 *)call->in[1];
+		} else {
+			hypervisor_call(call->in, call->out);
+		}
 		ended = timebase();
 		made++;
 		is_busy = call->out[0] >= LONG_BUSY && call->out[0] <= LONG_BUSY_LAST;

@@ -29,7 +29,7 @@ MAX_CALLS: Final = 3824
 _CALLS, _CALL_SIZE = 0x1000, 256
 _SPARE = 0x800
 _IN, _OUT = struct.Struct(">13Q"), struct.Struct(">q13Q")
-_POLL = 1
+_POLL, _READ = 1, 2
 _MASK = (1 << 64) - 1
 _NOT_STARTED = _MASK
 
@@ -66,6 +66,8 @@ class Call:
         poll: repeat only while the return code is H_LONG_BUSY_ORDER_*, with the returned r4 as
             second argument (the token of H_SCM_FLUSH).
         pause_us: pause between two polls, µs; the vCPU sleeps meanwhile.
+        reads: read 8 bytes at the real address args[0] into r4, instead of a call; the opcode is of
+            no effect.
 
     Raises:
         ValueError: a field is out of range.
@@ -76,12 +78,15 @@ class Call:
     times: int = 1
     poll: bool = False
     pause_us: float = 0
+    reads: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.opcode <= _MASK:
             raise ValueError(f"opcode {self.opcode:#x} is not a 64-bit number")
         if len(self.args) > HCALL_REGISTERS:
             raise ValueError(f"{len(self.args)} arguments; a call has {HCALL_REGISTERS}")
+        if self.reads and not self.args:
+            raise ValueError("a read without an address")
         for argument in self.args:
             if not -(1 << 63) <= argument <= _MASK:
                 raise ValueError(f"argument {argument:#x} is not a 64-bit number")
@@ -92,6 +97,8 @@ class Call:
 
     def __str__(self) -> str:
         """Such as "H_SCM_HEALTH(0x90000000)"; an opcode that is not in papr.py stays a number."""
+        if self.reads:
+            return f"read of {self.args[0]:#x}"
         try:
             name = Hcall(self.opcode).name
         except ValueError:
@@ -187,7 +194,7 @@ class GuestMemory:
         """Write the first part of a struct call."""
         arguments = [argument & _MASK for argument in call.args]
         arguments += [0] * (HCALL_REGISTERS - len(arguments))
-        flags = _POLL if call.poll else 0
+        flags = (_POLL if call.poll else 0) | (_READ if call.reads else 0)
         pause = round(call.pause_us * TIMEBASE_HZ / 1e6)
         _IN.pack_into(self._bytes, address, call.opcode, *arguments, call.times, flags, pause)
 

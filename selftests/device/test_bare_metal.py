@@ -285,6 +285,15 @@ def test_a_call_that_does_not_return_is_named(start: Start) -> None:
         bare.call(UNKNOWN)
 
 
+def test_a_vcpu_reads_memory(start: Start) -> None:
+    bare = start()
+    bare.write(FREE.start, bytes(range(8)))
+    read = Call(0, (FREE.start,), reads=True)
+    assert str(read) == f"read of {FREE.start:#x}"
+    (answer,) = bare.batch([read])
+    assert (answer.code, answer.outputs[0]) == (0, 0x0001020304050607)
+
+
 def test_an_exception_in_the_machine_is_our_fault(start: Start) -> None:
     bare = start()
     # QEMU itself clears the program's page, so that it notices the changed code.

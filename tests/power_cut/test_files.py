@@ -14,15 +14,11 @@ Sources: fsync(2), sync(2), open(2) (O_DSYNC), msync(2), rename(2).
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from paprscm.pmem.fs_health import KERNEL_LOG, complaints
 from paprscm.pmem.mounts import FsType, dax_mount
-from paprscm.pmem.namespaces import find_namespaces
-from paprscm.pmem.regions import find_region
 from paprscm.power_cut.campaign import (
     COUNTER,
     Campaign,
@@ -33,6 +29,7 @@ from paprscm.power_cut.campaign import (
 )
 from paprscm.power_cut.generate import BEFORE, programs
 from paprscm.power_cut.images import Image, write_image
+from paprscm.power_cut.mounted import FOLDER, MountedImages
 from paprscm.power_cut.programs import read_tree, run_steps
 from paprscm.power_cut.steps import Program, Step
 from paprscm.power_cut.store_log import StoreLog
@@ -41,7 +38,6 @@ from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
 
 SIZES: dict[FsType, int] = {"ext4": SMALL, "xfs": FOR_XFS}
-FOLDER = "/mnt/cut"
 PROGRAMS = 40
 """Programs in one guest."""
 IMAGES = 20
@@ -83,22 +79,31 @@ class PowerCut(PaprScmTest):
         log, done = self.record(disk, fstype, options, steps)
         torn = is_torn(str(self.params.get("torn", default="no")))
         campaign = Campaign(log, done, len(steps.before), dice, torn)
-        mount = f"mount -t {fstype} -o {options}"
-        judge_of = functools.partial(_Judge, self, disk, mount, steps.program, campaign.newest)
-        judge = judge_of()
+        files = self.keep(disk)
+        write_image(campaign.newest, disk.slot, files.path(disk.slot))
+        guest = self.boot(Machine(nvdimms=files.nvdimms()))
+        mounted = MountedImages(guest, disk.slot, f"mount -t {fstype} -o {options}")
+
+        def differences(image: Image, done: int) -> list[str]:
+            tree, wrong = mounted.read(image, lambda: read_tree(guest, FOLDER))
+            return (
+                wrong if tree is None else [*wrong, *steps.program.expected(done).differences(tree)]
+            )
+
         judged, began = 0, time.monotonic()
         for image, point in campaign.images(count):
             judged += 1
-            detail = judge.context(done[point])
-            for text in judge.differences(image, done[point]):
+            for text in differences(image, done[point]):
+                detail = steps.context(done[point])
                 self.check(f"{image.name} at point {point}", text, "", detail=detail)
             self.checkpoint()
         duration_s = time.monotonic() - began
         self.measure("syncs, points and images", [len(log.syncs), len(campaign.points), judged])
         self.metric("image", duration_s / judged, "s", fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
-        for lie, number in campaign.control(judge_of(allowed=[""]).differences).items():
-            self.metric("images_to_detection", number, "images", lie=lie)
+        with guest.expect_messages(""):
+            for lie, number in campaign.control(differences).items():
+                self.metric("images_to_detection", number, "images", lie=lie)
 
     def record(
         self, disk: Nvdimm, fstype: FsType, options: str, steps: _Steps
@@ -135,53 +140,8 @@ class _Steps:
         steps = self.program.steps
         return [steps[at : at + STEPS_PER_RUN] for at in range(0, len(steps), STEPS_PER_RUN)]
 
-
-class _Judge:
-    """A guest that mounts one image after the other.
-
-    Args:
-        test: the test; the guest ends with it.
-        disk: the DIMM.
-        mount: the command that mounts a file system, without device and folder.
-        program: the steps of all programs.
-        newest: the DIMM's last contents. The guest starts with them, and so finds the namespace,
-            even if the images lack it.
-        allowed: kernel messages that are expected (regular expressions).
-    """
-
-    def __init__(
-        self,
-        test: PowerCut,
-        disk: Nvdimm,
-        mount: str,
-        program: Program,
-        newest: Image,
-        *,
-        allowed: Iterable[str] = (),
-    ) -> None:
-        self._slot = disk.slot
-        files = test.keep(disk)
-        self._file = files.path(disk.slot)
-        self._program = program
-        write_image(newest, self._slot, self._file)
-        self._guest = test.boot(Machine(nvdimms=files.nvdimms()), allowed=allowed)
-        (namespace,) = find_namespaces(self._guest, find_region(self._guest, self._slot))
-        self._guest.succeed(f"mkdir -p {FOLDER}")
-        # Messages of an image before this one do not count.
-        self._mount = f"dmesg -C; {mount} {namespace.path} {FOLDER}"
-
-    def differences(self, image: Image, done: int) -> list[str]:
-        """Return what is missing or wrong in an image, when `done` steps had returned."""
-        write_image(image, self._slot, self._file)
-        mounted = self._guest.run(self._mount)
-        if mounted.status:
-            return [f"cannot be mounted: {mounted.stderr.strip()}"]
-        tree = read_tree(self._guest, FOLDER)
-        messages = self._guest.succeed(f"umount {FOLDER} && {KERNEL_LOG}")
-        return [*complaints(messages), *self._program.expected(done).differences(tree)]
-
     def context(self, done: int) -> str:
-        """The position of the cut in the program, for a report."""
-        steps = self._program.steps
+        """The position of a cut in the program, for a report."""
+        steps = self.program.steps
         following = str(steps[done]) if done < len(steps) else "none"
         return f"{done} steps had returned; the next was {following}"
