@@ -128,9 +128,10 @@ class Site:
 
     def files(self) -> Iterator[tuple[str, str]]:
         """All pages and data of the site."""
-        yield "index.html", self._page("index", "", **self._overview())
-        yield "runs.html", self._page("runs", "", runs=self.runs[::-1], counts_of=_counts)
         found = versions(self.runs)
+        changed_first = sorted(found, key=lambda one: not one.changed)
+        yield "index.html", self._page("index", "", versions=changed_first, **self._overview())
+        yield "runs.html", self._page("runs", "", runs=self.runs[::-1], counts_of=_counts)
         yield (
             "compare.html",
             self._page("compare", "", versions=found, metric_limit=_METRIC_LIMIT),

@@ -54,6 +54,11 @@ class Versions:
         return "; ".join(w for w in words if w.startswith(("Linux ", "QEMU "))) or "another build"
 
     @property
+    def changed(self) -> list[MetricResult]:
+        """The metrics that changed."""
+        return [metric for metric in self.found.metrics if metric.change] if self.found else []
+
+    @property
     def is_alternating(self) -> bool:
         """The runs of one version are not all before those of the other."""
         return self.a[-1].number > self.b[0].number

@@ -20,7 +20,10 @@ def long_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_planted_change_is_on_the_overview_and_its_page(long_site: Path) -> None:
     overview = text_of(long_site / "index.html")
     _, _, changes = overview.partition("Lasting changes of metrics ")
-    changes = changes.partition(" Environments ")[0]
+    changes, _, newest = changes.partition(" Environments ")[0].partition(" Newest versions ")
+    # Those with changes come first.
+    assert re.search(r"^(Linux 7.2.*?8 worse of 8 metrics ?){2}Linux 6.12", newest)
+    assert newest.count("no change found in 8 metrics") == 3
     assert changes.count("Linux 7.2, QEMU") == changes.count("Linux 7.2.11 → 7.2.13") == 2
     assert changes.count("worse +") == 6 and changes.count("and 5 more: 5 worse") == 2
     assert "better" not in changes and "6.12" not in changes
