@@ -455,7 +455,9 @@ EXPORT int fdatasync(int fd)
 
 	if (!file)
 		return REAL(fdatasync)(fd);
-	return leave(&call, enter(&call, file, FDATASYNC, 0, INT64_MAX) ? -1 : REAL(fdatasync)(fd));
+	return leave(&call, enter(&call, file, FDATASYNC, 0, INT64_MAX) ? -1 :
+			    log_is_on()					? log_sync() :
+									  REAL(fdatasync)(fd));
 }
 
 EXPORT int fsync(int fd)
@@ -465,7 +467,9 @@ EXPORT int fsync(int fd)
 
 	if (!file)
 		return REAL(fsync)(fd);
-	return leave(&call, enter(&call, file, FSYNC, 0, INT64_MAX) ? -1 : REAL(fsync)(fd));
+	return leave(&call, enter(&call, file, FSYNC, 0, INT64_MAX) ? -1 :
+			    log_is_on()				    ? log_sync() :
+								      REAL(fsync)(fd));
 }
 
 static bool enter_range(struct call *call, const struct range *range, enum operation operation)
@@ -483,7 +487,7 @@ EXPORT int msync(void *address, size_t length, int flags)
 		return REAL(msync)(address, length, flags);
 	if (enter_range(&call, &range, MSYNC))
 		return leave(&call, -1);
-	return leave(&call, REAL(msync)(address, length, flags));
+	return leave(&call, log_is_on() ? log_sync() : REAL(msync)(address, length, flags));
 }
 
 /* QEMU needs pmem_persist@LIBPMEM_1.0; a definition without a version matches that, too. */

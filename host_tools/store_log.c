@@ -13,13 +13,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
-#include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
+
+#define SYNC_NS 5000000
 
 static struct logged {
 	/* Descriptor of our own, for its position; -1 before the first mapping. */
@@ -61,6 +63,19 @@ void log_to(int fd)
 	log_fd = fd;
 	for (size_t i = 0; i < sizeof(logged) / sizeof(logged[0]); i++)
 		logged[i].fd = -1;
+}
+
+bool log_is_on(void)
+{
+	return log_fd >= 0;
+}
+
+int log_sync(void)
+{
+	const struct timespec duration = { .tv_nsec = SYNC_NS };
+
+	nanosleep(&duration, NULL);
+	return 0;
 }
 
 static void *map(int fd, size_t size, int prot, int flags)

@@ -11,6 +11,7 @@
 #ifndef STORE_LOG_H
 #define STORE_LOG_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -35,6 +36,14 @@ void *map_unseen(int fd, size_t size, int prot, int flags);
 
 /* Log to this descriptor; without a call the other functions do nothing. */
 void log_to(int fd);
+
+bool log_is_on(void);
+
+/*
+ * Take the place of a sync, which is not executed: what is durable follows from the log. It takes
+ * as long as on a disk, so that a guest goes on before its end if QEMU reports success too early.
+ */
+int log_sync(void);
 
 /* Log the content of a watched file, from its first mapping on. */
 void log_file(uint32_t file, int fd);

@@ -12,9 +12,10 @@ from typing import Final, Literal
 from paprscm.build.debian import ARCH, Archive, suites
 from paprscm.build.rootfs import find_rootfs
 from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
-from paprscm.guest.tools import run_tool
+from paprscm.guest.tools import install_tool, run_tool
 from paprscm.settings import Settings
 
 Kind = Literal["sqlite-wal", "sqlite-delete", "lmdb", "lmdb-map"]
@@ -128,16 +129,20 @@ class Databases:
         if report.error:
             raise ContractError(f"{kind}: {report.error}")
 
-    def check(self) -> tuple[DatabaseReport, ...]:
-        """Check all databases."""
-        words = ["check", *(word for kind in KINDS for word in self._words(kind))]
-        result = run_tool(self.guest, "databases", words)
-        report = read_report(_CheckReport, result.stdout, result.status, result.stderr)
-        check_report([one.kind for one in report.databases] == list(KINDS), "other databases")
-        return report.databases
+    def check_command(self) -> list[str]:
+        """A command of the guest that checks all databases, for read_check()."""
+        words = [word for kind in KINDS for word in self._words(kind)]
+        return [str(install_tool(self.guest, "databases")), "check", *words]
 
     def _words(self, kind: Kind) -> list[str]:
         return [kind, f"{_FOLDER}/{_LIBRARIES[kind]}", f"{self.folder}/{kind}"]
+
+
+def read_check(result: CommandResult) -> tuple[DatabaseReport, ...]:
+    """Return what check_command() has found."""
+    report = read_report(_CheckReport, result.stdout, result.status, result.stderr)
+    check_report([one.kind for one in report.databases] == list(KINDS), "other databases")
+    return report.databases
 
 
 def differences(reports: tuple[DatabaseReport, ...], done: int, count: int) -> list[str]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from paprscm.errors import ContractError
+from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
-from paprscm.guest.tools import run_tool
+from paprscm.guest.tools import install_tool, run_tool
 from paprscm.power_cut.steps import SECTOR, Entry, Step
 
 
@@ -80,12 +81,16 @@ def run_steps(guest: Guest, folder: str, counter: str, steps: Sequence[Step]) ->
     check_report(len(report.steps) == len(steps), f"{len(report.steps)} steps")
 
 
-def read_tree(guest: Guest, folder: str) -> dict[str, Entry]:
-    """Return the files and folders below a folder of the guest, by relative path.
+def tree_command(guest: Guest, folder: str) -> list[str]:
+    """A command of the guest whose result read_tree() understands."""
+    return [str(install_tool(guest, "powercut")), "tree", folder]
+
+
+def read_tree(result: CommandResult) -> dict[str, Entry]:
+    """Return the files and folders that tree_command() found, by relative path.
 
     The file system's own folder for recovered files is left out.
     """
-    result = run_tool(guest, "powercut", ["tree", folder])
     report = read_report(_TreeReport, result.stdout, result.status, result.stderr)
     return {
         one.path.removeprefix("./"): one.entry()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from paprscm.errors import ConfigError
-from paprscm.history.comparison import Comparison, compare
+from paprscm.history.comparison import Comparison, MetricResult, compare
 from paprscm.history.conditions import NEVER_COMPARED, conditions, differences, subjects
 from paprscm.history.runs import run_id
 from paprscm.history.statistics import enough

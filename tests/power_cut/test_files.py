@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from paprscm.pmem.mounts import FsType, dax_mount
@@ -30,7 +31,7 @@ from paprscm.power_cut.campaign import (
 from paprscm.power_cut.generate import BEFORE, programs
 from paprscm.power_cut.images import Image, write_image
 from paprscm.power_cut.mounted import FOLDER, MountedImages
-from paprscm.power_cut.programs import read_tree, run_steps
+from paprscm.power_cut.programs import read_tree, run_steps, tree_command
 from paprscm.power_cut.steps import Program, Step
 from paprscm.power_cut.store_log import StoreLog
 from paprscm.testcase import PaprScmTest
@@ -79,16 +80,18 @@ class PowerCut(PaprScmTest):
         log, done = self.record(disk, fstype, options, steps)
         torn = is_torn(str(self.params.get("torn", default="no")))
         campaign = Campaign(log, done, len(steps.before), dice, torn)
-        files = self.keep(disk)
+        # The images are only read: with pmem=on, their recovery needs no flushes.
+        files = self.keep(replace(disk, pmem=True))
         write_image(campaign.newest, disk.slot, files.path(disk.slot))
         guest = self.boot(Machine(nvdimms=files.nvdimms()))
-        mounted = MountedImages(guest, disk.slot, f"mount -t {fstype} -o {options}")
+        mounted = MountedImages(guest, disk.slot, fstype, options)
+        command = tree_command(guest, FOLDER)
 
         def differences(image: Image, done: int) -> list[str]:
-            tree, wrong = mounted.read(image, lambda: read_tree(guest, FOLDER))
-            return (
-                wrong if tree is None else [*wrong, *steps.program.expected(done).differences(tree)]
-            )
+            result, wrong = mounted.read(image, command)
+            if result is not None:
+                wrong += steps.program.expected(done).differences(read_tree(result))
+            return wrong
 
         judged, began = 0, time.monotonic()
         for image, point in campaign.images(count):
@@ -109,10 +112,10 @@ class PowerCut(PaprScmTest):
         self, disk: Nvdimm, fstype: FsType, options: str, steps: _Steps
     ) -> tuple[StoreLog, list[int]]:
         """Run programs; return the log, and the number of completed steps at each point."""
-        files = self.keep(COUNTER, disk)
+        machine = Machine(nvdimms=(COUNTER, disk.holding(fstype)))
         path = Path(self.workdir) / f"stores-{fstype}"
         with self.environment.guest(
-            Machine(nvdimms=files.nvdimms()), folder=self.folder("guest"), shim=self.shim(log=path)
+            machine, folder=self.folder("guest"), shim=self.shim(log=path)
         ) as guest:
             counter = make_counter(guest)
             dax_mount(guest, disk.slot, fstype, FOLDER, options=options)
