@@ -39,6 +39,8 @@ _SIGMA_OF_MAD = 1.4826
 class Band:
     """Range in which a metric usually is: median ± 3 standard deviations of the runs' medians.
 
+    That of a time or a rate is at least as wide as the smallest change that matters.
+
     The deviation is estimated from the median absolute deviation, so a few outliers do not widen
     the range that should reveal them.
     """
@@ -87,6 +89,11 @@ class Series:
         """It is the duration of the test, not a metric."""
         return self.key.label == DURATION
 
+    @property
+    def minimum(self) -> float:
+        """Smallest change that matters, as a share."""
+        return MINIMUM_OF_DURATION if self.is_duration else self.key.minimum
+
     @functools.cached_property
     def can_change(self) -> bool:
         """A lasting change could be found: enough runs, and the values differ."""
@@ -101,8 +108,7 @@ class Series:
         """The lasting changes in chronological order."""
         if not self.can_change:
             return []
-        minimum = MINIMUM_OF_DURATION if self.is_duration else self.key.minimum
-        return change_points([value for _, value in self.points], minimum)
+        return change_points([value for _, value in self.points], self.minimum)
 
     @functools.cached_property
     def levels(self) -> list[Level]:
@@ -122,6 +128,9 @@ class Series:
             return None
         deviation = statistics.median([abs(value - level.median) for value in values])
         half = 3 * _SIGMA_OF_MAD * deviation
+        # A count may be the same in all runs, and another one is a finding.
+        if self.is_duration or self.key.direction:
+            half = max(half, self.minimum * abs(level.median))
         return Band(level.median - half, level.median, level.median + half)
 
     @property

@@ -247,6 +247,19 @@ def test_the_noise_is_not_widened_by_the_outlier_that_it_shows() -> None:
     assert not measured([10, 11, 10, 9, 10, 11, 12])[1].is_unusual
 
 
+def test_a_change_that_does_not_matter_is_not_unusual() -> None:
+    assert not measured([100.0, 100.0, 100.0, 100.0, 100.0, 102.9])[1].is_unusual
+    assert measured([100.0, 100.0, 100.0, 100.0, 100.0, 103.1])[1].is_unusual
+
+
+def test_another_count_is_unusual() -> None:
+    records = [
+        job(day, make_test("x", metrics=(Metric(name="m", value=value, unit="flushes"),)))
+        for day, value in enumerate([50, 50, 50, 50, 50, 51], 1)
+    ]
+    assert series(only(records))[1].is_unusual
+
+
 def test_few_runs_have_no_noise() -> None:
     _, metric = measured([1.0] * (RUNS_FOR_NOISE - 1))
     assert metric.band is None and not metric.is_unusual

@@ -26,7 +26,7 @@
     const track = state.get("track") ?? "";
     const chosen = track === "" ? runs : runs.filter((run) => String(run.track) === track);
     if (state.get("runs") === "time") {
-      return chosen.map((run) => ({ ...run, group: null, title: run.time.slice(5, 10) }));
+      return chosen.map((run) => ({ ...run, group: null, title: paprscm.moment(run.time) }));
     }
     return chosen
       .map((run) => ({ ...run, group: run.track, title: index.tracks[run.track] }))

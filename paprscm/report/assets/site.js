@@ -10,6 +10,12 @@ const paprscm = {
     this.data[name] = data;
   },
 
+  // The day of a run, or its time if all runs are of one day.
+  moment(time) {
+    this.isOneDay ??= new Set(this.data.index.runs.map(([, when]) => when.slice(0, 10))).size === 1;
+    return this.isOneDay ? time.slice(11, 16) : time.slice(5, 10);
+  },
+
   // An element with attributes and children; texts never become HTML.
   element(tag, attributes = {}, ...children) {
     const made = document.createElement(tag);

@@ -12,7 +12,7 @@
     const columns = index.runs
       .map(([key, time, track, versions], run) => ({ run, key, time, track, versions }))
       .filter(({ run }) => cells[run] !== "-")
-      .map((run) => ({ ...run, group: null, title: run.time.slice(5, 10) }));
+      .map((run) => ({ ...run, group: null, title: paprscm.moment(run.time) }));
     const tracks = [...new Set(columns.map(({ track }) => track))].sort((a, b) => a - b);
     const rows = tracks.map((track) => ({
       name: index.tracks[track],
@@ -94,7 +94,7 @@
           ...axis,
           incrs: [1, 2, 5, 10, 20, 50, 100],
           space: 80,
-          values: (_, ticks) => ticks.map((i) => label(i).slice(5, 10)),
+          values: (_, ticks) => ticks.map((i) => paprscm.moment(label(i))),
         },
         { ...axis, size: 62 },
       ],
