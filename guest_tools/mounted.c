@@ -36,7 +36,7 @@ static int run(char **words)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-/* Each read(2) gets one, "LEVEL,NUMBER,TIME,FLAGS;TEXT\n" (Documentation/ABI/testing/dev-kmsg). */
+/* One a read(2): "LEVEL,NUMBER,TIME,FLAGS;TEXT\n" (Documentation/ABI/testing/dev-kmsg). */
 static void report_messages(int log)
 {
 	char record[8192 + 1];

@@ -120,6 +120,9 @@ static struct {
 
 #define REAL(name) ((__typeof__(&name))find(&real.name, #name))
 
+/* A sync of a watched file, or what takes its place while the stores are logged. */
+#define EXECUTE(sync) (log_is_on() ? log_sync() : (sync))
+
 /* Set by load_shim(); constructors of other libraries may call us earlier. */
 static void *find(void **place, const char *name)
 {
@@ -455,9 +458,9 @@ EXPORT int fdatasync(int fd)
 
 	if (!file)
 		return REAL(fdatasync)(fd);
-	return leave(&call, enter(&call, file, FDATASYNC, 0, INT64_MAX) ? -1 :
-			    log_is_on()					? log_sync() :
-									  REAL(fdatasync)(fd));
+	return leave(&call, enter(&call, file, FDATASYNC, 0, INT64_MAX) ?
+				    -1 :
+				    EXECUTE(REAL(fdatasync)(fd)));
 }
 
 EXPORT int fsync(int fd)
@@ -467,9 +470,8 @@ EXPORT int fsync(int fd)
 
 	if (!file)
 		return REAL(fsync)(fd);
-	return leave(&call, enter(&call, file, FSYNC, 0, INT64_MAX) ? -1 :
-			    log_is_on()				    ? log_sync() :
-								      REAL(fsync)(fd));
+	return leave(&call,
+		     enter(&call, file, FSYNC, 0, INT64_MAX) ? -1 : EXECUTE(REAL(fsync)(fd)));
 }
 
 static bool enter_range(struct call *call, const struct range *range, enum operation operation)
@@ -487,7 +489,7 @@ EXPORT int msync(void *address, size_t length, int flags)
 		return REAL(msync)(address, length, flags);
 	if (enter_range(&call, &range, MSYNC))
 		return leave(&call, -1);
-	return leave(&call, log_is_on() ? log_sync() : REAL(msync)(address, length, flags));
+	return leave(&call, EXECUTE(REAL(msync)(address, length, flags)));
 }
 
 /* QEMU needs pmem_persist@LIBPMEM_1.0; a definition without a version matches that, too. */
@@ -502,7 +504,10 @@ EXPORT void pmem_persist(const void *address, size_t length)
 	}
 	/* It cannot fail, so sync_shim.py does not allow a rule that makes it fail. */
 	enter_range(&call, &range, PMEM_PERSIST);
-	REAL(pmem_persist)(address, length);
+	if (log_is_on())
+		log_sync();
+	else
+		REAL(pmem_persist)(address, length);
 	leave(&call, 0);
 }
 

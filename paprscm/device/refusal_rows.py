@@ -159,7 +159,15 @@ PLACES = (
             ("with its end beyond 2^64", 2**64 - 256 * MIB),
         )
     ),
+    # A QEMU with a fix of known_issues/qemu-nvdimm-address-not-aligned.md has another reason.
     row("address of the kernel", dimm(addr="0x1000"), R.ADDR_OUTSIDE, R.ADDR_UNALIGNED),
+    row("address of 2^64 - 4096", dimm(addr=hex(2**64 - 4096)), R.ADDR_OUTSIDE, R.ADDR_UNALIGNED),
+    row(
+        "address of the last page in use",
+        (*TWO, *device(1, addr="0x5ffff000")),
+        R.ADDR_CONFLICT,
+        R.ADDR_UNALIGNED,
+    ),
     row("address not in whole pages", dimm(addr="0x40000001"), R.ADDR_UNALIGNED),
     row("address in use", (*TWO, *device(1, addr="0x50000000")), R.ADDR_CONFLICT),
     row(

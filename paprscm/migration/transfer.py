@@ -99,6 +99,7 @@ def save(vm: Vm, way: Way = SHARED) -> bytes:
 
     Raises:
         ContractError: QEMU cannot save it; the machine goes on.
+        CapabilityError: as saving().
         GuestLostError: QEMU ended.
     """
     way.prepare(vm)
@@ -149,6 +150,7 @@ def migrate(source: Vm, destination: Vm, way: Way) -> bytes | None:
     Raises:
         LoadError: the destination refuses, or ends.
         ContractError: the source cannot save.
+        CapabilityError: as saving().
         RefusedError: a QEMU does not know this way.
     """
     if way.scheme == "bytes":

@@ -46,6 +46,7 @@ class Recorder:
         self._library = library
         self._folder = folder
         self.files = [folder / "0", folder / "1"]
+        self.durations_s: list[float | None] = []
 
     def run(self, *words: str, fail: bool = False) -> StoreLog:
         for file in self.files:
@@ -61,6 +62,7 @@ class Recorder:
                 pass_fds=shim.pass_fds,
                 check=True,
             )
+            self.durations_s = [record.duration_s for record in watched[0].records()]
             return read_log(log, self.files)
 
 
@@ -92,6 +94,12 @@ def test_a_page_that_gets_its_old_content_and_a_hole(recorder: Recorder) -> None
 def test_a_failed_sync(recorder: Recorder) -> None:
     log = recorder.run("0:3=a", "0!", fail=True)
     assert log.syncs == (Sync(0, 0, 0, ended=1, error=5),)
+
+
+def test_a_logged_sync_takes_time_on_any_disk(recorder: Recorder) -> None:
+    recorder.run("0!", "0!")
+    first, second = recorder.durations_s
+    assert first is not None and second is not None and min(first, second) >= 0.005
 
 
 def test_logging_does_not_fill_holes(recorder: Recorder) -> None:
