@@ -277,11 +277,9 @@ static void report_content(const char *path)
 	report_open("content", '[');
 	while (fd >= 0 && (got = read(fd, data, sizeof(data))) > 0) {
 		for (ssize_t at = 0; at < got; at += SECTOR, sector++) {
-			int byte = data[at];
+			size_t rest = got - at < SECTOR ? got - at : SECTOR;
+			int byte = memcmp(&data[at], &data[at + 1], rest - 1) ? -1 : data[at];
 
-			for (ssize_t i = at + 1; i < at + SECTOR && i < got; i++)
-				if (data[i] != data[at])
-					byte = -1;
 			if (byte == run)
 				continue;
 			if (sector)

@@ -197,12 +197,13 @@ class BlockPrograms:
         """All steps."""
         self.size = count * AREA
         """Number of bytes of all areas."""
-        self._begins: list[int] = []
+        self.begins: list[int] = []
+        """Number of the first step of each program."""
         self._programs: list[Program] = []
         made = [Step("create", DISK), Step("truncate", DISK, length=AREA), Step("syncfs", ".")]
         self._made = [*made, filled, durable]
         for number, steps in enumerate(programs):
-            self._begins.append(len(self.steps))
+            self.begins.append(len(self.steps))
             self.steps += (_moved(step, number * stride) for step in steps)
             # A call for the whole device, of a later program, is the last step of each.
             self._programs.append(Program([*self._made, *steps, durable]))
@@ -225,8 +226,8 @@ class BlockPrograms:
 
     def _own(self, number: int, done: int) -> int:
         """Number of completed steps of one program, with the last one if it was called."""
-        begin = self._begins[number]
-        end = [*self._begins, len(self.steps)][number + 1]
+        begin = self.begins[number]
+        end = [*self.begins, len(self.steps)][number + 1]
         later = {"deep_flush"} if self._is_dax else {"fsync", "fdatasync"}
         flushed = any(step.verb in later for step in self.steps[end:done])
         return max(0, min(done, end) - begin) + flushed

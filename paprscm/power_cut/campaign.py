@@ -8,18 +8,25 @@ log, too. So the log has the number of completed steps at each of its points.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any, Protocol
 
 from paprscm.errors import ConfigError, ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.pmem.namespaces import CharacterDevice, create_namespace, file_offset
-from paprscm.pmem.regions import find_region
+from paprscm.pmem.namespaces import (
+    CharacterDevice,
+    Namespace,
+    create_namespace,
+    file_offset,
+    find_namespaces,
+)
+from paprscm.pmem.regions import Region, find_region
 from paprscm.power_cut.images import Cut, Image, images
-from paprscm.power_cut.store_log import PAGE, StoreLog, read_log
+from paprscm.power_cut.store_log import PAGE, LogPart, StoreLog, read_log
 from paprscm.vm.dimms import PMEM_ON, SMALL
-from paprscm.vm.sync_shim import Record
+from paprscm.vm.sync_shim import Shim
 
 COUNTER = PMEM_ON.at(0, SMALL)
 """Before the other DIMMs: its pages are logged first, so that the count is not too high."""
@@ -34,6 +41,15 @@ _SYNC_S = 60.0
 
 Judge = Callable[[Image, int], list[str]]
 """Returns what is missing or wrong in an image, when so many steps had returned."""
+
+
+class Report(Protocol):
+    """The part of a test that images are reported to (paprscm.testcase)."""
+
+    def check(self, what: str, found: object, expected: object, *, detail: str = "") -> bool: ...
+    def checkpoint(self) -> None: ...
+    def metric(self, name: str, value: float, unit: str, **dimensions: object) -> None: ...
+    def measure(self, name: str, value: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -62,31 +78,48 @@ class Counter:
 def make_counter(guest: Guest) -> Counter:
     """Make the counter of a guest on the DIMM `COUNTER`."""
     region = find_region(guest, COUNTER.slot)
-    device = create_namespace(guest, region, mode="devdax").device
+    return _counter(guest, region, create_namespace(guest, region, mode="devdax"))
+
+
+def find_counter(guest: Guest) -> Counter:
+    """Find the counter that an earlier kernel has made."""
+    region = find_region(guest, COUNTER.slot)
+    (namespace,) = find_namespaces(guest, region)
+    return _counter(guest, region, namespace)
+
+
+def _counter(guest: Guest, region: Region, namespace: Namespace) -> Counter:
+    device = namespace.device
     if not isinstance(device, CharacterDevice):
         raise ContractError(f"{device.path} is not a DAX device")
     return Counter(device.path, file_offset(guest, region, device))
 
 
-def stop_and_read(guest: Guest, path: Path, slots: Sequence[int]) -> StoreLog:
+def stop_and_read(guest: Guest, shims: Sequence[Shim], slots: Sequence[int]) -> StoreLog:
     """Stop a guest, wait for its syncs, and read the log of its stores.
 
     Args:
         guest: the guest.
-        path: its log, which is removed: it may have a gigabyte.
+        shims: those of its QEMUs, in the order of its migrations. Their logs are removed: they may
+            have a gigabyte.
         slots: the slots of all its DIMMs, in the order of the machine.
     """
     guest.vm.qmp.execute("stop")
-    records: list[Record] = []
     for slot in slots:
         # The end of a sync is in the log before it is counted.
         syncs = guest.vm.syncs(slot)
         syncs.wait_ended(syncs.counts().begun, _SYNC_S)
-        records += syncs.records()
-    ranges = {record.number: (record.start, record.end) for record in records}
-    log = read_log(path, [guest.file(slot) for slot in slots], ranges)
-    path.unlink()
+    parts = [_part(shim) for shim in shims]
+    log = read_log(parts, [guest.file(slot) for slot in slots])
+    for part in parts:
+        part.path.unlink()
     return log
+
+
+def _part(shim: Shim) -> LogPart:
+    assert shim.log is not None  # noqa: S101 - that of a recorded QEMU
+    records = shim.records()
+    return LogPart(shim.log, {record.number: (record.start, record.end) for record in records})
 
 
 @dataclass
@@ -125,12 +158,56 @@ class Campaign:
         """The oldest contents that a cut at the end may leave."""
         return Image("oldest", Cut(self.log, self.log.last).oldest)
 
-    def images(self, count: int, *, per_point: int = PER_POINT) -> Iterator[tuple[Image, int]]:
-        """Yield about `count` legal images, each with its point; the last point is among them."""
-        points = min(-(-count // per_point), len(self.points))
-        for point in [self.points[-1], *self.dice.sample(self.points[:-1], points - 1)]:
+    def images(
+        self, count: int, *, per_point: int = PER_POINT, among: Collection[int] = ()
+    ) -> Iterator[tuple[Image, int]]:
+        """Yield about `count` legal images, each with its point.
+
+        The last point is among them, and those that have a number of completed steps of `among`.
+        """
+        chosen = [p for p in self.points if self.done[p] in among or p == self.points[-1]]
+        others = [point for point in self.points if point not in chosen]
+        more = max(0, min(-(-count // per_point) - len(chosen), len(others)))
+        for point in [*chosen, *self.dice.sample(others, more)]:
             for image in images(Cut(self.log, point), self.dice, limit=per_point, torn=self.torn):
                 yield image, point
+
+    def judge(
+        self,
+        test: Report,
+        judge: Judge,
+        count: int,
+        context: Callable[[int], str],
+        *,
+        among: Collection[int] = (),
+        **dimensions: str,
+    ) -> None:
+        """Judge images; the test ends as FAIL at the first one that lacks what was promised.
+
+        Args:
+            test: the test.
+            judge: judges the images.
+            count, among: as for `images`.
+            context: returns the position of a cut when so many steps had returned, for a report.
+            dimensions: of the metric, the time of an image.
+        """
+        judged, began = 0, time.monotonic()
+        for image, point in self.images(count, among=among):
+            judged += 1
+            done = self.done[point]
+            for text in judge(image, done):
+                test.check(f"{image.name} at point {point}", text, "", detail=context(done))
+            test.checkpoint()
+        test.metric("image", (time.monotonic() - began) / judged, "s", **dimensions)
+        numbers = [len(self.log.syncs), len(self.points), judged]
+        test.measure("syncs, points and images", numbers)
+
+    def expect_force(
+        self, test: Report, judge: Judge, *, limit: int = CONTROL, lies: Mapping[str, float] = LIES
+    ) -> None:
+        """As `control`, and record the number of images that each lie needed."""
+        for lie, number in self.control(judge, limit=limit, lies=lies).items():
+            test.metric("images_to_detection", number, "images", lie=lie)
 
     def control(
         self, judge: Judge, *, limit: int = CONTROL, lies: Mapping[str, float] = LIES

@@ -11,7 +11,14 @@ from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
 from paprscm.guest.tools import install_tool, run_tool
+from paprscm.pmem.regions import find_region
+from paprscm.power_cut.blocks import DISK
 from paprscm.power_cut.steps import SECTOR, Entry, Step
+
+DEVICE_FOLDER = "/run/cut"
+"""The folder of programs that use a device."""
+_STEPS = 200
+"""Steps of one call; guest_tools/powercut.c takes at most 256."""
 
 
 class _StepReport(Fields, frozen=True, kw_only=True):
@@ -67,18 +74,35 @@ def run_steps(guest: Guest, folder: str, counter: str, steps: Sequence[Step]) ->
         guest: the guest.
         folder: the program's folder.
         counter: path of a DAX device, whose first word is the number of completed steps so far.
-        steps: at most 256 steps.
+        steps: the steps.
 
     Raises:
         ContractError: a step failed.
     """
-    words = ["run", folder, counter, *map(str, steps)]
-    result = run_tool(guest, "powercut", words, timeout_s=120)
-    report = read_report(_RunReport, result.stdout, result.status, result.stderr)
-    if report.steps[-1].errno:
-        last = report.steps[-1]
-        raise ContractError(f"{last.step} in {folder} fails with {last.error} ({last.errno})")
-    check_report(len(report.steps) == len(steps), f"{len(report.steps)} steps")
+    for at in range(0, len(steps), _STEPS):
+        part = [str(step) for step in steps[at : at + _STEPS]]
+        words = ["run", folder, counter, *part]
+        result = run_tool(guest, "powercut", words, timeout_s=120)
+        report = read_report(_RunReport, result.stdout, result.status, result.stderr)
+        if report.steps[-1].errno:
+            last = report.steps[-1]
+            raise ContractError(f"{last.step} in {folder} fails with {last.error} ({last.errno})")
+        check_report(len(report.steps) == len(part), f"{len(report.steps)} steps")
+
+
+def use_device(guest: Guest, device: str, slot: int) -> None:
+    """Make the folder DEVICE_FOLDER, in which the steps of BlockPrograms find a device.
+
+    Args:
+        guest: the guest.
+        device: path of the block device or DAX device.
+        slot: its DIMM, whose deep_flush is used.
+    """
+    attribute = find_region(guest, slot).device + "/deep_flush"
+    guest.succeed(
+        f"mkdir -p {DEVICE_FOLDER} && ln -s {device} {DEVICE_FOLDER}/{DISK} && "
+        f"ln -s {attribute} {DEVICE_FOLDER}/{DISK}.deep_flush"
+    )
 
 
 def tree_command(guest: Guest, folder: str) -> list[str]:

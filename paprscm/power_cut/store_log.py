@@ -7,7 +7,7 @@ import functools
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Final
@@ -35,7 +35,7 @@ class Sync:
     """A sync in the log.
 
     Attributes:
-        number: its number, as of the shim's records.
+        number: its number, as of the records of its QEMU's shim.
         file: number of its file, in the order in which the files were watched.
         point: number of the point at which it began.
         ended: number of the first point after its end; None: it did not end.
@@ -84,23 +84,57 @@ class StoreLog:
         return histories
 
 
-def read_log(
-    path: Path, files: Sequence[Path], ranges: Mapping[int, tuple[int, int]] | None = None
-) -> StoreLog:
-    """Read the log of a QEMU that is stopped or has ended; its last point is now.
+@dataclass(frozen=True)
+class LogPart:
+    """The log of one QEMU.
+
+    Attributes:
+        path: its file.
+        ranges: by the number of a sync, start and end of the bytes that it covers; one that is not
+            there covers the whole file.
+    """
+
+    path: Path
+    ranges: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+
+
+def read_log(parts: Sequence[LogPart], files: Sequence[Path]) -> StoreLog:
+    """Read the logs of QEMUs of which each continued the guest of the one before.
 
     Args:
-        path: the log.
-        files: the watched files, in the order in which they were watched.
-        ranges: by the number of a sync, start and end of the bytes that it covers; without, it
-            covers the whole file.
+        parts: their logs. The last QEMU is stopped or has ended, the others have ended.
+        files: the watched files, which all of them had, in the order in which they were watched.
+
+    Returns:
+        The whole log; its last point is now.
 
     Raises:
-        HostError: the log is not complete.
+        HostError: a log is not complete.
     """
     pages: list[dict[tuple[int, int], bytes]] = []
-    syncs: dict[int, Sync] = {}
+    syncs: list[Sync] = []
     now: dict[tuple[int, int], bytes] = {}
+    for part in parts:
+        begun: dict[int, Sync] = {}
+        # The first entry has everything that is not zero.
+        zeroed = {place: ZEROS for place, content in now.items() if content != ZEROS}
+        for kind, number, file, result, content in _entries(part.path):
+            if kind == Kind.BEGIN:
+                start, end = part.ranges.get(number, (0, _END))
+                begun[number] = Sync(number, file, len(pages), start=start, end=end)
+                whole, zeroed = zeroed | content, {}
+                changed = {place: c for place, c in whole.items() if c != now.get(place, ZEROS)}
+                pages.append(changed)
+                now |= changed
+            else:
+                begun[number] = replace(begun[number], ended=len(pages), error=result)
+        syncs += begun.values()
+    pages.append(dict(_changes(files, now)))
+    return StoreLog(pages, tuple(syncs))
+
+
+def _entries(path: Path) -> Iterator[tuple[Kind, int, int, int, dict[tuple[int, int], bytes]]]:
+    """Yield kind, number of the sync, file, result and changed pages of each entry."""
     data = memoryview(path.read_bytes())
 
     def unpack(at: int) -> tuple[int, int, bytes]:
@@ -117,17 +151,9 @@ def read_log(
         except struct.error as error:
             raise HostError(f"the log of stores {path} ends within an entry") from error
         at += count * _PAGE.size
-        if kind == Kind.BEGIN:
-            start, end = (ranges or {}).get(number, (0, _END))
-            syncs[number] = Sync(number, file, len(pages), start=start, end=end)
-            pages.append(changed)
-            now |= changed
-        elif kind == Kind.END:
-            syncs[number] = replace(syncs[number], ended=len(pages), error=result)
-        else:
+        if kind not in list(Kind):
             raise HostError(f"the log of stores {path} has an entry of the unknown kind {kind}")
-    pages.append(dict(_changes(files, now)))
-    return StoreLog(pages, tuple(syncs.values()))
+        yield Kind(kind), number, file, result, changed
 
 
 def _changes(

@@ -125,6 +125,9 @@ class Shim:
         seed: seed of the random delays, which makes them repeatable.
         log: a file to which the contents of all watched files are logged (host_tools/store_log.h);
             None: no log.
+
+    Attributes:
+        log: as the argument.
     """
 
     def __init__(
@@ -148,10 +151,13 @@ class Shim:
         self._page.magic, self._page.layout, self._page.seed = MAGIC, describe()[1], seed
         self._files: list[WatchedFile] = []
         self._handles = [self._handle, self._copy]
-        self._log: int | None = None
+        self.log = log
+        self._log_handle: int | None = None
         if log is not None:
-            self._log = os.open(log, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            self._handles.append(self._log)
+            self._log_handle = os.open(
+                log, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600
+            )
+            self._handles.append(self._log_handle)
 
     def __enter__(self) -> Self:
         return self
@@ -171,14 +177,14 @@ class Shim:
         env = shutil.which("env") or "/usr/bin/env"
         place = "" if inherits else f"/proc/{os.getpid()}/fd/"
         words = [env, f"LD_PRELOAD={self._preload}", f"PAPRSCM_SHIM={place}{self._handle}"]
-        if self._log is not None:
-            words.append(f"PAPRSCM_STORE_LOG={place}{self._log}")
+        if self._log_handle is not None:
+            words.append(f"PAPRSCM_STORE_LOG={place}{self._log_handle}")
         return tuple(words)
 
     @property
     def pass_fds(self) -> tuple[int, ...]:
         """Descriptors that QEMU must inherit under the same numbers."""
-        return (self._handle,) if self._log is None else (self._handle, self._log)
+        return tuple(h for h in (self._handle, self._log_handle) if h is not None)
 
     @property
     def loaded(self) -> int | None:

@@ -12,7 +12,7 @@ import pytest
 
 from paprscm.errors import HostError
 from paprscm.power_cut.images import Cut, images, write_image
-from paprscm.power_cut.store_log import PAGE, ZEROS, StoreLog, Sync, read_log
+from paprscm.power_cut.store_log import PAGE, ZEROS, LogPart, StoreLog, Sync, read_log
 
 
 def dice() -> random.Random:
@@ -155,7 +155,7 @@ def test_a_log_is_read(tmp_path: Path) -> None:
         + begin.pack(1, 0, 8, 0, 0)
         + begin.pack(2, 0, 7, 0, 5)
     )  # fmt: skip
-    found = read_log(log, [file])
+    found = read_log([LogPart(log)], [file])
     assert found.syncs == (Sync(7, 0, 0, ended=2, error=5), Sync(8, 0, 1))
     assert found.pages == [
         {(0, 0): page("a"), (0, 1): page("b")},
@@ -170,7 +170,7 @@ def test_a_log_that_is_not_complete(tmp_path: Path, cut_bytes: int) -> None:
     whole = struct.pack("<IIQII", 1, 2, 7, 0, 0) + (struct.pack("<II", 0, 0) + page("a")) * 2
     log.write_bytes(whole[:-cut_bytes])
     with pytest.raises(HostError, match="ends within an entry"):
-        read_log(log, [])
+        read_log([LogPart(log)], [])
     log.write_bytes(b"\3" + whole[1:])
     with pytest.raises(HostError, match="unknown kind 3"):
-        read_log(log, [])
+        read_log([LogPart(log)], [])

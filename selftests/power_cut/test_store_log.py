@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.host.cache import Cache
-from paprscm.power_cut.store_log import PAGE, StoreLog, Sync, read_log
+from paprscm.power_cut.store_log import PAGE, LogPart, StoreLog, Sync, read_log
 from paprscm.vm.sync_shim import Shim, build
 
 # Opens and maps files, and executes its arguments: "0:3=a" stores a page of letters into file 0,
@@ -52,7 +52,11 @@ class Recorder:
         for file in self.files:
             with file.open("wb") as handle:
                 handle.truncate(1000 * PAGE)
-        log = self._folder / "log"
+        return read_log([self.record("log", *words, fail=fail)], self.files)
+
+    def record(self, name: str, *words: str, fail: bool = False) -> LogPart:
+        """Go on with the files as they are."""
+        log = self._folder / name
         with Shim(self._library, log=log) as shim:
             watched = [shim.watch(file) for file in self.files]
             if fail:
@@ -63,7 +67,7 @@ class Recorder:
                 check=True,
             )
             self.durations_s = [record.duration_s for record in watched[0].records()]
-            return read_log(log, self.files)
+        return LogPart(log)
 
 
 @pytest.fixture
@@ -100,6 +104,22 @@ def test_a_logged_sync_takes_time_on_any_disk(recorder: Recorder) -> None:
     recorder.run("0!", "0!")
     first, second = recorder.durations_s
     assert first is not None and second is not None and min(first, second) >= 0.005
+
+
+def test_the_logs_of_two_processes_are_one(recorder: Recorder) -> None:
+    recorder.run("0!")
+    parts = [
+        recorder.record("first", "0:3=a", "0:4=a", "0!", "1:5=a"),
+        recorder.record("second", "0:3=b", "0:4-", "0!", "0:6=c", "1!"),
+    ]
+    log = read_log(parts, recorder.files)
+    assert list(log.pages) == [
+        {(0, 3): page("a"), (0, 4): page("a")},
+        {(0, 3): page("b"), (0, 4): bytes(PAGE), (1, 5): page("a")},
+        {(0, 6): page("c")},
+        {},
+    ]
+    assert log.syncs == (Sync(0, 0, 0, ended=1), Sync(0, 0, 1, ended=2), Sync(1, 1, 2, ended=3))
 
 
 def test_logging_does_not_fill_holes(recorder: Recorder) -> None:

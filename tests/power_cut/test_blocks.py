@@ -15,7 +15,6 @@ Documentation/driver-api/nvdimm/btt.rst.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +38,6 @@ from paprscm.power_cut.blocks import (
     CALLS,
     DAX,
     DIRECT,
-    DISK,
     SECTORS,
     STRIDE,
     BlockPrograms,
@@ -58,12 +56,11 @@ from paprscm.power_cut.campaign import (
     stop_and_read,
 )
 from paprscm.power_cut.images import Image, write_image
-from paprscm.power_cut.programs import run_steps
+from paprscm.power_cut.programs import DEVICE_FOLDER, run_steps, use_device
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
 
-FOLDER = "/run/cut"
 PROGRAMS = 60
 """Programs in one guest."""
 IMAGES = 80
@@ -76,7 +73,6 @@ BTT_PROGRAMS = 24
 """Programs on a BTT, whose writes are slow."""
 EVERY = 20
 """A guest, too, reads one of so many images of a BTT."""
-STEPS_PER_RUN = 200
 CHUNK = 64 * 1024
 """Size of a stripe, bytes."""
 
@@ -137,21 +133,14 @@ class BlockTest(PaprScmTest):
             prepared: number of their steps that were made before.
             torn: default of the parameter of this name.
         """
-        path = Path(self.workdir) / "stores"
-        with self.environment.guest(
-            Machine(nvdimms=tuple(dimms)), folder=self.folder("guest"), shim=self.shim(log=path)
-        ) as guest:
+        shim = self.shim(log=Path(self.workdir) / "stores")
+        machine = Machine(nvdimms=tuple(dimms))
+        with self.environment.guest(machine, folder=self.folder("guest"), shim=shim) as guest:
             counter = make_counter(guest)
             device, layout = prepare(guest)
-            attribute = find_region(guest, dimms[1].slot).device + "/deep_flush"
-            guest.succeed(
-                f"mkdir -p {FOLDER} && ln -s {device} {FOLDER}/{DISK} && "
-                f"ln -s {attribute} {FOLDER}/{DISK}.deep_flush"
-            )
-            steps = programs.steps[prepared:]
-            for at in range(0, len(steps), STEPS_PER_RUN):
-                run_steps(guest, FOLDER, counter.path, steps[at : at + STEPS_PER_RUN])
-            log = stop_and_read(guest, path, [nvdimm.slot for nvdimm in dimms])
+            use_device(guest, device, dimms[1].slot)
+            run_steps(guest, DEVICE_FOLDER, counter.path, programs.steps[prepared:])
+            log = stop_and_read(guest, [shim], [nvdimm.slot for nvdimm in dimms])
         done = [prepared + count for count in counter.at_points(log)]
         tears = is_torn(str(self.params.get("torn", default=torn)))
         return Campaign(log, done, len(programs.before), dice, tears), layout
@@ -165,19 +154,8 @@ class BlockTest(PaprScmTest):
     ) -> None:
         """Judge images, and then those of hosts that lie."""
         count = image_count(str(self.params.get("images", default=IMAGES)))
-        judged, began = 0, time.monotonic()
-        for image, point in campaign.images(count):
-            judged += 1
-            done = campaign.done[point]
-            for text in differences(image, done):
-                self.check(f"{image.name} at {point}", text, "", detail=programs.context(done))
-            self.checkpoint()
-        self.measure(
-            "syncs, points and images", [len(campaign.log.syncs), len(campaign.points), judged]
-        )
-        self.metric("image", (time.monotonic() - began) / judged, "s")
-        for lie, number in campaign.control(differences, limit=CONTROL, lies=lies).items():
-            self.metric("images_to_detection", number, "images", lie=lie)
+        campaign.judge(self, differences, count, programs.context)
+        campaign.expect_force(self, differences, limit=CONTROL, lies=lies)
 
     def disk(self, mode: NamespaceMode, slot: int = 1) -> Prepare:
         """Make a namespace with a block device on the DIMM in `slot`."""

@@ -15,7 +15,6 @@ lmdb.h.
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,20 +99,13 @@ class DatabaseCut(PaprScmTest):
                 wrong += differences(read_check(result), done, transactions)
             return wrong
 
-        judged, began = 0, time.monotonic()
-        for image, point in campaign.images(count):
-            judged += 1
-            detail = f"{done[point]} transactions were committed"
-            for text in judge(image, done[point]):
-                self.check(f"{image.name} at point {point}", text, "", detail=detail)
-            self.checkpoint()
-        duration_s = time.monotonic() - began
-        self.measure("syncs, points and images", [len(log.syncs), len(campaign.points), judged])
-        self.metric("image", duration_s / judged, "s", fstype=fstype, options=options)
+        def context(done: int) -> str:
+            return f"{done} transactions were committed"
+
+        campaign.judge(self, judge, count, context, fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
         with guest.expect_messages(""):
-            for lie, number in campaign.control(judge).items():
-                self.metric("images_to_detection", number, "images", lie=lie)
+            campaign.expect_force(self, judge)
 
     def record(
         self,
@@ -125,10 +117,8 @@ class DatabaseCut(PaprScmTest):
     ) -> tuple[StoreLog, list[int]]:
         """Commit transactions; return the log, and the number of transactions at each point."""
         machine = Machine(nvdimms=(COUNTER, disk.holding(fstype)))
-        path = Path(self.workdir) / f"stores-{fstype}"
-        with self.environment.guest(
-            machine, folder=self.folder("guest"), shim=self.shim(log=path)
-        ) as guest:
+        shim = self.shim(log=Path(self.workdir) / "stores")
+        with self.environment.guest(machine, folder=self.folder("guest"), shim=shim) as guest:
             counter = make_counter(guest)
             dax_mount(guest, disk.slot, fstype, FOLDER, options=options)
             databases = Databases(guest, FOLDER)
@@ -138,5 +128,5 @@ class DatabaseCut(PaprScmTest):
             guest.succeed(f"sync -f {FOLDER}")
             for kind in KINDS:
                 databases.run(kind, counter.path, transactions)
-            log = stop_and_read(guest, path, [COUNTER.slot, disk.slot])
+            log = stop_and_read(guest, [shim], [COUNTER.slot, disk.slot])
         return log, counter.at_points(log)

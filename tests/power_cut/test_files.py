@@ -14,7 +14,6 @@ Sources: fsync(2), sync(2), open(2) (O_DSYNC), msync(2), rename(2).
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +42,6 @@ PROGRAMS = 40
 """Programs in one guest."""
 IMAGES = 20
 """Images of the default run; -p images=N is another number."""
-STEPS_PER_RUN = 200
 
 
 class PowerCut(PaprScmTest):
@@ -93,36 +91,23 @@ class PowerCut(PaprScmTest):
                 wrong += steps.program.expected(done).differences(read_tree(result))
             return wrong
 
-        judged, began = 0, time.monotonic()
-        for image, point in campaign.images(count):
-            judged += 1
-            for text in differences(image, done[point]):
-                detail = steps.context(done[point])
-                self.check(f"{image.name} at point {point}", text, "", detail=detail)
-            self.checkpoint()
-        duration_s = time.monotonic() - began
-        self.measure("syncs, points and images", [len(log.syncs), len(campaign.points), judged])
-        self.metric("image", duration_s / judged, "s", fstype=fstype, options=options)
+        campaign.judge(self, differences, count, steps.context, fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
         with guest.expect_messages(""):
-            for lie, number in campaign.control(differences).items():
-                self.metric("images_to_detection", number, "images", lie=lie)
+            campaign.expect_force(self, differences)
 
     def record(
         self, disk: Nvdimm, fstype: FsType, options: str, steps: _Steps
     ) -> tuple[StoreLog, list[int]]:
         """Run programs; return the log, and the number of completed steps at each point."""
         machine = Machine(nvdimms=(COUNTER, disk.holding(fstype)))
-        path = Path(self.workdir) / f"stores-{fstype}"
-        with self.environment.guest(
-            machine, folder=self.folder("guest"), shim=self.shim(log=path)
-        ) as guest:
+        shim = self.shim(log=Path(self.workdir) / "stores")
+        with self.environment.guest(machine, folder=self.folder("guest"), shim=shim) as guest:
             counter = make_counter(guest)
             dax_mount(guest, disk.slot, fstype, FOLDER, options=options)
             guest.succeed(f"sync {FOLDER}")
-            for part in steps.parts():
-                run_steps(guest, FOLDER, counter.path, part)
-            log = stop_and_read(guest, path, [COUNTER.slot, disk.slot])
+            run_steps(guest, FOLDER, counter.path, steps.program.steps)
+            log = stop_and_read(guest, [shim], [COUNTER.slot, disk.slot])
         return log, counter.at_points(log)
 
 
@@ -138,10 +123,6 @@ class _Steps:
             after += [step.inside(folder) for step in steps]
         self.before.append(Step("syncfs", "."))
         self.program = Program([*self.before, *after])
-
-    def parts(self) -> list[Sequence[Step]]:
-        steps = self.program.steps
-        return [steps[at : at + STEPS_PER_RUN] for at in range(0, len(steps), STEPS_PER_RUN)]
 
     def context(self, done: int) -> str:
         """The position of a cut in the program, for a report."""
