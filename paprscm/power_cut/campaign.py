@@ -43,6 +43,10 @@ Judge = Callable[[Image, int], list[str]]
 """Returns what is missing or wrong in an image, when so many steps had returned."""
 
 
+Explain = Callable[[Image, int, list[str]], str]
+"""Returns the circumstances of what is wrong in an image, when so many steps had returned."""
+
+
 class Report(Protocol):
     """The part of a test that images are reported to (paprscm.testcase)."""
 
@@ -177,7 +181,7 @@ class Campaign:
         test: Report,
         judge: Judge,
         count: int,
-        context: Callable[[int], str],
+        explain: Explain,
         *,
         among: Collection[int] = (),
         **dimensions: str,
@@ -188,15 +192,17 @@ class Campaign:
             test: the test.
             judge: judges the images.
             count, among: as for `images`.
-            context: returns the position of a cut when so many steps had returned, for a report.
+            explain: explains what is wrong in an image.
             dimensions: of the metric, the time of an image.
         """
         judged, began = 0, time.monotonic()
         for image, point in self.images(count, among=among):
             judged += 1
             done = self.done[point]
-            for text in judge(image, done):
-                test.check(f"{image.name} at point {point}", text, "", detail=context(done))
+            wrong = judge(image, done)
+            detail = explain(image, done, wrong) if wrong else ""
+            for text in wrong:
+                test.check(f"{image.name} at point {point}", text, "", detail=detail)
             test.checkpoint()
         test.metric("image", (time.monotonic() - began) / judged, "s", **dimensions)
         numbers = [len(self.log.syncs), len(self.points), judged]

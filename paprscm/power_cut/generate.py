@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from paprscm.power_cut.steps import Program, Step
 
@@ -94,24 +94,28 @@ def _files_after(steps: Sequence[Step]) -> set[str]:
 
 
 def programs(dice: random.Random, count: int) -> Iterator[list[Step]]:
-    """Programs of one operation in all ways, in random order, then of two operations.
+    """Programs of one operation in all ways, in random order, then of two to four operations.
 
     Args:
-        dice: source of the order, and of the pairs.
+        dice: source of the order, and of the longer ones.
         count: number of programs.
     """
     singles = [[*steps, *way] for steps in OPERATIONS.values() for way in durable(steps)]
     dice.shuffle(singles)
     bytes_of_writes = itertools.cycle(range(3, 256))
-    for steps in itertools.islice(itertools.chain(singles, _pairs(dice)), count):
+    for steps in itertools.islice(itertools.chain(singles, _longer(dice)), count):
         yield [_with_byte(step, bytes_of_writes) for step in steps]
 
 
-def _pairs(dice: random.Random) -> Iterator[list[Step]]:
+def _longer(dice: random.Random) -> Iterator[list[Step]]:
+    """Two operations, each with a call that makes it durable; sometimes three or four."""
     while True:
-        first, second = dice.choices(list(OPERATIONS.values()), k=2)
-        one, two = (dice.choice(list(durable(steps))) for steps in (first, second))
-        steps = [*first, *one, *second, *two]
+        operations = dice.choices(list(OPERATIONS.values()), k=dice.choice((2, 2, 2, 3, 4)))
+        steps = [
+            step
+            for operation in operations
+            for step in (*operation, *dice.choice(list(durable(operation))))
+        ]
         if _is_possible(steps):
             yield steps
 
@@ -122,6 +126,32 @@ def _is_possible(steps: Sequence[Step]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def shortest(
+    steps: Sequence[Step], fails: Callable[[Sequence[Step]], bool], *, tries: int
+) -> list[Step]:
+    """Leave out steps of a program as long as it fails.
+
+    Args:
+        steps: a program that fails.
+        fails: runs a program, after `BEFORE`; returns whether it fails.
+        tries: largest number of programs to run.
+
+    Returns:
+        A program that fails, and that fails no more without any one of its steps, unless `tries`
+        programs were not enough.
+    """
+    found, at = list(steps), len(steps)
+    while at:
+        at -= 1
+        shorter = [*found[:at], *found[at + 1 :]]
+        if shorter and _is_possible(shorter) and tries:
+            tries -= 1
+            if fails(shorter):
+                # The steps after this one may be of no use any more.
+                found, at = shorter, len(shorter)
+    return found
 
 
 def _with_byte(step: Step, values: Iterator[int]) -> Step:

@@ -154,7 +154,7 @@ class BlockTest(PaprScmTest):
     ) -> None:
         """Judge images, and then those of hosts that lie."""
         count = image_count(str(self.params.get("images", default=IMAGES)))
-        campaign.judge(self, differences, count, programs.context)
+        campaign.judge(self, differences, count, programs.explain)
         campaign.expect_force(self, differences, limit=CONTROL, lies=lies)
 
     def disk(self, mode: NamespaceMode, slot: int = 1) -> Prepare:

@@ -102,7 +102,7 @@ class Continued(PaprScmTest):
         def differences(image: Image, done: int) -> list[str]:
             return programs.differences(layout.read(image), done)
 
-        campaign.judge(self, differences, count, programs.context, among=near)
+        campaign.judge(self, differences, count, programs.explain, among=near)
         campaign.expect_force(self, differences, limit=CONTROL)
 
     def test_migration(self) -> None:

@@ -99,10 +99,10 @@ class DatabaseCut(PaprScmTest):
                 wrong += differences(read_check(result), done, transactions)
             return wrong
 
-        def context(done: int) -> str:
+        def explain(_image: Image, done: int, _wrong: list[str]) -> str:
             return f"{done} transactions were committed"
 
-        campaign.judge(self, judge, count, context, fstype=fstype, options=options)
+        campaign.judge(self, judge, count, explain, fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
         with guest.expect_messages(""):
             campaign.expect_force(self, judge)

@@ -14,6 +14,7 @@ Sources: fsync(2), sync(2), open(2) (O_DSYNC), msync(2), rename(2).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,13 +22,15 @@ from pathlib import Path
 from paprscm.pmem.mounts import FsType, dax_mount
 from paprscm.power_cut.campaign import (
     COUNTER,
+    PER_POINT,
     Campaign,
+    Judge,
     image_count,
     is_torn,
     make_counter,
     stop_and_read,
 )
-from paprscm.power_cut.generate import BEFORE, programs
+from paprscm.power_cut.generate import BEFORE, programs, shortest
 from paprscm.power_cut.images import Image, write_image
 from paprscm.power_cut.mounted import FOLDER, MountedImages
 from paprscm.power_cut.programs import read_tree, run_steps, tree_command
@@ -42,6 +45,8 @@ PROGRAMS = 40
 """Programs in one guest."""
 IMAGES = 20
 """Images of the default run; -p images=N is another number."""
+TRIES = 12
+"""Shorter programs to run, after one has failed."""
 
 
 class PowerCut(PaprScmTest):
@@ -85,16 +90,43 @@ class PowerCut(PaprScmTest):
         mounted = MountedImages(guest, disk.slot, fstype, options)
         command = tree_command(guest, FOLDER)
 
-        def differences(image: Image, done: int) -> list[str]:
-            result, wrong = mounted.read(image, command)
-            if result is not None:
-                wrong += steps.program.expected(done).differences(read_tree(result))
-            return wrong
+        def judge_of(program: Program) -> Judge:
+            def differences(image: Image, done: int) -> list[str]:
+                result, wrong = mounted.read(image, command)
+                if result is not None:
+                    wrong += program.expected(done).differences(read_tree(result))
+                return wrong
 
-        campaign.judge(self, differences, count, steps.context, fstype=fstype, options=options)
+            return differences
+
+        def fails(program: Sequence[Step]) -> bool:
+            """Run one program alone, and judge images of all its cuts."""
+            alone = _Steps([program])
+            log, done = self.record(disk, fstype, options, alone)
+            cuts = Campaign(log, done, len(alone.before), dice, torn)
+            judge = judge_of(alone.program)
+            images = cuts.images(PER_POINT * len(cuts.points))
+            return any(judge(image, done[point]) for image, point in images)
+
+        def explain(image: Image, done: int, wrong: list[str]) -> str:
+            path = Path(self.outputdir) / "image"
+            with path.open("wb") as file:
+                file.truncate(disk.file_bytes)
+            write_image(image, disk.slot, path)
+            found = f"{steps.context(done)}; the image is {path}"
+            program = steps.of(wrong[0])
+            # A kernel may complain about the images.
+            with guest.expect_messages(""):
+                if not program or not fails(program):
+                    return f"{found}; no program alone fails"
+                short = shortest(program, fails, tries=TRIES)
+            return f"{found}; this program fails: {' '.join(map(str, short))}"
+
+        judge = judge_of(steps.program)
+        campaign.judge(self, judge, count, explain, fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
         with guest.expect_messages(""):
-            campaign.expect_force(self, differences)
+            campaign.expect_force(self, judge)
 
     def record(
         self, disk: Nvdimm, fstype: FsType, options: str, steps: _Steps
@@ -115,14 +147,20 @@ class _Steps:
     """The steps of all programs, each in a folder of its own."""
 
     def __init__(self, programs: Iterable[Sequence[Step]]) -> None:
+        self._programs = list(programs)
         self.before: list[Step] = []
         after: list[Step] = []
-        for number, steps in enumerate(programs):
+        for number, steps in enumerate(self._programs):
             folder = f"p{number}"
             self.before += [Step("mkdir", folder), *(step.inside(folder) for step in BEFORE)]
             after += [step.inside(folder) for step in steps]
         self.before.append(Step("syncfs", "."))
         self.program = Program([*self.before, *after])
+
+    def of(self, difference: str) -> Sequence[Step]:
+        """The program in whose folder a difference is; empty if it is in none."""
+        match = re.match(r"p(\d+)/", difference)
+        return self._programs[int(match[1])] if match else ()
 
     def context(self, done: int) -> str:
         """The position of a cut in the program, for a report."""
