@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from paprscm.build.toolchain import PREFIX, compile_c
 from paprscm.errors import CapabilityError, ContractError
-from paprscm.guest.command import require_valid
+from paprscm.guest.command import TimedOutError, require_valid
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
@@ -33,6 +33,8 @@ OTHER_FILES: Final = Way(name="other files", parameters=_FAST, contents=True)
 
 _TOOL = "/tmp/wake"  # noqa: S108 - in the guest
 _WAKE_LIMIT_S = 60.0
+_MIGRATES_DECREMENTER = (8, 2)
+"""The first version of QEMU that does; see known_issues/qemu-decr-not-migrated.md."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class Mover:
                 hint="paprscm image makes one, unless start=cold is set",
             )
         self._guest = guest
+        self._qemu = environment.qemu
         # Not compiled in the guest, which takes a second; static, so that it starts in no time.
         program = compile_c(
             Cache(environment.settings.cache_dir),
@@ -195,6 +198,16 @@ class Mover:
         )
 
     def _wake(self) -> None:
-        cpus = int(self._guest.succeed(_TOOL, timeout_s=_WAKE_LIMIT_S))
+        try:
+            cpus = int(self._guest.succeed(_TOOL, timeout_s=_WAKE_LIMIT_S))
+        except TimedOutError as error:
+            if self._qemu.version >= _MIGRATES_DECREMENTER:
+                raise
+            # Seen with Linux 7.2.13; wake.c starts the timers of earlier versions.
+            raise CapabilityError(
+                "after a migration, this kernel's timers do not fire: this QEMU does not migrate "
+                "the decrementer (known_issues/qemu-decr-not-migrated.md)",
+                hint="QEMU 8.2 or later does",
+            ) from error
         if cpus != self._cpus:
             raise ContractError(f"timers fire on {cpus} of {self._cpus} CPUs")
