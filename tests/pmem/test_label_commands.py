@@ -33,7 +33,7 @@ U32 = 1 << 32
 SILENT = "linux-papr-scm-command-errors-unreported"
 WRAPS = "linux-nd-ioctl-sizes-wrap"
 TWICE = "linux-nd-ioctl-reads-sizes-twice"
-# Rounds of the race; with the bug, the first hit comes within a hundred.
+# Rounds of the race; with the bug, it was hit within 6 to 203 of them.
 ROUNDS = 5000
 
 
