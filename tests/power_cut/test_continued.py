@@ -4,8 +4,8 @@
 As in test_blocks.py, the flush shims of all QEMUs log the contents of the DIMM, and the host reads
 the disk from images. A flush that was pending in a migration is made by the destination before it
 reports success (QEMU commit b5513584a08d, in v7.0; hw/ppc/spapr_nvdimm.c,
-spapr_nvdimm_flush_post_load). A reset forgets tokens and results (spapr_nvdimm_reset, the same
-file); a flush of the next kernel must not get the result of an old one.
+spapr_nvdimm_flush_post_load). A reset waits for flushes and forgets their results
+(spapr_nvdimm_finish_flushes, the same file); a flush of the next kernel must not get an old one.
 """
 
 from __future__ import annotations
