@@ -17,6 +17,17 @@ Natural = Annotated[int, msgspec.Meta(ge=0)]
 """A number in a report: an integer >= 0, not a bool."""
 
 
+_MASK = (1 << 64) - 1
+
+
+def mix(value: int) -> int:
+    """splitmix64's mixing of a number, modulo 2^64, as in guest_tools/report.h."""
+    value &= _MASK
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
+    return value ^ value >> 31
+
+
 class MalformedError(ValueError):
     """A field of a report is wrong; the message names it and the reason."""
 

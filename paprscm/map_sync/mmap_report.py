@@ -13,6 +13,7 @@ from paprscm.guest.report import (
     check_errno,
     check_report,
     malformed_as_probe_error,
+    mix,
     read_line,
 )
 from paprscm.map_sync.verdict import FileFacts, MappingFacts, MapReport, MapResult
@@ -187,7 +188,4 @@ def _report(line: _CellLine, cell: Cell, path: str) -> CellReport:
 
 def _page_value(seed: int, at: int) -> int:
     """The value that map_sync stores `at` bytes into a mapping: guest_tools/map_sync.c."""
-    x = (seed + at * 0x9E3779B97F4A7C15) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
+    return mix(seed + at * 0x9E3779B97F4A7C15)

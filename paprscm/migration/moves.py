@@ -203,6 +203,8 @@ class Mover:
         except TimedOutError as error:
             if self._qemu.version >= _MIGRATES_DECREMENTER:
                 raise
+            # Commands that are running would wait for their time limits.
+            self._guest.kill()
             # Seen with Linux 7.2.13; wake.c starts the timers of earlier versions.
             raise CapabilityError(
                 "after a migration, this kernel's timers do not fire: this QEMU does not migrate "

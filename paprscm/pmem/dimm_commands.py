@@ -27,8 +27,15 @@ PRESET_STATUS: Final = int.from_bytes([PRESET] * 4, "little")
 _GUARD: Final = bytes([0xEE] * 64)
 MAX_BUFFER: Final = 4 << 20
 """Limit of a command's input and output, bytes: include/linux/libnvdimm.h, ND_IOCTL_MAX_BUFLEN."""
-NAMES: Final = {4: "get_size", 5: "get_data", 6: "set_data", 10: "cmd_call"}
-"""Commands of papr_scm's DIMMs by number: ndctl.h, enum and nvdimm_cmd_name()."""
+NAMES: Final = {
+    **{1: "smart", 2: "smart_thresh", 3: "flags", 4: "get_size", 5: "get_data", 6: "set_data"},
+    **{7: "effect_size", 8: "effect_log", 9: "vendor", 10: "cmd_call"},
+}
+"""Commands of a DIMM by number: ndctl.h, nvdimm_cmd_name()."""
+BUS_NAMES: Final = {1: "ars_cap", 2: "ars_start", 3: "ars_status", 4: "clear_error", 10: "cmd_call"}
+"""Commands of a bus: nvdimm_bus_cmd_name()."""
+NEEDED: Final = frozenset(("get_size", "get_data", "set_data", "cmd_call"))
+"""Commands of papr_scm's DIMMs: papr_scm.c, PAPR_SCM_DIMM_CMD_MASK; a later kernel may add some."""
 SET_DATA: Final = 6
 FAMILY_PAPR: Final = 5
 HEALTH: Final = 1
@@ -138,17 +145,17 @@ class Answer:
 
     @property
     def refused(self) -> bool:
-        """Whether the caller can tell that the command was refused."""
+        """The command was refused, and the caller can see that."""
         return self.errno != 0 or bool(self.status)
 
     @property
     def changed(self) -> bool:
-        """Whether the buffer was changed."""
+        """The call has changed the buffer."""
         return self.data != self.command.data
 
     @property
     def is_stray(self) -> bool:
-        """Whether the kernel has changed memory that does not belong to the output."""
+        """The call has changed memory that does not belong to the output."""
         before, output = self.command.data, self.command.output
         return (
             self.data[: output.start] != before[: output.start]

@@ -11,7 +11,7 @@ from typing import Final, Literal
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
+from paprscm.guest.report import Fields, Natural, ToolReport, check_report, mix, read_report
 from paprscm.guest.tools import run_tool
 from paprscm.papr import drc_index
 
@@ -20,7 +20,6 @@ Kind = Literal["fdatasync", "direct", "dsync", "msync", "store"]
 # guest_tools/removal.c.
 _STRIDE: Final = 65536
 _SLOT: Final = 8192
-_MASK: Final = (1 << 64) - 1
 _WORKER: Final = 2 << 20
 # Time for the whole program to end, in addition to the limit of one phase: a host may be busy.
 _MARGIN_S: Final = 150
@@ -39,6 +38,8 @@ class WorkerReport(Fields, frozen=True, kw_only=True):
         acks: number of calls that promised durability and succeeded.
         stale_loads, stale_stores: accesses through a mapping of a removed device that succeeded.
         stale_writes: durable writes through a descriptor of a removed device that succeeded.
+        dropped: number of rounds whose last acknowledged call, through the page cache, had lost its
+            data when the device was there again.
         errors: number of the errors that ended the worker, by name; EFAULT for a SIGBUS.
         slots: for each slot, the last acknowledged version, and the last one that was tried.
     """
@@ -49,6 +50,7 @@ class WorkerReport(Fields, frozen=True, kw_only=True):
     stale_loads: Natural
     stale_stores: Natural
     stale_writes: Natural
+    dropped: Natural
     errors: dict[str, Natural]
     slots: tuple[tuple[Natural, Natural], ...]
 
@@ -237,11 +239,4 @@ def _is_version(content: bytes, place: int, versions: range) -> bool:
 def _words(place: int, version: int) -> list[bytes]:
     """Contents of a slot, as in guest_tools/removal.c."""
     key = place << 48 | version << 16
-    return [_mix(key + i & _MASK).to_bytes(8, "little") for i in range(_SLOT // 8)]
-
-
-def _mix(value: int) -> int:
-    """splitmix64's mixing, as in guest_tools/report.h."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & _MASK
-    return value ^ value >> 31
+    return [mix(key + i).to_bytes(8, "little") for i in range(_SLOT // 8)]

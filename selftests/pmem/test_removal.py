@@ -20,6 +20,7 @@ WORKER = WorkerReport(
     stale_loads=0,
     stale_stores=0,
     stale_writes=0,
+    dropped=0,
     errors={"EIO": 1},
     slots=((3, 5),),
 )

@@ -15,6 +15,7 @@ from dataclasses import replace
 from paprscm.checks import one_of
 from paprscm.guest.guest import Guest
 from paprscm.pmem.dimm_commands import (
+    BUS_NAMES,
     FATAL,
     HEALTH,
     HEALTHY,
@@ -22,6 +23,7 @@ from paprscm.pmem.dimm_commands import (
     INJECT_FATAL,
     MAX_BUFFER,
     NAMES,
+    NEEDED,
     PDSM_BYTES,
     SET_DATA,
     SMART_INJECT,
@@ -92,15 +94,15 @@ class DriverCommands(PaprScmTest):
             f"cat {folder}/commands; bus=$(dirname $(readlink -f {folder})); basename $bus; "
             "cat $bus/commands"
         ).split("\n")[:3]
-        self.check("commands of the DIMM", set(listed.split()), set(NAMES.values()))
-        self.check("commands of the bus", bus_listed.split(), [])
+        missing = NEEDED - set(listed.split())
+        self.check("commands that the DIMM does not list", missing, frozenset())
         refusals = (errno.ENOTTY, errno.EINVAL)
         numbers = [*range(18), 31, 32, 63, 64, 65, 127, 128, 255]
-        for device, executed in (
-            (f"/dev/ndctl{bus.removeprefix('ndbus')}", ()),
-            (dimm.device, tuple(NAMES)),
+        for device, names, executed in (
+            (f"/dev/ndctl{bus.removeprefix('ndbus')}", BUS_NAMES, bus_listed.split()),
+            (dimm.device, NAMES, listed.split()),
         ):
-            unlisted = [ioctl("N", number) for number in numbers if number not in executed]
+            unlisted = [ioctl("N", n) for n in numbers if names.get(n) not in executed]
             self.judge.refused(send(guest, device, unlisted), *refusals)
 
         writes = [set_data(0, b"read-only"), health().build()]

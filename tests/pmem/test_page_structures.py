@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from paprscm.errors import HostError
 from paprscm.guest.guest import Guest
+from paprscm.guest.report import mix
 from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
 from paprscm.pmem.pins import page_structure_bytes, pin_pages
 from paprscm.pmem.regions import Region, wait_for_region
@@ -19,19 +20,11 @@ from paprscm.vm.machine import GIB, Machine
 
 LARGE = 5 * GIB
 PIECES = 40
-MASK = (1 << 64) - 1
 
 
 def pattern(offset: int) -> bytes:
     """The first words that guest_tools/pins.c leaves in the piece at an offset."""
-    return b"".join(_mix(offset + word).to_bytes(8, "little") for word in range(8))
-
-
-def _mix(value: int) -> int:
-    """splitmix64's mixing, as in guest_tools/report.h."""
-    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    value = (value ^ value >> 27) * 0x94D049BB133111EB & MASK
-    return value ^ value >> 31
+    return b"".join(mix(offset + word).to_bytes(8, "little") for word in range(8))
 
 
 class PageStructures(PaprScmTest):

@@ -14,12 +14,18 @@ import time
 from typing import Literal
 
 from paprscm import timesheet
-from paprscm.checks import containing
+from paprscm.checks import at_most, containing
 from paprscm.errors import ContractError
 from paprscm.flush.syscalls import HeldFile, persist
 from paprscm.guest.guest import Guest
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount
-from paprscm.pmem.namespaces import create_fsdax, create_namespace, disk_offset, file_offset
+from paprscm.pmem.namespaces import (
+    create_fsdax,
+    create_namespace,
+    disk_offset,
+    file_offset,
+    find_namespaces,
+)
 from paprscm.pmem.regions import read_page_size, wait_for_region
 from paprscm.pmem.removal import (
     ND,
@@ -62,6 +68,10 @@ class RemovalTest(PaprScmTest):
             writes = f"{worker.kind}: durable writes through a descriptor of a removed device"
             self.check(writes, worker.stale_writes, 0)
 
+    def expect_nothing_dropped(self, report: RemovalReport) -> None:
+        """Check that no acknowledged call on files or a DAX device has lost its data."""
+        self.check("dropped calls", [w.dropped for w in report.workers if w.dropped], [])
+
     def seed(self) -> int:
         """A seed for one load."""
         return self.random().getrandbits(32)
@@ -99,6 +109,17 @@ class Removal(RemovalTest):
         offsets = [None] * len(others) + [worker.offset for worker in workers]
         wrong = lost_slots(guest.file(SLOT), begin, report, offsets)
         self.check("slots with other contents in the backing file", wrong, [])
+        dropped = [(w.kind, w.dropped) for w in report.workers if w.dropped]
+        # The known race is hit in one of a thousand removals: two in a test have another cause.
+        self.check("dropped calls", sum(count for _, count in dropped), at_most(1))
+        self.checkpoint()
+        # A run that does not hit it proves nothing.
+        if dropped:
+            self.known_issue(
+                "linux-disk-removal-drops-synced-pages",
+                shows=True,
+                found=f"acknowledged calls whose data are lost, by kind: {dropped}",
+            )
 
     def test_disk(self) -> None:
         """When nd_pmem goes from a raw disk, writes end with an error, and no synced one is lost.
@@ -133,6 +154,7 @@ class Removal(RemovalTest):
         ):
             report = remove(guest, driver, target, workers, rounds=6, seed=self.seed())
             self.judge(report, 6)
+            self.expect_nothing_dropped(report)
             for worker in report.workers:
                 stale = worker.stale_loads, worker.stale_stores
                 self.check(f"{target}: accesses through an old mapping", stale, (0, 0))
@@ -179,6 +201,7 @@ class RemovalUnderFiles(RemovalTest):
             guest.kill()
             return
         self.judge(report, rounds)
+        self.expect_nothing_dropped(report)
         stores = sum(worker.stale_stores for worker in report.workers)
         self.check("stores through a mapping of a removed device", stores, 0)
         loads = sum(worker.stale_loads for worker in report.workers)
@@ -230,7 +253,7 @@ class RemovalDuringFlush(PaprScmTest):
                 "mv /tmp/status.new /tmp/status) > /dev/null 2>&1 < /dev/null &"
             )
             with timesheet.during("waits"):
-                # That the unbind goes on waiting is no event.
+                # An unbind that is still waiting signals nothing.
                 time.sleep(HELD_S)
             early = guest.run("[ -e /tmp/status ]").status == 0
             self.check("the unbind has ended during the flush", early, False)
@@ -279,8 +302,10 @@ class RefusedRemoval(PaprScmTest):
     def test_mounted(self) -> None:
         """A mounted namespace is not destroyed, and a mounted dm-linear is not removed: EBUSY."""
         guest = self.boot(Machine(nvdimms=(PMEM_ON.at(SLOT, SMALL).holding("fsdax"),)))
-        disk = create_fsdax(guest, wait_for_region(guest, SLOT))
-        name = guest.succeed("ndctl list -N -b all | grep -o 'namespace[0-9.]*'")
+        region = wait_for_region(guest, SLOT)
+        disk = create_fsdax(guest, region)
+        (namespace,) = find_namespaces(guest, region)
+        name = namespace.name
         table = f"0 {disk.size_bytes // 512} linear {disk.path} 0"
         guest.succeed(f"dmsetup create linear --table '{table}'")
         mapped = "/dev/" + guest.succeed("dmsetup info -c --noheadings -o blkdevname linear")
