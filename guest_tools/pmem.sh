@@ -132,6 +132,21 @@ block_device() {
 	place
 }
 
+# Print the sysfs attributes of device $name. Set disk.
+device() {
+	if [ -e "$sysfs/block/$name" ]; then
+		block_device
+	elif at "$sysfs/bus/dax/devices/$name"; then
+		for key in size align; do
+			text "$name/$key" "$at/$key"
+		done
+		place
+	else
+		echo "sysfs has no $name" >&2
+		exit 1
+	fi
+}
+
 # Print ndctl's output ($1), and the sysfs attributes of each device in it. Set disk to the path of
 # the last device, and disks to their number.
 devices() {
@@ -142,17 +157,7 @@ devices() {
 		sed -n -e 's/.*"blockdev" *: *"\([^"]*\)".*/\1/p' \
 			-e 's/.*"chardev" *: *"\([^"]*\)".*/\1/p')
 	for name in $names; do
-		if [ -e "$sysfs/block/$name" ]; then
-			block_device
-		elif at "$sysfs/bus/dax/devices/$name"; then
-			for key in size align; do
-				text "$name/$key" "$at/$key"
-			done
-			place
-		else
-			echo "sysfs has no $name" >&2
-			exit 1
-		fi
+		device
 		disks=$((disks + 1))
 	done
 }
@@ -169,19 +174,28 @@ step_namespaces() {
 	devices "$made"
 }
 
-# Find the only fsdax namespace of the region in sysfs: ndctl takes 0.25 s under TCG.
+# Find the only namespace of mode $ns_mode in sysfs: ndctl takes 0.25 s under TCG.
 step_present() {
+	case $ns_mode in
+	raw) set -- "$device"/namespace*/block/* ;;
+	sector) set -- "$device"/btt*/block/* ;;
+	fsdax) set -- "$device"/pfn*/block/* ;;
+	devdax) set -- "$device"/dax*/dax[0-9]* ;;
+	*) echo "no mode $ns_mode" >&2; exit 1 ;;
+	esac
 	disks=0
-	for dir in "$device"/pfn*/block/*; do
+	for dir in "$@"; do
 		[ -d "$dir" ] || continue
-		disks=$((disks + 1)) name=${dir##*/} pfn=${dir%/block/*}
+		disks=$((disks + 1)) name=${dir##*/} owner=${dir%/*}
 	done
-	[ $disks = 1 ] || { echo "$region has $disks fsdax namespaces, not one" >&2; exit 1; }
+	[ $disks = 1 ] || { echo "$region has $disks $ns_mode namespaces, not one" >&2; exit 1; }
+	owner=${owner%/block}
+	fact present_owner "${owner##*/}"
 	for key in namespace mode uuid; do
-		text "pfn_$key" "$pfn/$key"
+		text "present_$key" "$owner/$key"
 	done
-	fact pfn_disk "$name"
-	block_device
+	fact present_device "$name"
+	device
 }
 
 # Write back all data to the DIMM.

@@ -138,12 +138,12 @@ def dax_mount(
     values = {"fstype": fstype, "mountpoint": mountpoint, "options": options}
     title = f"{fstype} on slot {slot}"
     make = ["find", "namespace", "filesystem"]
+    values |= namespace_settings("fsdax", None, None, None)
     if reuse:
         if block_size is not None:
             raise ValueError("an existing file system has its block size already")
     else:
         values["block_size"] = str(block_size or "")
-        values |= namespace_settings("fsdax", None, None, None)
         if block_size is None:
             reuse = guest.dimms.take(slot, fstype)
             if not reuse and guest.dimms.should_keep(slot, fstype):
@@ -154,7 +154,7 @@ def dax_mount(
     dump = run_steps(guest, title, [*steps, "mount"], values, slot=slot, timeout_s=timeout_s)
     region = parse_region(dump, slot)
     if reuse:
-        namespace = present_namespace(dump, region)
+        namespace = present_namespace(dump, region, "fsdax")
     else:
         namespace = created_namespace(dump, region, "fsdax", None)
     return DaxMount(

@@ -57,6 +57,9 @@ def create_namespace(
 ) -> Namespace:
     """Create a namespace, and verify that its device belongs to the region, in one round trip.
 
+    A namespace of the whole region that the DIMM should hold (`Nvdimm.holds`) is created for the
+    first guest only.
+
     Args:
         guest: the guest.
         region: the region.
@@ -69,44 +72,43 @@ def create_namespace(
     Raises:
         ContractError: ndctl failed, or the namespace belongs to another region or has another mode.
     """
+    slot, whole = region.slot, (map, size_bytes, align_bytes) == (None, None, None)
+    if whole and guest.dimms.take(slot, mode):
+        namespace = find_namespace(guest, slot, mode)
+        if namespace.region != region.name:
+            raise ContractError(f"slot {slot} was {region.name} and is now {namespace.region}")
+        return namespace
+    should_keep = whole and guest.dimms.should_keep(slot, mode)
     values = namespace_settings(mode, map, size_bytes, align_bytes)
     title = f"ndctl on {region.name}"
-    dump = run_steps(guest, title, ["find", "namespace"], values, slot=region.slot)
-    return created_namespace(dump, same_region(region, parse_region(dump, region.slot)), mode, map)
+    dump = run_steps(guest, title, ["find", "namespace"], values, slot=slot)
+    now = same_region(region, parse_region(dump, slot))
+    namespace = created_namespace(dump, now, mode, map)
+    if should_keep:
+        guest.dimms.keep(slot)
+    return namespace
 
 
 def create_fsdax(guest: Guest, region: Region) -> BlockDevice:
-    """Create an fsdax namespace of the whole region; return its block device.
-
-    A namespace that the DIMM should hold (`Nvdimm.holds`) is created for the first guest only.
-
-    Raises:
-        ContractError: ndctl failed, or the namespace belongs to another region.
-    """
-    slot = region.slot
-    if guest.dimms.take(slot, "fsdax"):
-        dump = run_steps(guest, f"fsdax on {region.name}", ["find", "present"], slot=slot)
-        return present_namespace(dump, same_region(region, parse_region(dump, slot))).disk
-    should_keep = guest.dimms.should_keep(slot, "fsdax")
-    namespace = create_namespace(guest, region, mode="fsdax")
-    if should_keep:
-        guest.dimms.keep(slot)
-    return namespace.disk
+    """Create an fsdax namespace of the whole region, as create_namespace(); return its disk."""
+    return create_namespace(guest, region, mode="fsdax").disk
 
 
-def find_fsdax(guest: Guest, slot: int) -> BlockDevice:
-    """The disk of a region's only namespace, an fsdax one; in one round trip, and without ndctl.
+def find_namespace(guest: Guest, slot: int, mode: NamespaceMode) -> Namespace:
+    """Find a region's only namespace of a mode, in one round trip, and without ndctl.
 
     Args:
         guest: the guest.
         slot: slot of the DIMM.
+        mode: "fsdax", "devdax", "raw" or "sector".
 
     Raises:
         RegionError: no region.
-        ContractError: there is another number of fsdax namespaces.
+        ContractError: there is another number of namespaces of that mode.
     """
-    dump = run_steps(guest, f"fsdax on slot {slot}", ["find", "present"], slot=slot)
-    return present_namespace(dump, parse_region(dump, slot)).disk
+    title = f"{mode} on slot {slot}"
+    dump = run_steps(guest, title, ["find", "present"], {"ns_mode": mode}, slot=slot)
+    return present_namespace(dump, parse_region(dump, slot), mode)
 
 
 def find_namespaces(guest: Guest, region: Region) -> tuple[Namespace, ...]:
@@ -289,18 +291,20 @@ def parse_namespaces(dump: Dump, region: Region) -> tuple[Namespace, ...]:
     return tuple(sorted(namespaces, key=lambda ns: [int(n) for n in re.findall("[0-9]+", ns.name)]))
 
 
-def present_namespace(dump: Dump, region: Region) -> Namespace:
-    """The fsdax namespace found by the script's step "present"."""
-    pfn_mode = dump.text("pfn_mode")
-    if pfn_mode not in _MAPS:
-        raise ContractError(f"{region.name}: the mode of its page structures is {pfn_mode!r}")
+def present_namespace(dump: Dump, region: Region, mode: NamespaceMode) -> Namespace:
+    """The namespace of this mode found by the script's step "present"."""
     reported = {
-        "dev": dump.text("pfn_namespace"),
-        "mode": "fsdax",
-        "map": _MAPS[pfn_mode],
-        "uuid": dump.text("pfn_uuid"),
-        "blockdev": dump.text("pfn_disk"),
+        # A raw namespace has a disk of its own.
+        "dev": dump.text("present_owner" if mode == "raw" else "present_namespace"),
+        "mode": mode,
+        "uuid": dump.text("present_uuid"),
+        "chardev" if mode == "devdax" else "blockdev": dump.text("present_device"),
     }
+    if mode in ("fsdax", "devdax"):
+        place = dump.text("present_mode")
+        if place not in _MAPS:
+            raise ContractError(f"{region.name}: the mode of its page structures is {place!r}")
+        reported["map"] = _MAPS[place]
     return _namespace(dump, region, reported)
 
 
@@ -322,7 +326,7 @@ def _namespace(dump: Dump, region: Region, fields: dict[str, Any]) -> Namespace:
         )
     map_ = fields["map"] if mode in ("fsdax", "devdax") else None
     if map_ not in (None, "dev", "mem"):
-        raise HostError(f"ndctl reports page structures of {name} in {map_!r}")
+        raise HostError(f"the page structures of {name} are in {map_!r}")
     return Namespace(
         name=name, region=region.name, mode=mode, map=map_, uuid=str(fields["uuid"]), device=device
     )

@@ -6,10 +6,11 @@ A raw device has no metadata, so the host reads it from the image, without a gue
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from paprscm.power_cut.images import Image, Place
 from paprscm.power_cut.steps import SECTOR, WRITES, Entry, Program, Step
@@ -83,18 +84,28 @@ CALLS = ("fsync", "fdatasync", "msync", "deep_flush")
 
 
 def _programs(
-    dice: random.Random, operations: Sequence[Sequence[Step]], count: int, calls: Sequence[str]
-) -> Iterator[list[Step]]:
+    dice: random.Random, operations: Mapping[str, Sequence[Step]], count: int, calls: Sequence[str]
+) -> Iterator[tuple[str, list[Step]]]:
     """Each operation, followed by each call that makes it durable; then pairs of them."""
-    singles = [[*steps, way] for steps in operations for way in _durable(steps, calls)]
+    singles = [
+        (name, [*steps, way])
+        for name, steps in operations.items()
+        for way in _durable(steps, calls)
+    ]
     dice.shuffle(singles)
-    pairs = ([*dice.choice(singles), *dice.choice(singles)] for _ in itertools.count())
+    pairs = (
+        ("2 operations", [*dice.choice(singles)[1], *dice.choice(singles)[1]])
+        for _ in itertools.count()
+    )
     values = itertools.cycle(range(2, 256))
-    for steps in itertools.islice(itertools.chain(singles, pairs), count):
-        yield [
-            dataclasses.replace(step, byte=next(values)) if step.verb in WRITES else step
-            for step in steps
-        ]
+    for name, steps in itertools.islice(itertools.chain(singles, pairs), count):
+        yield (
+            name,
+            [
+                dataclasses.replace(step, byte=next(values)) if step.verb in WRITES else step
+                for step in steps
+            ],
+        )
 
 
 def _moved(step: Step, place: int) -> Step:
@@ -164,7 +175,7 @@ class BlockPrograms:
 
     Args:
         dice: source of the order and of the pairs.
-        operations: the operations.
+        operations: the operations, by name.
         count: number of programs. Each operation is followed by each call that makes it durable;
             then there are pairs of those.
         calls: verbs of the calls that make data durable. deep_flush is used where the data are in
@@ -177,7 +188,7 @@ class BlockPrograms:
     def __init__(
         self,
         dice: random.Random,
-        operations: Iterable[Operation],
+        operations: Mapping[str, Operation],
         *,
         count: int,
         calls: Sequence[str] = CALLS,
@@ -185,8 +196,10 @@ class BlockPrograms:
         whole: bool = False,
         stride: int = STRIDE,
     ) -> None:
-        programs = list(_programs(dice, [make(unit) for make in operations], count, calls))
-        self._is_dax = any(step.verb == "dax" for step in programs[0])
+        made = {name: make(unit) for name, make in operations.items()}
+        programs = list(_programs(dice, made, count, calls))
+        self._names = [name for name, _ in programs]
+        self._is_dax = any(step.verb == "dax" for step in programs[0][1])
         self._unit = unit if whole else 0
         filler = "dax" if self._is_dax else "write"
         filled = Step(filler, DISK, length=AREA, byte=1)
@@ -200,9 +213,9 @@ class BlockPrograms:
         self.begins: list[int] = []
         """Number of the first step of each program."""
         self._programs: list[Program] = []
-        made = [Step("create", DISK), Step("truncate", DISK, length=AREA), Step("syncfs", ".")]
-        self._made = [*made, filled, durable]
-        for number, steps in enumerate(programs):
+        created = [Step("create", DISK), Step("truncate", DISK, length=AREA), Step("syncfs", ".")]
+        self._made = [*created, filled, durable]
+        for number, (_, steps) in enumerate(programs):
             self.begins.append(len(self.steps))
             self.steps += (_moved(step, number * stride) for step in steps)
             # A call for the whole device, of a later program, is the last step of each.
@@ -240,6 +253,10 @@ class BlockPrograms:
             torn = [at for at, one in enumerate(_parts(area, self._unit)) if _byte(one) is None]
             found += [f"{DISK}: block {at} of {self._unit} bytes is torn" for at in torn[:1]]
         return [f"program {number}, {text}" for text in found]
+
+    def begun(self, done: int) -> Iterator[str]:
+        """Names of the operations of programs that have begun when so many steps had returned."""
+        return iter(self._names[: bisect.bisect_right(self.begins, done)])
 
     def context(self, done: int) -> str:
         """The position of the cut, for a report."""

@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter as Counts
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from paprscm.errors import ConfigError, ContractError, HostError
+from paprscm.errors import ConfigError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import (
-    CharacterDevice,
     Namespace,
     create_namespace,
     file_offset,
-    find_namespaces,
+    find_namespace,
 )
 from paprscm.pmem.regions import Region, find_region
 from paprscm.power_cut.images import Cut, Image, images
@@ -28,7 +28,7 @@ from paprscm.power_cut.store_log import PAGE, LogPart, StoreLog, read_log
 from paprscm.vm.dimms import PMEM_ON, SMALL
 from paprscm.vm.sync_shim import Shim
 
-COUNTER = PMEM_ON.at(0, SMALL)
+COUNTER = PMEM_ON.at(0, SMALL).holding("devdax")
 """Before the other DIMMs: its pages are logged first, so that the count is not too high."""
 PER_POINT = 2
 """Images of one point: the oldest one, and random ones."""
@@ -88,14 +88,11 @@ def make_counter(guest: Guest) -> Counter:
 def find_counter(guest: Guest) -> Counter:
     """Find the counter that an earlier kernel has made."""
     region = find_region(guest, COUNTER.slot)
-    (namespace,) = find_namespaces(guest, region)
-    return _counter(guest, region, namespace)
+    return _counter(guest, region, find_namespace(guest, COUNTER.slot, "devdax"))
 
 
 def _counter(guest: Guest, region: Region, namespace: Namespace) -> Counter:
-    device = namespace.device
-    if not isinstance(device, CharacterDevice):
-        raise ContractError(f"{device.path} is not a DAX device")
+    device = namespace.character_device
     return Counter(device.path, file_offset(guest, region, device))
 
 
@@ -182,23 +179,30 @@ class Campaign:
         judge: Judge,
         count: int,
         explain: Explain,
+        begun: Callable[[int], Iterable[str]],
         *,
         among: Collection[int] = (),
         **dimensions: str,
     ) -> None:
         """Judge images; the test ends as FAIL at the first one that lacks what was promised.
 
+        An image has a state of each program that has begun at its cut; the number of judged states
+        by operation is recorded.
+
         Args:
             test: the test.
             judge: judges the images.
             count, among: as for `images`.
             explain: explains what is wrong in an image.
+            begun: names the operation of each program that has begun when so many steps had
+                returned.
             dimensions: of the metric, the time of an image.
         """
-        judged, began = 0, time.monotonic()
+        judged, began, states = 0, time.monotonic(), Counts[str]()
         for image, point in self.images(count, among=among):
             judged += 1
             done = self.done[point]
+            states.update(begun(done))
             wrong = judge(image, done)
             detail = explain(image, done, wrong) if wrong else ""
             for text in wrong:
@@ -207,6 +211,7 @@ class Campaign:
         test.metric("image", (time.monotonic() - began) / judged, "s", **dimensions)
         numbers = [len(self.log.syncs), len(self.points), judged]
         test.measure("syncs, points and images", numbers)
+        test.measure("states by operation", dict(sorted(states.items())))
 
     def expect_force(
         self, test: Report, judge: Judge, *, limit: int = CONTROL, lies: Mapping[str, float] = LIES

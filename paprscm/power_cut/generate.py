@@ -93,21 +93,26 @@ def _files_after(steps: Sequence[Step]) -> set[str]:
     return there
 
 
-def programs(dice: random.Random, count: int) -> Iterator[list[Step]]:
+def programs(dice: random.Random, count: int) -> Iterator[tuple[str, list[Step]]]:
     """Programs of one operation in all ways, in random order, then of two to four operations.
 
     Args:
         dice: source of the order, and of the longer ones.
         count: number of programs.
+
+    Yields:
+        The name of the operation, or the number of operations; and the steps.
     """
-    singles = [[*steps, *way] for steps in OPERATIONS.values() for way in durable(steps)]
+    singles = [
+        (name, [*steps, *way]) for name, steps in OPERATIONS.items() for way in durable(steps)
+    ]
     dice.shuffle(singles)
     bytes_of_writes = itertools.cycle(range(3, 256))
-    for steps in itertools.islice(itertools.chain(singles, _longer(dice)), count):
-        yield [_with_byte(step, bytes_of_writes) for step in steps]
+    for name, steps in itertools.islice(itertools.chain(singles, _longer(dice)), count):
+        yield name, [_with_byte(step, bytes_of_writes) for step in steps]
 
 
-def _longer(dice: random.Random) -> Iterator[list[Step]]:
+def _longer(dice: random.Random) -> Iterator[tuple[str, list[Step]]]:
     """Two operations, each with a call that makes it durable; sometimes three or four."""
     while True:
         operations = dice.choices(list(OPERATIONS.values()), k=dice.choice((2, 2, 2, 3, 4)))
@@ -117,7 +122,7 @@ def _longer(dice: random.Random) -> Iterator[list[Step]]:
             for step in (*operation, *dice.choice(list(durable(operation))))
         ]
         if _is_possible(steps):
-            yield steps
+            yield f"{len(operations)} operations", steps
 
 
 def _is_possible(steps: Sequence[Step]) -> bool:

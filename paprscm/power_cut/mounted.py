@@ -13,7 +13,7 @@ from paprscm.guest.report import Natural, ToolReport, check_report, read_report
 from paprscm.guest.tools import run_tool
 from paprscm.pmem.fs_health import complaints
 from paprscm.pmem.mounts import FsType
-from paprscm.pmem.namespaces import find_fsdax
+from paprscm.pmem.namespaces import find_namespace
 from paprscm.power_cut.images import Image, write_image
 
 FOLDER: Final = "/mnt/cut"
@@ -46,7 +46,7 @@ class MountedImages:
         self._guest = guest
         self._slot = slot
         guest.succeed(f"mkdir -p {FOLDER}")
-        self._mount = [find_fsdax(guest, slot).path, fstype, options, FOLDER]
+        self._mount = [find_namespace(guest, slot, "fsdax").path, fstype, options, FOLDER]
 
     def read(self, image: Image, command: Sequence[str]) -> tuple[CommandResult | None, list[str]]:
         """Mount an image, and run a command.

@@ -45,8 +45,9 @@ class Nvdimm:
         share: the backend's share=on; without it no write reaches the file.
         unarmed: the device reports that it cannot persist data.
         read_only: the backend's readonly=on; QEMU accepts it only with `unarmed`.
-        holds: the content of its new backing file at the guest's start: "" (zeros), "fsdax", "xfs"
-            or "ext4"; see paprscm/guest/dimm_content.py.
+        holds: the content of its new backing file at the guest's start: "" (zeros), a namespace of
+            the whole region ("fsdax", "devdax", "raw", "sector"), or a file system in an fsdax
+            namespace ("xfs", "ext4"); see paprscm/guest/dimm_content.py.
         file: an existing backing file of size_bytes + label_bytes; None: a temporary file.
         number: number in the ids of its backend and its device; None: the slot.
         address: its guest address; None: QEMU chooses it, by the order of the devices.

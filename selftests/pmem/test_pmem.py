@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 
@@ -246,7 +246,7 @@ OTHER_OUTPUT = [
     (r"66 73 64 61 78", "66 73 64 61 77", "unknown namespace of region3"),
     (r"6e 61 6d 65 73", "6e 61 6d 2f 73", "unknown namespace of region3"),
     (r"70 6d 65 6d 33", "70 2f 65 6d 33", "lists a device 'p/em3'"),
-    (r"3a 22 64 65 76 22", "3a 22 64 65 77 22", "page structures of namespace3.0 in 'dew'"),
+    (r"3a 22 64 65 76 22", "3a 22 64 65 77 22", "page structures of namespace3.0 are in 'dew'"),
 ]
 
 
@@ -510,6 +510,45 @@ def test_reuse_requires_one_namespace(sysfs: FakeSysfs, count: int) -> None:
     with pytest.raises(ContractError, match=f"region0 has {count} fsdax namespaces, not one"):
         mounts.dax_mount(cast(Guest, sysfs), 0, "xfs", "/mnt1", reuse=True)
     assert not log.exists()
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "map_"),
+    [
+        ("raw", "namespace0.0", None),
+        ("sector", "btt0.0", None),
+        ("fsdax", "pfn0.0", "dev"),
+        ("devdax", "dax0.0", "dev"),
+    ],
+)
+def test_a_namespace_that_is_there(
+    sysfs: FakeSysfs, mode: Any, owner: str, map_: str | None
+) -> None:
+    device = sysfs.add(0, drc_index(0))
+    # The seeds of other modes are there, too.
+    for name in {"namespace0.0", "btt0.0", "pfn0.0", "dax0.0", "dax0.1"}:
+        (device / name).mkdir()
+    parent = device / owner
+    if mode == "devdax":
+        disk = parent / "dax0.0"
+        (parent / "dax_region").mkdir()
+        disk.mkdir()
+        for key in ("size", "align"):
+            (disk / key).write_text("4096\n")
+        (sysfs.root / "bus/dax/devices").mkdir(parents=True)
+        (sysfs.root / "bus/dax/devices/dax0.0").symlink_to(disk)
+    else:
+        sysfs.add_disk("pmem0", parent)
+    facts = {"uuid": _UUID} | ({"namespace": "namespace0.0"} if mode != "raw" else {})
+    facts |= {"mode": "pmem"} if map_ else {}
+    for key, value in facts.items():
+        (parent / key).write_text(f"{value}\n")
+    found = namespaces.find_namespace(cast(Guest, sysfs), 0, mode)
+    assert (found.name, found.mode, found.map, found.uuid) == ("namespace0.0", mode, map_, _UUID)
+    assert found.path == ("/dev/dax0.0" if mode == "devdax" else "/dev/pmem0")
+    for other in {"raw", "sector", "fsdax", "devdax"} - {mode}:
+        with pytest.raises(ContractError, match=f"region0 has 0 {other} namespaces, not one"):
+            namespaces.find_namespace(cast(Guest, sysfs), 0, cast(Any, other))
 
 
 def test_no_file_system_on_another_regions_disk(sysfs: FakeSysfs) -> None:

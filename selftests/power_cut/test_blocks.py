@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from unittest.mock import Mock
 
 import pytest
 
@@ -31,7 +32,7 @@ def dice() -> random.Random:
 
 
 def programs(*groups: dict[str, Operation], unit: int = 512, whole: bool = False) -> BlockPrograms:
-    operations = [operation for group in groups for operation in group.values()]
+    operations = {name: made for group in groups for name, made in group.items()}
     return BlockPrograms(dice(), operations, count=COUNT, unit=unit, whole=whole, stride=AREA)
 
 
@@ -96,6 +97,24 @@ def test_lies_are_found() -> None:
     assert all(number < 20 for number in campaign.control(judge).values())
     with pytest.raises(HostError, match="was a lie"):
         campaign.control(lambda _image, _done: [], limit=5)
+
+
+def test_the_judged_states_are_counted() -> None:
+    these = programs(CACHED)
+    campaign, seen = run(these), list[int]()
+
+    def judge(_image: Image, done: int) -> list[str]:
+        seen.append(done)
+        return []
+
+    test = Mock()
+    campaign.judge(test, judge, 40, these.explain, these.begun)
+    facts = {call.args[0]: call.args[1] for call in test.measure.call_args_list}
+    # A program has begun when its first step is the next one.
+    begun = sum(done >= begin for done in seen for begin in these.begins)
+    assert sum(facts["states by operation"].values()) == begun
+    assert set(facts["states by operation"]) <= {*CACHED, "2 operations"}
+    assert facts["syncs, points and images"][2] == len(seen)
 
 
 def test_torn_blocks_are_found() -> None:

@@ -16,7 +16,8 @@ SYNC, UNLINK, FSYNC = Step("sync", "."), Step("unlink", "a"), Step("fsync", "c")
 
 def test_each_operation_is_made_durable_in_each_way_first() -> None:
     ways = sum(len(list(durable(steps))) for steps in OPERATIONS.values())
-    made = list(programs(random.Random(1), ways + 200))  # noqa: S311 - repeatable
+    named = list(programs(random.Random(1), ways + 200))  # noqa: S311 - repeatable
+    made = [steps for _, steps in named]
     for steps in made:
         Program([*BEFORE, *steps]).expected(len(BEFORE) + len(steps))
     calls = ("fsync", "fdatasync", "msync", "sync", "syncfs")
@@ -27,6 +28,8 @@ def test_each_operation_is_made_durable_in_each_way_first() -> None:
 
     assert max(map(operations, made[:ways])) <= 2
     assert max(map(operations, made[ways:])) >= 4
+    assert {name for name, _ in named[:ways]} == set(OPERATIONS)
+    assert {name for name, _ in named[ways:]} == {f"{count} operations" for count in (2, 3, 4)}
 
 
 def test_a_program_is_shortened_to_the_steps_that_matter() -> None:

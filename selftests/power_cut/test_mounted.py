@@ -83,7 +83,7 @@ def read(
     monkeypatch.setattr(
         mounted, "run_tool", lambda *_: CommandResult("", 0, text, "", text.encode(), 0.0)
     )
-    monkeypatch.setattr(mounted, "find_fsdax", lambda *_: SimpleNamespace(path="/dev/pmem1"))
+    monkeypatch.setattr(mounted, "find_namespace", lambda *_: SimpleNamespace(path="/dev/pmem1"))
     file = tmp_path / "dimm"
     file.write_bytes(bytes(8192))
     guest = cast("Guest", SimpleNamespace(succeed=lambda _: "", file=lambda _: file))

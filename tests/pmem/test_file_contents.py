@@ -70,7 +70,8 @@ class FileContents(PaprScmTest):
 
     def judge(self, nvdimm: Nvdimm, fstype: FsType) -> None:
         """Make random operations on files that are proven to be DAX, then check the file system."""
-        machine = Machine(nvdimms=(nvdimm.at(0, FOR_XFS).holding(fstype), PMEM_ON.at(1, SMALL)))
+        disk, spare = nvdimm.at(0, FOR_XFS).holding(fstype), PMEM_ON.at(1, SMALL).holding("raw")
+        machine = Machine(nvdimms=(disk, spare))
         guest = self.boot(machine, allowed=[HUGE_PAGE_WARNING] if fstype == "xfs" else ())
         scratch = create_namespace(guest, wait_for_region(guest, 1), mode="raw").path
         made = dax_mount(guest, 0, fstype, "/mnt")

@@ -47,7 +47,9 @@ class PageStructures(PaprScmTest):
 
     def judge(self, location: NamespaceMap) -> None:
         """Pin pages of namespaces of each alignment, twice: before and after they are disabled."""
-        guest = self.boot(Machine(nvdimms=(PMEM_ON.at(0, LARGE), PMEM_ON.at(1, SMALL))))
+        guest = self.boot(
+            Machine(nvdimms=(PMEM_ON.at(0, LARGE), PMEM_ON.at(1, SMALL).holding("raw")))
+        )
         region = wait_for_region(guest, 0)
         scratch = create_namespace(guest, wait_for_region(guest, 1), mode="raw").path
         nd = "/sys/bus/nd/devices"

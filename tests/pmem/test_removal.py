@@ -86,11 +86,12 @@ class Removal(RemovalTest):
 
     def machine(self, dimm: Nvdimm) -> Guest:
         """Boot a guest with a DIMM that goes and one that stays."""
-        return self.boot(Machine(nvdimms=(dimm.at(SLOT, SMALL), PMEM_OFF.at(OTHER, SMALL))))
+        other = PMEM_OFF.at(OTHER, SMALL).holding("raw")
+        return self.boot(Machine(nvdimms=(dimm.at(SLOT, SMALL), other)))
 
     def disk(self, driver: Driver, rounds: int) -> None:
         """Remove a raw disk during writes; compare the slots in the guest and on the host."""
-        guest = self.machine(PMEM_OFF)
+        guest = self.machine(PMEM_OFF.holding("raw"))
         region, other = (wait_for_region(guest, slot) for slot in (SLOT, OTHER))
         namespace = create_namespace(guest, region, mode="raw")
         begin = disk_offset(guest, region, namespace.disk)
@@ -141,7 +142,7 @@ class Removal(RemovalTest):
 
         The old mapping stays dead when the device is there again.
         """
-        guest = self.machine(PMEM_ON)
+        guest = self.machine(PMEM_ON.holding("devdax"))
         region = wait_for_region(guest, SLOT)
         device = create_namespace(guest, region, mode="devdax").character_device
         begin = file_offset(guest, region, device)
@@ -237,7 +238,8 @@ class RemovalDuringFlush(PaprScmTest):
 
     def judge(self, driver: str, device: str | None) -> None:
         """Unbind while the shim holds a sync; release it, and check order and results."""
-        guest = self.boot(Machine(nvdimms=(PMEM_OFF.at(SLOT, SMALL),)), shim=self.shim())
+        disk = PMEM_OFF.at(SLOT, SMALL).holding("raw")
+        guest = self.boot(Machine(nvdimms=(disk,)), shim=self.shim())
         region, syncs = wait_for_region(guest, SLOT), guest.vm.syncs(SLOT)
         namespace = create_namespace(guest, region, mode="raw")
         name = device or (namespace.name if driver.endswith("nd_pmem") else region.name)

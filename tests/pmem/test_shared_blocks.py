@@ -159,7 +159,7 @@ class SharedBlocks(PaprScmTest):
 
     def test_pin(self) -> None:
         """I/O from a mapped page ends, whether the file shares its blocks or not."""
-        guest, made = self.start(PMEM_ON.at(1, SMALL))
+        guest, made = self.start(PMEM_ON.at(1, SMALL).holding("raw"))
         scratch = create_namespace(guest, wait_for_region(guest, 1), mode="raw").path
         guest.succeed(f"dd if=/dev/urandom of=/mnt/a bs={made.block_size} count=1 2> /dev/null")
         if not write_mapped_page(guest, "/mnt/a", scratch):

@@ -24,7 +24,6 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.kmsg import SLEEPS
 from paprscm.pmem.btt_race import BTT_ISSUE
 from paprscm.pmem.namespaces import (
-    CharacterDevice,
     NamespaceMode,
     create_namespace,
     disk_offset,
@@ -75,6 +74,7 @@ EVERY = 20
 """A guest, too, reads one of so many images of a BTT."""
 CHUNK = 64 * 1024
 """Size of a stripe, bytes."""
+FSDAX = PMEM_OFF.at(1, SMALL).holding("fsdax")
 
 Prepare = Callable[[Guest], tuple[str, Layout]]
 """Makes the device; returns its path and position."""
@@ -93,7 +93,8 @@ class BlockTest(PaprScmTest):
         self,
         dimms: Sequence[Nvdimm],
         prepare: Prepare,
-        *operations: dict[str, Operation],
+        operations: Mapping[str, Operation],
+        *,
         calls: Sequence[str] = CALLS,
     ) -> None:
         """Run programs on a device, build images, and read it from each.
@@ -105,13 +106,9 @@ class BlockTest(PaprScmTest):
             calls: as for BlockPrograms.
         """
         dice = self.random()
-        programs = BlockPrograms(dice, _all(operations), count=PROGRAMS, calls=calls)
-        campaign, layout = self.record(self.new(dimms), prepare, programs, dice)
+        programs = BlockPrograms(dice, operations, count=PROGRAMS, calls=calls)
+        campaign, layout = self.record([COUNTER, *dimms], prepare, programs, dice)
         self.judge_images(campaign, programs, _raw(programs, layout))
-
-    def new(self, dimms: Sequence[Nvdimm]) -> tuple[Nvdimm, ...]:
-        """The DIMMs, and that of the counter, on new files."""
-        return self.keep(COUNTER, *dimms).nvdimms()
 
     def record(
         self,
@@ -126,7 +123,7 @@ class BlockTest(PaprScmTest):
         """Run programs on a device, and return the log of the stores, and the device's position.
 
         Args:
-            dimms: the DIMMs, with their files.
+            dimms: that of the counter, and the DIMMs of the device.
             prepare: makes the device in the guest.
             programs: the programs.
             dice: source of the random choices.
@@ -154,7 +151,7 @@ class BlockTest(PaprScmTest):
     ) -> None:
         """Judge images, and then those of hosts that lie."""
         count = image_count(str(self.params.get("images", default=IMAGES)))
-        campaign.judge(self, differences, count, programs.explain)
+        campaign.judge(self, differences, count, programs.explain, programs.begun)
         campaign.expect_force(self, differences, limit=CONTROL, lies=lies)
 
     def disk(self, mode: NamespaceMode, slot: int = 1) -> Prepare:
@@ -182,15 +179,14 @@ class Blocks(BlockTest):
         With -p images=N, N images are judged instead of 80. Controls check that a host that lies
         about its syncs is detected.
         """
-        self.judge([PMEM_OFF.at(1, SMALL)], self.disk("fsdax"), CACHED, DIRECT)
+        self.judge([FSDAX], self.disk("fsdax"), CACHED | DIRECT)
 
     def test_sync(self) -> None:
         """After sync(2), the data that were written to a disk before it are there after a cut."""
-        disk = PMEM_OFF.at(1, SMALL)
         written = {name: CACHED[name] for name in ("sector", "page", "one range twice", "store")}
         dice = self.random()
-        programs = BlockPrograms(dice, written.values(), count=PROGRAMS, calls=("sync",))
-        campaign, layout = self.record(self.new([disk]), self.disk("fsdax"), programs, dice)
+        programs = BlockPrograms(dice, written, count=PROGRAMS, calls=("sync",))
+        campaign, layout = self.record([COUNTER, FSDAX], self.disk("fsdax"), programs, dice)
         judge, done = _raw(programs, layout), campaign.done[-1]
         # The oldest image at the end: all programs have called sync(2).
         lost = judge(campaign.oldest, done)
@@ -207,16 +203,15 @@ class Blocks(BlockTest):
 
     def test_raw_override(self) -> None:
         """With pmem-override, a raw namespace has everything that was made durable, after a cut."""
-        self.judge([OVERRIDE.at(1, SMALL)], self.disk("raw"), CACHED, DIRECT)
+        self.judge([OVERRIDE.at(1, SMALL).holding("raw")], self.disk("raw"), CACHED | DIRECT)
 
     def test_devdax(self) -> None:
         """On a devdax namespace, deep_flush makes all earlier stores durable."""
 
         def prepare(guest: Guest) -> tuple[str, Layout]:
             region, page = find_region(guest, 1), read_page_size(guest)
-            device = create_namespace(guest, region, mode="devdax", align_bytes=page).device
-            if not isinstance(device, CharacterDevice):
-                raise ContractError(f"{device.path} is not a DAX device")
+            namespace = create_namespace(guest, region, mode="devdax", align_bytes=page)
+            device = namespace.character_device
             offset = file_offset(guest, region, device)
             return device.path, Layout(PROGRAMS, ((1, offset),))
 
@@ -236,9 +231,9 @@ class Blocks(BlockTest):
             stripes = tuple(layout.stripes[0] for _, layout in members)
             return "/dev/mapper/cut", Layout(PROGRAMS, stripes, CHUNK)
 
-        dimms = [PMEM_OFF.at(slot, SMALL) for slot in slots]
+        dimms = [FSDAX.at(slot) for slot in slots]
         # deep_flush would flush one of both.
-        self.judge(dimms, prepare, CACHED, DIRECT, calls=("fsync", "fdatasync", "msync"))
+        self.judge(dimms, prepare, CACHED | DIRECT, calls=("fsync", "fdatasync", "msync"))
 
 
 class Btt(BlockTest):
@@ -263,7 +258,7 @@ class Btt(BlockTest):
         """Make a BTT with sectors of `unit` bytes, run programs on it, and judge images."""
         dice = self.random()
         programs = BlockPrograms(
-            dice, SECTORS.values(), count=BTT_PROGRAMS, unit=unit, whole=True, stride=AREA
+            dice, SECTORS, count=BTT_PROGRAMS, unit=unit, whole=True, stride=AREA
         )
         dimms = self.made(unit, programs.size)
         prepared = len(programs.before) - 1
@@ -286,10 +281,8 @@ class Btt(BlockTest):
 
         It is made with pmem=on: with pmem=off, the flushes of the initialization take 10 s.
         """
-        dimms = self.new([PMEM_ON.at(1, SMALL)])
-        with self.environment.guest(
-            Machine(nvdimms=dimms[1:]), folder=self.folder("guest")
-        ) as guest:
+        dimms = self.keep(PMEM_ON.at(1, SMALL)).nvdimms()
+        with self.environment.guest(Machine(nvdimms=dimms), folder=self.folder("guest")) as guest:
             region = find_region(guest, 1)
             guest.succeed(f"ndctl create-namespace -r {region.name} -m sector -l {unit}")
             (namespace,) = find_namespaces(guest, region)
@@ -298,7 +291,7 @@ class Btt(BlockTest):
                 f"head -c {size} /dev/zero | tr '\\0' '\\1' | "
                 f"dd of={namespace.disk.path} bs=1M iflag=fullblock conv=fsync"
             )
-        return dimms[0], replace(dimms[1], pmem=False)
+        return COUNTER, replace(dimms[0], pmem=False)
 
 
 class _BttReader:
@@ -375,7 +368,3 @@ def _btt(guest: Guest) -> tuple[str, Layout]:
 def _raw(programs: BlockPrograms, layout: Layout) -> Judge:
     """Judge of a device without metadata."""
     return lambda image, done: programs.differences(layout.read(image), done)
-
-
-def _all(groups: Sequence[dict[str, Operation]]) -> list[Operation]:
-    return [operation for group in groups for operation in group.values()]

@@ -102,7 +102,7 @@ class Continued(PaprScmTest):
         def differences(image: Image, done: int) -> list[str]:
             return programs.differences(layout.read(image), done)
 
-        campaign.judge(self, differences, count, programs.explain, among=near)
+        campaign.judge(self, differences, count, programs.explain, programs.begun, among=near)
         campaign.expect_force(self, differences, limit=CONTROL)
 
     def test_migration(self) -> None:
@@ -112,8 +112,7 @@ class Continued(PaprScmTest):
         about its syncs is detected.
         """
         self.dice = self.random()
-        operations = [*CACHED.values(), *DIRECT.values()]
-        programs = BlockPrograms(self.dice, operations, count=PROGRAMS)
+        programs = BlockPrograms(self.dice, CACHED | DIRECT, count=PROGRAMS)
         half = programs.begins[PROGRAMS // 2]
         guest, counter, layout, first = self.start()
         run_steps(guest, DEVICE_FOLDER, counter.path, programs.steps[:half])
@@ -137,7 +136,7 @@ class Continued(PaprScmTest):
         next flush makes it durable.
         """
         self.dice = self.random()
-        programs = BlockPrograms(self.dice, DIRECT.values(), count=PROGRAMS)
+        programs = BlockPrograms(self.dice, DIRECT, count=PROGRAMS)
         # Early: the next kernel makes as many flushes, and would get the results of equal tokens.
         first = programs.begins[PROGRAMS // 8]
         guest, counter, layout, shim = self.start()

@@ -102,7 +102,9 @@ class DatabaseCut(PaprScmTest):
         def explain(_image: Image, done: int, _wrong: list[str]) -> str:
             return f"{done} transactions were committed"
 
-        campaign.judge(self, judge, count, explain, fstype=fstype, options=options)
+        campaign.judge(
+            self, judge, count, explain, lambda _done: KINDS, fstype=fstype, options=options
+        )
         # A kernel may complain about the images of a host that lies.
         with guest.expect_messages(""):
             campaign.expect_force(self, judge)

@@ -14,8 +14,9 @@ Sources: fsync(2), sync(2), open(2) (O_DSYNC), msync(2), rename(2).
 
 from __future__ import annotations
 
+import bisect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +102,7 @@ class PowerCut(PaprScmTest):
 
         def fails(program: Sequence[Step]) -> bool:
             """Run one program alone, and judge images of all its cuts."""
-            alone = _Steps([program])
+            alone = _Steps([("alone", program)])
             log, done = self.record(disk, fstype, options, alone)
             cuts = Campaign(log, done, len(alone.before), dice, torn)
             judge = judge_of(alone.program)
@@ -123,7 +124,7 @@ class PowerCut(PaprScmTest):
             return f"{found}; this program fails: {' '.join(map(str, short))}"
 
         judge = judge_of(steps.program)
-        campaign.judge(self, judge, count, explain, fstype=fstype, options=options)
+        campaign.judge(self, judge, count, explain, steps.begun, fstype=fstype, options=options)
         # A kernel may complain about the images of a host that lies.
         with guest.expect_messages(""):
             campaign.expect_force(self, judge)
@@ -146,21 +147,29 @@ class PowerCut(PaprScmTest):
 class _Steps:
     """The steps of all programs, each in a folder of its own."""
 
-    def __init__(self, programs: Iterable[Sequence[Step]]) -> None:
+    def __init__(self, programs: Iterable[tuple[str, Sequence[Step]]]) -> None:
         self._programs = list(programs)
         self.before: list[Step] = []
         after: list[Step] = []
-        for number, steps in enumerate(self._programs):
+        begins: list[int] = []
+        for number, (_, steps) in enumerate(self._programs):
             folder = f"p{number}"
             self.before += [Step("mkdir", folder), *(step.inside(folder) for step in BEFORE)]
+            begins.append(len(after))
             after += [step.inside(folder) for step in steps]
         self.before.append(Step("syncfs", "."))
         self.program = Program([*self.before, *after])
+        self._begins = [len(self.before) + begin for begin in begins]
+
+    def begun(self, done: int) -> Iterator[str]:
+        """Names of the programs that have begun when so many steps had returned."""
+        begun = bisect.bisect_right(self._begins, done)
+        return (name for name, _ in self._programs[:begun])
 
     def of(self, difference: str) -> Sequence[Step]:
         """The program in whose folder a difference is; empty if it is in none."""
         match = re.match(r"p(\d+)/", difference)
-        return self._programs[int(match[1])] if match else ()
+        return self._programs[int(match[1])][1] if match else ()
 
     def context(self, done: int) -> str:
         """The position of a cut in the program, for a report."""

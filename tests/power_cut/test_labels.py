@@ -120,12 +120,10 @@ class Labels(PaprScmTest):
 
     def record(self, disk: Nvdimm, made: list[Change]) -> tuple[StoreLog, list[int], Namespaces]:
         """Make the changes; return the log, the completed steps at each point, and the sizes."""
-        files = self.keep(COUNTER, disk)
         shim = self.shim(log=Path(self.workdir) / "stores")
         namespaces = Namespaces()
-        with self.environment.guest(
-            Machine(nvdimms=files.nvdimms()), folder=self.folder("guest"), shim=shim
-        ) as guest:
+        machine = Machine(nvdimms=(COUNTER, disk))
+        with self.environment.guest(machine, folder=self.folder("guest"), shim=shim) as guest:
             counter = make_counter(guest)
             region = find_region(guest, disk.slot)
             flush = Step("set", "deep_flush", "1")
