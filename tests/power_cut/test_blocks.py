@@ -178,6 +178,8 @@ class Blocks(BlockTest):
 
         With -p images=N, N images are judged instead of 80. Controls check that a host that lies
         about its syncs is detected.
+
+        :avocado: tags=quick
         """
         self.judge([FSDAX], self.disk("fsdax"), CACHED | DIRECT)
 
@@ -251,6 +253,8 @@ class Btt(BlockTest):
         """With sectors of 4 KiB, each is old or new after a cut, even if the host tears pages.
 
         The images are torn at 512 bytes (-p torn=no: at 4 KiB).
+
+        :avocado: tags=quick
         """
         self.sectors(4096)
 

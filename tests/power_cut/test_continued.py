@@ -110,6 +110,8 @@ class Continued(PaprScmTest):
 
         With -p images=N, N images are judged instead of 80. Controls check that a host that lies
         about its syncs is detected.
+
+        :avocado: tags=quick
         """
         self.dice = self.random()
         programs = BlockPrograms(self.dice, CACHED | DIRECT, count=PROGRAMS)

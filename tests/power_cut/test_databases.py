@@ -62,6 +62,8 @@ class DatabaseCut(PaprScmTest):
 
         With -p images=N, N images are judged instead of 12, after more transactions. Controls check
         that a host that lies about its syncs is detected.
+
+        :avocado: tags=quick
         """
         self.judge("ext4", "dax=always")
 

@@ -68,7 +68,10 @@ class PowerCut(PaprScmTest):
         self.judge("ext4", "dax=always")
 
     def test_xfs(self) -> None:
-        """On XFS with DAX, everything that a system call made durable is there after a cut."""
+        """On XFS with DAX, everything that a system call made durable is there after a cut.
+
+        :avocado: tags=quick
+        """
         self.judge("xfs", "dax=always")
 
     def test_ext4_page_cache(self) -> None:

@@ -70,6 +70,8 @@ class Labels(PaprScmTest):
         torn at 512 bytes (-p torn=no: at 4 KiB). With -p images=N, N images are judged instead of
         24. An image in which an index block is newer than a label shows a known issue of QEMU.
         Controls check that a host that lies about its syncs is detected.
+
+        :avocado: tags=quick
         """
         self.judge(PMEM_OFF.at(1, SMALL), torn="yes")
 
