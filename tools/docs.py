@@ -134,7 +134,7 @@ def _contracts_of(module: Module) -> Iterator[str]:
         yield "| test | contract | known issues |\n|---|---|---|"
         for test in tests:
             contract = (ast.get_docstring(test) or "").partition("\n\n")[0]
-            issues = sorted(module.strings(test) & ISSUES)
+            issues = sorted(module.strings(test, one) & ISSUES)
             links = ", ".join(f"[{i}](../known_issues/{i}.md)" for i in issues)
             yield f"| `{test.name}` | {_escaped(' '.join(contract.split()))} | {links} |"
         yield ""
@@ -151,9 +151,14 @@ class Module:
         self.file = file
         self.tree = ast.parse(file.read_text())
         self.classes = {n.name: n for n in self.tree.body if isinstance(n, ast.ClassDef)}
-        methods = [m for c in self.classes.values() for m in c.body]
-        self._functions = {
-            n.name: n for n in [*self.tree.body, *methods] if isinstance(n, Function)
+        self._functions = _functions(self.tree.body)
+        self._methods = {name: _functions(one.body) for name, one in self.classes.items()}
+        # Objects of classes without tests help those with tests.
+        self._helpers = {
+            name: function
+            for methods in self._methods.values()
+            if not any(name.startswith("test") for name in methods)
+            for name, function in methods.items()
         }
         self._constants = {
             target.id: n.value
@@ -169,26 +174,53 @@ class Module:
             for alias in n.names
         }
 
-    def strings(self, start: ast.AST, seen: set[str] | None = None) -> set[str]:
-        """String constants in a node and in the functions and constants that it names."""
+    def strings(
+        self, start: ast.AST, owner: ast.ClassDef | None = None, seen: set[ast.AST] | None = None
+    ) -> set[str]:
+        """String constants in a node, and in the functions and constants that it names.
+
+        Args:
+            start: the node.
+            owner: the class of `self` in it.
+            seen: nodes whose strings are known.
+        """
         seen = set() if seen is None else seen
         strings: set[str] = set()
         for node in ast.walk(start):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.add(node.value)
-            name = getattr(node, "id", None) or getattr(node, "attr", None)
-            if name is None or name in seen:
-                continue
-            seen.add(name)
-            target = self._functions.get(name) or self._constants.get(name)
-            if target is not None:
-                strings |= self.strings(target, seen)
+            target, name = None, ""
+            if isinstance(node, ast.Name):
+                name = node.id
+                target = self._functions.get(name) or self._constants.get(name)
+            elif isinstance(node, ast.Attribute):
+                of_self = isinstance(node.value, ast.Name) and node.value.id == "self"
+                target = (self._methods_of(owner) if of_self else self._helpers).get(node.attr)
+            if target is not None and target not in seen:
+                seen.add(target)
+                strings |= self.strings(target, owner, seen)
             elif name.isupper() and name in self._imports:
                 source, original = self._imports[name]
                 other = ROOT / (source.replace(".", "/") + ".py")
                 if other.is_file():
                     strings |= Module(other).strings(ast.Name(original))
         return strings
+
+    def _methods_of(self, owner: ast.ClassDef | None) -> dict[str, Function]:
+        """The methods of a class, and of its bases in this file."""
+        if owner is None:
+            return {}
+        bases = [base.id for base in owner.bases if isinstance(base, ast.Name)]
+        inherited = [self._methods_of(self.classes.get(base)) for base in bases]
+        return {
+            name: function
+            for methods in [*inherited, self._methods[owner.name]]
+            for name, function in methods.items()
+        }
+
+
+def _functions(body: list[ast.stmt]) -> dict[str, Function]:
+    return {node.name: node for node in body if isinstance(node, Function)}
 
 
 def main(words: list[str]) -> None:

@@ -84,7 +84,7 @@ class PageStructures(PaprScmTest):
             guest.succeed(f"ndctl disable-{namespaces} && ndctl enable-{namespaces}")
             self.pin(guest, region, device, scratch, f"align {align}, enabled again")
             guest.succeed(f"ndctl destroy-namespace -f -r {region.name} all")
-        # Only huge pages of fewer pages than have page structures in two pages.
+        # It concerns huge pages with fewer pages than two pages of page structures describe.
         page = read_page_size(guest)
         if location == "mem" and any(page < align < page // 32 * page for align in aligns):
             self.known_issue(ISSUE, shows=False, found=f"aligned to {listed}")
