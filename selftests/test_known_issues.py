@@ -278,12 +278,11 @@ def test_every_test_that_shows_an_issue_exists_and_names_it(name: str) -> None:
         file, _, function = test.partition(":")
         module = documents().Module(ROOT / file)
         class_name, _, method = function.partition(".")
+        owner = module.classes[class_name]
         (node,) = [
-            node
-            for node in module.classes[class_name].body
-            if isinstance(node, ast.FunctionDef) and node.name == method
+            node for node in owner.body if isinstance(node, ast.FunctionDef) and node.name == method
         ]
-        assert name in module.strings(node)
+        assert name in module.strings(node, owner)
 
 
 def documents() -> ModuleType:
