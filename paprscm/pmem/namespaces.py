@@ -73,16 +73,14 @@ def create_namespace(
         ContractError: ndctl failed, or the namespace belongs to another region or has another mode.
     """
     slot, whole = region.slot, (map, size_bytes, align_bytes) == (None, None, None)
-    if whole and guest.dimms.take(slot, mode):
-        namespace = find_namespace(guest, slot, mode)
-        if namespace.region != region.name:
-            raise ContractError(f"slot {slot} was {region.name} and is now {namespace.region}")
-        return namespace
+    present = whole and guest.dimms.take(slot, mode)
     should_keep = whole and guest.dimms.should_keep(slot, mode)
     values = namespace_settings(mode, map, size_bytes, align_bytes)
-    title = f"ndctl on {region.name}"
-    dump = run_steps(guest, title, ["find", "namespace"], values, slot=slot)
+    steps = ["find", "present" if present else "namespace"]
+    dump = run_steps(guest, f"{mode} on {region.name}", steps, values, slot=slot)
     now = same_region(region, parse_region(dump, slot))
+    if present:
+        return present_namespace(dump, now, mode)
     namespace = created_namespace(dump, now, mode, map)
     if should_keep:
         guest.dimms.keep(slot)

@@ -12,8 +12,9 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from paprscm.power_cut.generate import with_byte
 from paprscm.power_cut.images import Image, Place
-from paprscm.power_cut.steps import SECTOR, WRITES, Entry, Program, Step
+from paprscm.power_cut.steps import SECTOR, Entry, Program, Step
 from paprscm.power_cut.store_log import PAGE, ZEROS
 
 KIB = 1024
@@ -99,13 +100,7 @@ def _programs(
     )
     values = itertools.cycle(range(2, 256))
     for name, steps in itertools.islice(itertools.chain(singles, pairs), count):
-        yield (
-            name,
-            [
-                dataclasses.replace(step, byte=next(values)) if step.verb in WRITES else step
-                for step in steps
-            ],
-        )
+        yield name, [with_byte(step, values) for step in steps]
 
 
 def _moved(step: Step, place: int) -> Step:

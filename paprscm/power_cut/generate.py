@@ -12,7 +12,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-from paprscm.power_cut.steps import Program, Step
+from paprscm.power_cut.steps import WRITES, Program, Step
 
 KIB = 1024
 
@@ -109,7 +109,7 @@ def programs(dice: random.Random, count: int) -> Iterator[tuple[str, list[Step]]
     dice.shuffle(singles)
     bytes_of_writes = itertools.cycle(range(3, 256))
     for name, steps in itertools.islice(itertools.chain(singles, _longer(dice)), count):
-        yield name, [_with_byte(step, bytes_of_writes) for step in steps]
+        yield name, [with_byte(step, bytes_of_writes) for step in steps]
 
 
 def _longer(dice: random.Random) -> Iterator[tuple[str, list[Step]]]:
@@ -159,7 +159,6 @@ def shortest(
     return found
 
 
-def _with_byte(step: Step, values: Iterator[int]) -> Step:
-    if step.verb in ("write", "dwrite", "store"):
-        return dataclasses.replace(step, byte=next(values))
-    return step
+def with_byte(step: Step, values: Iterator[int]) -> Step:
+    """Return a step with the next byte, if it writes any."""
+    return dataclasses.replace(step, byte=next(values)) if step.verb in WRITES else step

@@ -512,6 +512,28 @@ def test_reuse_requires_one_namespace(sysfs: FakeSysfs, count: int) -> None:
     assert not log.exists()
 
 
+def test_a_namespace_that_the_dimm_holds_is_not_created(
+    sysfs: FakeSysfs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = _with_tools(sysfs, lambda device: device / "pfn0.0")
+    guest = cast(Guest, sysfs)
+    region = regions.find_region(guest, 0)
+    asked: list[tuple[int, str]] = []
+
+    def take(slot: int, holds: str) -> bool:
+        asked.append((slot, holds))
+        return len(asked) == 1
+
+    monkeypatch.setattr(sysfs.dimms, "take", take)
+    held = namespaces.create_namespace(guest, region, mode="fsdax")
+    assert (held.path, held.uuid) == ("/dev/pmem9", _UUID)
+    assert not log.exists()
+    # A part of the region is never held.
+    namespaces.create_namespace(guest, region, mode="fsdax", size_bytes=64 * MIB)
+    assert log.read_text() == "ndctl create-namespace -f -r region0 -m fsdax -s 67108864\n"
+    assert asked == [(0, "fsdax")]
+
+
 @pytest.mark.parametrize(
     ("mode", "owner", "map_"),
     [

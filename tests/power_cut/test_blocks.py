@@ -28,7 +28,7 @@ from paprscm.pmem.namespaces import (
     create_namespace,
     disk_offset,
     file_offset,
-    find_namespaces,
+    find_namespace,
 )
 from paprscm.pmem.regions import find_region, read_page_size
 from paprscm.power_cut.blocks import (
@@ -289,11 +289,11 @@ class Btt(BlockTest):
         with self.environment.guest(Machine(nvdimms=dimms), folder=self.folder("guest")) as guest:
             region = find_region(guest, 1)
             guest.succeed(f"ndctl create-namespace -r {region.name} -m sector -l {unit}")
-            (namespace,) = find_namespaces(guest, region)
-            self.expect("sector", namespace.disk.sector_bytes, unit)
+            disk = find_namespace(guest, 1, "sector").disk
+            self.expect("sector", disk.sector_bytes, unit)
             guest.succeed(
                 f"head -c {size} /dev/zero | tr '\\0' '\\1' | "
-                f"dd of={namespace.disk.path} bs=1M iflag=fullblock conv=fsync"
+                f"dd of={disk.path} bs=1M iflag=fullblock conv=fsync"
             )
         return COUNTER, replace(dimms[0], pmem=False)
 
@@ -327,8 +327,7 @@ class _BttReader:
         write_image(newest, self._slot, self._file)
         # A guest must not use a broken BTT; the images of hosts that lie may be.
         self._guest = test.boot(Machine(nvdimms=files.nvdimms()), allowed=[""])
-        (namespace,) = find_namespaces(self._guest, find_region(self._guest, self._slot))
-        self._disk = namespace.disk
+        self._disk = find_namespace(self._guest, self._slot, "sector").disk
         device = f"/sys/block/{self._disk.name}/device"
         self._name = self._guest.succeed(f"basename $(readlink -f {device})")
 
@@ -363,9 +362,8 @@ class _BttReader:
 def _btt(guest: Guest) -> tuple[str, Layout]:
     """Find the BTT, make its content durable, and return the disk and the namespace's position."""
     region = find_region(guest, 1)
-    (namespace,) = find_namespaces(guest, region)
+    disk = find_namespace(guest, 1, "sector").disk
     guest.succeed(f"echo 1 > {region.device}/deep_flush")
-    disk = namespace.disk
     return disk.path, Layout(BTT_PROGRAMS, ((1, disk_offset(guest, region, disk)),))
 
 

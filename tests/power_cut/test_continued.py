@@ -18,7 +18,7 @@ from pathlib import Path
 from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
 from paprscm.migration.moves import SAME_FILES, Mover
-from paprscm.pmem.namespaces import create_fsdax, disk_offset, find_namespaces
+from paprscm.pmem.namespaces import create_fsdax, disk_offset, find_namespace
 from paprscm.pmem.regions import find_region
 from paprscm.power_cut.blocks import CACHED, DIRECT, BlockPrograms, Layout
 from paprscm.power_cut.campaign import (
@@ -144,8 +144,8 @@ class Continued(PaprScmTest):
         guest, counter, layout, shim = self.start()
         run_steps(guest, DEVICE_FOLDER, counter.path, programs.steps[:first])
         self.reset(guest)
-        (namespace,) = find_namespaces(guest, find_region(guest, DISK.slot))
-        use_device(guest, namespace.disk.path, DISK.slot)
+        disk = find_namespace(guest, DISK.slot, "fsdax").disk
+        use_device(guest, disk.path, DISK.slot)
         run_steps(guest, DEVICE_FOLDER, find_counter(guest).path, programs.steps[first:])
         self.judge(guest, counter, [shim], programs, layout, first)
 
