@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /*
- * pins - I/O between the pages of a mapped DAX device and a disk: the pages are pinned meanwhile.
+ * pins - I/O between the pages of a mapping and a disk: the pages are pinned meanwhile.
  *
- * pins --count=N [--seed=N] DEVICE SCRATCH
- *   Maps DEVICE as a whole, and stores a pattern of its own into the first and the last 64 KiB and
+ * pins --count=N [--seed=N] [--memory=BYTES] DEVICE SCRATCH
+ *   Maps the DAX device DEVICE as a whole, or with --memory anonymous memory (DEVICE is "memory"), and stores a pattern of its own into the first and the last 64 KiB and
  *   N pieces of 64 KiB between them, at multiples of 64 KiB. O_DIRECT writes each of them from the
  *   mapping to SCRATCH, which is compared; then O_DIRECT reads another pattern from SCRATCH into the
  *   same piece. At the end all pieces must have that pattern.
@@ -20,11 +20,12 @@
 static const struct option options[] = {
 	OPTION("count", 'c'),
 	OPTION("seed", 's'),
+	OPTION("memory", 'm'),
 	END_OF_OPTIONS,
 };
 
 const char tool_name[] = "pins";
-const char usage_text[] = "usage: pins --count=N [--seed=N] DEVICE SCRATCH\n";
+const char usage_text[] = "usage: pins --count=N [--seed=N] [--memory=BYTES] DEVICE SCRATCH\n";
 
 static void fill(uint64_t *words, uint64_t key)
 {
@@ -57,9 +58,9 @@ static uint64_t device_bytes(const char *path)
 
 int main(int argc, char **argv)
 {
-	uint64_t count = 0, drawn = 1, size, failed_at = 0, pieces = 0;
+	uint64_t count = 0, drawn = 1, size, memory = 0, failed_at = 0, pieces = 0;
 	const char *failure = "";
-	int option, device, scratch, failed_errno = 0;
+	int option, device = -1, scratch, failed_errno = 0;
 	uint64_t *buffer = NULL, *offsets;
 	unsigned char *map;
 
@@ -71,15 +72,21 @@ int main(int argc, char **argv)
 		case 's':
 			drawn = parse_number("--seed", optarg, 0, UINT64_MAX);
 			break;
+		case 'm':
+			memory = parse_number("--memory", optarg, 1, UINT64_MAX) / PIECE * PIECE;
+			break;
 		}
 	}
-	if (optind != argc - 2 || !count || argv[optind][0] != '/')
-		usage("expected --count, DEVICE and SCRATCH", NULL);
-	size = device_bytes(argv[optind]);
-	device = open(argv[optind], O_RDWR);
-	if (device < 0)
-		fail(argv[optind]);
-	map = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, device, 0);
+	if (optind != argc - 2 || !count || (argv[optind][0] == '/') != !memory)
+		usage("expected --count, DEVICE or --memory, and SCRATCH", NULL);
+	size = memory ? memory : device_bytes(argv[optind]);
+	if (!memory) {
+		device = open(argv[optind], O_RDWR);
+		if (device < 0)
+			fail(argv[optind]);
+	}
+	map = mmap(NULL, size, PROT_READ | PROT_WRITE,
+		   memory ? MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE : MAP_SHARED, device, 0);
 	if (map == MAP_FAILED)
 		fail("mmap");
 	scratch = open_direct(argv[optind + 1]);

@@ -10,7 +10,7 @@ from typing import Literal
 
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest.guest import Guest
-from paprscm.guest.report import Natural, ToolReport, read_report
+from paprscm.guest.report import Natural, ToolReport, mix, read_report
 from paprscm.guest.tools import run_tool
 
 _LIMIT_S = 120.0
@@ -41,12 +41,19 @@ class PinsReport(ToolReport, frozen=True, kw_only=True):
         return int(self.failure != "")
 
 
-def pin_pages(guest: Guest, device: str, scratch: str, *, count: int, seed: int) -> PinsReport:
-    """Let a disk read and write the pages of a DAX device.
+def pattern(offset: int) -> bytes:
+    """The first words that pin_pages() leaves in the piece at an offset."""
+    return b"".join(mix(offset + word).to_bytes(8, "little") for word in range(8))
+
+
+def pin_pages(
+    guest: Guest, device: str | int, scratch: str, *, count: int, seed: int
+) -> PinsReport:
+    """Let a disk read and write the pages of a DAX device, or of a program's memory.
 
     Args:
         guest: the guest.
-        device: path of the character device, which is overwritten.
+        device: path of the character device, which is overwritten; or size of the memory, bytes.
         scratch: path of another disk, which is overwritten.
         count: number of pieces beside the first and the last one.
         seed: the same seed uses the same pieces.
@@ -55,7 +62,10 @@ def pin_pages(guest: Guest, device: str, scratch: str, *, count: int, seed: int)
         ProbeError: the tool failed, or its report cannot be believed.
         ContractError: a piece has other contents, or I/O failed.
     """
-    words = [f"--count={count}", f"--seed={seed}", device, scratch]
+    of = ["memory"] if isinstance(device, int) else [device]
+    if isinstance(device, int):
+        of.insert(0, f"--memory={device}")
+    words = [f"--count={count}", f"--seed={seed}", *of, scratch]
     result = run_tool(guest, "pins", words, timeout_s=_LIMIT_S)
     report = read_report(PinsReport, result.stdout, result.status, result.stderr)
     if report.failure:

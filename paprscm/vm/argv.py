@@ -20,6 +20,11 @@ AGENT_PORT = "paprscm.agent"
 PORT_NAME = "paprscm"
 """Name of the virtio-serial port through which a restored guest is woken
 (/sys/class/virtio-ports/*/name)."""
+# A transitional device cannot have iommu_platform (QEMU hw/virtio/virtio-pci.c).
+_IOMMU = (
+    *("-global", "virtio-device.iommu_platform=on"),
+    *("-global", "virtio-pci.disable-legacy=on"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +147,10 @@ def qemu_argv(
         *("-kernel", str(payload.kernel)),
         *(("-initrd", str(payload.initrd)) if payload.initrd else ()),
         *("-append", payload.cmdline(machine)),
-        *("-blockdev", _words(_disk(payload.disk))),
+        *(_IOMMU if machine.iommu else ()),
+        *("-blockdev", _words(_disk("root", payload.disk, read_only=True))),
         *("-device", "virtio-blk-pci,drive=root,romfile="),
+        *(_second_disk(machine.disk) if machine.disk else ()),
         *("-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"),
         *("-device", "virtio-net-pci,netdev=net,romfile="),
         *("-device", "virtio-rng-pci"),
@@ -253,11 +260,16 @@ def script(argv: Sequence[str], nvdimms: Iterable[Nvdimm], files: Mapping[int, P
     return "\n".join(lines) + "\nexec " + " ".join(words) + ' "$@"\n'
 
 
-def _disk(disk: Path) -> Properties:
+def _second_disk(disk: Path) -> list[str]:
+    words = _words(_disk("second", disk, read_only=False))
+    return ["-blockdev", words, "-device", "virtio-blk-pci,drive=second,romfile="]
+
+
+def _disk(name: str, disk: Path, *, read_only: bool) -> Properties:
     return {
         "driver": "raw",
-        "node-name": "root",
-        "read-only": True,
+        "node-name": name,
+        "read-only": read_only,
         "file.driver": "file",
         "file.filename": str(disk),
     }

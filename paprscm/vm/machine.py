@@ -242,6 +242,8 @@ class Machine:
         smp, memory_mib, cpu: as in Board; None: from the settings.
         type: QEMU's machine type.
         options: further options of -machine.
+        disk: file of a second disk, /dev/vdb, which the guest may write to.
+        iommu: disks and network access memory through the IOMMU (virtio's iommu_platform).
     """
 
     nvdimms: tuple[Nvdimm, ...] = ()
@@ -252,6 +254,8 @@ class Machine:
     cpu: str | None = None
     type: str = "pseries"
     options: tuple[str, ...] = ()
+    disk: Path | None = None
+    iommu: bool = False
 
     def __post_init__(self) -> None:
         taken: set[int] = set()

@@ -12,9 +12,8 @@ import re
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.kmsg import has_frame, traces
-from paprscm.guest.report import mix
 from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
-from paprscm.pmem.pins import page_structure_bytes, pin_pages
+from paprscm.pmem.pins import page_structure_bytes, pattern, pin_pages
 from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.settings import OWN_KERNELS
 from paprscm.testcase import PaprScmTest
@@ -25,11 +24,6 @@ LARGE = 5 * GIB
 PIECES = 40
 ISSUE = "linux-devdax-initializes-pages-of-others"
 OOPS = re.compile(r"BUG: (?:Kernel NULL pointer dereference|Unable to handle kernel)")
-
-
-def pattern(offset: int) -> bytes:
-    """The first words that guest_tools/pins.c leaves in the piece at an offset."""
-    return b"".join(mix(offset + word).to_bytes(8, "little") for word in range(8))
 
 
 class PageStructures(PaprScmTest):

@@ -50,7 +50,12 @@ TRUSTS = "linux-papr-scm-trusts-statistics"
 SLEEPS_ISSUE = "linux-papr-scm-monitor-sleeps"
 OUTLIVES = "linux-nvdimm-monitor-outlives-driver"
 # What a debug kernel reports about linux-papr-scm-monitor-sleeps.
-SLEEPING = (SLEEPS.pattern, "WARNING: inconsistent lock state", "WARNING: possible")
+SLEEPING = (
+    SLEEPS.pattern,
+    r"WARNING: .*__might_sleep",
+    "WARNING: inconsistent lock state",
+    "WARNING: possible",
+)
 MONITOR = ("papr_scm_pmu_add", "papr_scm_pmu_read", "papr_scm_pmu_get_value")
 OOPS = re.compile(r"(BUG: )?(Unable to handle kernel|Kernel NULL pointer)|Oops: ")
 # mm/slub.c overwrites freed objects with it (POISON_FREE).

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Disks that access the memory of DIMMs: DAX pages, and DIMMs that are system RAM.
+
+A virtio disk accesses the guest's memory at its real address, or through the IOMMU
+(iommu_platform), as PCI devices of real machines do. Then Linux needs TCEs for the DIMMs, too:
+arch/powerpc/platforms/pseries/iommu.c, enable_ddw and iommu_mem_notifier. devdax becomes system RAM
+by drivers/dax/kmem.c.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from paprscm.checks import at_least
+from paprscm.errors import HostError
+from paprscm.guest.guest import Guest
+from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
+from paprscm.pmem.pins import pattern, pin_pages
+from paprscm.pmem.regions import wait_for_region
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import PMEM_ON
+from paprscm.vm.machine import GIB, MIB, Machine
+
+DIMM = PMEM_ON.at(3, GIB)
+DISK = "/dev/vdb"
+PIECES = 40
+# Bit 33 of a virtio device's features (linux/virtio_config.h, VIRTIO_F_ACCESS_PLATFORM).
+ACCESS_PLATFORM = 33
+ISSUE = "linux-dma-window-lacks-pmem"
+# QEMU hw/virtio/virtio.c: a descriptor's address is not mapped.
+FAULT = "bogus descriptor or out of resources"
+DRIVERS = "/sys/bus/dax/drivers"
+MEMORY = "/sys/devices/system/memory"
+
+
+class DmaTest(PaprScmTest):
+    """
+    Base of the tests: a guest with a second disk.
+
+    :avocado: disable
+    """
+
+    def start(self, *, iommu: bool) -> Guest:
+        """Boot a guest; its devices use the IOMMU, or do not."""
+        disk = self.folder("disk") / "disk.raw"
+        disk.parent.mkdir(parents=True, exist_ok=True)
+        with disk.open("wb") as file:
+            file.truncate(16 * MIB)
+        guest = self.boot(Machine(nvdimms=(DIMM,), disk=disk, iommu=iommu), cold=True)
+        features = guest.succeed("cat /sys/block/vdb/device/features")
+        used = features[ACCESS_PLATFORM] == "1"
+        self.expect("the disk uses the IOMMU", used, iommu)
+        return guest
+
+    def devdax(self, guest: Guest, location: NamespaceMap) -> CharacterDevice:
+        """Make a devdax namespace of the whole DIMM."""
+        region = wait_for_region(guest, DIMM.slot)
+        namespace = create_namespace(guest, region, mode="devdax", map=location)
+        self.start_offset = file_offset(guest, region, namespace.character_device)
+        return namespace.character_device
+
+
+class Dma(DmaTest):
+    """
+    A disk and the pages of a devdax device.
+
+    :avocado: tags=pmem
+    """
+
+    def judge(self, location: NamespaceMap, *, iommu: bool) -> None:
+        """Let the disk access the first, the last, and other pages; compare with the file."""
+        guest = self.start(iommu=iommu)
+        device = self.devdax(guest, location)
+        seed = self.random().getrandbits(32)
+        with ThreadPoolExecutor(1) as pool:
+            pinned = pool.submit(pin_pages, guest, device.path, DISK, count=PIECES, seed=seed)
+            while not wait([pinned], 0.2).done:
+                if FAULT in guest.vm.output():
+                    # The disk never answers again.
+                    guest.kill()
+                    self.known_issue(ISSUE, shows=True, found=f"QEMU reports '{FAULT}'")
+                    return
+        report = pinned.result()
+        if iommu:
+            self.known_issue(ISSUE, shows=False, found="the disk accesses the DIMM")
+        self.check("size of the mapping", report.size, device.size_bytes)
+        ends = {0, device.size_bytes - 65536}
+        self.check("ends of the device that were not accessed", ends - {*report.offsets}, set())
+        with guest.file(DIMM.slot).open("rb") as file:
+            for offset in report.offsets:
+                file.seek(self.start_offset + offset)
+                self.check(f"the file at {offset:#x}", file.read(64), pattern(offset))
+
+    def test_direct(self) -> None:
+        """A disk reads into and writes from all of a DAX device, its ends included."""
+        self.judge("dev", iommu=False)
+
+    def test_iommu(self) -> None:
+        """A disk behind the IOMMU reads into and writes from all of a DAX device."""
+        self.judge("mem", iommu=True)
+
+
+class SystemRam(DmaTest):
+    """
+    A DIMM that becomes system RAM.
+
+    :avocado: tags=pmem
+    """
+
+    def total(self, guest: Guest) -> int:
+        """MemTotal, bytes."""
+        return 1024 * int(guest.succeed("grep MemTotal /proc/meminfo").split()[1])
+
+    def blocks(self, guest: Guest) -> set[str]:
+        """Names of the kernel's memory blocks."""
+        return set(guest.succeed(f"cd {MEMORY} && echo memory[0-9]*").split())
+
+    def judge(self, *, iommu: bool) -> None:
+        """Turn a DIMM into memory, use it by a program and a disk, and turn it back."""
+        guest = self.start(iommu=iommu)
+        device = self.devdax(guest, "mem")
+        name = device.name
+        total, blocks = self.total(guest), self.blocks(guest)
+        guest.succeed(f"echo {name} > {DRIVERS}/device_dax/unbind")
+        guest.succeed(f"echo {name} > {DRIVERS}/kmem/new_id")
+        added = " ".join(sorted(self.blocks(guest) - blocks))
+        self.check("new blocks of memory", bool(added), True)
+        size, node, *states = guest.succeed(
+            f"cd {MEMORY}; cat block_size_bytes /sys/bus/dax/devices/{name}/target_node; "
+            f"for m in {added}; do echo online_movable > $m/state; cat $m/state; echo $m/node*; "
+            "done"
+        ).split()
+        expected = [("online", f"{block}/node{node}") for block in added.split()]
+        self.check("new blocks", list(zip(states[::2], states[1::2], strict=True)), expected)
+        grown = self.total(guest) - total
+        self.check("MemTotal's growth", grown, int(size, 16) * len(expected))
+        self.check("bytes of the device that are no memory", device.size_bytes - grown, at_least(0))
+
+        seed = self.random().getrandbits(32)
+        report = pin_pages(guest, grown, DISK, count=PIECES, seed=seed)
+        self.check("pieces", report.pieces, PIECES + 2)
+        found = self.found(guest.file(DIMM.slot), report.offsets)
+        self.metric("pieces_on_the_dimm", found, "pieces")
+        if not found:
+            raise HostError("none of the pieces was in the DIMM's memory")
+
+        guest.succeed(f"cd {MEMORY}; for m in {added}; do echo offline > $m/state || exit; done")
+        guest.succeed(f"echo {name} > {DRIVERS}/kmem/unbind")
+        guest.succeed(f"echo {name} > {DRIVERS}/kmem/remove_id")
+        guest.succeed(f"echo {name} > {DRIVERS}/device_dax/bind")
+        self.check("MemTotal afterwards", self.total(guest), total)
+        self.check("memory blocks afterwards", self.blocks(guest), blocks)
+        # Behind the IOMMU, that is test_iommu above.
+        if not iommu:
+            again = pin_pages(guest, device.path, DISK, count=4, seed=seed)
+            self.check("size of the device afterwards", again.size, device.size_bytes)
+
+    def found(self, path: Path, offsets: tuple[int, ...]) -> int:
+        """Number of pieces whose pages are in the backing file, at any page of 4 KiB."""
+        patterns = {pattern(offset) for offset in offsets}
+        count = 0
+        with path.open("rb") as file:
+            while block := file.read(16 * MIB):
+                if block.count(0) < len(block):
+                    pages = (block[at : at + 64] for at in range(0, len(block), 4096))
+                    count += len(patterns & set(pages))
+        return count
+
+    def test_direct(self) -> None:
+        """A devdax that becomes memory adds whole blocks, which programs and disks can use."""
+        self.judge(iommu=False)
+
+    def test_iommu(self) -> None:
+        """Disks behind the IOMMU can access memory that was a devdax before."""
+        self.judge(iommu=True)
