@@ -15,7 +15,7 @@ from pathlib import Path
 from paprscm.checks import at_least
 from paprscm.errors import HostError
 from paprscm.guest.guest import Guest
-from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
+from paprscm.pmem.namespaces import CharacterDevice, create_namespace, file_offset
 from paprscm.pmem.pins import pattern, pin_pages
 from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
@@ -53,10 +53,10 @@ class DmaTest(PaprScmTest):
         self.expect("the disk uses the IOMMU", used, iommu)
         return guest
 
-    def devdax(self, guest: Guest, location: NamespaceMap) -> CharacterDevice:
+    def devdax(self, guest: Guest) -> CharacterDevice:
         """Make a devdax namespace of the whole DIMM."""
         region = wait_for_region(guest, DIMM.slot)
-        namespace = create_namespace(guest, region, mode="devdax", map=location)
+        namespace = create_namespace(guest, region, mode="devdax", map="dev")
         self.start_offset = file_offset(guest, region, namespace.character_device)
         return namespace.character_device
 
@@ -68,10 +68,10 @@ class Dma(DmaTest):
     :avocado: tags=pmem
     """
 
-    def judge(self, location: NamespaceMap, *, iommu: bool) -> None:
+    def judge(self, *, iommu: bool) -> None:
         """Let the disk access the first, the last, and other pages; compare with the file."""
         guest = self.start(iommu=iommu)
-        device = self.devdax(guest, location)
+        device = self.devdax(guest)
         seed = self.random().getrandbits(32)
         with ThreadPoolExecutor(1) as pool:
             pinned = pool.submit(pin_pages, guest, device.path, DISK, count=PIECES, seed=seed)
@@ -94,11 +94,11 @@ class Dma(DmaTest):
 
     def test_direct(self) -> None:
         """A disk reads into and writes from all of a DAX device, its ends included."""
-        self.judge("dev", iommu=False)
+        self.judge(iommu=False)
 
     def test_iommu(self) -> None:
         """A disk behind the IOMMU reads into and writes from all of a DAX device."""
-        self.judge("mem", iommu=True)
+        self.judge(iommu=True)
 
 
 class SystemRam(DmaTest):
@@ -119,7 +119,7 @@ class SystemRam(DmaTest):
     def judge(self, *, iommu: bool) -> None:
         """Turn a DIMM into memory, use it by a program and a disk, and turn it back."""
         guest = self.start(iommu=iommu)
-        device = self.devdax(guest, "mem")
+        device = self.devdax(guest)
         name = device.name
         total, blocks = self.total(guest), self.blocks(guest)
         guest.succeed(f"echo {name} > {DRIVERS}/device_dax/unbind")
