@@ -199,6 +199,20 @@ class LabelArea:
             if LABEL.is_intact(label)
         )
 
+    def filled(self, labels: Mapping[int, bytes]) -> LabelArea:
+        """A copy with labels in free slots, which both index blocks list as used."""
+        area = self
+        for slot, label in labels.items():
+            area = area.replaced(self.slot_offset(slot), label)
+        for number in (0, 1):
+            index = bytearray(self.index(number))
+            free = int.from_bytes(index[_SLOT_FREE:], "little")
+            for slot in labels:
+                free &= ~(1 << slot)
+            index[_SLOT_FREE:] = free.to_bytes(len(index) - _SLOT_FREE, "little")
+            area = area.replaced(number * self.index_bytes, INDEX.changed(bytes(index)))
+        return area
+
     def replaced(self, offset: int, data: bytes) -> LabelArea:
         """A copy with other bytes at an offset."""
         copy = self.data[:offset] + data + self.data[offset + len(data) :]
