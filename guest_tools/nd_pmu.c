@@ -30,13 +30,17 @@ static void report_result(int result, uint64_t count)
 	report_close(']');
 }
 
+static bool is_step(const char *word)
+{
+	return !strcmp(word, "read") || !strcmp(word, "close") ||
+	       (!strncmp(word, "write=", 6) && strchr(word + 6, '='));
+}
+
 static int write_file(char *words)
 {
 	char *text = strchr(words, '=');
 	int file, result;
 
-	if (!text)
-		usage("write= needs PATH=TEXT", words);
 	*text++ = 0;
 	file = open(words, O_WRONLY | O_CLOEXEC);
 	if (file < 0)
@@ -49,15 +53,19 @@ static int write_file(char *words)
 int main(int argc, char **argv)
 {
 	struct perf_event_attr attributes = { .size = sizeof(attributes) };
-	int event;
+	int event, cpu;
 
 	if (argc < 4)
 		usage("expected TYPE, EVENT and CPU", NULL);
-	attributes.type = atoi(argv[1]);
-	attributes.config = strtoull(argv[2], NULL, 0);
+	for (int i = 4; i < argc; i++)
+		if (!is_step(argv[i]))
+			usage("unknown STEP", argv[i]);
+	attributes.type = parse_number("TYPE", argv[1], 0, UINT32_MAX);
+	attributes.config = parse_number("EVENT", argv[2], 0, UINT64_MAX);
+	cpu = parse_number("CPU", argv[3], 0, INT32_MAX);
 	report_begin();
 	report_open("results", '[');
-	event = syscall(SYS_perf_event_open, &attributes, -1, atoi(argv[3]), -1, PERF_FLAG_FD_CLOEXEC);
+	event = syscall(SYS_perf_event_open, &attributes, -1, cpu, -1, PERF_FLAG_FD_CLOEXEC);
 	report_result(event, 0);
 	for (int i = 4; event >= 0 && i < argc; i++) {
 		uint64_t count = 0;
@@ -67,10 +75,8 @@ int main(int argc, char **argv)
 			result = read(event, &count, sizeof(count)) == sizeof(count) ? 0 : -1;
 		else if (!strcmp(argv[i], "close"))
 			result = close(event);
-		else if (!strncmp(argv[i], "write=", 6))
-			result = write_file(argv[i] + 6);
 		else
-			usage("unknown STEP", argv[i]);
+			result = write_file(argv[i] + 6);
 		report_result(result, count);
 	}
 	report_close(']');
