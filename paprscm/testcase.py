@@ -416,6 +416,7 @@ class PaprScmTest(QemuTest):
         cold: bool = False,
         allowed: Iterable[str] = (),
         shim: Shim | None = None,
+        during_boot: Callable[[Guest], object] | None = None,
     ) -> Guest:
         """Start a guest with its DIMMs; it ends with the test.
 
@@ -426,12 +427,18 @@ class PaprScmTest(QemuTest):
             cold: boot it; the DIMMs are present when its kernel starts.
             allowed: kernel messages that the test expects (regular expressions).
             shim: loaded into its QEMU, to trace, delay and fail the syncs of backing files.
+            during_boot: as for Guest; the guest is booted.
         """
         machine = machine or Machine()
         self.require_qemu(*machine.nvdimms)
         folder = self.folder("guest")
         start = self.environment.guest(
-            machine, folder=folder, cold=cold, allowed=allowed, shim=shim
+            machine,
+            folder=folder,
+            cold=cold,
+            allowed=allowed,
+            shim=shim,
+            during_boot=during_boot,
         )
         guest = self.leave.enter_context(start)
         for mark, since_exec_s in guest.times.reached().items():

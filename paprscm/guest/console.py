@@ -117,6 +117,11 @@ class Console:
         with self._changed:
             return [line for _when, line in self._lines]
 
+    @property
+    def line_count(self) -> int:
+        """Number of lines so far, and so of the next one, for wait_for()."""
+        return self._count
+
     def tail(self, count: int = 20) -> str:
         """Return the last lines, or those from the trouble on, indented for a message."""
         lines = self.lines

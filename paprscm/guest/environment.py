@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -85,6 +85,7 @@ class Environment:
         mirror: TextIO | None = None,
         shim: Shim | None = None,
         migrates: bool = False,
+        during_boot: Callable[[Guest], object] | None = None,
     ) -> Iterator[Guest]:
         """Run a guest: restored from the snapshot if the machine fits it, else booted.
 
@@ -95,7 +96,7 @@ class Environment:
             allowed: expected kernel messages (regular expressions).
             mirror: stream that receives a copy of its console output.
             shim: preloaded into its QEMU, to record and disturb the syncs of the backing files.
-            migrates: as for Guest.
+            migrates, during_boot: as for Guest; a guest with `during_boot` boots.
         """
         patterns = list(allowed)
 
@@ -109,11 +110,12 @@ class Environment:
                 snapshot=snapshot,
                 shim=shim,
                 migrates=migrates,
+                during_boot=during_boot,
             )
 
         snapshot = self.snapshot
         board = machine.board(self.equipment.board)
-        if cold or snapshot is None or not snapshot.fits(machine, board):
+        if cold or during_boot or snapshot is None or not snapshot.fits(machine, board):
             snapshot = None
         with contextlib.ExitStack() as stack:
             try:

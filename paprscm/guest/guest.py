@@ -10,7 +10,7 @@ import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
@@ -56,6 +56,8 @@ class Guest(Verbs, Lifetime):
         memory_file: file that becomes the memory of a guest that will be saved.
         shim: preloaded into its QEMU, to record and disturb the syncs of the backing files.
         migrates: the guest may continue at another QEMU, see successor().
+        during_boot: called with the guest before its machine, which boots, executes the first
+            instruction; it may let the machine run.
 
     Raises:
         NotRestoredError: the restored guest does not run.
@@ -75,9 +77,11 @@ class Guest(Verbs, Lifetime):
         memory_file: Path | None = None,
         shim: Shim | None = None,
         migrates: bool = False,
+        during_boot: Callable[[Guest], object] | None = None,
     ) -> None:
         super().__init__()
         self._migrates = migrates
+        self._during_boot = during_boot
         self._mirror = mirror
         self._shim = shim
         self._snapshot = snapshot
@@ -295,10 +299,10 @@ class Guest(Verbs, Lifetime):
             ScratchFiles(self._settings.scratch_dir, machine.nvdimms, image=self.dimms.image)
         )
         parts = (equipment.qemu, machine, self.board, equipment.payload, files.paths)
-        wiring = channels.wiring(folder)
+        wiring, stopped = channels.wiring(folder), self._during_boot is not None
         return stack.enter_context(
             Vm(
-                qemu_argv(*parts, wiring, self._memory, incoming=incoming),
+                qemu_argv(*parts, wiring, self._memory, incoming=incoming, stopped=stopped),
                 files,
                 folder=folder,
                 by_hand=script(qemu_argv(*parts, None), machine.nvdimms, files.paths),
@@ -344,6 +348,9 @@ class Guest(Verbs, Lifetime):
 
     def _boot(self) -> None:
         """Wait for the guest's marks, and for its agent or ssh server."""
+        if self._during_boot is not None:
+            self._during_boot(self)
+            self.qmp.execute("cont")
         try:
             if not wait_until_ready(
                 self.console, self.times, exec_s=self.vm.exec_s, settings=self._settings

@@ -68,7 +68,7 @@ class Snapshot:
     def fits(self, machine: Machine, board: Board) -> bool:
         """Return True if a machine equals the saved one, apart from DIMMs, which are plugged."""
         saved = Machine()
-        rest = replace(machine, nvdimms=(), smp=None, memory_mib=None, cpu=None)
+        rest = replace(machine, nvdimms=(), smp=None, memory_mib=None, cpu=None, firmware=None)
         same_room = machine.dimm_room_bytes == saved.dimm_room_bytes
         return board == self.board and rest == saved and same_room
 

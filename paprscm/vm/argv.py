@@ -126,6 +126,7 @@ def qemu_argv(
     memory: MemoryFile | None = None,
     *,
     incoming: bool = False,
+    stopped: bool = False,
 ) -> list[str]:
     """Return the command line of one guest, without a monitor; a pure function.
 
@@ -139,10 +140,12 @@ def qemu_argv(
         memory: the guest's memory; None: QEMU allocates it. A restored guest gets its DIMMs later,
             by hotplug.
         incoming: wait for the state of a running guest, which includes its memory and its DIMMs.
+        stopped: a guest that boots stops before its first instruction.
     """
     argv = [
         *_base(qemu, machine, board, "memory-backend=ram" if memory else ""),
         *(("-object", _words(memory.backend(board.memory_mib))) if memory else ()),
+        *_numa(machine, board),
         "-no-reboot",
         *("-kernel", str(payload.kernel)),
         *(("-initrd", str(payload.initrd)) if payload.initrd else ()),
@@ -173,7 +176,7 @@ def qemu_argv(
         return [*argv, *_dimms(machine, files), "-incoming", "defer"]
     if memory and memory.restored:
         return [*argv, "-incoming", "defer", "-S"]
-    return argv + _dimms(machine, files)
+    return [*argv, *_dimms(machine, files), *(["-S"] if stopped else [])]
 
 
 def bare_argv(
@@ -227,6 +230,16 @@ def _base(qemu: Sequence[str], machine: Machine, board: Board, option: str = "")
         "-nodefaults",
         *("-display", "none"),
     ]
+
+
+def _numa(machine: Machine, board: Board) -> list[str]:
+    if machine.nodes == 1:
+        return []
+    size = board.memory_mib * MIB
+    argv = ["-object", _words({"qom-type": "memory-backend-ram", "id": "node0", "size": size})]
+    for node in range(machine.nodes):
+        argv += ["-numa", f"node,nodeid={node}" + ("" if node else ",memdev=node0")]
+    return argv
 
 
 def _dimms(machine: Machine, files: Mapping[int, Path]) -> list[str]:

@@ -51,6 +51,7 @@ class Nvdimm:
         file: an existing backing file of size_bytes + label_bytes; None: a temporary file.
         number: number in the ids of its backend and its device; None: the slot.
         address: its guest address; None: QEMU chooses it, by the order of the devices.
+        node: its NUMA node.
     """
 
     slot: int = 0
@@ -67,6 +68,7 @@ class Nvdimm:
     file: Path | None = None
     number: int | None = None
     address: int | None = None
+    node: int = 0
 
     def __post_init__(self) -> None:
         if self.device not in _DEVICES:
@@ -175,6 +177,8 @@ class Nvdimm:
         }
         if self.address is not None:
             properties["addr"] = self.address
+        if self.node:
+            properties["node"] = self.node
         if self.pmem_override:
             properties["pmem-override"] = True
         if self.unarmed:
@@ -239,11 +243,12 @@ class Machine:
         nvdimms: the DIMMs at boot.
         slots: number of memory slots, and so of PMEM DRCs.
         cmdline: words to add to the kernel's command line.
-        smp, memory_mib, cpu: as in Board; None: from the settings.
+        smp, memory_mib, cpu, firmware: as in Board; None: from the settings.
         type: QEMU's machine type.
         options: further options of -machine.
         disk: file of a second disk, /dev/vdb, which the guest may write to.
         iommu: disks and network access memory through the IOMMU (virtio's iommu_platform).
+        nodes: NUMA nodes; node 0 has all memory.
     """
 
     nvdimms: tuple[Nvdimm, ...] = ()
@@ -252,10 +257,12 @@ class Machine:
     smp: int | None = None
     memory_mib: int | None = None
     cpu: str | None = None
+    firmware: str | None = None
     type: str = "pseries"
     options: tuple[str, ...] = ()
     disk: Path | None = None
     iommu: bool = False
+    nodes: int = 1
 
     def __post_init__(self) -> None:
         taken: set[int] = set()
@@ -280,6 +287,7 @@ class Machine:
             smp=self.smp or defaults.smp,
             memory_mib=self.memory_mib or defaults.memory_mib,
             cpu=self.cpu or defaults.cpu,
+            firmware=self.firmware or defaults.firmware,
         )
 
     @property
