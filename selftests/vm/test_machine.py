@@ -142,6 +142,25 @@ def test_with_modules_init_configures_the_network() -> None:
     assert "ip=" not in after(words, "-append")[0]
 
 
+def test_a_dimm_of_another_numa_node() -> None:
+    words = argv(Machine(nvdimms=(Nvdimm(), Nvdimm(slot=1, node=1)), nodes=2))
+    assert after(words, "-numa") == ["node,nodeid=0,memdev=node0", "node,nodeid=1"]
+    assert f"memory-backend-ram,id=node0,size={1024 * MIB}" in after(words, "-object")
+    nodes = [",node=1" in word for word in after(words, "-device") if "spapr-nvdimm" in word]
+    assert nodes == [False, True]
+
+
+def test_a_guest_that_boots_can_be_stopped_before() -> None:
+    words = qemu_argv(("qemu",), Machine(), Board(), PAYLOAD, {}, WIRING, stopped=True)
+    assert words == [*argv(Machine()), "-S"]
+
+
+def test_a_machine_has_its_own_firmware() -> None:
+    machine = Machine(firmware="slof")
+    assert machine.board(Board()) == Board(firmware="slof")
+    assert Machine().board(Board(firmware="slof")).firmware == "slof"
+
+
 def test_override_unarmed_and_private_are_passed_on() -> None:
     nvdimm = Nvdimm(pmem=True, pmem_override=True, unarmed=True, share=False)
     words = argv(Machine(nvdimms=(nvdimm,)))

@@ -23,8 +23,9 @@ from paprscm.guest.boot_moments import Moment, reachable, visit
 from paprscm.guest.guest import Guest
 from paprscm.migration.moves import SyncedData, write_synced
 from paprscm.papr import NODE, PARENT_NODE, SCM_BLOCK_SIZE, Property
+from paprscm.pmem.dump import RegionError
 from paprscm.pmem.mounts import dax_mount
-from paprscm.pmem.regions import wait_for_region
+from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
@@ -154,8 +155,7 @@ class PlugDuringBoot(PaprScmTest):
 
     def judge(self, guest: Guest, moment: Moment) -> None:
         """Check region and NUMA node of a DIMM, and that its flushes reach the host."""
-        nvdimm = self.dimms[moment]
-        region = wait_for_region(guest, nvdimm.slot, APPEARS_S)
+        nvdimm, region = self.dimms[moment], self.wait_for_region(guest, moment)
         node = region.node
         cells = node.raw.get(Property.ASSOCIATIVITY, b"")
         syncs = guest.vm.syncs(nvdimm.slot)
@@ -180,6 +180,14 @@ class PlugDuringBoot(PaprScmTest):
         for name, (found, expected) in table.items():
             self.check(f"plugged {moment}: {name}", found, expected)
 
+    def wait_for_region(self, guest: Guest, moment: Moment) -> Region:
+        """Wait for the region of a DIMM; the error names the moment of the plug."""
+        try:
+            return wait_for_region(guest, self.dimms[moment].slot, APPEARS_S)
+        except RegionError as error:
+            error.message = f"plugged {moment}: {error.message}"
+            raise
+
     def write(self, guest: Guest, moment: Moment) -> int:
         """Mount a DIMM with DAX, compare what was written before, and write; return its syncs."""
         slot = self.dimms[moment].slot
@@ -202,8 +210,8 @@ class PlugDuringBoot(PaprScmTest):
         """
         guest = self.boot_with(UNTIL_IRQ, firmware="vof")
         began = time.monotonic()
-        for nvdimm in self.dimms.values():
-            wait_for_region(guest, nvdimm.slot, APPEARS_S)
+        for moment in self.dimms:
+            self.wait_for_region(guest, moment)
         self.metric("last_dimm_appears", time.monotonic() - began, "s")
         self.judge_all(guest)
 
