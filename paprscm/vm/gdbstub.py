@@ -66,6 +66,8 @@ class Gdb:
                 gdb = cls(sock)
                 yield gdb
                 gdb._expect_ok("D")
+            # The next gdbserver replaces this one, and would lose its socket to it.
+            qmp.hmp("gdbserver none")
         except OSError as error:
             raise HostError(f"QEMU's gdbstub cannot be reached: {error}") from error
 

@@ -137,8 +137,12 @@ class Monitor:
         self.answers = answers
         self.listener: Any = None
         self.stubs: list[Stub] = []
+        self.lines: list[str] = []
 
     def hmp(self, line: str) -> str:
+        self.lines.append(line)
+        if line == "gdbserver none":
+            return "Disabled gdbserver"
         path = re.fullmatch(r"gdbserver unix:(.*),server=on,wait=off", line)
         assert path is not None
         with socket.socket(socket.AF_UNIX) as listener:
@@ -161,6 +165,7 @@ def test_the_machine_runs_at_the_end_of_the_context(tmp_path: Path) -> None:
         gdb.run_to(0x400000, limit_s=10)
     monitor.stubs[0].join()
     assert monitor.stubs[0].commands[-1] == "D"
+    assert monitor.lines[1:] == ["gdbserver none"]
 
 
 def test_the_machine_stays_stopped_after_an_exception(tmp_path: Path) -> None:

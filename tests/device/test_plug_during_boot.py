@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from paprscm.checks import at_least
@@ -44,6 +44,9 @@ IRQ_INIT = Moment(
     "before the interrupt is requested", "__machine_initcall_pseries_init_ras_hotplug_IRQ"
 )
 AFTER_INITCALLS = Moment("after the initcalls", "free_initmem")
+EVENT_SCAN = Moment("before an event-scan", "rtas_event_scan")
+# Interrupts are disabled, and no other CPU can call RTAS (arch/powerpc/kernel/rtas.c, rtas_lock).
+IN_EVENT_SCAN = Moment("in an event-scan", "enter_rtas")
 INIT = Moment("while /init runs", prints="paprscm: init")
 RUNNING = Moment("after the boot")
 RUNNING_BEFORE_RESET = Moment("before a reset")
@@ -66,6 +69,8 @@ COMMAND_S = 120.0
 """Additional time limit for a command, on a busy host, s."""
 INTERRUPTED = "/RAS_HOTPLUG$/ { for (i = 2; $i ~ /^[0-9]+$/; i++) count += $i } END { exit !count }"
 """A program for awk with status 0 if a hotplug event has caused an interrupt."""
+SCANS = 4
+"""vCPUs of a guest that waits for an event-scan."""
 RESET_S = 60.0
 """Time limit for a reset, on a busy host, s."""
 
@@ -119,27 +124,46 @@ class PlugDuringBoot(PaprScmTest):
             self.check(f"{moment}: its backend", nvdimm.memdev in backends, False)
 
     def boot_with(
-        self, plugs: Iterable[Moment], *, firmware: str, option: str = "", word: str = ""
+        self,
+        moments: Iterable[Moment],
+        *,
+        firmware: str,
+        option: str = "",
+        word: str = "",
+        idle: Collection[Moment] = (),
+        smp: int | None = None,
     ) -> Guest:
-        """Boot a guest, and plug a DIMM at each moment."""
+        """Boot a guest, and plug a DIMM at each moment but the idle ones."""
         if firmware == "vof" and not self.environment.qemu.has_vof:
             raise CapabilityError("this QEMU has no VOF", hint="a QEMU with x-vof")
-        moments = self.moments(*plugs)
+        found = self.moments(*moments)
         machine = Machine(
             slots=SLOTS,
+            smp=smp,
             nodes=NODES,
             firmware=firmware,
             options=(option,) if option else (),
             cmdline=(word,) if word else (),
         )
         return self.boot(
-            machine, shim=self.shim(), during_boot=lambda guest: self.visit(guest, moments)
+            machine, shim=self.shim(), during_boot=lambda guest: self.visit(guest, found, idle=idle)
         )
 
-    def visit(self, guest: Guest, moments: dict[Moment, int], nodes: int = NODES) -> None:
-        """Continue a boot, and plug a DIMM at each moment."""
-        limit_s = self.settings.boot_limit_s
-        visit(guest, moments, lambda moment: self.plug(guest, moment, nodes), limit_s=limit_s)
+    def visit(
+        self,
+        guest: Guest,
+        moments: dict[Moment, int],
+        *,
+        idle: Collection[Moment] = (),
+        nodes: int = NODES,
+    ) -> None:
+        """Continue a boot, and plug a DIMM at each moment but the idle ones."""
+
+        def act(moment: Moment) -> None:
+            if moment not in idle:
+                self.plug(guest, moment, nodes)
+
+        visit(guest, moments, act, limit_s=self.settings.boot_limit_s)
 
     def judge_all(self, guest: Guest) -> None:
         """Check that each DIMM is there; plug those again that QEMU has refused."""
@@ -265,6 +289,32 @@ class PlugDuringBoot(PaprScmTest):
         self.plug(guest, RUNNING)
         self.judge_all(guest)
         return appears
+
+    def test_event_scan(self) -> None:
+        """The event of a DIMM that is plugged during an event-scan is handled once.
+
+        The event-scan triggers the interrupt of a pending event again, so that two interrupts have
+        one event.
+        """
+        moments = AFTER_INITCALLS, EVENT_SCAN, IN_EVENT_SCAN
+        # At first there is one event-scan a second for each CPU; the next one is due 30 s later.
+        guest = self.boot_with(moments, firmware="vof", idle=moments[:2], smp=SCANS)
+        # Events are handled in the order of their interrupts: then all of the first DIMM are done.
+        self.plug(guest, RUNNING)
+        self.judge_all(guest)
+        log = guest.succeed("grep -E 'RAS_HOTPLUG$' /proc/interrupts; dmesg")
+        line, _, messages = log.partition("\n")
+        interrupts = sum(int(word) for word in line.split()[1 : 1 + SCANS])
+        drc = f"{self.dimms[IN_EVENT_SCAN].drc:x}"
+        failed = re.findall(rf"pseries-pmem: (Failed .* drc index: {drc})", messages)
+        reports = ", ".join(failed) or "no message"
+        self.measure("interrupts of two events", interrupts)
+        if interrupts > len(self.dimms) or failed:
+            self.known_issue(
+                "linux-hotplug-event-handled-twice",
+                shows=bool(failed),
+                found=f"two events with {interrupts} interrupts: {reports}",
+            )
 
     def test_reset(self) -> None:
         """A DIMM that is plugged shortly before a reset or until the next CAS is there afterwards.
