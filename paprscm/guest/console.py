@@ -122,6 +122,11 @@ class Console:
         """Number of lines so far, and so of the next one, for wait_for()."""
         return self._count
 
+    def restart_silence(self) -> None:
+        """Count the silence of wait_for() from now on: the machine was stopped before."""
+        with self._changed:
+            self._last_s = time.monotonic()
+
     def tail(self, count: int = 20) -> str:
         """Return the last lines, or those from the trouble on, indented for a message."""
         lines = self.lines
@@ -226,7 +231,7 @@ class StuckError(GuestLostError):
 
 
 def wait_until_ready(
-    console: Console, times: StartTimes, *, exec_s: float, settings: Settings
+    console: Console, times: StartTimes, *, exec_s: float, begin_s: float, settings: Settings
 ) -> bool:
     """Wait until the guest has booted (/init prints its mark "ready").
 
@@ -234,6 +239,7 @@ def wait_until_ready(
         console: the guest's console.
         times: receives the time of each mark.
         exec_s: start time of QEMU (time.monotonic()).
+        begin_s: time from which boot_limit_s counts.
         settings: boot_limit_s and silence_limit_s.
 
     Returns:
@@ -244,7 +250,7 @@ def wait_until_ready(
         ConfigError: the kernel ignores its command line, or refuses one of its modules.
         StuckError: a limit was reached; the message names it.
     """
-    deadline = exec_s + settings.boot_limit_s
+    deadline = begin_s + settings.boot_limit_s
     pending = dict(_MARKS)
     while "ready" in pending:
         match = console.wait_for(

@@ -348,12 +348,19 @@ class Guest(Verbs, Lifetime):
 
     def _boot(self) -> None:
         """Wait for the guest's marks, and for its agent or ssh server."""
+        begin_s = self.vm.exec_s
         if self._during_boot is not None:
             self._during_boot(self)
             self.qmp.execute("cont")
+            self.console.restart_silence()
+            begin_s = time.monotonic()
         try:
             if not wait_until_ready(
-                self.console, self.times, exec_s=self.vm.exec_s, settings=self._settings
+                self.console,
+                self.times,
+                exec_s=self.vm.exec_s,
+                begin_s=begin_s,
+                settings=self._settings,
             ):
                 self._event.wait()
                 self.check()

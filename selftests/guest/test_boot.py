@@ -24,7 +24,9 @@ def replay(log: str) -> tuple[bool, StartTimes, Console]:
     theirs.sendall(log.encode())
     started = time.monotonic()
     try:
-        ready = wait_until_ready(console, times, exec_s=started, settings=Settings())
+        ready = wait_until_ready(
+            console, times, exec_s=started, begin_s=started, settings=Settings()
+        )
     finally:
         theirs.close()
         console.close()

@@ -181,6 +181,17 @@ def test_a_guest_that_prints_is_not_silent(wire: Wire) -> None:
     talker.join()
 
 
+def test_the_silence_of_a_stopped_machine_does_not_count(wire: Wire) -> None:
+    wire.say("hello\n")
+    assert wire.console.wait_for(MARKS, timeout_s=60, silence_s=0.3) is None
+    assert wire.console.line_count == 1
+    talker = threading.Timer(0.1, wire.say, ["paprscm: ready\n"])
+    talker.start()
+    wire.console.restart_silence()
+    assert wire.console.wait_for(MARKS, timeout_s=60, silence_s=5, start=1) is not None
+    talker.join()
+
+
 def test_trouble_ends_the_wait_and_is_reported_once(wire: Wire) -> None:
     wire.say("[    1.000000] WARNING: CPU: 0 PID: 1 at a.c:1\n[    1.000000] BUG: b\n")
     assert wire.console.wait_for(MARKS, timeout_s=30, silence_s=30) is None

@@ -48,6 +48,7 @@ EVENT_SCAN = Moment("before an event-scan", "rtas_event_scan")
 # Interrupts are disabled, and no other CPU can call RTAS (arch/powerpc/kernel/rtas.c, rtas_lock).
 IN_EVENT_SCAN = Moment("in an event-scan", "enter_rtas")
 INIT = Moment("while /init runs", prints="paprscm: init")
+# Not moments of the boot.
 RUNNING = Moment("after the boot")
 RUNNING_BEFORE_RESET = Moment("before a reset")
 STOPPED_BEFORE_RESET = Moment("into the stopped machine, before a reset")
@@ -338,6 +339,7 @@ class PlugDuringBoot(PaprScmTest):
 
     def wait_ready(self, guest: Guest, start: int) -> None:
         """Wait until /init reports that a guest has booted, after the first `start` lines."""
+        guest.console.restart_silence()
         line = guest.console.wait_for(
             {"ready": re.compile("^paprscm: ready")},
             timeout_s=self.settings.boot_limit_s,
