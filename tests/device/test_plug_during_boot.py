@@ -100,7 +100,7 @@ class PlugDuringBoot(PaprScmTest):
         """Data on the DIMMs that were mounted."""
 
     def moments(self, *moments: Moment) -> dict[Moment, int]:
-        """The moments of this kernel's boot; those that it lacks are recorded."""
+        """The moments of this kernel's boot; a driver that is a module lacks its own."""
         equipment = self.environment.equipment
         if equipment.board.accel != "tcg":
             raise CapabilityError(
@@ -109,7 +109,10 @@ class PlugDuringBoot(PaprScmTest):
                 hint="accel=tcg",
             )
         found = reachable(moments, equipment.payload.kernel)
-        self.measure("moments left out", [str(one) for one in moments if one not in found])
+        missing = [one for one in moments if one not in found]
+        self.measure("moments left out", [str(one) for one in missing])
+        if functions := [one.function for one in missing if one is not DRIVER_INIT]:
+            raise CapabilityError(f"the kernel lacks the functions {', '.join(functions)}")
         return found
 
     def plug(self, guest: Guest, moment: Moment, nodes: int = NODES) -> None:
