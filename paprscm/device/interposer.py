@@ -7,12 +7,12 @@ instruction `sc 1`, before QEMU sees the call; so any kernel and any QEMU will d
 
 A CPU cannot continue at a breakpoint, and while it makes a single step no other one runs. So a call
 that QEMU is to answer is made by the `sc 1` of plpar_hcall_raw(), which Linux itself needs only for
-kexec. Each stop costs the guest all its translated code (QEMU gdbstub.c, gdb_vm_state_change), some
-50 ms; hence `until`.
+kexec. Each stop takes some 50 ms; hence `until`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 import threading
@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from paprscm.errors import CapabilityError, Error
 from paprscm.papr import Hcall, ReturnCode, return_code_name
-from paprscm.vm.gdb import PC, Gdb
+from paprscm.vm.gdbstub import PC, Gdb
 from paprscm.vm.vm import Vm
 
 _FUNCTION = "plpar_hcall(_trace)?"
@@ -170,7 +170,8 @@ class Interposer:
     """
 
     def __init__(self, vm: Vm, symbols: str, answer: Answer, *, until: Hcall | None = None) -> None:
-        self._gdb = Gdb(vm)
+        self._vm = vm
+        self._connection = contextlib.ExitStack()
         self._symbols = symbols
         self._answer = answer
         self._until = until
@@ -183,15 +184,15 @@ class Interposer:
         self.calls: list[Answered] = []
 
     def __enter__(self) -> Interposer:
-        self._gdb.__enter__()
-        try:
+        with contextlib.ExitStack() as stack:
+            path = self._vm.scratch / "gdb"
+            self._gdb = stack.enter_context(Gdb.of(self._vm.qmp, path))
+            self._gdb.describe()
             self._sites = call_sites(self._symbols, self._read)
             for address in (*self._sites.used, self._sites.spare + _INSTRUCTION):
                 self._gdb.break_at(address)
             self._gdb.run()
-        except BaseException:
-            self._gdb.__exit__(None, None, None)
-            raise
+            self._connection = stack.pop_all()
         self._thread.start()
         return self
 
@@ -201,16 +202,17 @@ class Interposer:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        try:
-            # QEMU ignores it while the guest is stopped.
-            with self._running:
-                self._ending = True
-                self._gdb.interrupt()
-            self._thread.join()
-        finally:
-            self._gdb.__exit__(kind, error, trace)
-        if self._error is not None:
-            raise self._error
+        # QEMU ignores it while the guest is stopped; the thread has the error of a QEMU that ended.
+        with self._running, contextlib.suppress(OSError):
+            self._ending = True
+            self._gdb.interrupt()
+        self._thread.join()
+        if self._error is None:
+            self._connection.close()
+            return
+        with contextlib.suppress(type(self._error)):
+            self._connection.__exit__(type(self._error), self._error, None)
+        raise self._error
 
     def made(self, *hcalls: Hcall) -> list[Answered]:
         """The calls of some kinds, in their order."""
@@ -219,9 +221,9 @@ class Interposer:
     def _serve(self) -> None:
         try:
             while True:
-                stop = self._gdb.wait()
-                if stop.at_breakpoint:
-                    self._gdb.select(stop.thread)
+                vcpu = self._gdb.wait()
+                if vcpu is not None:
+                    self._gdb.select(vcpu)
                     self._handle()
                 with self._running:
                     if self._ending and not self._passed:

@@ -18,7 +18,7 @@ import pytest
 from paprscm.device.interposer import Answer, Interposer, Reply, busy, call_sites, script
 from paprscm.errors import CapabilityError, GuestLostError, HostError
 from paprscm.papr import Hcall, ReturnCode
-from paprscm.vm.gdb import PC, Gdb
+from paprscm.vm.gdbstub import PC
 
 BASE = 0xC000000000001000
 SYMBOLS = f"""\
@@ -60,7 +60,7 @@ class Stub:
         self.cpu = Cpu()
         self.breakpoints: list[int] = []
         self.detached = False
-        self.closes = False
+        self.closes_at = ""
         self.written: dict[int, bytes] = {}
         self._listener = socket.socket(socket.AF_UNIX)
         self._thread = threading.Thread(target=self._serve, daemon=True)
@@ -84,22 +84,26 @@ class Stub:
             if self.unasked:
                 sock.sendall(frame(self.unasked))
             data = b""
-            while not self.detached:
+            while True:
                 received = sock.recv(4096)
                 if not received:
                     return
-                data += received
+                data += received.replace(b"+", b"")
                 while match := re.match(rb"\$([^#]*)#..|\x03", data):
                     data = data[match.end() :]
-                    answer = b"T02thread:01;" if match[1] is None else self._answer(match[1])
-                    if self.closes:
+                    if match[1] is not None and match[1].decode() == self.closes_at:
                         return
+                    answer = b"T02thread:01;" if match[1] is None else self._answer(match[1])
                     if answer is not None:
                         sock.sendall(frame(answer))
 
     def _answer(self, packet: bytes) -> bytes | None:
         text = packet.decode()
         match text[0], re.split("[,=:]", text[1:]):
+            case "?", _:
+                return b"T05thread:01;"
+            case "q", _:
+                return b"l"
             case "c", _:
                 if not self.stops:
                     return None
@@ -227,16 +231,16 @@ def test_replies_are_given_in_their_order(tmp_path: Path) -> None:
 
 
 def test_a_qemu_that_ends_is_reported(tmp_path: Path) -> None:
-    stub = Stub(tmp_path, [])
-    with Gdb(stub) as gdb:  # type: ignore[arg-type]
-        stub.closes = True
-        with pytest.raises(GuestLostError, match="closed the connection"):
-            gdb.register(3)
-
-
-def test_an_error_of_the_stub_is_reported(tmp_path: Path) -> None:
+    stub = Stub(tmp_path, [("01", at(CALL))])
+    stub.closes_at = "p40"
     with (
-        Gdb(Stub(tmp_path, [])) as gdb,  # type: ignore[arg-type]
-        pytest.raises(HostError, match="E14 to 'm7,4'"),
+        pytest.raises(GuestLostError, match="closed the connection"),
+        Interposer(stub, SYMBOLS, script()),  # type: ignore[arg-type]
     ):
-        gdb.read(7, 4)
+        pass
+
+
+def test_a_kernel_that_is_not_found_leaves_the_machine_running(tmp_path: Path) -> None:
+    stub = Stub(tmp_path, [])
+    with pytest.raises(CapabilityError), Interposer(stub, "", script()):  # type: ignore[arg-type]
+        pass
