@@ -150,6 +150,24 @@ def test_a_dimm_of_another_numa_node() -> None:
     assert nodes == [False, True]
 
 
+def test_a_second_disk_is_the_second_device_and_writable() -> None:
+    words = argv(Machine(disk=Path("/d/two, three")))
+    assert [word for word in after(words, "-device") if "blk" in word] == [
+        "virtio-blk-pci,drive=root,romfile=",
+        "virtio-blk-pci,drive=second,romfile=",
+    ]
+    (root, second) = after(words, "-blockdev")
+    assert "node-name=root,read-only=on" in root
+    assert "node-name=second,read-only=off" in second
+    assert second.endswith("file.filename=/d/two,, three")
+
+
+def test_devices_behind_the_iommu() -> None:
+    words = after(argv(Machine(iommu=True)), "-global")
+    assert words == ["virtio-device.iommu_platform=on", "virtio-pci.disable-legacy=on"]
+    assert after(argv(Machine()), "-global") == []
+
+
 def test_a_guest_that_boots_can_be_stopped_before() -> None:
     words = qemu_argv(("qemu",), Machine(), Board(), PAYLOAD, {}, WIRING, stopped=True)
     assert words == [*argv(Machine()), "-S"]
