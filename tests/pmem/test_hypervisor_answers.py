@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paprscm.checks import above, at_least
-from paprscm.device.interposer import Answer, Answered, Interposer, Reply, busy, script
+from paprscm.device.interposer import Answer, Answered, Call, Interposer, Reply, busy, script
 from paprscm.errors import ContractError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
@@ -175,8 +175,9 @@ class Binding(AnswersTest):
         for code in self.draw.sample(ERRORS, 4):
             reply = Reply(code=code, outputs=(self.token(), self.address, 0))
             calls = self.rebind(guest, script(H_SCM_BIND_MEM=[reply]))
-            self.check(f"{code}: calls", [one.code for one in calls.made(BIND)], [code])
-            self.check(f"{code}: the driver is bound", self.is_bound, False)
+            what = f"bind with {int(code)}"
+            self.check(f"{what}: answers", [one.code for one in calls.made(BIND)], [code])
+            self.check(f"{what}: the driver is bound", self.is_bound, False)
         set_driver(guest, DIMM.slot, "bind")
         self.expect_region(guest, "after all errors")
 
@@ -358,8 +359,8 @@ class Flushing(AnswersTest):
         given = {region.drc: [self.token() for _ in range(8)] for region in regions}
         left = {drc: list(sequence) for drc, sequence in given.items()}
 
-        def answer(call: object) -> Reply | None:
-            drc = call.arguments[0]  # type: ignore[attr-defined]
+        def answer(call: Call) -> Reply | None:
+            drc = call.arguments[0]
             return busy(left[drc].pop(0)) if left[drc] else Reply(code=0)
 
         paths = [f"{region.device}/deep_flush" for region in regions]
