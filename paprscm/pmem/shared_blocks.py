@@ -7,10 +7,20 @@ import re
 
 from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
+from paprscm.guest.kmsg import has_frame, traces
 
 HUGE_PAGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
 HUGE_PAGE_WARNING = r"WARNING: .*(dax_insert_entry|vmf_insert_folio_pmd)\+"
 """The kernel's warnings with that issue, a regular expression."""
+
+PIN_ISSUE = "linux-xfs-dax-pin-of-shared-block-hangs"
+_PIN_BUG = re.compile(r"kernel BUG at mm/gup\.c")
+
+
+def stopped_at_pin(guest: Guest) -> bool:
+    """Return True if the kernel stopped at a pin of a shared page, as it does with DEBUG_VM."""
+    bugs = traces(guest.console.lines, _PIN_BUG)
+    return any(has_frame(bug, "sanity_check_pinned_pages") for bug in bugs)
 
 
 def huge_page_warnings(guest: Guest) -> list[str]:

@@ -284,11 +284,12 @@ class PlugDuringBoot(PaprScmTest):
         skipped = guest.succeed("dmesg | grep -c 'initcall rtas_event_scan_init blacklisted'")
         self.expect("initcalls of the event-scan that were skipped", skipped.strip(), "1")
         drc = self.dimms[AFTER_CAS].drc
-        # With an interrupt the DIMM is only a matter of time. Its absence causes no event.
+        # With an interrupt the DIMM is only a matter of time.
         output = guest.succeed(
             f"for _ in $(seq {limit_s:.0f}); do\n"
             f"if [ -d /proc/device-tree/{PARENT_NODE}/{NODE}@{drc:08x} ] || awk '{INTERRUPTED}' "
             "/proc/interrupts; then echo appears; break; fi\n"
+            # Its absence causes no event.
             "sleep 1\n"
             "done",
             timeout_s=limit_s + COMMAND_S,
