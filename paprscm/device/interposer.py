@@ -16,7 +16,6 @@ import contextlib
 import itertools
 import re
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -65,14 +64,12 @@ class Call:
     Attributes:
         hcall: the call.
         arguments: r4 to r9.
-        at_s: time of the call, by time.monotonic().
         read: reads memory of the guest by address in the kernel, or real address, and size; only
             before the call is answered.
     """
 
     hcall: Hcall
     arguments: tuple[int, ...]
-    at_s: float
     read: Callable[[int, int], bytes] = field(repr=False, compare=False)
 
 
@@ -254,7 +251,6 @@ class Interposer:
             call = Call(
                 hcall=Hcall(number),
                 arguments=self._registers(_ARGUMENTS),
-                at_s=time.monotonic(),
                 read=self._read,
             )
             reply = self._answer(call)
