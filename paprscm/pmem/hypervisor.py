@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Final, Literal
 
 from paprscm.device.interposer import SYMBOLS, Answer, Interposer
+from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ToolReport, read_report
-from paprscm.guest.tools import run_tool
+from paprscm.guest.tools import install_tool, run_tool
 from paprscm.papr import Hcall
 from paprscm.pmem.removal import PLATFORM, platform_device
 
@@ -31,9 +32,21 @@ class Hypervisor:
 
     Args:
         guest: the guest.
+        tools: guest tools to compile before the first answer: a stop at each call slows them.
+
+    Raises:
+        CapabilityError: the guest has the hash MMU, with which each page fault makes a call.
     """
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: Guest, *tools: str) -> None:
+        mmu = guest.succeed("sed -n 's/^MMU.*: //p' /proc/cpuinfo").strip()
+        if mmu != "Radix":
+            raise CapabilityError(
+                f"other answers of the hypervisor need the radix MMU, not {mmu}",
+                hint="cpu=POWER9 or later",
+            )
+        for tool in tools:
+            install_tool(guest, tool)
         self._guest = guest
         self._symbols = guest.succeed(SYMBOLS)
 

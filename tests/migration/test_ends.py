@@ -366,6 +366,7 @@ class LinuxRestarts(EndTest):
         It has the data that were synced before. The monitor answers.
         """
         self.require_kernel("CONFIG_KEXEC_FILE", "CONFIG_CRASH_DUMP", "CONFIG_PROC_VMCORE")
+        self.require_kernel("CONFIG_HCALL_STATS")
         guest = self.start(NO_HCALL_STATS, CRASH_MEMORY, allowed=PANIC, smp=KEXEC_CPUS)
         load_kernel(guest, self.environment.equipment.payload, crash=True)
         disk = guest.vm.syncs(DISK.slot)

@@ -71,7 +71,7 @@ class AnswersTest(PaprScmTest):
         """Boot a guest; the driver may report the errors of the hypervisor."""
         self.draw = self.random()
         guest = self.boot(Machine(nvdimms=nvdimms), allowed=[REPORTED])
-        self.hypervisor = Hypervisor(guest)
+        self.hypervisor = Hypervisor(guest, "persist", "nd_ioctl")
         return guest
 
     def token(self) -> int:

@@ -73,7 +73,7 @@ class StatisticsTest(PaprScmTest):
         """Boot a guest, and bind the driver to a DIMM whose statistics have this size, bytes."""
         machine = Machine(nvdimms=(DIMM,), cmdline=cmdline)
         guest = self.boot(machine, allowed=[REPORTED, *allowed])
-        self.hypervisor = Hypervisor(guest)
+        self.hypervisor = Hypervisor(guest, "nd_ioctl", "nd_pmu")
         self.rebind(guest, size)
         return guest
 
