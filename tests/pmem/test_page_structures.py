@@ -23,6 +23,14 @@ from paprscm.vm.machine import GIB, Machine
 LARGE = 5 * GIB
 PIECES = 40
 ISSUE = "linux-devdax-initializes-pages-of-others"
+# Functions in the call trace of each known issue; the first that fits is it.
+FRAMES = {
+    ISSUE: ("memmap_init_compound",),
+    "linux-devdax-leaves-page-structures-unset": (
+        "set_pfnblock_flags_mask",
+        "memmap_init_zone_device",
+    ),
+}
 OOPS = re.compile(r"BUG: (?:Kernel NULL pointer dereference|Unable to handle kernel)")
 
 
@@ -67,11 +75,12 @@ class PageStructures(PaprScmTest):
                 ).character_device
             except ContractError:
                 oopses = traces(guest.console.lines, OOPS)
-                if not oopses or not has_frame(oopses[0], "memmap_init_compound"):
-                    raise
-                found = f"align {align}: an Oops in memmap_init_compound"
-                self.known_issue(ISSUE, shows=True, found=found)
-                return
+                for issue, frames in FRAMES.items():
+                    if oopses and all(has_frame(oopses[0], frame) for frame in frames):
+                        found = f"align {align}: an Oops in {frames[0]}"
+                        self.known_issue(issue, shows=True, found=found)
+                        return
+                raise
             self.check(f"alignment of {device.name}", device.align_bytes, align)
             self.pin(guest, region, device, scratch, f"align {align}, new")
             namespaces = f"namespace -r {region.name} all"
