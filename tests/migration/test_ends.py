@@ -38,6 +38,7 @@ HELD_S = 1.0
 """Time without an answer after which the monitor is blocked, s."""
 BEGIN_S, END_S, BOOT_S = 60.0, 60.0, 120.0
 """Time limits on a busy host: for a flush to begin, for QEMU's end, for a start of the guest."""
+COUNTS = "CONFIG_HCALL_STATS"
 KEXEC_CPUS = 1
 """With two, a kernel that is started by kexec sometimes waits forever for the other one."""
 PANIC = (r"sysrq: Trigger a crash", r"Kernel panic", r"OS terminated")
@@ -330,7 +331,7 @@ class LinuxRestarts(EndTest):
 
     def kexec(self, pending: int) -> None:
         """Start another kernel while flushes hang, and judge it."""
-        self.require_kernel("CONFIG_KEXEC_FILE")
+        self.require_kernel("CONFIG_KEXEC_FILE", COUNTS)
         guest = self.start(NO_HCALL_STATS, smp=KEXEC_CPUS)
         load_kernel(guest, self.environment.equipment.payload)
         disk = guest.vm.syncs(DISK.slot)
@@ -365,8 +366,7 @@ class LinuxRestarts(EndTest):
 
         It has the data that were synced before. The monitor answers.
         """
-        self.require_kernel("CONFIG_KEXEC_FILE", "CONFIG_CRASH_DUMP", "CONFIG_PROC_VMCORE")
-        self.require_kernel("CONFIG_HCALL_STATS")
+        self.require_kernel("CONFIG_KEXEC_FILE", "CONFIG_CRASH_DUMP", "CONFIG_PROC_VMCORE", COUNTS)
         guest = self.start(NO_HCALL_STATS, CRASH_MEMORY, allowed=PANIC, smp=KEXEC_CPUS)
         load_kernel(guest, self.environment.equipment.payload, crash=True)
         disk = guest.vm.syncs(DISK.slot)
