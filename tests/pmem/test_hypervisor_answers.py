@@ -88,7 +88,7 @@ class Binding(AnswersTest):
     """
     A DIMM that papr_scm binds and unbinds.
 
-    :avocado: tags=hcall,pmem
+    :avocado: tags=pmem
     """
 
     def begin(self) -> tuple[Guest, Region, Answered]:
@@ -227,7 +227,7 @@ class HealthBits(AnswersTest):
     """
     H_SCM_HEALTH with other bits and codes.
 
-    :avocado: tags=hcall,pmem
+    :avocado: tags=pmem
     """
 
     def judge(self, guest: Guest, dimm: Nmem, pairs: Sequence[tuple[int, int]]) -> None:
@@ -303,7 +303,7 @@ class Flushing(AnswersTest):
     """
     H_SCM_FLUSH with other answers.
 
-    :avocado: tags=hcall,flush
+    :avocado: tags=flush
     """
 
     def flush(

@@ -139,7 +139,7 @@ class Statistics(StatisticsTest):
     """
     papr/perf_stats and the fuel gauge.
 
-    :avocado: tags=hcall,pmem
+    :avocado: tags=pmem
     """
 
     def test_values(self) -> None:
@@ -223,7 +223,7 @@ class Monitor(StatisticsTest):
     """
     The performance monitor, which a DIMM with statistics has.
 
-    :avocado: tags=hcall,pmem
+    :avocado: tags=pmem
     """
 
     def counting(self, name: str, answered: list[int]) -> Choice:
