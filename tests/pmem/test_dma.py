@@ -145,7 +145,12 @@ class SystemRam(DmaTest):
         if not found:
             raise HostError("none of the pieces was in the DIMM's memory")
 
-        guest.succeed(f"cd {MEMORY}; for m in {added}; do echo offline > $m/state || exit; done")
+        guest.succeed(
+            f"cd {MEMORY}; for m in {added}; do for _ in $(seq 50); do\n"
+            # EBUSY while a page is in use, as for I/O.
+            "echo offline 2> /dev/null > $m/state && continue 2; sleep 0.2\n"
+            "done; cat $m/state; exit 1; done"
+        )
         guest.succeed(f"echo {name} > {DRIVERS}/kmem/unbind")
         guest.succeed(f"echo {name} > {DRIVERS}/kmem/remove_id")
         guest.succeed(f"echo {name} > {DRIVERS}/device_dax/bind")
