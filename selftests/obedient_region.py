@@ -8,15 +8,16 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paprscm.pmem.capacity import MIB, PAGE_STRUCTURE, RESERVED, SUBSECTION, Known, Request
+from paprscm.pmem.capacity import PAGE_STRUCTURE, RESERVED, SUBSECTION, Known, Request
 from paprscm.pmem.capacity_steps import Step
 from paprscm.pmem.metadata import StoredNamespace
 from paprscm.pmem.region_state import DeviceState, NamespaceState, RegionState
+from paprscm.vm.machine import MIB
 
 UNIT = 16 * MIB
 GIB = 1024 * MIB
 START = 0x40000000
-ALIGNMENTS = frozenset({65536, 2 * MIB, GIB})
+ALIGNMENTS = frozenset({65536, 2 * GIB})
 LABELS = 9
 
 

@@ -18,10 +18,10 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Final, NamedTuple
 
-from paprscm.errors import CapabilityError, Error
+from paprscm.errors import CapabilityError, GuestLostError
+from paprscm.host.lifetime import Lifetime
 from paprscm.papr import Hcall, ReturnCode, return_code_name
 from paprscm.vm.gdbstub import PC, Gdb
 from paprscm.vm.vm import Vm
@@ -40,6 +40,8 @@ _LINEAR = 0xC000000000000000
 _HCALLS = frozenset(map(int, Hcall))
 _ARGUMENTS = range(4, 10)
 _OUTPUTS = range(4, 8)
+# Time limit for a stop of the guest, on a busy host, s.
+_STOP_LIMIT_S = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,7 @@ def call_sites(symbols: str, read: Callable[[int, int], bytes]) -> CallSites:
     return CallSites(tuple(used), spare[0])
 
 
-class Interposer:
+class Interposer(Lifetime):
     """Answers calls of storage class memory while the context is active.
 
     Other hypervisor calls go to QEMU.
@@ -164,15 +166,16 @@ class Interposer:
 
     Raises:
         CapabilityError: see `call_sites`.
+        GuestLostError: QEMU ended, or does not stop the guest.
     """
 
     def __init__(self, vm: Vm, symbols: str, answer: Answer, *, until: Hcall | None = None) -> None:
+        super().__init__()
         self._vm = vm
-        self._connection = contextlib.ExitStack()
         self._symbols = symbols
         self._answer = answer
         self._until = until
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._passed: dict[int, _Passed] = {}
         self._sites = CallSites((), 0)
         self._ending = False
@@ -180,36 +183,28 @@ class Interposer:
         self._thread = threading.Thread(target=self._serve, name="interposer", daemon=True)
         self.calls: list[Answered] = []
 
-    def __enter__(self) -> Interposer:
-        with contextlib.ExitStack() as stack:
-            path = self._vm.scratch / "gdb"
-            self._gdb = stack.enter_context(Gdb.of(self._vm.qmp, path))
-            self._gdb.describe()
-            self._sites = call_sites(self._symbols, self._read)
-            for address in (*self._sites.used, self._sites.spare + _INSTRUCTION):
-                self._gdb.break_at(address)
-            self._gdb.run()
-            self._connection = stack.pop_all()
+    def _start(self) -> None:
+        path = self._vm.scratch / "gdb"
+        self._gdb = self._resources.enter_context(Gdb.of(self._vm.qmp, path))
+        self._gdb.prepare_access()
+        self._sites = call_sites(self._symbols, self._read)
+        for address in (*self._sites.used, self._sites.spare + _INSTRUCTION):
+            self._gdb.break_at(address)
+        self._gdb.run()
         self._thread.start()
-        return self
+        self._resources.callback(self._stop)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def _stop(self) -> None:
+        """Stop the guest; after an error it stays stopped."""
         # QEMU ignores it while the guest is stopped; the thread has the error of a QEMU that ended.
         with self._running, contextlib.suppress(OSError):
             self._ending = True
             self._gdb.interrupt()
-        self._thread.join()
-        if self._error is None:
-            self._connection.close()
-            return
-        with contextlib.suppress(type(self._error)):
-            self._connection.__exit__(type(self._error), self._error, None)
-        raise self._error
+        self._thread.join(_STOP_LIMIT_S)
+        if self._thread.is_alive():
+            raise GuestLostError(f"QEMU did not stop the guest within {_STOP_LIMIT_S:g} s")
+        if self._error is not None:
+            raise self._error
 
     def made(self, *hcalls: Hcall) -> list[Answered]:
         """The calls of some kinds, in their order."""
@@ -226,11 +221,8 @@ class Interposer:
                     if self._ending and not self._passed:
                         return
                     self._gdb.run()
-        except BaseException as error:  # raised again by __exit__
+        except Exception as error:  # raised again by _stop()
             self._error = error
-            if isinstance(error, Error):
-                return
-            raise
 
     def _handle(self) -> None:
         # The stack identifies the call: between two stops an interrupt may make calls of its own,

@@ -17,8 +17,8 @@ from typing import Final
 from paprscm.pmem.metadata import StoredNamespace
 from paprscm.pmem.namespaces import NamespaceMap, NamespaceMode
 from paprscm.pmem.region_state import DeviceState, NamespaceState, RegionState
+from paprscm.vm.machine import MIB
 
-MIB: Final = 1 << 20
 SUBSECTION: Final = 2 * MIB
 """Least alignment of memory with page structures (include/linux/mmzone.h, SUBSECTION_SIZE)."""
 LARGEST_COMPAT: Final = 16 * MIB
@@ -50,7 +50,7 @@ class Extent:
         return self.start + self.size
 
     def contains(self, other: Extent) -> bool:
-        """Whether the other one lies inside."""
+        """Return True if the other range lies inside."""
         return self.start <= other.start and other.end <= self.end
 
 
@@ -313,7 +313,7 @@ class Capacity:
             yield f"{what}: {size} bytes of data are {least} or more", size >= least, True
 
     def can_resize(self, uuid: str, size: int) -> bool:
-        """Whether a namespace can have this size in place: it grows only into adjacent space."""
+        """Return True if a namespace can have this size: it grows only into adjacent space."""
         extent = self.namespaces[uuid].extent
         adjacent = [free.size for free in self.free() if extent.start == free.end]
         adjacent += [free.size for free in self.free() if extent.end == free.start]

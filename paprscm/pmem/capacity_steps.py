@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from paprscm.pmem.capacity import MIB, Capacity, Judgement, Outcome, Request
+from paprscm.pmem.capacity import Capacity, Judgement, Outcome, Request
 from paprscm.pmem.namespaces import NamespaceMap, NamespaceMode
 from paprscm.pmem.regions import Region
+from paprscm.vm.machine import MIB
 
 ALIGNMENTS: Final = (4096, 65536, 2 * MIB, 16 * MIB, 1024 * MIB)
 """Requested alignments; those that the region does not support are refused."""
@@ -133,7 +134,7 @@ class Chooser:
         dice: the random numbers.
         modes: modes of namespaces.
         sizes: usual sizes of namespaces, bytes.
-        leave_out: whether a request is not made, because of a known issue.
+        leave_out: returns True for a request that is not made, because of a known issue.
     """
 
     def __init__(

@@ -145,8 +145,9 @@ class Gdb:
         """Choose the vCPU whose registers are accessed."""
         self._expect_ok(f"Hg{vcpu}")
 
-    def describe(self) -> None:
-        """Ask for the description of the registers; QEMU before 10 shows none without."""
+    def prepare_access(self) -> None:
+        """Make single registers and real addresses accessible."""
+        # QEMU reads single registers only for a client that has asked for their description.
         self._ask("qXfer:features:read:target.xml:0,fff")
         # A vCPU in user mode has no access to the kernel's effective addresses.
         self._expect_ok("Qqemu.PhyMemMode:1")

@@ -15,7 +15,6 @@ from obedient_region import ALIGNMENTS, GIB, LABELS, START, UNIT, Kernel
 from paprscm.checks import differ
 from paprscm.pmem import capacity as capacity_module
 from paprscm.pmem.capacity import (
-    MIB,
     Capacity,
     Difference,
     Extent,
@@ -28,6 +27,7 @@ from paprscm.pmem.capacity_steps import Chooser, Step, without
 from paprscm.pmem.metadata import StoredNamespace
 from paprscm.pmem.namespaces import NamespaceMode
 from paprscm.pmem.region_state import DeviceState, NamespaceState, RegionState
+from paprscm.vm.machine import MIB
 
 MODES: tuple[NamespaceMode, ...] = ("raw", "fsdax", "devdax", "sector")
 SIZES = (UNIT, 2 * UNIT, 3 * UNIT, 64 * UNIT)

@@ -208,7 +208,7 @@ class CapacityTest(PaprScmTest):
         self.checkpoint()
 
     def crashes(self, request: Request) -> bool:
-        """Whether a known issue lets this kernel crash: huge pages whose structures are few.
+        """Return True if a known issue crashes this kernel: huge pages with few page structures.
 
         tests/pmem/test_page_structures.py shows it.
         """
@@ -276,7 +276,7 @@ class Limits(CapacityTest):
     allowed = (*REFUSALS, WARNING)
 
     def warned(self, text: str) -> bool:
-        """Whether the kernel has printed a text; each warning is about it."""
+        """Return True if the kernel printed a text; check that it printed no other warning."""
         lines = self.guest.console.lines
         texts = sum(text in line for line in lines)
         warnings = sum(re.search(WARNING, line) is not None for line in lines)
