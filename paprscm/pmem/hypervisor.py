@@ -39,7 +39,9 @@ class Hypervisor:
     """
 
     def __init__(self, guest: Guest, *tools: str) -> None:
-        mmu = guest.succeed("sed -n 's/^MMU.*: //p' /proc/cpuinfo").strip()
+        # Without symbols, call_sites() gives the reason.
+        output = guest.succeed(f"sed -n 's/^MMU.*: //p' /proc/cpuinfo; {SYMBOLS} || :")
+        mmu, _, self._symbols = output.partition("\n")
         if mmu != "Radix":
             raise CapabilityError(
                 f"other answers of the hypervisor need the radix MMU, not {mmu}",
@@ -48,7 +50,6 @@ class Hypervisor:
         for tool in tools:
             install_tool(guest, tool)
         self._guest = guest
-        self._symbols = guest.succeed(SYMBOLS)
 
     def answers(self, answer: Answer, *, until: Hcall | None = None) -> Interposer:
         """Return a context manager in which the answers to calls are chosen.
