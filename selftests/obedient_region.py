@@ -17,7 +17,7 @@ from paprscm.vm.machine import MIB
 UNIT = 16 * MIB
 GIB = 1024 * MIB
 START = 0x40000000
-ALIGNMENTS = frozenset({65536, 2 * GIB})
+ALIGNMENTS = frozenset({65536, 2 * MIB, GIB})
 LABELS = 9
 
 
