@@ -12,21 +12,25 @@
  *	msync=OFFSET:LENGTH         msync(2) with MS_SYNC, of a new shared mapping
  *	fsync, fdatasync, syncfs    on the descriptor
  *	read=OFFSET:LENGTH          pread(2); reports the value of all bytes, or null if they differ
+ *	verity                      FS_IOC_ENABLE_VERITY, with SHA-256 and blocks of a page
  *	await                       closes descriptor 3 and waits for a byte on stdin
  *
  * The file is opened O_RDWR, or O_WRONLY if that is refused (sysfs), or O_RDONLY if it is a
- * directory; a missing file is created. All descriptors are opened first and stay open. So the
- * steps also work on a file system that refuses a later open(2), and they see the errors that the
- * kernel keeps for a descriptor. A failed step does not stop the following ones; a store that
- * raises SIGBUS is reported as EFAULT.
+ * directory or if one step is verity, which is refused while a writer has the file open; a missing
+ * file is created. All descriptors are opened first and stay open. So the steps also work on a file
+ * system that refuses a later open(2), and they see the errors that the kernel keeps for a
+ * descriptor. A failed step does not stop the following ones; a store that raises SIGBUS is
+ * reported as EFAULT.
  *
  * "steps" in the report has each step, with its errno, and CLOCK_MONOTONIC at its begin and end.
  * Exit status: see report.h; never 1.
  */
 #include "report.h"
 
+#include <linux/fsverity.h>
 #include <setjmp.h>
 #include <signal.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 
 const char tool_name[] = "persist";
@@ -85,6 +89,17 @@ static long long await(void)
 	return read(0, &byte, 1) < 0 ? -1 : 0;
 }
 
+static long long enable_verity(int fd)
+{
+	struct fsverity_enable_arg request = {
+		.version = 1,
+		.hash_algorithm = FS_VERITY_HASH_ALG_SHA256,
+		.block_size = (uint32_t)sysconf(_SC_PAGESIZE),
+	};
+
+	return ioctl(fd, FS_IOC_ENABLE_VERITY, &request);
+}
+
 static long long in_mapping(int fd, const struct step *step)
 {
 	long long page = sysconf(_SC_PAGESIZE), head = step->offset % page, result = 0;
@@ -139,6 +154,8 @@ static long long make(int fd, struct step *step)
 		return syncfs(fd);
 	if (!strcmp(step->name, "await"))
 		return await();
+	if (!strcmp(step->name, "verity"))
+		return enable_verity(fd);
 	return in_mapping(fd, step);
 }
 
@@ -162,8 +179,8 @@ static void report_step(const struct step *step, long long result, int number, u
 /* Number of numbers that a step takes; -1 for an unknown step. */
 static int numbers(const char *name)
 {
-	static const char *const names[] = { ",fsync,fdatasync,syncfs,await,", "", ",msync,read,",
-					     ",write,dwrite,store," };
+	static const char *const names[] = { ",fsync,fdatasync,syncfs,await,verity,", "",
+					     ",msync,read,", ",write,dwrite,store," };
 	char word[16];
 
 	snprintf(word, sizeof(word), ",%s,", name);
@@ -193,16 +210,18 @@ int main(int argc, char **argv)
 {
 	struct step list[64], opened = { .name = "open", .byte = -1 };
 	uint64_t begin_ns = now_ns();
-	int fd;
+	int fd, flags = O_RDWR | O_CREAT | O_CLOEXEC;
 
 	if (argc < 2 || argc - 2 > (int)LENGTH(list))
 		usage("expected a FILE and at most 64 steps", NULL);
 	for (int i = 2; i < argc; i++) {
 		if (!parse(argv[i], &list[i - 2]))
 			usage("unknown step", argv[i]);
+		if (!strcmp(list[i - 2].name, "verity"))
+			flags = O_RDONLY | O_CLOEXEC;
 	}
 	signal(SIGBUS, on_bus);
-	fd = open(argv[1], O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+	fd = open(argv[1], flags, 0644);
 	if (fd < 0 && errno == EACCES)
 		fd = open(argv[1], O_WRONLY | O_CLOEXEC);
 	if (fd < 0 && errno == EISDIR)

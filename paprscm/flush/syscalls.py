@@ -43,6 +43,7 @@ class Syscall(Fields, frozen=True, kw_only=True):
         "syncfs",
         "read",
         "await",
+        "verity",
     ]
     offset: Natural
     length: Natural

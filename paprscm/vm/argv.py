@@ -239,6 +239,8 @@ def _numa(machine: Machine, board: Board) -> list[str]:
     argv = ["-object", _words({"qom-type": "memory-backend-ram", "id": "node0", "size": size})]
     for node in range(machine.nodes):
         argv += ["-numa", f"node,nodeid={node}" + ("" if node else ",memdev=node0")]
+    for node, other, distance in machine.distances:
+        argv += ["-numa", f"dist,src={node},dst={other},val={distance}"]
     return argv
 
 

@@ -249,6 +249,7 @@ class Machine:
         disk: file of a second disk, /dev/vdb, which the guest may write to.
         iommu: disks and network access memory through the IOMMU (virtio's iommu_platform).
         nodes: NUMA nodes; node 0 has all memory.
+        distances: (node, other node, distance), in both directions; all others are QEMU's.
     """
 
     nvdimms: tuple[Nvdimm, ...] = ()
@@ -263,6 +264,7 @@ class Machine:
     disk: Path | None = None
     iommu: bool = False
     nodes: int = 1
+    distances: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         taken: set[int] = set()

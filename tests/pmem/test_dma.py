@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 from pathlib import Path
 
 from paprscm.checks import at_least, at_most
@@ -33,6 +34,9 @@ ISSUE = "linux-dma-window-lacks-pmem"
 FAULT = "bogus descriptor or out of resources"
 DRIVERS = "/sys/bus/dax/drivers"
 MEMORY = "/sys/devices/system/memory"
+NODES = "/sys/devices/system/node"
+DISTANCES = (0, 1, 20), (0, 2, 80), (1, 2, 80)
+"""Of three nodes; also a guest that knows only form 1 of PAPR's associativity can show them."""
 
 
 class DmaTest(PaprScmTest):
@@ -42,13 +46,14 @@ class DmaTest(PaprScmTest):
     :avocado: disable
     """
 
-    def start(self, *, iommu: bool) -> Guest:
+    def start(self, *, iommu: bool, machine: Machine | None = None) -> Guest:
         """Boot a guest; its devices use the IOMMU, or do not."""
         folder = tempfile.TemporaryDirectory(dir=self.settings.scratch_dir)
         disk = Path(self.leave.enter_context(folder)) / "disk"
         with disk.open("wb") as file:
             file.truncate(16 * MIB)
-        guest = self.boot(Machine(nvdimms=(DIMM,), disk=disk, iommu=iommu))
+        machine = machine or Machine(nvdimms=(DIMM,))
+        guest = self.boot(replace(machine, disk=disk, iommu=iommu))
         features = guest.succeed("cat /sys/block/vdb/device/features")
         used = features[ACCESS_PLATFORM] == "1"
         self.expect("the disk uses the IOMMU", used, iommu)
@@ -120,9 +125,15 @@ class SystemRam(DmaTest):
         """Names of the kernel's memory blocks."""
         return set(guest.succeed(f"cd {MEMORY} && echo memory[0-9]*").split())
 
-    def judge(self, *, iommu: bool) -> None:
-        """Turn a DIMM into memory, use it by a program and a disk, and turn it back."""
-        guest = self.start(iommu=iommu)
+    def judge(
+        self, *, iommu: bool, machine: Machine | None = None, node: int | None = None
+    ) -> None:
+        """Turn a DIMM into memory, use it by a program and a disk, and turn it back.
+
+        Args:
+            node: check that it is memory of this node, which had none before.
+        """
+        guest = self.start(iommu=iommu, machine=machine)
         device = self.devdax(guest)
         name = device.name
         total, blocks = self.total(guest), self.blocks(guest)
@@ -131,12 +142,12 @@ class SystemRam(DmaTest):
         guest.succeed(f"echo {name} > {DRIVERS}/kmem/new_id")
         added = " ".join(sorted(self.blocks(guest) - blocks))
         self.check("new blocks of memory", bool(added), True)
-        size, node, *states = guest.succeed(
+        size, target, *states = guest.succeed(
             f"cd {MEMORY}; cat block_size_bytes /sys/bus/dax/devices/{name}/target_node; "
             f"for m in {added}; do echo online_movable > $m/state; cat $m/state; echo $m/node*; "
             "done"
         ).split()
-        expected = [("online", f"{block}/node{node}") for block in added.split()]
+        expected = [("online", f"{block}/node{target}") for block in added.split()]
         self.check("new blocks", list(zip(states[::2], states[1::2], strict=True)), expected)
         grown = self.total(guest) - total
         # The page structures may be in the new memory (memmap_on_memory): 64 bytes for each page.
@@ -149,6 +160,11 @@ class SystemRam(DmaTest):
         block = int(size, 16)
         whole = (start + device.size_bytes) // block * block - -(-start // block) * block
         self.check("bytes of new blocks", new, whole)
+        if node is not None:
+            self.check("the DIMM's node", int(target), node)
+            memory = guest.succeed(f"grep MemTotal {NODES}/node{node}/meminfo").split()
+            self.check("memory of that node", 1024 * int(memory[-2]), grown)
+            self.distances(guest)
 
         seed = self.random().getrandbits(32)
         report = pin_pages(guest, grown, DISK, count=PIECES, seed=seed)
@@ -174,6 +190,21 @@ class SystemRam(DmaTest):
             again = pin_pages(guest, device.path, DISK, count=4, seed=seed)
             self.check("size of the device afterwards", again.size, device.size_bytes)
 
+    def distances(self, guest: Guest) -> None:
+        """Compare the distances of all nodes with those of the machine.
+
+        A file has the distances to the online nodes, in their order
+        (Documentation/ABI/stable/sysfs-devices-node).
+        """
+        output = guest.succeed(
+            f"cd {NODES} && for n in node[0-9]*; do echo $n $(cat $n/distance); done"
+        )
+        rows = {int(name[4:]): row for name, *row in map(str.split, output.splitlines())}
+        online = sorted(rows)
+        far = {(a, b): d for one, other, d in DISTANCES for a, b in ((one, other), (other, one))}
+        expected = {a: [str(far.get((a, b), 10)) for b in online] for a in online}
+        self.check("distances", rows, expected)
+
     def found(self, path: Path, offsets: tuple[int, ...]) -> int:
         """Number of pieces whose pages are in the backing file, at any page of 4 KiB."""
         patterns = {pattern(offset) for offset in offsets}
@@ -192,3 +223,14 @@ class SystemRam(DmaTest):
     def test_iommu(self) -> None:
         """Disks behind the IOMMU can access memory that was a devdax before."""
         self.judge(iommu=True)
+
+    def test_node(self) -> None:
+        """A DIMM of a node without memory becomes that node's memory, at the machine's distances.
+
+        arch/powerpc/platforms/pseries/papr_scm.c (target_node), arch/powerpc/mm/numa.c
+        (__node_distance); PAPR, form 1 or 2 of ibm,associativity.
+        """
+        dimm = replace(DIMM, node=2)
+        self.judge(
+            iommu=False, machine=Machine(nvdimms=(dimm,), nodes=3, distances=DISTANCES), node=2
+        )

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Namespaces: each mode, several on one DIMM, after a reboot, partitioned, and in a dm-linear.
+"""Namespaces: each mode, several on one DIMM, after a reboot, and partitioned.
 
 The disk of a file system decides whether its files can be DAX: drivers/nvdimm/pmem.c,
 pmem_attach_disk (BLK_FEAT_DAX only with page structures), drivers/nvdimm/btt.c, and
 drivers/dax/super.c, fs_dax_get_by_bdev. The backend of the disk decides whether they get MAP_SYNC:
-pmem_attach_disk again (set_dax_synchronous), and drivers/md/dm-table.c for combined disks.
+pmem_attach_disk again (set_dax_synchronous).
 """
 
 import uuid
@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from paprscm.checks import above, below
-from paprscm.errors import ContractError, HostError
+from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
 from paprscm.map_sync.verdict import MapResult, Verdict, judge_map_sync, on_dax_file
@@ -328,97 +328,6 @@ def labels(nvdimm: Nvdimm) -> bytes:
 def label_uuid(guest: Guest, namespace: Namespace) -> uuid.UUID:
     """The uuid in a namespace's label; ndctl prints the uuid of the pfn device instead."""
     return uuid.UUID(guest.succeed(f"cat /sys/bus/nd/devices/{namespace.name}/uuid"))
-
-
-class DmLinear(NamespaceTest):
-    """
-    A device-mapper disk made of parts of DIMMs.
-
-    :avocado: tags=map_sync
-    """
-
-    def disks(self, guest: Guest, nvdimms: tuple[Nvdimm, ...]) -> dict[int, BlockDevice]:
-        """The disk of each DIMM, by its slot."""
-        return {
-            nvdimm.slot: create_fsdax(guest, wait_for_region(guest, nvdimm.slot))
-            for nvdimm in nvdimms
-        }
-
-    def test_sync_and_async(self) -> None:
-        """A dm-linear grants MAP_SYNC only if all its DIMMs have pmem=on.
-
-        drivers/md/dm-table.c, dm_table_set_restrictions: device_not_dax_synchronous_capable. The
-        device has DAX in any case (device_not_dax_capable), and MAP_SYNC is refused even for a file
-        that lies completely on the synchronous part.
-        """
-        dimms = tuple(
-            dimm.holding("fsdax") for dimm in (PMEM_ON.at(0), PMEM_OFF.at(1), PMEM_ON.at(2))
-        )
-        guest = self.boot(Machine(nvdimms=dimms))
-        disks = self.disks(guest, dimms)
-        page = read_page_size(guest)
-        # All devices exist concurrently, so that none reuses the dax_device of another
-        # (known_issues/linux-dax-device-inherits-flags.md).
-        cases = (
-            ("on+off", (0, 1), Verdict.REFUSED),
-            ("off+on", (1, 0), Verdict.REFUSED),
-            ("off", (1,), Verdict.REFUSED),
-            ("on+on", (0, 2), Verdict.ACCEPTED),
-            ("on", (0,), Verdict.ACCEPTED),
-        )
-        for index, (name, slots, verdict) in enumerate(cases):
-            path = linear(guest, name, [disks[slot] for slot in slots], at_mib=32 * index)
-            dax = guest.succeed(f"cat /sys/block/{path.removeprefix('/dev/')}/queue/dax")
-            self.check(f"{name}: queue/dax", dax, "1")
-            make_filesystem(guest, path, "ext4", page)
-            mount(guest, path, "ext4", f"/mnt/{name}")
-            self.probe(guest, name, f"/mnt/{name}/file", "ext4", verdict)
-
-    def test_grown(self) -> None:
-        """A synchronous dm-linear that is extended onto pmem=off no longer grants MAP_SYNC."""
-        dimms = (PMEM_ON.at(0).holding("fsdax"), PMEM_OFF.at(1).holding("fsdax"))
-        guest = self.boot(Machine(nvdimms=dimms))
-        disks = self.disks(guest, dimms)
-        path = linear(guest, "grows", [disks[0]], at_mib=0)
-        make_filesystem(guest, path, "ext4", read_page_size(guest))
-        mount(guest, path, "ext4", "/mnt")
-        self.probe(guest, "before", "/mnt/before", "ext4", Verdict.ACCEPTED)
-        self.checkpoint()
-        rows = rows_of([disks[0], disks[1]], at_mib=0)
-        guest.succeed(
-            f"dmsetup reload grows <<'E'\n{rows}\nE\ndmsetup suspend grows && "
-            f"dmsetup resume grows && [ $(dmsetup table grows | wc -l) = 2 ]"
-        )
-        report = map_sync(guest, "/mnt/after")
-        self.measure("after", report.line)
-        outcome = judge_map_sync(report)
-        self.known_issue(
-            "linux-dm-stays-synchronous",
-            shows=outcome.verdict is Verdict.ACCEPTED,
-            found=f"a dm-linear with a part on pmem=off: {outcome.verdict.value}",
-        )
-        if outcome.verdict not in (Verdict.ACCEPTED, Verdict.REFUSED):
-            raise ContractError(str(outcome))
-
-
-def rows_of(disks: list[BlockDevice], *, at_mib: int) -> str:
-    """Table of a dm-linear: 32 MiB of each disk."""
-    count = 32 * MIB // 512
-    return "\n".join(
-        f"{index * count} {count} linear {disk.path} {at_mib * MIB // 512}"
-        for index, disk in enumerate(disks)
-    )
-
-
-def linear(guest: Guest, name: str, disks: list[BlockDevice], *, at_mib: int) -> str:
-    """Create a dm-linear; return its path, which works without udev."""
-    node = guest.succeed(
-        f"dmsetup create {name} <<'E' && dmsetup info -c --noheadings -o blkdevname {name}\n"
-        f"{rows_of(disks, at_mib=at_mib)}\nE"
-    )
-    if not node.startswith("dm-") or not node[3:].isdecimal():
-        raise HostError(f"dmsetup printed {node!r}, not the name of a dm device")
-    return f"/dev/{node}"
 
 
 class Inherited(NamespaceTest):

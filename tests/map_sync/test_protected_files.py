@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: GPL-2.0-or-later
+"""Encrypted files and files with verity are never DAX.
+
+What a mapping of persistent memory shows is what the DIMM holds: an encrypted file would be mapped
+as ciphertext, and stores would be plain text on the DIMM; the contents of a file with verity would
+not be verified. So ext4 makes such files not DAX, whatever option or flag asks for it
+(fs/ext4/inode.c, ext4_should_enable_dax), and DAX and the two exclude each other as flags
+(EXT4_DAX_MUT_EXCL). XFS has neither.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+
+from paprscm.checks import containing
+from paprscm.errors import CapabilityError, HostError
+from paprscm.flush.syscalls import persist
+from paprscm.guest.guest import Guest
+from paprscm.map_sync.probe import map_sync
+from paprscm.map_sync.verdict import Verdict
+from paprscm.pmem.mounts import dax_mount, mount
+from paprscm.testcase import PaprScmTest
+from paprscm.vm.dimms import PMEM_ON
+from paprscm.vm.machine import Machine
+
+SIZE = 1 << 20
+IDENTIFIER = re.compile(r"identifier ([0-9a-f]{32})$", re.MULTILINE)
+
+
+class ProtectedFiles(PaprScmTest):
+    """
+    Base: an ext4 on pmem=on that allows encryption and verity.
+
+    :avocado: disable
+    """
+
+    def machine(self, option: str, feature: str) -> Guest:
+        """Boot a guest, and enable a feature of its file system, which is mounted on /mnt after.
+
+        Raises:
+            CapabilityError: the kernel was built without the option.
+        """
+        guest = self.boot(Machine(nvdimms=(PMEM_ON.holding("ext4"),)))
+        if guest.run(f"zcat /proc/config.gz | grep -q '^{option}=y'").status:
+            raise CapabilityError(f"the kernel was built without {option}")
+        self.disk = dax_mount(guest, PMEM_ON.slot, "ext4", "/mnt").device
+        guest.succeed(f"umount /mnt && tune2fs -O {feature} {self.disk.path}")
+        return guest
+
+    def mount(self, guest: Guest, options: str) -> None:
+        """Mount the file system; the inodes of a former mount are not in memory anymore."""
+        guest.succeed("! mountpoint -q /mnt || umount /mnt")
+        mount(guest, self.disk, "ext4", "/mnt", options=options)
+
+    def probe(self, guest: Guest, name: str, verdict: Verdict, *, read_only: bool = False) -> None:
+        """Try MAP_SYNC on an existing file; a mapping that is not read-only stores into it."""
+        report = map_sync(
+            guest,
+            f"/mnt/{name}",
+            truncate=False,
+            read_only=read_only,
+            prot="r" if read_only else "rw",
+        )
+        self.measure(name, report.line)
+        self.check_map_sync(name, report, verdict, fstype="ext4")
+
+    def token(self) -> str:
+        """A word that is nowhere else in the guest."""
+        return f"{self.random().getrandbits(256):064x}"
+
+    def write(self, guest: Guest, name: str, token: str) -> None:
+        """Make a file of many copies of a word, durable on the DIMM."""
+        guest.succeed(f"yes {token} | head -c {SIZE} > /mnt/{name} && sync /mnt/{name}")
+
+    def places(self, guest: Guest, token: str) -> list[int]:
+        """Offsets of a word in the backing file."""
+        with (
+            guest.file(PMEM_ON.slot).open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            return [match.start() for match in re.finditer(token.encode(), content)]
+
+    def expect_content(self, guest: Guest, name: str, token: str) -> None:
+        """Check that a file has what was written."""
+        command = f"yes {token} | head -c {SIZE} | cmp - /mnt/{name}"
+        self.check(f"{name}: difference", guest.run(command).stdout, "")
+
+
+class Encrypted(ProtectedFiles):
+    """
+    Files in an encrypted folder of ext4 on pmem=on.
+
+    :avocado: tags=map_sync
+    """
+
+    def encrypt(self, guest: Guest, folder: str) -> None:
+        """Make an empty folder encrypted with a new key, which /mnt then has."""
+        key = f"{self.random().getrandbits(512):0128x}"
+        octal = "".join(f"\\{byte:03o}" for byte in bytes.fromhex(key))
+        self.add_key = f"printf '{octal}' | xfs_io -c add_enckey /mnt"
+        output = guest.succeed(self.add_key)
+        found = IDENTIFIER.search(output)
+        if found is None:
+            raise HostError(f"xfs_io printed {output!r}, and no identifier of a key")
+        self.set_policy = f"xfs_io -c 'set_encpolicy -v 2 {found[1]}'"
+        guest.succeed(f"mkdir -p {folder} && {self.set_policy} {folder}")
+
+    def test_files(self) -> None:
+        """An encrypted file refuses MAP_SYNC beside a plain one that grants it.
+
+        Its text is not on the DIMM; without the key it cannot be opened, with the key it is whole.
+        """
+        guest = self.machine("CONFIG_FS_ENCRYPTION", "encrypt")
+        secret, plain = self.token(), self.token()
+        self.mount(guest, "dax=always")
+        self.encrypt(guest, "/mnt/dir")
+        for name, token, verdict in (
+            ("dir/secret", secret, Verdict.NOT_DAX),
+            ("plain", plain, Verdict.ACCEPTED),
+        ):
+            guest.succeed(f"truncate -s {SIZE} /mnt/{name}")
+            self.probe(guest, name, verdict)
+            self.write(guest, name, token)
+            self.expect_content(guest, name, token)
+        self.check("copies of the plain text on the DIMM", len(self.places(guest, plain)) > 0, True)
+        self.check("places of the secret on the DIMM", self.places(guest, secret), [])
+        self.mount(guest, "dax=always")
+        error = guest.fail("cat /mnt/dir/*").stderr
+        self.check("a read without the key", error, containing("Required key not available"))
+        guest.succeed(self.add_key)
+        self.expect_content(guest, "dir/secret", secret)
+        self.probe(guest, "dir/secret", Verdict.NOT_DAX)
+
+    def test_flags(self) -> None:
+        """A folder with the DAX flag cannot be encrypted, and an encrypted one cannot have it."""
+        guest = self.machine("CONFIG_FS_ENCRYPTION", "encrypt")
+        self.mount(guest, "dax=inode")
+        self.encrypt(guest, "/mnt/encrypted")
+        guest.succeed(
+            "mkdir /mnt/dax /mnt/empty && chattr +x /mnt/dax /mnt/empty && "
+            f"truncate -s {SIZE} /mnt/dax/file /mnt/encrypted/file"
+        )
+        self.probe(guest, "dax/file", Verdict.ACCEPTED)
+        for what, command in (
+            ("encrypt a folder with the flag", f"{self.set_policy} /mnt/empty"),
+            ("set the flag of an encrypted folder", "chattr +x /mnt/encrypted"),
+        ):
+            output = guest.run(f"{command} 2>&1").stdout
+            self.check(what, output, containing("Operation not supported"))
+        self.probe(guest, "encrypted/file", Verdict.NOT_DAX)
+
+
+class Verified(ProtectedFiles):
+    """
+    Files with verity of ext4 on pmem=on.
+
+    :avocado: tags=map_sync
+    """
+
+    def test_files(self) -> None:
+        """A file with verity refuses MAP_SYNC, and a byte that changed on the DIMM is an error.
+
+        A plain file shows the changed byte: there is nothing that could detect it.
+        """
+        guest = self.machine("CONFIG_FS_VERITY", "verity")
+        verified, plain = self.token(), self.token()
+        tokens = {"verified": verified, "plain": plain}
+        self.mount(guest, "dax=never")
+        for name, token in tokens.items():
+            self.write(guest, name, token)
+        guest.succeed(f"truncate -s {SIZE} /mnt/other")
+        (enabled,) = persist(guest, "/mnt/verified", "verity")
+        self.check("FS_IOC_ENABLE_VERITY", str(enabled), "verity: 0")
+        self.mount(guest, "dax=always")
+        self.probe(guest, "verified", Verdict.NOT_DAX, read_only=True)
+        self.probe(guest, "other", Verdict.ACCEPTED)
+        for name, token in tokens.items():
+            self.expect_content(guest, name, token)
+        guest.succeed("umount /mnt")
+        with guest.file(PMEM_ON.slot).open("r+b") as file:
+            for token in tokens.values():
+                for place in self.places(guest, token):
+                    file.seek(place)
+                    file.write(b"X")
+        self.mount(guest, "dax=always")
+        self.check("the plain file", guest.succeed("head -c 1 /mnt/plain"), "X")
+        with guest.expect_messages(r"FILE CORRUPTED|verity"):
+            error = guest.fail("cat /mnt/verified > /dev/null").stderr
+        self.check("a read of the verified file", error, containing("Input/output error"))
+
+    def test_refused(self) -> None:
+        """Verity is refused for a file that is DAX, and the file still grants MAP_SYNC."""
+        guest = self.machine("CONFIG_FS_VERITY", "verity")
+        token = self.token()
+        self.mount(guest, "dax=always")
+        guest.succeed(f"truncate -s {SIZE} /mnt/file")
+        self.probe(guest, "file", Verdict.ACCEPTED)
+        self.write(guest, "file", token)
+        (refused,) = persist(guest, "/mnt/file", "verity")
+        self.check("FS_IOC_ENABLE_VERITY", refused.error, "EINVAL")
+        self.expect_content(guest, "file", token)
+        self.probe(guest, "file", Verdict.ACCEPTED)
