@@ -165,14 +165,10 @@ class SystemRam(DmaTest):
             memory = guest.succeed(f"grep MemTotal {NODES}/node{node}/meminfo").split()
             self.check("memory of that node", 1024 * int(memory[-2]), grown)
             self.distances(guest)
-
+            self.use_by_policy(guest, node)
         seed = self.random().getrandbits(32)
-        report = pin_pages(guest, grown, DISK, count=PIECES, seed=seed)
-        self.check("pieces", report.pieces, PIECES + 2)
-        found = self.found(guest.file(DIMM.slot), report.offsets)
-        self.metric("pieces_on_the_dimm", found, "pieces")
-        if not found:
-            raise HostError("none of the pieces was in the DIMM's memory")
+        if node is None:
+            self.use(guest, grown, seed)
 
         guest.succeed(
             f"cd {MEMORY}; for m in {added}; do for _ in $(seq 50); do\n"
@@ -189,6 +185,28 @@ class SystemRam(DmaTest):
         if not iommu:
             again = pin_pages(guest, device.path, DISK, count=4, seed=seed)
             self.check("size of the device afterwards", again.size, device.size_bytes)
+
+    def use(self, guest: Guest, size: int, seed: int) -> None:
+        """Let a disk access more of the new memory than the guest had before."""
+        report = pin_pages(guest, size, DISK, count=PIECES, seed=seed)
+        self.check("pieces", report.pieces, PIECES + 2)
+        found = self.found(guest.file(DIMM.slot), report.offsets)
+        self.metric("pieces_on_the_dimm", found, "pieces")
+        if not found:
+            raise HostError("none of the pieces was in the DIMM's memory")
+
+    def use_by_policy(self, guest: Guest, node: int) -> None:
+        """Write a file of a tmpfs whose pages must be of one node; they must be on the DIMM."""
+        word = f"{self.random().getrandbits(256):064x}"
+        size = 16 * MIB
+        guest.succeed(
+            f"mkdir /tmp/node && mount -t tmpfs -o mpol=bind:{node} none /tmp/node && "
+            f"yes {word} | head -c {size} > /tmp/node/file"
+        )
+        copies = guest.file(DIMM.slot).read_bytes().count(word.encode())
+        # One at each end of a page may be cut.
+        self.check("copies of a word on the DIMM", copies, at_least(size // len(word) * 9 // 10))
+        guest.succeed("umount /tmp/node")
 
     def distances(self, guest: Guest) -> None:
         """Compare the distances of all nodes with those of the machine.
