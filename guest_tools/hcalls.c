@@ -5,7 +5,7 @@
  * The guest's memory is shared with the host. Each vCPU has a mailbox at a fixed address: the host
  * writes calls and then a new request number; the vCPU makes the calls and then repeats the number.
  * Instead of a call, the vCPU can read 8 bytes of memory.
- * This program does not interpret the calls; paprscm/device/mailbox.py is the other end.
+ * This program does not interpret the calls; paprscm/hcall/mailbox.py is the other end.
  *
  * All variables are in the mailbox or on the stack, so no relocation is needed.
  */

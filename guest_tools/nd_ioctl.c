@@ -42,7 +42,7 @@
 #define HAVE_PDSM
 #endif
 
-/* The layout of paprscm/pmem/dimm_commands.py, as the headers have it. */
+/* The layout of paprscm/driver/dimm_commands.py, as the headers have it. */
 #define AT(type, field, offset) \
 	_Static_assert(offsetof(struct type, field) == (offset), #type "." #field)
 AT(nd_cmd_get_config_size, config_size, 4);

@@ -18,10 +18,10 @@ from avocado.core.exceptions import TestCancel, TestWarn
 from paprscm import settings, timesheet
 from paprscm.build.debian import Archive
 from paprscm.checks import Difference, describe, differ
-from paprscm.device.bare_metal import BareMachine, compile_program
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
+from paprscm.hcall.bare_metal import BareMachine, compile_program
 from paprscm.host.cache import Cache
 from paprscm.known_issues import IssueState, read_issue
 from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge_map_sync

@@ -8,10 +8,10 @@ import uuid
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from paprscm.pmem.capacity import PAGE_STRUCTURE, RESERVED, SUBSECTION, Known, Request
-from paprscm.pmem.capacity_steps import Step
-from paprscm.pmem.metadata import StoredNamespace
-from paprscm.pmem.region_state import DeviceState, NamespaceState, RegionState
+from paprscm.labels.capacity import PAGE_STRUCTURE, RESERVED, SUBSECTION, Known, Request
+from paprscm.labels.capacity_steps import Step
+from paprscm.labels.metadata import StoredNamespace
+from paprscm.labels.region_state import DeviceState, NamespaceState, RegionState
 from paprscm.vm.machine import MIB
 
 UNIT = 16 * MIB

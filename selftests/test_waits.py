@@ -16,7 +16,7 @@ FOLDERS = ("paprscm", "tests")
 SHELL = re.compile(r"\bsleep ([\d$]|\{|\d)")
 COMMENT = re.compile(r"(^|\s)#\s*(?!noqa|type:|SPDX)\w")
 # Polls the memory of a machine, as its docstring says.
-DOCUMENTED = {"paprscm/device/bare_metal.py:_wait"}
+DOCUMENTED = {"paprscm/hcall/bare_metal.py:_wait"}
 
 
 def sleeps(tree: ast.AST, lines: list[str], name: str = "") -> Iterator[tuple[int, str]]:

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from paprscm import log
 from paprscm.commands.series import Series
-from paprscm.device.bare_metal import BareMachine, compile_program
-from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError
+from paprscm.hcall.bare_metal import BareMachine, compile_program
+from paprscm.hcall.mailbox import Call
 from paprscm.host.cache import Cache
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope
 from paprscm.settings import Settings

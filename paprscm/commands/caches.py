@@ -13,9 +13,9 @@ from rich.table import Table
 
 from paprscm.build import kernel_source
 from paprscm.build.debian import Archive
-from paprscm.device import bare_metal
 from paprscm.errors import ConfigError
 from paprscm.guest.environment import prepare
+from paprscm.hcall import bare_metal
 from paprscm.host import transfer
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings

@@ -37,9 +37,9 @@ from paprscm.commands import (
     shell,
 )
 from paprscm.commands.dimm_syntax import parse_nvdimm
-from paprscm.device import hcall_judge
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
+from paprscm.hcall.judge import branch_table, count_branches
 from paprscm.host.cache import Cache
 from paprscm.known_issues import PRODUCTS, read_issue
 from paprscm.paths import SUITE_VARIABLE, TESTS
@@ -364,7 +364,7 @@ def _rerun(arguments: argparse.Namespace, chosen: Settings) -> int:
 def _branches(arguments: argparse.Namespace, chosen: Settings) -> int:
     del chosen
     tests = read_record(arguments.job).tests
-    Console().print(hcall_judge.branch_table(hcall_judge.count_branches(tests)))
+    Console().print(branch_table(count_branches(tests)))
     return 0
 
 

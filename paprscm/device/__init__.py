@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Judge QEMU without a guest kernel: command lines, device tree, hcalls."""
+"""Judge QEMU without a guest: command lines, refusals and the device tree."""

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.stream import DimmState, FlushState, read_states
 from paprscm.migration.transfer import SHARED, Way, load, migrate, save
 from paprscm.papr import Hcall, drc_index

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
 
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge
-from paprscm.device.hcall_sequences import FLUSHED, Control, Make, SequenceRunner, steps
 from paprscm.errors import ContractError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge
+from paprscm.hcall.sequences import FLUSHED, Control, Make, SequenceRunner, steps
 from paprscm.migration.handover import Handover, hand_over
 from paprscm.papr import Hcall
 

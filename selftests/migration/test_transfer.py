@@ -13,9 +13,9 @@ from typing import cast
 
 import pytest
 
-from paprscm.device.bare_metal import FREE, BareMachine, compile_program
-from paprscm.device.mailbox import Call
 from paprscm.errors import CapabilityError, ContractError
+from paprscm.hcall.bare_metal import FREE, BareMachine, compile_program
+from paprscm.hcall.mailbox import Call
 from paprscm.host.cache import Cache
 from paprscm.migration import transfer
 from paprscm.migration.handover import save_awake

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paprscm import timesheet
-from paprscm.device.mailbox import Call
 from paprscm.errors import ContractError, HostError
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.flush.load import FlushLoadReport, run_flush_load
 from paprscm.flush.trace import expect_protocol
 from paprscm.guest.guest import Guest
+from paprscm.hcall.mailbox import Call
 from paprscm.papr import Hcall, ReturnCode
 from paprscm.pmem.fs_health import KERNEL_LOG, check_offline, expect_no_complaints
 from paprscm.pmem.mounts import Mount, dax_mount

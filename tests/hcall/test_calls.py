@@ -2,15 +2,15 @@
 """Every branch of every storage class memory hcall, from bare metal, compared with a model.
 
 No kernel runs: every difference is QEMU's (hw/ppc/spapr_nvdimm.c). The model is
-paprscm/device/hcall_model.py; its docstrings cite the source of each rule.
+paprscm/hcall/model.py; its docstrings cite the source of each rule.
 """
 
 import itertools
 import random
 from collections.abc import Iterable, Iterator
 
-from paprscm.device.hcall_judge import Request, ScmJudge, counts_by_name, request, unbind_wraps
 from paprscm.errors import GuestLostError, HostError
+from paprscm.hcall.judge import Request, ScmJudge, counts_by_name, request, unbind_wraps
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL

@@ -11,9 +11,9 @@ import errno
 import statistics
 
 from paprscm.checks import at_least, containing
-from paprscm.device.hcall_judge import ScmJudge, counts_by_name, request
-from paprscm.device.mailbox import Call
 from paprscm.errors import HostError
+from paprscm.hcall.judge import ScmJudge, counts_by_name, request
+from paprscm.hcall.mailbox import Call
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import OVERRIDE, PLAIN, PMEM_OFF, PMEM_ON, SMALL

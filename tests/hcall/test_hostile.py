@@ -12,9 +12,9 @@ from pathlib import Path
 
 from paprscm import timesheet
 from paprscm.checks import at_most
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.mailbox import Call
 from paprscm.errors import HostError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.mailbox import Call
 from paprscm.papr import Hcall, ReturnCode
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL

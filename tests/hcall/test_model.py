@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Random sequences of hcalls on several DIMMs, compared with the model call by call."""
 
-from paprscm.device.hcall_judge import ScmJudge, counts_by_name
-from paprscm.device.hcall_sequences import DIMMS, SequenceRunner, sequences_of, steps
+from paprscm.hcall.judge import ScmJudge, counts_by_name
+from paprscm.hcall.sequences import DIMMS, SequenceRunner, sequences_of, steps
 from paprscm.testcase import QemuTest
 from paprscm.vm.machine import Machine
 

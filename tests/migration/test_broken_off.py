@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 
 from paprscm import timesheet
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hold_flushes
 from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, saving, wait_loaded
 from paprscm.papr import Hcall, drc_index

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Random sequences of hcalls with migrations between them."""
 
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge
-from paprscm.device.hcall_sequences import DIMMS
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge
+from paprscm.hcall.sequences import DIMMS
 from paprscm.migration.histories import MigratingRunner, histories
 from paprscm.testcase import QemuTest
 from paprscm.vm.machine import Machine

@@ -9,8 +9,8 @@ both ends are allowed.
 from dataclasses import dataclass, replace
 
 from paprscm.checks import containing
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError, GuestLostError
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, drc_index

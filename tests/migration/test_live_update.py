@@ -4,9 +4,9 @@
 See QEMU's docs/devel/migration/CPR.rst.
 """
 
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hand_over_with
 from paprscm.migration.transfer import cpr_exec, cpr_transfer, wait_loaded
 from paprscm.papr import Hcall, drc_index

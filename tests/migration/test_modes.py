@@ -10,8 +10,8 @@ import itertools
 from dataclasses import replace
 
 from paprscm.checks import containing
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hand_over, save_awake
 from paprscm.migration.transfer import LoadError, load
 from paprscm.papr import Hcall

@@ -8,8 +8,8 @@ spapr_nvdimm.c: vmstate_spapr_nvdimm_states, spapr_nvdimm_flush_post_load.
 import errno
 import itertools
 
-from paprscm.device.hcall_judge import ScmJudge, request
-from paprscm.device.mailbox import Call
+from paprscm.hcall.judge import ScmJudge, request
+from paprscm.hcall.mailbox import Call
 from paprscm.migration.handover import Handover, hand_over, save_awake
 from paprscm.migration.stream import read_states
 from paprscm.migration.transfer import COPIED, load

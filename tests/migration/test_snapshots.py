@@ -8,8 +8,8 @@ spapr_nvdimm_finish_flushes); then it loads the state of the snapshot.
 import copy
 from typing import Any
 
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import ContractError
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.transfer import saving
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge, request
-from paprscm.device.mailbox import Call
 from paprscm.errors import GuestLostError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge, request
+from paprscm.hcall.mailbox import Call
 from paprscm.migration.handover import save_awake
 from paprscm.migration.stream import DimmState, FlushState, read_states, rewrite, without
 from paprscm.migration.transfer import LoadError, load

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paprscm import timesheet
-from paprscm.device.bare_metal import FREE
-from paprscm.device.mailbox import Call
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.kexec import load_kernel, start_loaded
+from paprscm.hcall.bare_metal import FREE
+from paprscm.hcall.mailbox import Call
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.machine import Machine
 

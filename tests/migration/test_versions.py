@@ -6,8 +6,8 @@ need no download; see binary.local().
 """
 
 from paprscm.build.debian import Archive
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError, ContractError
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import Hcall, drc_index

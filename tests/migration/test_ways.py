@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 from paprscm.checks import containing
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_judge import ScmJudge, request
 from paprscm.errors import CapabilityError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hand_over_by
 from paprscm.migration.transfer import LoadError, Way
 from paprscm.papr import Hcall, drc_index

@@ -2,7 +2,7 @@
 """Capacity of a region: namespaces of all sizes, modes and alignments, against a model.
 
 After each step, sysfs, ndctl and the label area of the backing file are compared with the model
-(paprscm/pmem/capacity.py).
+(paprscm/labels/capacity.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from paprscm.checks import matching
 from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.known_issues import IssueState, read_issue
-from paprscm.pmem.capacity import (
+from paprscm.labels.capacity import (
     PAGE_STRUCTURE,
     Capacity,
     Difference,
@@ -26,10 +26,10 @@ from paprscm.pmem.capacity import (
     Outcome,
     Request,
 )
-from paprscm.pmem.capacity_steps import Chooser, Step
-from paprscm.pmem.metadata import LABEL, LabelArea, StoredNamespace
+from paprscm.labels.capacity_steps import Chooser, Step
+from paprscm.labels.metadata import LABEL, LabelArea, StoredNamespace
+from paprscm.labels.region_state import RegionState, read_state, run_and_read
 from paprscm.pmem.namespaces import NamespaceMode
-from paprscm.pmem.region_state import RegionState, read_state, run_and_read
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON, SMALL

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 
 from paprscm import timesheet
+from paprscm.driver.removal import ND
 from paprscm.errors import ContractError, HostError
 from paprscm.flush.syscalls import HeldFile, persist
 from paprscm.guest.guest import Guest
@@ -26,7 +27,6 @@ from paprscm.pmem.namespaces import (
     find_namespace,
 )
 from paprscm.pmem.regions import read_page_size, wait_for_region
-from paprscm.pmem.removal import ND
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm

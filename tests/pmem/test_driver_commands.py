@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paprscm.checks import one_of
-from paprscm.guest.guest import Guest
-from paprscm.pmem.dimm_commands import (
+from paprscm.driver.dimm_commands import (
     BUS_NAMES,
     FATAL,
     HEALTH,
@@ -39,7 +38,8 @@ from paprscm.pmem.dimm_commands import (
     send,
     set_data,
 )
-from paprscm.pmem.dimm_oracle import ND, OUT_OF_BOUNDS, Dimm, Judge, find_dimms, idle
+from paprscm.driver.dimm_oracle import ND, OUT_OF_BOUNDS, Dimm, Judge, find_dimms, idle
+from paprscm.guest.guest import Guest
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm

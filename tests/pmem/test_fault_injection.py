@@ -12,11 +12,11 @@ from __future__ import annotations
 import errno
 
 from paprscm.checks import containing
+from paprscm.driver import fault_injection
+from paprscm.driver.fault_injection import LIBNVDIMM, FailNthReport, aim, expect_errors, fail_each
 from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
-from paprscm.pmem import fault_injection
 from paprscm.pmem.dump import RegionError
-from paprscm.pmem.fault_injection import LIBNVDIMM, FailNthReport, aim, expect_errors, fail_each
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """papr_scm and answers of the hypervisor that QEMU never gives.
 
-paprscm/device/interposer.py answers the calls of an unchanged kernel. The rules are those of
+paprscm/hcall/interposer.py answers the calls of an unchanged kernel. The rules are those of
 Documentation/arch/powerpc/papr_hcalls.rst and LoPAR, chapter "Storage Class Memory": a call that is
 busy is continued with the token of its last answer, any other code but H_SUCCESS is an error, and
 each bit of H_SCM_HEALTH counts only if it is valid.
@@ -13,12 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from paprscm.checks import above, at_least
-from paprscm.device.interposer import Answer, Answered, Call, Interposer, Reply, busy, script
-from paprscm.errors import ContractError
-from paprscm.flush.syscalls import persist
-from paprscm.guest.guest import Guest
-from paprscm.papr import BIND_ANY_ADDRESS, Hcall, Health, ReturnCode, UnbindScope
-from paprscm.pmem.dimm_commands import (
+from paprscm.driver.dimm_commands import (
     CRITICAL,
     FATAL,
     HEALTHY,
@@ -30,9 +25,14 @@ from paprscm.pmem.dimm_commands import (
     read_health,
     send,
 )
-from paprscm.pmem.dimm_commands import Health as Reported
-from paprscm.pmem.dimm_oracle import ND
-from paprscm.pmem.hypervisor import REPORTED, Hypervisor, set_driver
+from paprscm.driver.dimm_commands import Health as Reported
+from paprscm.driver.dimm_oracle import ND
+from paprscm.driver.hypervisor import REPORTED, Hypervisor, set_driver
+from paprscm.errors import ContractError
+from paprscm.flush.syscalls import persist
+from paprscm.guest.guest import Guest
+from paprscm.hcall.interposer import Answer, Answered, Call, Interposer, Reply, busy, script
+from paprscm.papr import BIND_ANY_ADDRESS, Hcall, Health, ReturnCode, UnbindScope
 from paprscm.pmem.regions import Nmem, Region, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, SMALL

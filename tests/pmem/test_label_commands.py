@@ -12,8 +12,7 @@ import errno
 from collections.abc import Sequence
 from dataclasses import replace
 
-from paprscm.guest.guest import Guest
-from paprscm.pmem.dimm_commands import (
+from paprscm.driver.dimm_commands import (
     MAX_BUFFER,
     get_data,
     get_size,
@@ -21,7 +20,8 @@ from paprscm.pmem.dimm_commands import (
     send,
     set_data,
 )
-from paprscm.pmem.dimm_oracle import OUT_OF_BOUNDS, Dimm, Judge, find_dimms, idle, places
+from paprscm.driver.dimm_oracle import OUT_OF_BOUNDS, Dimm, Judge, find_dimms, idle, places
+from paprscm.guest.guest import Guest
 from paprscm.pmem.namespaces import create_namespace
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL

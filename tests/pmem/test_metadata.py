@@ -15,7 +15,7 @@ from pathlib import Path
 
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.pmem.metadata import (
+from paprscm.labels.metadata import (
     BTT_INFO,
     INDEX,
     INFO_BYTES,
@@ -27,9 +27,9 @@ from paprscm.pmem.metadata import (
     StoredNamespace,
     Structure,
 )
+from paprscm.labels.reprobe import Reprobed, reprobe
 from paprscm.pmem.namespaces import NamespaceMode, create_namespace
 from paprscm.pmem.regions import Region, wait_for_region
-from paprscm.pmem.reprobe import Reprobed, reprobe
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.dimms import PMEM_OFF

@@ -16,6 +16,18 @@ from typing import Literal
 
 from paprscm import timesheet
 from paprscm.checks import at_most, containing
+from paprscm.driver.removal import (
+    ND,
+    PLATFORM,
+    Kind,
+    RemovalReport,
+    Worker,
+    dax_pattern,
+    disk_pattern,
+    lost_slots,
+    platform_device,
+    remove,
+)
 from paprscm.errors import ContractError
 from paprscm.flush.syscalls import HeldFile, persist
 from paprscm.guest.guest import Guest
@@ -29,18 +41,6 @@ from paprscm.pmem.namespaces import (
     find_namespaces,
 )
 from paprscm.pmem.regions import read_page_size, wait_for_region
-from paprscm.pmem.removal import (
-    ND,
-    PLATFORM,
-    Kind,
-    RemovalReport,
-    Worker,
-    dax_pattern,
-    disk_pattern,
-    lost_slots,
-    platform_device,
-    remove,
-)
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Machine, Nvdimm

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Statistics of a DIMM, and its performance monitor: H_SCM_PERFORMANCE_STATS, which QEMU lacks.
 
-The hypervisor's part is played by paprscm/device/interposer.py. The interface is that of
+The hypervisor's part is played by paprscm/hcall/interposer.py. The interface is that of
 Documentation/arch/powerpc/papr_hcalls.rst, Documentation/ABI/testing/sysfs-bus-papr-pmem and
 sysfs-bus-nvdimm; the layout of the buffer is that of struct papr_scm_perf_stats (papr_scm.c).
 """
@@ -12,15 +12,17 @@ import re
 from collections.abc import Iterable, Mapping
 
 from paprscm.checks import at_least, other_than
-from paprscm.device.interposer import Answer as Choice
-from paprscm.device.interposer import Call, Reply
-from paprscm.errors import ContractError, GuestLostError
-from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import SLEEPS, has_frame, traces
-from paprscm.papr import Hcall, ReturnCode
-from paprscm.pmem.dimm_commands import Answer, Reading, Step, errno_name, health, read_health, send
-from paprscm.pmem.dimm_oracle import ND
-from paprscm.pmem.hypervisor import (
+from paprscm.driver.dimm_commands import (
+    Answer,
+    Reading,
+    Step,
+    errno_name,
+    health,
+    read_health,
+    send,
+)
+from paprscm.driver.dimm_oracle import ND
+from paprscm.driver.hypervisor import (
     EYE_CATCHER,
     REPORTED,
     STATISTIC,
@@ -30,8 +32,14 @@ from paprscm.pmem.hypervisor import (
     set_driver,
     statistics,
 )
+from paprscm.driver.removal import PLATFORM, platform_device
+from paprscm.errors import ContractError, GuestLostError
+from paprscm.guest.guest import Guest
+from paprscm.guest.kmsg import SLEEPS, has_frame, traces
+from paprscm.hcall.interposer import Answer as Choice
+from paprscm.hcall.interposer import Call, Reply
+from paprscm.papr import Hcall, ReturnCode
 from paprscm.pmem.regions import wait_for_region
-from paprscm.pmem.removal import PLATFORM, platform_device
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine

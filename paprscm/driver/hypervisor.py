@@ -7,13 +7,13 @@ import struct
 from collections.abc import Mapping
 from typing import Final, Literal
 
-from paprscm.device.interposer import SYMBOLS, Answer, Interposer
+from paprscm.driver.removal import PLATFORM, platform_device
 from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ToolReport, read_report
 from paprscm.guest.tools import install_tool, run_tool
+from paprscm.hcall.interposer import SYMBOLS, Answer, Interposer
 from paprscm.papr import Hcall
-from paprscm.pmem.removal import PLATFORM, platform_device
 
 REPORTED: Final = (
     r"papr_scm \S+: (flush error|bind err|unbind error|Failed to query|Unknown performance stats)"

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.device.bare_metal import FREE, BareMachine, compile_program
-from paprscm.device.mailbox import MAX_CALLS, TIMEBASE_HZ, Answer, Call
 from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError, KilledError
+from paprscm.hcall.bare_metal import FREE, BareMachine, compile_program
+from paprscm.hcall.mailbox import MAX_CALLS, TIMEBASE_HZ, Answer, Call
 from paprscm.host.cache import Cache
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, Health, ReturnCode, drc_index
 from paprscm.vm.binary import Qemu
@@ -340,7 +340,7 @@ def test_a_machine_on_which_the_program_cannot_run(qemu: Qemu, tmp_path: Path) -
 def test_a_program_that_does_not_start(
     qemu: Qemu, hcalls: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("paprscm.device.bare_metal._START_LIMIT_S", 0.5)
+    monkeypatch.setattr("paprscm.hcall.bare_metal._START_LIMIT_S", 0.5)
     broken = tmp_path / "broken"
     data = bytearray(hcalls.read_bytes())
     # `li r3, 0` at the beginning becomes a branch to itself.

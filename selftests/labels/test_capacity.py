@@ -13,8 +13,8 @@ import pytest
 from obedient_region import ALIGNMENTS, GIB, LABELS, START, UNIT, Kernel
 
 from paprscm.checks import differ
-from paprscm.pmem import capacity as capacity_module
-from paprscm.pmem.capacity import (
+from paprscm.labels import capacity as capacity_module
+from paprscm.labels.capacity import (
     Capacity,
     Difference,
     Extent,
@@ -23,10 +23,10 @@ from paprscm.pmem.capacity import (
     Outcome,
     Request,
 )
-from paprscm.pmem.capacity_steps import Chooser, Step, without
-from paprscm.pmem.metadata import StoredNamespace
+from paprscm.labels.capacity_steps import Chooser, Step, without
+from paprscm.labels.metadata import StoredNamespace
+from paprscm.labels.region_state import DeviceState, NamespaceState, RegionState
 from paprscm.pmem.namespaces import NamespaceMode
-from paprscm.pmem.region_state import DeviceState, NamespaceState, RegionState
 from paprscm.vm.machine import MIB
 
 MODES: tuple[NamespaceMode, ...] = ("raw", "fsdax", "devdax", "sector")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from records import make_test
 
-from paprscm.device import hcall_judge
-from paprscm.device.hcall_judge import ScmJudge, request
-from paprscm.device.hcall_model import BRANCHES
-from paprscm.device.mailbox import Answer, Call
 from paprscm.errors import ConfigError, ContractError
+from paprscm.hcall.judge import ScmJudge, branch_table, count_branches, counts_by_name, request
+from paprscm.hcall.mailbox import Answer, Call
+from paprscm.hcall.model import BRANCHES
 from paprscm.papr import Hcall
 from paprscm.vm.machine import MIB, Nvdimm
 
@@ -144,14 +143,14 @@ def test_missing_branches_are_named(machine: Answers) -> None:
 def test_the_tests_of_a_job_are_added_up() -> None:
     first, second = sorted(BRANCHES)[:2]
     tests = [
-        make_test("a", facts={"branches": hcall_judge.counts_by_name(Counter(counts))})
+        make_test("a", facts={"branches": counts_by_name(Counter(counts))})
         for counts in ({first: 3, second: 0}, {first: 4})
     ]
-    total = hcall_judge.count_branches([*tests, make_test("killed")])
+    total = count_branches([*tests, make_test("killed")])
     assert (total[first], total[second]) == (7, 0)
-    assert hcall_judge.branch_table(total).title == f"1 of {len(BRANCHES)} branches taken"
+    assert branch_table(total).title == f"1 of {len(BRANCHES)} branches taken"
 
 
 def test_a_job_without_hcalls_is_refused() -> None:
     with pytest.raises(ConfigError, match="no test of this job has recorded branches"):
-        hcall_judge.count_branches([make_test("a")])
+        count_branches([make_test("a")])

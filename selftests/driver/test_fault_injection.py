@@ -11,11 +11,11 @@ from typing import cast
 import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
+from paprscm.driver import fault_injection
+from paprscm.driver.fault_injection import FailNthReport, expect_errors
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError, read_report
-from paprscm.pmem import fault_injection
-from paprscm.pmem.fault_injection import FailNthReport, expect_errors
 
 LINE = (
     '{"tool":"fail_nth","version":1,"operation":"write",'

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, Literal
 
-from paprscm.pmem.capacity import Capacity, Judgement, Outcome, Request
+from paprscm.labels.capacity import Capacity, Judgement, Outcome, Request
 from paprscm.pmem.namespaces import NamespaceMap, NamespaceMode
 from paprscm.pmem.regions import Region
 from paprscm.vm.machine import MIB

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
+from paprscm.driver.hypervisor import STATISTIC, STATISTICS_HEADER, PmuReport, statistics
 from paprscm.guest.report import ProbeError, read_report
-from paprscm.pmem.hypervisor import STATISTIC, STATISTICS_HEADER, PmuReport, statistics
 
 LINE = '{"tool":"nd_pmu","version":1,"results":[[0,0],[0,3],[22,0]]}\n'
 

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from paprscm.errors import ContractError, HostError
-from paprscm.pmem.metadata import StoredNamespace
-from paprscm.pmem.region_state import DeviceState, NamespaceState, parse_state
+from paprscm.labels.metadata import StoredNamespace
+from paprscm.labels.region_state import DeviceState, NamespaceState, parse_state
 
 # Linux 6.12.117 and ndctl 76.1, a region of 3 GiB; the devdax namespace was added by hand.
 TEXTS = """\

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from paprscm.device.interposer import Answer, Interposer, Reply, busy, call_sites, script
 from paprscm.errors import CapabilityError, GuestLostError, HostError
+from paprscm.hcall.interposer import Answer, Interposer, Reply, busy, call_sites, script
 from paprscm.papr import Hcall, ReturnCode
 from paprscm.vm.gdbstub import PC
 

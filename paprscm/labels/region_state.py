@@ -12,7 +12,7 @@ from typing import Any, Final
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
-from paprscm.pmem.metadata import StoredNamespace
+from paprscm.labels.metadata import StoredNamespace
 from paprscm.pmem.regions import Region
 
 # The shell's own `read` starts no process, which is slow under TCG. A namespace has at most one

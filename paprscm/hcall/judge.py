@@ -13,8 +13,10 @@ from typing import NamedTuple
 
 from rich.table import Table
 
-from paprscm.device.bare_metal import BareMachine
-from paprscm.device.hcall_model import (
+from paprscm.errors import ConfigError, ContractError
+from paprscm.hcall.bare_metal import BareMachine
+from paprscm.hcall.mailbox import Answer, Call
+from paprscm.hcall.model import (
     BRANCHES,
     Branch,
     Expected,
@@ -22,8 +24,6 @@ from paprscm.device.hcall_model import (
     ScmModel,
     describe_answer,
 )
-from paprscm.device.mailbox import Answer, Call
-from paprscm.errors import ConfigError, ContractError
 from paprscm.papr import SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
 from paprscm.results.record import Test
 from paprscm.vm.machine import Nvdimm

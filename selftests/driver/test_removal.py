@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from paprscm.driver import removal
+from paprscm.driver.removal import RemovalReport, WorkerReport, lost_slots
 from paprscm.errors import ContractError, HostError
-from paprscm.pmem import removal
-from paprscm.pmem.removal import RemovalReport, WorkerReport, lost_slots
 
 WORKER = WorkerReport(
     kind="direct",

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Final
 
 from paprscm.build.toolchain import PREFIX, compile_c
-from paprscm.device.mailbox import (
+from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
+from paprscm.hcall.mailbox import (
     MAILBOX_SIZE,
     MAILBOXES,
     Answer,
@@ -24,7 +25,6 @@ from paprscm.device.mailbox import (
     GuestMemory,
     Mailbox,
 )
-from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.host.cache import Cache
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import Process, describe_status

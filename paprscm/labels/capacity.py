@@ -14,9 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from paprscm.pmem.metadata import StoredNamespace
+from paprscm.labels.metadata import StoredNamespace
+from paprscm.labels.region_state import DeviceState, NamespaceState, RegionState
 from paprscm.pmem.namespaces import NamespaceMap, NamespaceMode
-from paprscm.pmem.region_state import DeviceState, NamespaceState, RegionState
 from paprscm.vm.machine import MIB
 
 SUBSECTION: Final = 2 * MIB

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from paprscm.checks import one_of
-from paprscm.errors import ContractError
-from paprscm.guest.guest import Guest
-from paprscm.pmem.dimm_commands import (
+from paprscm.driver.dimm_commands import (
     DSC_VALID,
     HEALTHY,
     Answer,
@@ -23,6 +21,8 @@ from paprscm.pmem.dimm_commands import (
     read_health,
     send,
 )
+from paprscm.errors import ContractError
+from paprscm.guest.guest import Guest
 from paprscm.pmem.regions import Nmem, Region, wait_for_region
 from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.machine import Nvdimm

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
-from paprscm.pmem.metadata import StoredNamespace
+from paprscm.labels.metadata import StoredNamespace
 from paprscm.pmem.regions import Region
 
 # The shell's own `echo` and `read` start no process, which is slow under TCG.

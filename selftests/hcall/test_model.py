@@ -8,8 +8,8 @@ import re
 
 import pytest
 
-from paprscm.device.hcall_judge import known_bug
-from paprscm.device.hcall_model import BRANCHES, ModelDimm, ScmModel, describe_answer
+from paprscm.hcall.judge import known_bug
+from paprscm.hcall.model import BRANCHES, ModelDimm, ScmModel, describe_answer
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode
 
 MIB, GIB = 1 << 20, 1 << 30

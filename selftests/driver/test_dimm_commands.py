@@ -16,12 +16,7 @@ import pytest
 from guest_tool import FOR_THE_GUEST, HostShell, compile_on_host, is_ppc64le
 
 from paprscm.checks import differ
-from paprscm.errors import ContractError
-from paprscm.guest import tools
-from paprscm.guest.guest import Guest
-from paprscm.guest.report import ProbeError, read_report
-from paprscm.host.cache import Cache
-from paprscm.pmem.dimm_commands import (
+from paprscm.driver.dimm_commands import (
     FATAL,
     PRESET,
     Answer,
@@ -37,7 +32,12 @@ from paprscm.pmem.dimm_commands import (
     send,
     set_data,
 )
-from paprscm.pmem.dimm_oracle import Judge, places
+from paprscm.driver.dimm_oracle import Judge, places
+from paprscm.errors import ContractError
+from paprscm.guest import tools
+from paprscm.guest.guest import Guest
+from paprscm.guest.report import ProbeError, read_report
+from paprscm.host.cache import Cache
 
 # asm-generic/ioctls.h; of a regular file: its size, 4 bytes.
 FIONREAD = 0x541B

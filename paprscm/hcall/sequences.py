@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.errors import Flaky
 
-from paprscm.device.hcall_judge import Request, ScmJudge, unbind_wraps
-from paprscm.device.mailbox import Call
 from paprscm.errors import CapabilityError, ContractError, Error
+from paprscm.hcall.judge import Request, ScmJudge, unbind_wraps
+from paprscm.hcall.mailbox import Call
 from paprscm.papr import BIND_ANY_ADDRESS, SCM_BLOCK_SIZE, Hcall, ReturnCode, drc_index
 from paprscm.vm.dimms import PLAIN, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Nvdimm

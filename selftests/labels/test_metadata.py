@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import uuid
 
-from paprscm.pmem.metadata import INDEX, LABEL, LabelArea, StoredNamespace
+from paprscm.labels.metadata import INDEX, LABEL, LabelArea, StoredNamespace
 
 INDEX_BYTES = 256
 SLOTS = 4
