@@ -16,8 +16,11 @@ from avocado import Test
 from avocado.core.exceptions import TestCancel, TestWarn
 
 from paprscm import settings, timesheet
-from paprscm.build.debian import Archive
 from paprscm.checks import Difference, describe, differ
+from paprscm.debian.packages import Archive
+from paprscm.emulator import binary
+from paprscm.emulator.binary import Qemu
+from paprscm.emulator.capabilities import sanitizers
 from paprscm.errors import CapabilityError, ContractError, Error, HostError
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
@@ -27,11 +30,8 @@ from paprscm.known_issues import IssueState, read_issue
 from paprscm.map_sync.verdict import MapSyncReport, Verdict, judge_map_sync
 from paprscm.results import record
 from paprscm.results.observations import Observations
-from paprscm.vm import binary
 from paprscm.vm.argv import bare_argv, script
 from paprscm.vm.backing_files import BackingFiles, ScratchFiles
-from paprscm.vm.binary import Qemu
-from paprscm.vm.capabilities import sanitizers
 from paprscm.vm.machine import Board, Machine, Nvdimm, board_of, require
 from paprscm.vm.sync_shim import Shim, build
 from paprscm.vm.vm import Vm

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from paprscm.vm.capabilities import BINARY
+from paprscm.emulator.capabilities import BINARY
 
 # QEMU makes its standard output non-blocking, and the filter's input is the same socket.
 _FILTER = """

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 
 from paprscm import settings
-from paprscm.build.debian import Archive
+from paprscm.debian.packages import Archive
+from paprscm.emulator.binary import Qemu, resolve
 from paprscm.guest.environment import Environment, prepare
 from paprscm.guest.guest import Guest
 from paprscm.paths import ROOT
-from paprscm.vm.binary import Qemu, resolve
 from paprscm.vm.machine import Machine
 
 

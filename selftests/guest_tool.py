@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.guest.command import CommandResult, require_success
+from paprscm.channel.command import CommandResult, require_success
 from paprscm.guest.tools import ToolBinaries, tool_source
 
 FOR_THE_GUEST = "powerpc64le-linux-gnu-gcc"

@@ -13,6 +13,7 @@ import pytest
 
 from paprscm.build.vmlinux import Kernel
 from paprscm.checks import at_least
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import (
     CapabilityError,
     ContractError,
@@ -23,7 +24,6 @@ from paprscm.errors import (
 from paprscm.guest.environment import Environment
 from paprscm.map_sync.verdict import STATX_ATTR_DAX, FileFacts, MapSyncReport, Statx, Verdict
 from paprscm.testcase import PaprScmTest
-from paprscm.vm.binary import Qemu
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, PMEM_ON
 
 Body = Callable[[PaprScmTest], None]

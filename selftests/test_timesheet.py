@@ -13,11 +13,11 @@ from typing import Any, cast
 import pytest
 
 from paprscm import timesheet
-from paprscm.guest.command import TOOLS_FOLDER, counted
+from paprscm.channel.command import TOOLS_FOLDER, counted
+from paprscm.emulator.binary import Qemu
 from paprscm.results.observations import read_whiteboard
 from paprscm.testcase import QemuTest
 from paprscm.timesheet import Timesheet
-from paprscm.vm.binary import Qemu
 
 
 class Clock:

@@ -19,8 +19,8 @@ from elftools.elf.elffile import ELFFile
 
 from paprscm.build.compression import uncompressed
 from paprscm.build.tcg_fixup import fix_file, is_signed
-from paprscm.build.toolchain import PREFIX
 from paprscm.build.vmlinux import UNKNOWN, Kernel, configured, embedded_config
+from paprscm.debian.toolchain import PREFIX
 from paprscm.errors import ConfigError
 from paprscm.host.process import run
 

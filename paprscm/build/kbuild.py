@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from paprscm.build import kernel_source, prerequisites, toolchain
-from paprscm.build.debian import Archive
 from paprscm.build.kconfig import (
     NO_SUCH_OPTION,
     Fragment,
@@ -22,6 +20,8 @@ from paprscm.build.kconfig import (
 from paprscm.build.make import Make, marked
 from paprscm.build.patches import in_words, set_patches
 from paprscm.build.vmlinux import parse_config
+from paprscm.debian import kernel_source, prerequisites, toolchain
+from paprscm.debian.packages import Archive
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
 from paprscm.host.cache import Cache

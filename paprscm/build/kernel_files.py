@@ -15,7 +15,7 @@ from elftools.elf.elffile import ELFFile
 from elftools.elf.sections import Section
 
 from paprscm.build.compression import is_compressed, uncompressed
-from paprscm.build.debian import unpack_package
+from paprscm.debian.packages import unpack_package
 from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
 from paprscm.log import step

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from paprscm.build import prerequisites, toolchain
+from paprscm.debian import prerequisites, toolchain
 from paprscm.errors import Error, HostError
 from paprscm.host import process
 from paprscm.host.folders import require_make

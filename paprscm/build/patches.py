@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from paprscm.build.toolchain import require_program
+from paprscm.debian.toolchain import require_program
 from paprscm.errors import ConfigError, HostError
 from paprscm.host.process import run
 

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from rich.console import Console, Group, RenderableType
 
 from paprscm import log, settings
-from paprscm.build.debian import Archive
 from paprscm.commands import (
     bench_flushes,
     bench_hcalls,
@@ -21,11 +20,12 @@ from paprscm.commands import (
     suite_time,
 )
 from paprscm.commands.series import Series, append_series, read_series
+from paprscm.debian.packages import Archive
+from paprscm.emulator.binary import resolve
 from paprscm.errors import ConfigError, HostError
 from paprscm.guest.environment import prepare
 from paprscm.paths import SUITE_VARIABLE
 from paprscm.settings import Settings
-from paprscm.vm.binary import resolve
 
 
 def start(arguments: argparse.Namespace, chosen: Settings) -> int:

@@ -21,6 +21,7 @@ from rich.table import Table
 
 from paprscm import log
 from paprscm.commands.series import Series
+from paprscm.emulator.capabilities import sanitizers
 from paprscm.errors import ConfigError, ContractError
 from paprscm.flush.load import FlushLoadReport, run_flush_load
 from paprscm.flush.trace import count_hcalls
@@ -29,7 +30,6 @@ from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache
 from paprscm.pmem.regions import find_region
 from paprscm.vm import sync_shim
-from paprscm.vm.capabilities import sanitizers
 from paprscm.vm.machine import MIB, Machine, Nvdimm
 
 THREADS = (1, 2, 4, 8, 16, 32, 64)

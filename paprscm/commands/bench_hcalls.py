@@ -13,13 +13,13 @@ from rich.table import Table
 
 from paprscm import log
 from paprscm.commands.series import Series
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ContractError
 from paprscm.hcall.bare_metal import BareMachine, compile_program
 from paprscm.hcall.mailbox import Call
 from paprscm.host.cache import Cache
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, ReturnCode, UnbindScope
 from paprscm.settings import Settings
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import MIB, Machine, Nvdimm, require
 
 _CALLS = 20_000

@@ -18,18 +18,18 @@ from paprscm.bisect.search import Outcome, Result, Run, Search, load_state, save
 from paprscm.bisect.signature import judge, named_test
 from paprscm.bisect.worktree import Commit, Repository
 from paprscm.build.kbuild import build_tree as build_kernel
-from paprscm.build.toolchain import require_program
 from paprscm.commands import manual
 from paprscm.commands.bench_ab import complete_jobs, job_argv, run_job
 from paprscm.commands.reproduce import Outcome as Reproduced
 from paprscm.commands.reproduce import Reproducer, attempt
+from paprscm.debian.toolchain import require_program
+from paprscm.emulator.qemu_build import build_tree as build_qemu
 from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
 from paprscm.known_issues import KnownIssue, read_issue
 from paprscm.paths import SUITE_VARIABLE
 from paprscm.results.record import Record
 from paprscm.settings import Settings, expanded
-from paprscm.vm.qemu_build import build_tree as build_qemu
 
 KIND = "bisect"
 """Kind of the cache's workspaces with worktree and state."""

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from paprscm import log
-from paprscm.build.debian import Archive
 from paprscm.build.kbuild import build_default, build_tree
 from paprscm.commands import manual
+from paprscm.debian.packages import Archive
+from paprscm.emulator import qemu_build
 from paprscm.errors import ConfigError
 from paprscm.settings import Settings
-from paprscm.vm import qemu_build
 
 
 def add_verbs(verbs: Any, common: argparse.ArgumentParser) -> None:

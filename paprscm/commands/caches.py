@@ -11,8 +11,8 @@ import time
 from rich.console import Console
 from rich.table import Table
 
-from paprscm.build import kernel_source
-from paprscm.build.debian import Archive
+from paprscm.debian import kernel_source
+from paprscm.debian.packages import Archive
 from paprscm.errors import ConfigError
 from paprscm.guest.environment import prepare
 from paprscm.hcall import bare_metal

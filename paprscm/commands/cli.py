@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from paprscm import known_issues, log, settings
-from paprscm.build import kernel_source
-from paprscm.build.debian import Archive
 from paprscm.commands import (
     bench,
     bench_ab,
@@ -37,18 +35,20 @@ from paprscm.commands import (
     shell,
 )
 from paprscm.commands.dimm_syntax import parse_nvdimm
+from paprscm.debian import kernel_source
+from paprscm.debian.packages import Archive
+from paprscm.emulator.binary import resolve
 from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
+from paprscm.formats import delivery
+from paprscm.formats.registry import FORMATS
 from paprscm.guest.environment import Environment, prepare
 from paprscm.hcall.judge import branch_table, count_branches
 from paprscm.host.cache import Cache
 from paprscm.known_issues import PRODUCTS, read_issue
 from paprscm.paths import SUITE_VARIABLE, TESTS
-from paprscm.results import delivery
-from paprscm.results.formats import FORMATS
 from paprscm.results.record import read_record
 from paprscm.settings import Settings
 from paprscm.vm.argv import qemu_argv, script
-from paprscm.vm.binary import resolve
 from paprscm.vm.machine import Machine, require
 
 

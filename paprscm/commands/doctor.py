@@ -17,18 +17,19 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
-from paprscm.build import debian, rootfs
-from paprscm.build.apt import UnavailableError
-from paprscm.build.debian import Archive
-from paprscm.build.toolchain import PREFIX
+from paprscm.debian import packages as debian
+from paprscm.debian import rootfs
+from paprscm.debian.apt import UnavailableError
+from paprscm.debian.packages import Archive
+from paprscm.debian.toolchain import PREFIX
+from paprscm.emulator import binary
+from paprscm.emulator.capabilities import BINARY, sanitizers
 from paprscm.errors import ConfigError, Error
 from paprscm.host import process
 from paprscm.host.cache import Cache
 from paprscm.host.resources import compute_budget, read_resources
 from paprscm.paths import IMAGES
 from paprscm.settings import Settings
-from paprscm.vm import binary
-from paprscm.vm.capabilities import BINARY, sanitizers
 
 HOST_PACKAGES = IMAGES / "host-packages"
 _CROSS_COMPILER = f"{PREFIX}gcc"

@@ -27,8 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm import log, settings
-from paprscm.build.debian import Archive
 from paprscm.commands.dimm_syntax import parse_nvdimm
+from paprscm.debian.packages import Archive
+from paprscm.emulator import binary
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ConfigError, Error
 from paprscm.guest.environment import Environment, prepare
 from paprscm.host import process
@@ -37,8 +39,6 @@ from paprscm.known_issues import IssueState, KnownIssue
 from paprscm.paths import ROOT
 from paprscm.pmem.regions import wait_for_region
 from paprscm.results.record import read_record
-from paprscm.vm import binary
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, require
 
 LIMIT_S = 300.0

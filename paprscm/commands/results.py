@@ -12,13 +12,13 @@ from rich.console import Console
 
 from paprscm import log, settings
 from paprscm.errors import ConfigError
+from paprscm.formats import delivery, kcidb
+from paprscm.formats.context import read_context
+from paprscm.formats.registry import FILES, FORMATS, parse_names
+from paprscm.formats.spool import Spool
 from paprscm.paths import SUITE_VARIABLE
-from paprscm.results import delivery, kcidb
-from paprscm.results.context import read_context
 from paprscm.results.files import publish
-from paprscm.results.formats import FILES, FORMATS, parse_names
 from paprscm.results.record import BROKEN, Record, Test, read_record
-from paprscm.results.spool import Spool
 from paprscm.results.terminal import print_summary
 from paprscm.settings import Settings
 

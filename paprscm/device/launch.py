@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from paprscm import timesheet
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ContractError, HostError
 from paprscm.host.process import Process, describe_status
 from paprscm.log import quoted
 from paprscm.vm.argv import TCG_CAPS
-from paprscm.vm.binary import Qemu
 
 
 @dataclass(frozen=True)

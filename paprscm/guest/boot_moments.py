@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm.build.symbols import entry_points
+from paprscm.emulator.gdbstub import Gdb
 from paprscm.errors import CapabilityError, GuestLostError
 from paprscm.guest.guest import Guest
-from paprscm.vm.gdbstub import Gdb
 
 # QEMU hw/ppc/spapr.c, translate_kernel_address: KERNEL_LOAD_ADDR and 28 bits of the address. There
 # the kernel runs until it moves itself to address 0 (Linux arch/powerpc/kernel/head_64.S).

@@ -12,8 +12,8 @@ from pathlib import Path
 from re import Pattern
 from typing import TextIO
 
-from paprscm.guest.agent import Agent
-from paprscm.guest.console import Console
+from paprscm.channel.agent import Agent
+from paprscm.channel.console import Console
 from paprscm.guest.snapshot import Port
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import Process

@@ -13,13 +13,15 @@ from pathlib import Path
 from typing import TextIO
 
 from paprscm import log
-from paprscm.build import rootfs
-from paprscm.build.debian import Archive, Download, suites
-from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
+from paprscm.channel.command import TimedOutError
+from paprscm.debian import rootfs
+from paprscm.debian.packages import Archive, Download, suites
+from paprscm.debian.rootfs import Userland
+from paprscm.emulator import binary
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ConfigError
 from paprscm.guest import kernel_image
-from paprscm.guest.command import TimedOutError
 from paprscm.guest.dimm_content import DimmContents
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.guest import Guest
@@ -32,9 +34,7 @@ from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS
 from paprscm.results import record
 from paprscm.settings import Settings, changed
-from paprscm.vm import binary
 from paprscm.vm.argv import Payload
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, board_of
 from paprscm.vm.sync_shim import Shim
 

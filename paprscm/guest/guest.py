@@ -16,16 +16,16 @@ from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from paprscm import log
+from paprscm.channel.agent import Agent
+from paprscm.channel.command import CommandResult, TimedOutError, counted, log_command
+from paprscm.channel.console import StartTimes, StuckError, wait_until_ready
+from paprscm.channel.kmsg import Trouble
+from paprscm.channel.verbs import Verbs
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
-from paprscm.guest.agent import Agent
 from paprscm.guest.channels import Channels
-from paprscm.guest.command import CommandResult, TimedOutError, counted, log_command
-from paprscm.guest.console import StartTimes, StuckError, wait_until_ready
 from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.equipment import Equipment
-from paprscm.guest.kmsg import Trouble
 from paprscm.guest.snapshot import NotRestoredError, Snapshot, load_state
-from paprscm.guest.verbs import Verbs
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import describe_status
 from paprscm.vm.argv import MemoryFile, qemu_argv, script
@@ -35,7 +35,7 @@ from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 
 if TYPE_CHECKING:
-    from paprscm.guest.ssh import Ssh
+    from paprscm.channel.ssh import Ssh
 
 # Last messages of a kernel without the drivers of this machine.
 _NO_ROOT = re.compile(r"Unable to mount root|No working init|Cannot open root|: no root disk")
@@ -242,7 +242,7 @@ class Guest(Verbs, Lifetime):
             GuestLostError: no connection within silence_limit_s, or the guest is lost.
         """
         # Most guests need no ssh, and paramiko takes a tenth of a second to import.
-        from paprscm.guest.ssh import Ssh
+        from paprscm.channel.ssh import Ssh
 
         self._ssh = Ssh(
             port=self.ssh_port,

@@ -11,14 +11,14 @@ from pathlib import Path
 
 from paprscm import log
 from paprscm.build import initramfs, kbuild, kernel_files, tcg_fixup, vmlinux
-from paprscm.build.debian import Archive
-from paprscm.build.rootfs import Userland
 from paprscm.build.vmlinux import Kernel
+from paprscm.debian.packages import Archive
+from paprscm.debian.rootfs import Userland
+from paprscm.emulator import binary, instructions
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
 from paprscm.settings import OWN_KERNELS, Settings, expanded
-from paprscm.vm import binary, instructions
-from paprscm.vm.binary import Qemu
 
 
 @dataclass(frozen=True)

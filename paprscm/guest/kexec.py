@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from paprscm.guest.command import require_success
+from paprscm.channel.command import require_success
 from paprscm.guest.guest import Guest
 from paprscm.guest.tools import install_tool, run_tool
 from paprscm.vm.argv import Payload

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from paprscm import log
+from paprscm.channel.command import TimedOutError
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ConfigError, ContractError, Error, KilledError
 from paprscm.guest import tools
-from paprscm.guest.command import TimedOutError
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
@@ -24,7 +25,6 @@ from paprscm.guest.snapshot import Snapshot, save_state
 from paprscm.host import process
 from paprscm.host.cache import Cache, CacheEntry
 from paprscm.vm.argv import PORT_NAME, Payload, qemu_argv
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Machine, Nvdimm
 
 KIND = "snapshot"

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from paprscm.emulator.qmp import Qmp
 from paprscm.errors import GuestLostError, HostError
 from paprscm.vm.argv import MemoryFile
 from paprscm.vm.machine import Board, Machine
-from paprscm.vm.qmp import Qmp
 
 SEED_BYTES = 64
 """Size of the random seed that guest_tools/warm.c expects."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from paprscm.guest.command import TOOLS_FOLDER, CommandResult, TimedOutError
+from paprscm.channel.command import TOOLS_FOLDER, CommandResult, TimedOutError
 from paprscm.guest.report import ProbeError
 from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS

@@ -15,7 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from paprscm.build.toolchain import PREFIX, compile_c
+from paprscm.debian.toolchain import PREFIX, compile_c
+from paprscm.emulator.binary import Qemu
+from paprscm.emulator.qmp import Qmp
 from paprscm.errors import ConfigError, ContractError, Error, GuestLostError, HostError
 from paprscm.hcall.mailbox import (
     MAILBOX_SIZE,
@@ -31,9 +33,7 @@ from paprscm.host.process import Process, describe_status
 from paprscm.paths import GUEST_TOOLS
 from paprscm.vm.argv import bare_argv, script
 from paprscm.vm.backing_files import ScratchFiles
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import MIB, Board, Machine, Nvdimm
-from paprscm.vm.qmp import Qmp
 from paprscm.vm.sync_shim import Shim
 from paprscm.vm.vm import Vm
 

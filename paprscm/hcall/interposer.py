@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
+from paprscm.emulator.gdbstub import PC, Gdb
 from paprscm.errors import CapabilityError, GuestLostError
 from paprscm.host.lifetime import Lifetime
 from paprscm.papr import Hcall, ReturnCode, return_code_name
-from paprscm.vm.gdbstub import PC, Gdb
 from paprscm.vm.vm import Vm
 
 _FUNCTION = "plpar_hcall(_trace)?"

@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from paprscm.channel.command import CommandResult
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.labels.metadata import StoredNamespace
 from paprscm.pmem.regions import Region

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Random sequences of hcalls with migrations between them; see device/hcall_sequences.py."""
+"""Random sequences of hcalls with migrations between them; see hcall/sequences.py."""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from paprscm.build.toolchain import PREFIX, compile_c
+from paprscm.channel.command import TimedOutError, require_valid
+from paprscm.debian.toolchain import PREFIX, compile_c
 from paprscm.errors import CapabilityError, ContractError
-from paprscm.guest.command import TimedOutError, require_valid
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
 from paprscm.host.cache import Cache

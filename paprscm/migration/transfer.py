@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import CapabilityError, ContractError, GuestLostError, HostError
 from paprscm.host.process import describe_status
-from paprscm.vm.qmp import RefusedError
 from paprscm.vm.vm import Vm
 
 _LIMIT_S = 60.0
-# Together less than the time limit of an answer (vm/qmp.py).
+# Together less than the time limit of an answer (emulator/qmp.py).
 _PATIENCE_S = 5.0
 _ANSWER_LIMIT_S = 15.0
 _CHUNK = 1 << 20

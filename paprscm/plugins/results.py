@@ -19,11 +19,11 @@ from avocado.core.plugin_interfaces import ResultEvents
 from avocado.core.task.runtime import RuntimeTask
 
 from paprscm.errors import Error
+from paprscm.formats.registry import parse_names
 from paprscm.host.inventory import describe_host, describe_suite
 from paprscm.plugins import fork_server
 from paprscm.plugins.classes import ClassFacts, read_facts
 from paprscm.plugins.parallel import suite_settings
-from paprscm.results.formats import parse_names
 from paprscm.results.observations import harmless, read_whiteboard
 from paprscm.results.record import Job, Record, Status, Test, Times
 from paprscm.results.writer import Writer

@@ -19,7 +19,7 @@ from avocado.core.plugin_interfaces import Init, ResultEvents
 from rich.console import Console
 
 from paprscm.errors import Error
-from paprscm.results.context import read_context
+from paprscm.formats.context import read_context
 from paprscm.results.record import read_record
 from paprscm.results.terminal import print_progress, print_summary
 from paprscm.settings import Settings

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Literal
 
+from paprscm.channel.kmsg import SLEEPS, has_frame, holds_lock, traces
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import SLEEPS, has_frame, holds_lock, traces
 from paprscm.guest.report import Natural, ProbeError, ToolReport, check_report, read_report
 
 PROGRESS = re.compile(r"same_block: (\d+) writes$")

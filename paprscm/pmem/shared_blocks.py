@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import re
 
+from paprscm.channel.kmsg import has_frame, traces
 from paprscm.errors import CapabilityError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import has_frame, traces
 
 HUGE_PAGE_ISSUE = "linux-xfs-dax-huge-page-of-shared-blocks-fails"
 HUGE_PAGE_WARNING = r"WARNING: .*(dax_insert_entry|vmf_insert_folio_pmd)\+"

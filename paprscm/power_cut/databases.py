@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from paprscm.build.debian import ARCH, Archive, suites
-from paprscm.build.rootfs import find_rootfs
+from paprscm.channel.command import CommandResult
+from paprscm.debian.packages import ARCH, Archive, suites
+from paprscm.debian.rootfs import find_rootfs
 from paprscm.errors import CapabilityError, ContractError, HostError
-from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
 from paprscm.guest.tools import install_tool, run_tool

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
-from paprscm.guest.command import CommandResult
+from paprscm.channel.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Natural, ToolReport, check_report, read_report
 from paprscm.guest.tools import run_tool

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from paprscm.channel.command import CommandResult
 from paprscm.errors import ContractError
-from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, read_report
 from paprscm.guest.tools import install_tool, run_tool

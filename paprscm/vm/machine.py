@@ -8,11 +8,11 @@ import uuid as uuids
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from paprscm.emulator import binary
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import CapabilityError, ConfigError
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, SCM_MIN_LABEL_SIZE, drc_index
 from paprscm.settings import Settings
-from paprscm.vm import binary
-from paprscm.vm.binary import Qemu
 
 MIB = 1 << 20
 GIB = 1 << 30

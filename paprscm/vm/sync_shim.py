@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from paprscm import timesheet
-from paprscm.build.toolchain import compile_c
+from paprscm.debian.toolchain import compile_c
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
 from paprscm.paths import HOST_TOOLS

@@ -10,13 +10,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from paprscm.emulator.qmp import Qmp
 from paprscm.errors import CapabilityError, GuestLostError, HostError
 from paprscm.host.lifetime import Lifetime
 from paprscm.host.process import Process, describe_status
 from paprscm.log import quoted
 from paprscm.vm.backing_files import ScratchFiles
 from paprscm.vm.machine import Nvdimm
-from paprscm.vm.qmp import Qmp
 from paprscm.vm.sync_shim import Shim, WatchedFile
 
 # Time limit for QEMU to end after it has closed the monitor, s.

@@ -17,12 +17,13 @@ from pathlib import Path
 
 import pytest
 
-from paprscm.build import kbuild, kconfig, kernel_source, prerequisites
-from paprscm.build.apt import UnavailableError
-from paprscm.build.debian import Archive, Download
+from paprscm.build import kbuild, kconfig
 from paprscm.build.kconfig import Fragment, Requirement, default_fragment, fragments
 from paprscm.build.make import Make
 from paprscm.build.vmlinux import parse_config
+from paprscm.debian import kernel_source, prerequisites
+from paprscm.debian.apt import UnavailableError
+from paprscm.debian.packages import Archive, Download
 from paprscm.errors import ConfigError, HostError
 from paprscm.host import process
 from paprscm.host.cache import Cache

@@ -15,8 +15,8 @@ import pytest
 import zstandard
 
 from paprscm.build import tcg_fixup
+from paprscm.emulator import instructions
 from paprscm.errors import CapabilityError, ConfigError, HostError, KilledError
-from paprscm.vm import instructions
 
 TOOLS = "powerpc64le-linux-gnu-"
 LACKS_ALL = {i.name: False for i in tcg_fixup.INSTRUCTIONS}

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from paprscm import settings
 from paprscm.commands import bench_hcalls, cli
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ContractError
 from paprscm.papr import Hcall
 from paprscm.paths import ROOT
 from paprscm.settings import Settings
-from paprscm.vm.binary import Qemu
 
 
 @pytest.fixture

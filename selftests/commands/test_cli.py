@@ -18,10 +18,10 @@ import pytest
 from paprscm.build import kbuild
 from paprscm.commands.cli import main
 from paprscm.commands.series import Series
+from paprscm.emulator.binary import Qemu
 from paprscm.guest.environment import Environment
 from paprscm.host.cache import Cache
 from paprscm.settings import Settings
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import Board, Machine, board_of
 
 

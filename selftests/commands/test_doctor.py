@@ -11,11 +11,11 @@ import pytest
 from altered_qemu import altered_qemu
 from rich.console import Console
 
-from paprscm.build import debian
-from paprscm.build.apt import UnavailableError
-from paprscm.build.debian import Archive
 from paprscm.commands import doctor
 from paprscm.commands.doctor import Finding
+from paprscm.debian import packages as debian
+from paprscm.debian.apt import UnavailableError
+from paprscm.debian.packages import Archive
 from paprscm.errors import ConfigError
 from paprscm.host.resources import Resources
 from paprscm.settings import Settings

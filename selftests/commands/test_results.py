@@ -14,7 +14,7 @@ from rich.console import Console
 
 from paprscm.commands import cli
 from paprscm.commands.results import parameters, reference
-from paprscm.results.formats import FILES
+from paprscm.formats.registry import FILES
 from paprscm.results.record import FILE, Record, encode
 from paprscm.results.terminal import print_progress, print_summary
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from paprscm.device.launch import attempt
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ContractError, HostError, KilledError
-from paprscm.vm.binary import Qemu
 
 FDT_MAGIC = bytes.fromhex("d00dfeed")
 

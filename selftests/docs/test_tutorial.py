@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from paprscm.build import kernel_source
+from paprscm.debian import kernel_source
 from paprscm.guest.environment import Environment
 from paprscm.host.cache import Cache
 from paprscm.paths import ROOT

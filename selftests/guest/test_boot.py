@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.channel.console import Console, StartTimes, wait_until_ready
 from paprscm.errors import ConfigError
-from paprscm.guest.console import Console, StartTimes, wait_until_ready
 from paprscm.settings import Settings
 
 DATA = Path(__file__).parents[1] / "data"

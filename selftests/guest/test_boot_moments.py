@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from paprscm.emulator.gdbstub import NotReachedError
 from paprscm.errors import CapabilityError, GuestLostError
 from paprscm.guest import boot_moments
 from paprscm.guest.boot_moments import Moment, reachable, visit
-from paprscm.vm.gdbstub import NotReachedError
 
 FIRST = Moment("first instruction")
 FIRMWARE = Moment("firmware", prints="SLOF")

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.channel.command import TimedOutError
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError
-from paprscm.guest.command import TimedOutError
 from paprscm.guest.guest import Guest
 from paprscm.vm.machine import Machine, Nvdimm
-from paprscm.vm.qmp import RefusedError
 
 pytestmark = pytest.mark.guest
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from paprscm.channel.command import TimedOutError
 from paprscm.errors import ConfigError, Error, HostError, KilledError
 from paprscm.guest import make_snapshot
-from paprscm.guest.command import TimedOutError
 from paprscm.guest.equipment import Equipment
 from paprscm.guest.make_snapshot import Recipe
 from paprscm.guest.report import ProbeError

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import GuestLostError, HostError
 from paprscm.guest.snapshot import (
     SEED_BYTES,
@@ -25,7 +26,6 @@ from paprscm.guest.snapshot import (
 )
 from paprscm.vm.argv import MemoryFile, Payload, Wiring, qemu_argv
 from paprscm.vm.backing_files import ScratchFiles
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import MIB, Board, Machine, Nvdimm
 from paprscm.vm.vm import Vm
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from cold_and_warm.seen import Seen, differences
 
+from paprscm.emulator.qmp import Qmp
 from paprscm.errors import KilledError
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
@@ -25,7 +26,6 @@ from paprscm.guest.snapshot import NotRestoredError, Snapshot, load_state
 from paprscm.paths import ROOT
 from paprscm.results.record import read_record
 from paprscm.vm.machine import Machine, Nvdimm
-from paprscm.vm.qmp import Qmp
 
 pytestmark = pytest.mark.guest
 

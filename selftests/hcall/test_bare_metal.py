@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import ConfigError, ContractError, GuestLostError, HostError, KilledError
 from paprscm.hcall.bare_metal import FREE, BareMachine, compile_program
 from paprscm.hcall.mailbox import MAX_CALLS, TIMEBASE_HZ, Answer, Call
 from paprscm.host.cache import Cache
 from paprscm.papr import BIND_ANY_ADDRESS, Hcall, Health, ReturnCode, drc_index
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import MIB, Machine, Nvdimm
 
 UNKNOWN = Hcall.H_SCM_QUERY_BLOCK_MEM_BINDING

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from paprscm.emulator.gdbstub import PC
 from paprscm.errors import CapabilityError, GuestLostError, HostError
 from paprscm.hcall.interposer import Answer, Interposer, Reply, busy, call_sites, script
 from paprscm.papr import Hcall, ReturnCode
-from paprscm.vm.gdbstub import PC
 
 BASE = 0xC000000000001000
 SYMBOLS = f"""\

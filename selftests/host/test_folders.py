@@ -9,13 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from paprscm.build import kbuild, kernel_source
-from paprscm.build.debian import Archive
+from paprscm.build import kbuild
+from paprscm.debian import kernel_source
+from paprscm.debian.packages import Archive
+from paprscm.emulator import binary
 from paprscm.errors import ConfigError
 from paprscm.host.cache import Cache
 from paprscm.host.folders import require_loader, require_make
 from paprscm.settings import Settings
-from paprscm.vm import binary
 
 
 @pytest.mark.parametrize("char", " \t:%#$'\"&;()*?<>|\\")

@@ -11,9 +11,9 @@ from typing import Any, cast
 import pytest
 from guest_tool import HostShell
 
+from paprscm.channel.command import CommandResult, TimedOutError
 from paprscm.errors import HostError
 from paprscm.guest import tools
-from paprscm.guest.command import CommandResult, TimedOutError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.map_sync import probe, verdict

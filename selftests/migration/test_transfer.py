@@ -13,6 +13,8 @@ from typing import cast
 
 import pytest
 
+from paprscm.emulator.binary import Qemu
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.hcall.bare_metal import FREE, BareMachine, compile_program
 from paprscm.hcall.mailbox import Call
@@ -22,10 +24,8 @@ from paprscm.migration.handover import save_awake
 from paprscm.migration.stream import read_states
 from paprscm.migration.transfer import COPIED, SHARED, LoadError, Way, load, migrate, saving
 from paprscm.papr import Hcall, ReturnCode, drc_index
-from paprscm.vm.binary import Qemu
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
-from paprscm.vm.qmp import RefusedError
 from paprscm.vm.vm import Vm
 
 FLUSH, DRC = Hcall.H_SCM_FLUSH, drc_index(0)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.formats.registry import FILES
 from paprscm.paths import ROOT
-from paprscm.results.formats import FILES
 from paprscm.results.record import FILE, Record, read_record
 
 BIN = Path(sys.executable).parent

@@ -12,8 +12,8 @@ import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 from msgspec.structs import replace
 
+from paprscm.channel.kmsg import spins, traces
 from paprscm.errors import ContractError, HostError
-from paprscm.guest.kmsg import spins, traces
 from paprscm.guest.report import ProbeError, read_report
 from paprscm.pmem.btt_race import (
     DONE,

@@ -16,8 +16,8 @@ from typing import Any, cast
 
 import pytest
 
+from paprscm.channel.command import CommandResult
 from paprscm.errors import ContractError, Error, HostError
-from paprscm.guest.command import CommandResult
 from paprscm.guest.dimm_content import GuestDimms
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.verdict import Verdict, judge_map_sync, parse_map_sync

@@ -13,7 +13,7 @@ from typing import Any, cast
 import pytest
 from guest_tool import FOR_THE_GUEST, compile_on_host, is_ppc64le
 
-from paprscm.guest.command import CommandResult
+from paprscm.channel.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import ProbeError
 from paprscm.power_cut import mounted

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import CapabilityError, ConfigError
 from paprscm.vm.argv import Payload, Wiring, bare_argv, qemu_argv, script
-from paprscm.vm.binary import Qemu
 from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, require
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from paprscm.build.debian import Archive
+from paprscm.debian.packages import Archive
+from paprscm.emulator import binary
+from paprscm.emulator.capabilities import sanitizers
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.host.cache import Cache
 from paprscm.host.process import Process
-from paprscm.vm import binary, shim_layout, sync_shim
-from paprscm.vm.capabilities import sanitizers
+from paprscm.vm import shim_layout, sync_shim
 from paprscm.vm.shim_layout import FLUSHES as OPERATIONS
 from paprscm.vm.shim_layout import Injected, Operation
 from paprscm.vm.sync_shim import FALLIBLE, Counts, Shim, WatchedFile
@@ -831,7 +832,7 @@ def test_a_program_that_does_not_inherit_the_page(
 
 
 def test_a_program_started_by_its_loader(flushes: Shim, file: WatchedFile, program: Path) -> None:
-    """Like a fetched QEMU (paprscm/vm/binary.py)."""
+    """Like a fetched QEMU (paprscm/emulator/binary.py)."""
     with program.open("rb") as binary:
         section = ELFFile(binary).get_section_by_name(".interp")
         assert section is not None

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from paprscm.checks import at_least
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import CapabilityError, ContractError, GuestLostError, HostError
 from paprscm.flush.syscalls import persist
 from paprscm.flush.trace import count_hcalls
@@ -26,7 +27,6 @@ from paprscm.pmem.regions import wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import OVERRIDE, PMEM_OFF, SMALL
 from paprscm.vm.machine import MIB, Machine, Nvdimm
-from paprscm.vm.qmp import RefusedError
 from paprscm.vm.shim_layout import FLUSHES, Operation
 from paprscm.vm.sync_shim import Shim, WatchedFile
 from paprscm.vm.vm import StartError

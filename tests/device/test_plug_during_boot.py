@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import replace
 
 from paprscm.checks import at_least
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.guest.boot_moments import Moment, reachable, visit
 from paprscm.guest.guest import Guest
@@ -29,7 +30,6 @@ from paprscm.pmem.regions import Region, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
-from paprscm.vm.qmp import RefusedError
 from paprscm.vm.vm import StartError
 
 STOPPED = Moment("before the first instruction")

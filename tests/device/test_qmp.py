@@ -19,13 +19,13 @@ from paprscm.device.expected_tree import associativity, expected_node, judge_per
 from paprscm.device.launch import attempt
 from paprscm.device.refusal_rows import find_row
 from paprscm.device.refusals import RefusalReason, board, names_one, reason_patterns
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.host.process import describe_status
 from paprscm.papr import MAX_SLOTS, SCM_BLOCK_SIZE, drc_index
 from paprscm.testcase import QemuTest
 from paprscm.vm.dimms import PLAIN, PMEM_OFF, SMALL
 from paprscm.vm.machine import GIB, MIB, Machine, Nvdimm, Properties
-from paprscm.vm.qmp import RefusedError
 from paprscm.vm.vm import Vm
 
 NO_UUID = "00000000-0000-0000-0000-000000000000"

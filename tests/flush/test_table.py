@@ -13,11 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from paprscm.channel.kmsg import SLEEPS
 from paprscm.errors import ContractError
 from paprscm.flush.accounts import FlushAccounts
 from paprscm.flush.trace import expect_protocol
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import SLEEPS
 from paprscm.pmem.btt_race import BTT_ISSUE, btt_sleep, first_write
 from paprscm.pmem.namespaces import create_fsdax
 from paprscm.pmem.regions import Region, read_page_size, wait_for_region

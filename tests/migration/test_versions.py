@@ -5,15 +5,15 @@
 need no download; see binary.local().
 """
 
-from paprscm.build.debian import Archive
+from paprscm.debian.packages import Archive
+from paprscm.emulator import binary
+from paprscm.emulator.binary import Qemu
 from paprscm.errors import CapabilityError, ContractError
 from paprscm.hcall.judge import ScmJudge, request
 from paprscm.migration.handover import hand_over
 from paprscm.migration.transfer import LoadError
 from paprscm.papr import Hcall, drc_index
 from paprscm.testcase import QemuTest
-from paprscm.vm import binary
-from paprscm.vm.binary import Qemu
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from paprscm.checks import containing
+from paprscm.emulator.qmp import RefusedError
 from paprscm.errors import CapabilityError
 from paprscm.hcall.bare_metal import BareMachine
 from paprscm.hcall.judge import ScmJudge, request
@@ -18,7 +19,6 @@ from paprscm.testcase import QemuTest
 from paprscm.vm.backing_files import BackingFiles
 from paprscm.vm.dimms import PMEM_OFF, SMALL
 from paprscm.vm.machine import Machine
-from paprscm.vm.qmp import RefusedError
 
 FLUSH = Hcall.H_SCM_FLUSH
 WAYS = (

@@ -13,9 +13,9 @@ import re
 import time
 
 from paprscm import timesheet
+from paprscm.channel.kmsg import SLEEPS, SOFT_LOCKUP, STALLS, has_frame, spins, traces
 from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import SLEEPS, SOFT_LOCKUP, STALLS, has_frame, spins, traces
 from paprscm.guest.tools import install_tool
 from paprscm.pmem.btt_race import (
     BTT_ISSUE,

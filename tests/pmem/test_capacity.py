@@ -13,8 +13,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+from paprscm.channel.command import CommandResult
 from paprscm.checks import matching
-from paprscm.guest.command import CommandResult
 from paprscm.guest.guest import Guest
 from paprscm.known_issues import IssueState, read_issue
 from paprscm.labels.capacity import (

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 
+from paprscm.channel.kmsg import has_frame, traces
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import has_frame, traces
 from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
 from paprscm.pmem.pins import page_structure_bytes, pattern, pin_pages
 from paprscm.pmem.regions import Region, read_page_size, wait_for_region

@@ -15,6 +15,7 @@ import time
 from typing import Literal
 
 from paprscm import timesheet
+from paprscm.channel.kmsg import traces
 from paprscm.checks import at_most, containing
 from paprscm.driver.removal import (
     ND,
@@ -31,7 +32,6 @@ from paprscm.driver.removal import (
 from paprscm.errors import ContractError
 from paprscm.flush.syscalls import HeldFile, persist
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import traces
 from paprscm.pmem.mounts import FsType, dax_mount, make_filesystem, mount
 from paprscm.pmem.namespaces import (
     create_fsdax,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 
+from paprscm.channel.kmsg import SLEEPS, has_frame, traces
 from paprscm.checks import at_least, other_than
 from paprscm.driver.dimm_commands import (
     Answer,
@@ -35,7 +36,6 @@ from paprscm.driver.hypervisor import (
 from paprscm.driver.removal import PLATFORM, platform_device
 from paprscm.errors import ContractError, GuestLostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import SLEEPS, has_frame, traces
 from paprscm.hcall.interposer import Answer as Choice
 from paprscm.hcall.interposer import Call, Reply
 from paprscm.papr import Hcall, ReturnCode

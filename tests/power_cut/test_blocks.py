@@ -19,9 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from paprscm.channel.kmsg import SLEEPS
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
-from paprscm.guest.kmsg import SLEEPS
 from paprscm.pmem.btt_race import BTT_ISSUE
 from paprscm.pmem.namespaces import (
     NamespaceMode,
