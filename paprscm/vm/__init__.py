@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""One QEMU: capabilities, command line, process, monitor, flush shim."""
+"""One QEMU process: the machine, its command line, backing files and flush shim."""
