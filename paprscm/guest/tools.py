@@ -10,7 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from paprscm.channel.command import TOOLS_FOLDER, CommandResult, TimedOutError
+from paprscm.channel.command import (
+    TOOLS_FOLDER,
+    CommandResult,
+    TimedOutError,
+    require_success,
+)
 from paprscm.guest.report import ProbeError
 from paprscm.host.cache import Cache
 from paprscm.paths import GUEST_TOOLS
@@ -25,8 +30,8 @@ _SOURCES = GUEST_TOOLS
 _INCLUDE = '#include "report.h"\n'
 _GCC = "gcc -O2 -Wall -Wextra -Werror"
 _GCC_LIMIT_S = 120.0
-# No tool exits with this status (guest_tools/report.h).
-_NOT_BUILT = 70
+# No tool exits with these (guest_tools/report.h).
+_NOT_BUILT, _NOT_PLACED = 70, 71
 
 TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
 """Tools that are installed before a snapshot is made, so that restored guests have them."""
@@ -70,9 +75,13 @@ def install_tool(guest: Guest, name: str, *, anew: bool = False) -> PurePosixPat
             one.
     """
     target = _tool(name)[1]
-    base = shlex.quote(str(target))
-    if not anew and not guest.run(f"[ -x {base} ]").status:
-        return target
+    if anew or guest.run(f"[ -x {target} ]").status:
+        require_success(guest.run(_place(target), stdin=_binary(guest, name, anew=anew)))
+    return target
+
+
+def _binary(guest: Guest, name: str, *, anew: bool = False) -> bytes:
+    """Return the cached binary of a tool, or compile it in the guest."""
     if anew or guest.tools is None:
         binary = compile_tool(guest, name)
     else:
@@ -82,12 +91,16 @@ def install_tool(guest: Guest, name: str, *, anew: bool = False) -> PurePosixPat
             f"gcc made another {name} in this guest than in the one whose binary is in the cache",
             hint=f"compare kernel and QEMU of both; remove {guest.tools.cache.root / KIND}",
         )
-    # By rename: another thread may install the same tool.
-    guest.succeed(
-        f"mkdir -p {TOOLS_FOLDER} && cat > {base}.$$ && chmod 755 {base}.$$ && mv {base}.$$ {base}",
-        stdin=binary,
+    return binary
+
+
+def _place(target: PurePosixPath) -> str:
+    """Shell command that makes a program of its standard input."""
+    # By rename: another thread may place the same tool.
+    return (
+        f"{{ install -D -m 755 /proc/self/fd/0 {target}.$$ && mv {target}.$$ {target}; }} || "
+        f"exit {_NOT_PLACED}"
     )
-    return target
 
 
 def compile_tool(guest: Guest, name: str) -> bytes:
@@ -130,7 +143,7 @@ def tools_digest(*names: str) -> str:
 def run_tool(
     guest: Guest, name: str, words: Sequence[str], *, timeout_s: float | None = None
 ) -> CommandResult:
-    """Run a tool in the guest, in one round trip if the guest has it; else install it first.
+    """Run a tool in the guest, in one round trip if the guest has it; else in two.
 
     Args:
         guest: the guest.
@@ -141,12 +154,14 @@ def run_tool(
     Raises:
         ProbeError: as install_tool().
     """
-    binary = str(_tool(name)[1])
-    command = f"[ -x {binary} ] || exit {_NOT_BUILT}\n{shlex.join([binary, *words])}"
-    result = guest.run(command, timeout_s=timeout_s)
+    target = _tool(name)[1]
+    line = shlex.join([str(target), *words])
+    result = guest.run(f"[ -x {target} ] || exit {_NOT_BUILT}\n{line}", timeout_s=timeout_s)
     if result.status == _NOT_BUILT:
-        install_tool(guest, name)
-        result = guest.run(command, timeout_s=timeout_s)
+        binary = _binary(guest, name)
+        result = guest.run(f"{_place(target)}\n{line}", stdin=binary, timeout_s=timeout_s)
+        if result.status == _NOT_PLACED:
+            require_success(result)
     return result
 
 

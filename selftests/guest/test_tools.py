@@ -13,6 +13,7 @@ from typing import cast
 import pytest
 from guest_tool import HostShell
 
+from paprscm.errors import ContractError
 from paprscm.guest import tools
 from paprscm.guest.environment import Environment
 from paprscm.guest.guest import Guest
@@ -22,6 +23,7 @@ from paprscm.guest.tools import (
     TOOLS,
     ToolBinaries,
     install_tool,
+    run_tool,
     tool_source,
     tools_digest,
 )
@@ -98,6 +100,27 @@ def test_the_second_guest_does_not_compile(shell: HostShell) -> None:
     shell.commands.clear()
     assert install_tool(cast(Guest, shell), "moved") == target
     assert shell.commands == [f"[ -x {target} ]"]
+
+
+def test_the_command_that_runs_a_tool_also_places_it(shell: HostShell) -> None:
+    guest = cast(Guest, shell)
+    install(shell)
+    shell.commands.clear()
+    for commands in (2, 3):
+        result = run_tool(guest, "moved", ["--no-such-option"])
+        assert (result.status, result.stdout) == (2, "")
+        assert "usage: moved MOVES" in result.stderr
+        assert len(shell.commands) == commands
+
+
+def test_a_tool_that_cannot_be_placed_is_reported(
+    shell: HostShell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(shell)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tools, "TOOLS_FOLDER", tmp_path / "file/tools")
+    with pytest.raises(ContractError, match="ended with status 71"):
+        run_tool(cast(Guest, shell), "moved", [])
 
 
 def test_anew_compiles_the_same_bytes(shell: HostShell) -> None:
