@@ -3,12 +3,12 @@
 #
 # Inspect and prepare the nvdimms of a guest, in one round trip.
 #
-# Run as `env drc=... wait_s=... ... sh -s STEP...`; prints lines for paprscm/pmem/dump.py:
+# Run as `sh -s STEP...` with its settings exported; prints lines for paprscm/pmem/dump.py:
 #
 #     found REGION NODE DEVICE     one for each region; NODE is "-" if it is unknown
 #     text KEY VALUE               the first line of a file, or a fact
 #     blob KEY                     followed by the content in hex, in the format of `od -An -v -tx1`
-#     prop SIZE NAME               size of a property in the blob "props", in order
+#     file SIZE MODE NAME          a property in the blob "props", in order; or the path of another file
 #     step STEP                    this step begins
 #     done                         all steps succeeded
 #
@@ -101,13 +101,15 @@ step_find() {
 	for key in flags papr/flags papr/dirty_shutdown; do
 		text $key "$dimm/$key"
 	done
-	[ ! -e "$device/deep_flush" ] || fact deep_flush_mode "$(stat -c %a "$device/deep_flush")"
+	flush=$device/deep_flush
+	[ -e "$flush" ] || flush=
 	at "$node"
 	set --
 	for file in *; do
 		[ ! -f "$file" ] || set -- "$@" "$file"
 	done
-	stat -c 'prop %s %n' -- "$@"
+	# All in one process.
+	stat -c 'file %s %a %n' -- "$@" ${flush:+"$flush"}
 	printf 'blob props\n'
 	od -An -v -tx1 -- "$@"
 }

@@ -15,6 +15,7 @@ from paprscm.papr import drc_index
 from paprscm.paths import GUEST_TOOLS
 
 _OD_LINE: Final = re.compile(r"(?: [0-9a-f]{2})+")
+_FILE: Final = re.compile(r"([0-9]+) ([0-7]{1,4}) (.+)")
 
 
 class RegionError(ContractError):
@@ -33,6 +34,7 @@ class Dump:
         self.blobs: dict[str, bytes] = {}
         self.regions: list[tuple[str, str, str]] = []
         self.sizes: dict[str, int] = {}
+        self.modes: dict[str, int] = {}
         self.step = ""
         self.complete = False
         blob: str | None = None
@@ -51,8 +53,10 @@ class Dump:
                 self.blobs[blob := key] = b""
             elif word == "found" and len(parts := rest.split(" ")) == 3:
                 self.regions.append((parts[0], parts[1], parts[2]))
-            elif word == "prop" and key.isdecimal() and value and value not in self.sizes:
-                self.sizes[value] = int(key)
+            elif word == "file" and (file := _FILE.fullmatch(rest)) and file[3] not in self.modes:
+                self.modes[file[3]] = int(file[2], 8)
+                if "/" not in file[3]:
+                    self.sizes[file[3]] = int(file[1])
             elif word == "step" and key and not value:
                 self.step = key
             elif line == "done":
@@ -127,9 +131,9 @@ def run_steps(
     if slot is not None:
         variables["drc"] = f"{drc_index(slot):x}"
     # The script is passed on stdin, which keeps the log of commands readable.
-    words = [f"{key}={value}" for key, value in variables.items()]
+    words = shlex.join(f"{key}={value}" for key, value in variables.items())
     result = guest.run(
-        shlex.join(["env", *words, "sh", "-s", *steps]),
+        f"export {words}; exec sh -s {shlex.join(steps)}",
         stdin=read_script(),
         timeout_s=timeout_s + _STEPS_LIMIT_S,
     )

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from paprscm.errors import ContractError, HostError
+from paprscm.errors import ContractError
 from paprscm.guest.guest import Guest
 from paprscm.papr import Property, drc_index
 from paprscm.pmem.dump import Dump, RegionError, run_steps
@@ -121,20 +121,13 @@ def parse_region(dump: Dump, slot: int) -> Region:
         node=node,
         dimm=dimm,
         deep_flush=dump.texts.get("deep_flush"),
-        deep_flush_mode=_mode(dump),
+        deep_flush_mode=dump.modes.get(f"{dump.text('device')}/deep_flush"),
         persistence_domain=dump.texts.get("persistence_domain"),
         size_bytes=dump.number("size"),
         read_only=read_only == "1",
         align_bytes=dump.number("align") if "align" in dump.texts else None,
         nstype=dump.number("nstype"),
     )
-
-
-def _mode(dump: Dump) -> int | None:
-    mode = dump.texts.get("deep_flush_mode")
-    if mode is not None and not re.fullmatch("[0-7]{3,4}", mode):
-        raise HostError(f"the mode of deep_flush is {mode!r}")
-    return None if mode is None else int(mode, 8)
 
 
 def _node(dump: Dump) -> NvdimmNode:
