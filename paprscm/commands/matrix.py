@@ -148,7 +148,13 @@ def _run(arguments: argparse.Namespace, chosen: Settings) -> int:
         with cache.lock(name, purpose=f"runs the cell {cell.id}", wait=False) as mine:
             if not mine:
                 raise ConfigError(f"{folder} is in use", hint="another run has the same cell")
-            ended = _run_cell(plan, cell, folder, {**given, **cell.settings})
+            try:
+                ended = _run_cell(plan, cell, folder, {**given, **cell.settings})
+            except HostError as error:
+                # Without its mark; the others do not depend on it.
+                print(f"{title}: {error}", flush=True)
+                fine = False
+                continue
         print(f"{title}: {grid.summary(ended)}; {ended.outcome.duration_s:.0f} s", flush=True)
         fine = fine and ended.is_fine
     return 0 if fine else 1
@@ -178,8 +184,7 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, given: dict[str, str]) -> Fi
         new = sorted(set(folder.glob(f"job-*/{FILE}")) - before)
         if not new:
             raise HostError(
-                f"the cell {cell.id} left no results (status {ran.status}): "
-                + " ".join(ran.lines[-3:]),
+                f"its job left no results (status {ran.status}): " + " ".join(ran.lines[-3:]),
                 hint=f"see {log_file}",
             )
         record = read_record(new[-1])
@@ -188,7 +193,7 @@ def _run_cell(plan: Plan, cell: Cell, folder: Path, given: dict[str, str]) -> Fi
             raise KeyboardInterrupt
         if record.job.end is None:
             raise HostError(
-                f"the job of the cell {cell.id} was killed", hint="paprscm matrix run --resume"
+                "its job was killed", hint="`paprscm matrix run --resume` runs it again"
             )
         job = new[-1].parent.name
     outcome = Outcome(

@@ -111,11 +111,16 @@ def test_an_interrupted_job_ends_the_matrix(matrix_run: Any, tmp_path: Path) -> 
     assert jobs.ran == ["--smp=1", "--smp=2"]
 
 
-def test_the_cell_of_a_killed_job_is_not_done(
+def test_a_killed_job_stops_no_other_cell_and_is_run_again(
     matrix_run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     killed = ended("PASS", "RUNNING")
-    jobs = Jobs(replace(killed, job=replace(killed.job, end=None, status=None)))
-    assert matrix_run(jobs) == 2
-    assert done(tmp_path) == []
-    assert "the job of the cell one was killed" in capsys.readouterr().err
+    killed = replace(killed, job=replace(killed.job, end=None, status=None))
+    jobs = Jobs(killed, ended("PASS"))
+    assert matrix_run(jobs) == 1
+    assert jobs.ran == ["--smp=1", "--smp=2"]
+    assert done(tmp_path) == ["two"]
+    assert "(1/2) one: its job was killed" in capsys.readouterr().out
+    jobs = Jobs(ended("PASS"))
+    assert matrix_run(jobs, "--resume") == 0
+    assert jobs.ran == ["--smp=1"]
