@@ -250,6 +250,7 @@ class Machine:
         iommu: disks and network access memory through the IOMMU (virtio's iommu_platform).
         nodes: NUMA nodes; node 0 has all memory.
         distances: (node, other node, distance), in both directions; all others are QEMU's.
+        room_bytes: address space for DIMMs that are plugged later, if more is needed than usual.
     """
 
     nvdimms: tuple[Nvdimm, ...] = ()
@@ -265,6 +266,7 @@ class Machine:
     iommu: bool = False
     nodes: int = 1
     distances: tuple[tuple[int, int, int], ...] = ()
+    room_bytes: int = 0
 
     def __post_init__(self) -> None:
         taken: set[int] = set()
@@ -295,7 +297,8 @@ class Machine:
     @property
     def dimm_room_bytes(self) -> int:
         """Address space for DIMMs, bytes: for those at boot and for some that are plugged later."""
-        return max(_DIMM_ROOM, sum(dimm.size_bytes for dimm in self.nvdimms) + _HOTPLUG_ROOM)
+        present = sum(dimm.size_bytes for dimm in self.nvdimms)
+        return max(_DIMM_ROOM, present + max(_HOTPLUG_ROOM, self.room_bytes))
 
 
 def in_words(nvdimm: Nvdimm) -> str:

@@ -10,15 +10,23 @@ from __future__ import annotations
 import re
 
 from paprscm.channel.kmsg import has_frame, traces
-from paprscm.errors import ContractError, HostError
+from paprscm.errors import CapabilityError, ContractError, HostError
+from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
-from paprscm.pmem.namespaces import CharacterDevice, NamespaceMap, create_namespace, file_offset
+from paprscm.pmem.namespaces import (
+    CharacterDevice,
+    NamespaceMap,
+    create_fsdax,
+    create_namespace,
+    disk_offset,
+    file_offset,
+)
 from paprscm.pmem.pins import page_structure_bytes, pattern, pin_pages
 from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.settings import OWN_KERNELS
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_ON, SMALL
-from paprscm.vm.machine import GIB, Machine
+from paprscm.vm.machine import GIB, MIB, Machine
 
 LARGE = 5 * GIB
 PIECES = 40
@@ -115,3 +123,61 @@ class PageStructures(PaprScmTest):
     def test_pinned_map_dev(self) -> None:
         """A disk accesses pages of a devdax with page structures on the DIMM, at each alignment."""
         self.judge("dev")
+
+
+SECONDARY_ISSUE = "linux-hash-loses-secondary-bolted-entries"
+HPT_SIZE = re.compile(r"ppc64_pft_size += 0x([0-9a-f]+)|HPT resize to shift (\d+) complete")
+PLACES = 64
+
+
+class HashTable(PaprScmTest):
+    """
+    DIMMs that fill the hash page table of a guest with POWER8.
+
+    Linux maps its memory by bolted entries, one for each page. The table is made for the guest's
+    memory; DIMMs that are plugged later do not enlarge it.
+
+    :avocado: tags=pmem
+    """
+
+    def test_nearly_full(self) -> None:
+        """DIMMs whose pages fill the hash page table to 15/16 can be accessed at each place.
+
+        arch/powerpc/mm/book3s64/hash_utils.c, htab_bolt_mapping: an entry whose group is full is
+        put into the secondary group; by the Power ISA, its H bit says in which of the two it is.
+        """
+        small = PMEM_ON.at(0, SMALL)
+        guest = self.boot(Machine(cpu="POWER8", room_bytes=40 * GIB), cold=True)
+        guest.plug(small)
+        wait_for_region(guest, small.slot)
+        sizes = HPT_SIZE.findall(guest.succeed("dmesg"))
+        if not sizes:
+            raise CapabilityError("the guest has no hash page table")
+        # The last one is in force; an entry has 16 bytes.
+        first, resized = sizes[-1]
+        entries = 1 << (int(resized) if resized else int(first, 16)) - 4
+        room = entries * 15 // 16 * read_page_size(guest)
+        memory = guest.board.memory_mib * MIB
+        large = PMEM_ON.at(1, (room - memory - small.size_bytes) // SMALL * SMALL)
+        self.measure("entries, and size of the DIMM", (entries, large.size_bytes))
+        try:
+            guest.plug(large)
+            region = wait_for_region(guest, large.slot)
+            disk = create_fsdax(guest, region)
+            step = disk.size_bytes // PLACES // MIB * MIB
+            writes = [f"write={step * place}:4096:{place + 1}" for place in range(PLACES - 1)]
+            results = persist(guest, disk.path, *writes, "fsync")
+        except ContractError:
+            oopses = traces(guest.console.lines, OOPS)
+            if not oopses or not has_frame(oopses[0], "memmap_init_range"):
+                raise
+            found = f"an Oops with {large.size_bytes // MIB} MiB in a table of {entries} entries"
+            self.known_issue(SECONDARY_ISSUE, shows=True, found=found)
+            return
+        self.known_issue(SECONDARY_ISSUE, shows=False, found="the DIMM can be accessed")
+        self.check("errors of writes", [r.error for r in results if r.error], [])
+        begin = disk_offset(guest, region, disk)
+        with guest.file(large.slot).open("rb") as file:
+            for place in range(PLACES - 1):
+                file.seek(begin + step * place)
+                self.check(f"the file at place {place}", set(file.read(4096)), {place + 1})
