@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import re
+from typing import Literal
 
 from paprscm.checks import containing
 from paprscm.errors import CapabilityError, HostError
@@ -26,6 +27,11 @@ from paprscm.vm.dimms import PMEM_ON
 from paprscm.vm.machine import Machine
 
 SIZE = 1 << 20
+# The name of a feature in sysfs, and the option of the kernel.
+FEATURES = {
+    "encrypt": ("encryption", "CONFIG_FS_ENCRYPTION"),
+    "verity": ("verity", "CONFIG_FS_VERITY"),
+}
 IDENTIFIER = re.compile(r"identifier ([0-9a-f]{32})$", re.MULTILINE)
 
 
@@ -36,16 +42,17 @@ class ProtectedFiles(PaprScmTest):
     :avocado: disable
     """
 
-    def machine(self, option: str, feature: str) -> Guest:
-        """Boot a guest, and enable a feature of its file system, which is mounted on /mnt after.
+    def machine(self, feature: Literal["encrypt", "verity"]) -> Guest:
+        """Boot a guest, and enable a feature of the ext4 on its DIMM, which is not mounted.
 
         Raises:
-            CapabilityError: the kernel was built without the option.
+            CapabilityError: the guest's kernel was built without it.
         """
         guest = self.boot(Machine(nvdimms=(PMEM_ON.holding("ext4"),)))
-        if guest.run(f"zcat /proc/config.gz | grep -q '^{option}=y'").status:
-            raise CapabilityError(f"the kernel was built without {option}")
         self.disk = dax_mount(guest, PMEM_ON.slot, "ext4", "/mnt").device
+        shown, option = FEATURES[feature]
+        if guest.run(f"[ -e /sys/fs/ext4/features/{shown} ]").status:
+            raise CapabilityError(f"the guest's kernel was built without {option}")
         guest.succeed(f"umount /mnt && tune2fs -O {feature} {self.disk.path}")
         return guest
 
@@ -114,7 +121,7 @@ class Encrypted(ProtectedFiles):
 
         Its text is not on the DIMM; without the key it cannot be opened, with the key it is whole.
         """
-        guest = self.machine("CONFIG_FS_ENCRYPTION", "encrypt")
+        guest = self.machine("encrypt")
         secret, plain = self.token(), self.token()
         self.mount(guest, "dax=always")
         self.encrypt(guest, "/mnt/dir")
@@ -137,7 +144,7 @@ class Encrypted(ProtectedFiles):
 
     def test_flags(self) -> None:
         """A folder with the DAX flag cannot be encrypted, and an encrypted one cannot have it."""
-        guest = self.machine("CONFIG_FS_ENCRYPTION", "encrypt")
+        guest = self.machine("encrypt")
         self.mount(guest, "dax=inode")
         self.encrypt(guest, "/mnt/encrypted")
         guest.succeed(
@@ -166,7 +173,7 @@ class Verified(ProtectedFiles):
 
         A plain file shows the changed byte: there is nothing that could detect it.
         """
-        guest = self.machine("CONFIG_FS_VERITY", "verity")
+        guest = self.machine("verity")
         verified, plain = self.token(), self.token()
         tokens = {"verified": verified, "plain": plain}
         self.mount(guest, "dax=never")
@@ -194,7 +201,7 @@ class Verified(ProtectedFiles):
 
     def test_refused(self) -> None:
         """Verity is refused for a file that is DAX, and the file still grants MAP_SYNC."""
-        guest = self.machine("CONFIG_FS_VERITY", "verity")
+        guest = self.machine("verity")
         token = self.token()
         self.mount(guest, "dax=always")
         guest.succeed(f"truncate -s {SIZE} /mnt/file")
