@@ -20,7 +20,7 @@ from paprscm.errors import CapabilityError, HostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
 from paprscm.map_sync.probe import map_sync
-from paprscm.map_sync.verdict import Verdict
+from paprscm.map_sync.verdict import Verdict, judge_map_sync
 from paprscm.pmem.mounts import dax_mount, mount
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import PMEM_ON
@@ -32,6 +32,7 @@ FEATURES = {
     "encrypt": ("encryption", "CONFIG_FS_ENCRYPTION"),
     "verity": ("verity", "CONFIG_FS_VERITY"),
 }
+ISSUE = "linux-ext4-encrypted-file-is-dax"
 IDENTIFIER = re.compile(r"identifier ([0-9a-f]{32})$", re.MULTILINE)
 
 
@@ -125,16 +126,22 @@ class Encrypted(ProtectedFiles):
         secret, plain = self.token(), self.token()
         self.mount(guest, "dax=always")
         self.encrypt(guest, "/mnt/dir")
-        for name, token, verdict in (
-            ("dir/secret", secret, Verdict.NOT_DAX),
-            ("plain", plain, Verdict.ACCEPTED),
-        ):
-            guest.succeed(f"truncate -s {SIZE} /mnt/{name}")
-            self.probe(guest, name, verdict)
+        guest.succeed(f"truncate -s {SIZE} /mnt/dir/secret /mnt/plain")
+        report = map_sync(guest, "/mnt/dir/secret", truncate=False)
+        self.measure("a new encrypted file", report.line)
+        outcome = judge_map_sync(report)
+        is_dax = outcome.verdict is Verdict.ACCEPTED
+        found = f"a new encrypted file: {outcome.verdict.value}"
+        self.known_issue(ISSUE, shows=is_dax, found=found)
+        if is_dax:
+            return
+        self.check_map_sync("dir/secret", report, Verdict.NOT_DAX, fstype="ext4")
+        self.probe(guest, "plain", Verdict.ACCEPTED)
+        for name, token in (("dir/secret", secret), ("plain", plain)):
             self.write(guest, name, token)
             self.expect_content(guest, name, token)
         self.check("copies of the plain text on the DIMM", len(self.places(guest, plain)) > 0, True)
-        self.check("places of the secret on the DIMM", self.places(guest, secret), [])
+        self.check("copies of the secret on the DIMM", len(self.places(guest, secret)), 0)
         self.mount(guest, "dax=always")
         error = guest.fail("cat /mnt/dir/*").stderr
         self.check("a read without the key", error, containing("Required key not available"))
