@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""What Debian's packages give: the userland, kernel sources, and tools of this host."""
+"""From Debian's packages: the guest's userland, kernel sources, and build tools."""

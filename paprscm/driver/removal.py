@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from paprscm import timesheet
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
 from paprscm.guest.report import Fields, Natural, ToolReport, check_report, mix, read_report
@@ -24,6 +26,9 @@ _WORKER: Final = 2 << 20
 # Time for the whole program to end, in addition to the limit of one phase: a host may be busy.
 _MARGIN_S: Final = 150
 _PHASE_S: Final = 40
+# Duration for which an unbind is observed to wait, and the limit for its end on a busy host.
+_HELD_S: Final = 0.5
+_SOON_S: Final = 60
 
 ND: Final = "/sys/bus/nd/drivers"
 PLATFORM: Final = "/sys/bus/platform/drivers/papr_scm"
@@ -198,6 +203,35 @@ def remove(
     ]
     result = run_tool(guest, "removal", words, timeout_s=_MARGIN_S + _PHASE_S)
     return read_report(RemovalReport, result.stdout, result.status, result.stderr)
+
+
+class BackgroundUnbind:
+    """An unbind through sysfs that may wait for I/O in flight.
+
+    Args:
+        guest: the guest.
+        driver: its folder in sysfs.
+        device: name of the device.
+    """
+
+    def __init__(self, guest: Guest, driver: str, device: str) -> None:
+        self._guest = guest
+        self._status = guest.succeed(
+            f"folder=$(mktemp -d) && echo $folder/status\n"
+            f"(echo {device} > {driver}/unbind; echo $? > $folder/new; "
+            "mv $folder/new $folder/status) > /dev/null 2>&1 < /dev/null &"
+        )
+
+    def ends_early(self) -> bool:
+        """Return True if it ends while it is observed, for half a second."""
+        with timesheet.during("waits"):
+            # An unbind that is still waiting signals nothing.
+            time.sleep(_HELD_S)
+        return self._guest.run(f"[ -e {self._status} ]").status == 0
+
+    def wait(self) -> str:
+        """Wait for its end; return the exit status of the write to sysfs."""
+        return self._guest.wait_until(f"cat {self._status}", timeout_s=_SOON_S)
 
 
 def lost_slots(

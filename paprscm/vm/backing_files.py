@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -30,6 +31,16 @@ def written_chunks(file: Path) -> Iterator[tuple[int, bytes]]:
                 chunk = os.pread(source.fileno(), min(_CHUNK, end - offset), offset)
                 if chunk.strip(b"\0"):
                     yield offset, chunk
+
+
+def find_word(file: Path, word: str) -> list[int]:
+    """Offsets of a word in a sparse file, except of copies across a multiple of 64 KiB."""
+    wanted = re.compile(re.escape(word.encode()))
+    return [
+        offset + match.start()
+        for offset, chunk in written_chunks(file)
+        for match in wanted.finditer(chunk)
+    ]
 
 
 def is_blank(file: Path) -> bool:

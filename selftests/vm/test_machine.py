@@ -13,7 +13,7 @@ import pytest
 from paprscm.emulator.binary import Qemu
 from paprscm.errors import CapabilityError, ConfigError
 from paprscm.vm.argv import Payload, Wiring, bare_argv, qemu_argv, script
-from paprscm.vm.machine import MIB, Board, Machine, Nvdimm, require
+from paprscm.vm.machine import GIB, MIB, Board, Machine, Nvdimm, require
 
 PAYLOAD = Payload(kernel=Path("/k/vmlinux"), disk=Path("/d/disk"))
 BOARD = Board()
@@ -148,6 +148,18 @@ def test_a_dimm_of_another_numa_node() -> None:
     assert f"memory-backend-ram,id=node0,size={1024 * MIB}" in after(words, "-object")
     nodes = [",node=1" in word for word in after(words, "-device") if "spapr-nvdimm" in word]
     assert nodes == [False, True]
+
+
+def test_distances_of_numa_nodes() -> None:
+    words = argv(Machine(nodes=3, distances=((0, 1, 20), (0, 2, 80))))
+    assert after(words, "-numa")[3:] == ["dist,src=0,dst=1,val=20", "dist,src=0,dst=2,val=80"]
+
+
+def test_room_for_a_large_dimm_that_is_plugged_later() -> None:
+    usual = Machine(nvdimms=(Nvdimm(),)).dimm_room_bytes
+    assert Machine(nvdimms=(Nvdimm(),), room_bytes=MIB).dimm_room_bytes == usual
+    large = Machine(nvdimms=(Nvdimm(),), room_bytes=40 * GIB).dimm_room_bytes
+    assert large == 40 * GIB + Nvdimm().size_bytes
 
 
 def test_a_second_disk_is_the_second_device_and_writable() -> None:

@@ -10,12 +10,13 @@ not be verified. So ext4 makes such files not DAX, whatever option or flag asks 
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import mmap
+import os
 import re
 from typing import Literal
 
-from paprscm.checks import containing
+from paprscm.checks import above, containing
 from paprscm.errors import CapabilityError, HostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
@@ -23,6 +24,7 @@ from paprscm.map_sync.probe import map_sync
 from paprscm.map_sync.verdict import Verdict, judge_map_sync
 from paprscm.pmem.mounts import dax_mount, mount
 from paprscm.testcase import PaprScmTest
+from paprscm.vm.backing_files import find_word
 from paprscm.vm.dimms import PMEM_ON
 from paprscm.vm.machine import Machine
 
@@ -82,14 +84,6 @@ class ProtectedFiles(PaprScmTest):
         """Make a file of many copies of a word, durable on the DIMM."""
         guest.succeed(f"yes {token} | head -c {SIZE} > /mnt/{name} && sync /mnt/{name}")
 
-    def places(self, guest: Guest, token: str) -> list[int]:
-        """Offsets of a word in the backing file."""
-        with (
-            guest.file(PMEM_ON.slot).open("rb") as file,
-            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
-        ):
-            return [match.start() for match in re.finditer(token.encode(), content)]
-
     def expect_content(self, guest: Guest, name: str, token: str) -> None:
         """Check that a file has what was written."""
         line = f"{token}\n".encode()
@@ -106,16 +100,30 @@ class Encrypted(ProtectedFiles):
     """
 
     def encrypt(self, guest: Guest, folder: str) -> None:
-        """Make an empty folder encrypted with a new key, which /mnt then has."""
+        """Make a new folder encrypted with a new key, which /mnt then has.
+
+        Raises:
+            CapabilityError: the guest's kernel lacks a cipher or digest of the policy.
+        """
         key = f"{self.random().getrandbits(512):0128x}"
         octal = "".join(f"\\{byte:03o}" for byte in bytes.fromhex(key))
         self.add_key = f"printf '{octal}' | xfs_io -c add_enckey /mnt"
-        output = guest.succeed(self.add_key)
-        found = IDENTIFIER.search(output)
+        added = guest.run(self.add_key)
+        found = IDENTIFIER.search(added.stdout)
         if found is None:
-            raise HostError(f"xfs_io printed {output!r}, and no identifier of a key")
+            # fs/crypto/hkdf.c: without the digest of the key's derivation.
+            self.require_crypto(added.stderr, errno.ENOENT)
+            raise HostError(f"xfs_io printed {added.stdout!r} and {added.stderr!r}, and no key")
         self.set_policy = f"xfs_io -c 'set_encpolicy -v 2 {found[1]}'"
-        guest.succeed(f"mkdir -p {folder} && {self.set_policy} {folder}")
+        made = guest.run(f"mkdir {folder} && {self.set_policy} {folder} && touch {folder}/first")
+        # fs/crypto/keysetup.c: without the cipher.
+        self.require_crypto(made.stderr, errno.ENOPKG)
+        self.expect("status of the new folder, and of a file in it", made.status, 0)
+
+    def require_crypto(self, message: str, number: int) -> None:
+        """Require that a message is not that of an errno, which tells of a missing algorithm."""
+        if os.strerror(number) in message:
+            raise CapabilityError(f"the guest's kernel lacks an algorithm: {message.strip()}")
 
     def test_files(self) -> None:
         """An encrypted file refuses MAP_SYNC beside a plain one that grants it.
@@ -140,11 +148,12 @@ class Encrypted(ProtectedFiles):
         for name, token in (("dir/secret", secret), ("plain", plain)):
             self.write(guest, name, token)
             self.expect_content(guest, name, token)
-        self.check("copies of the plain text on the DIMM", len(self.places(guest, plain)) > 0, True)
-        self.check("copies of the secret on the DIMM", len(self.places(guest, secret)), 0)
+        file = guest.file(PMEM_ON.slot)
+        self.check("copies of the plain text on the DIMM", len(find_word(file, plain)), above(0))
+        self.check("copies of the secret on the DIMM", len(find_word(file, secret)), 0)
         self.mount(guest, "dax=always")
-        error = guest.fail("cat /mnt/dir/*").stderr
-        self.check("a read without the key", error, containing("Required key not available"))
+        error = guest.fail("cat /mnt/dir/* > /dev/null").stderr
+        self.check("a read without the key", error, containing(os.strerror(errno.ENOKEY)))
         guest.succeed(self.add_key)
         self.expect_content(guest, "dir/secret", secret)
         self.probe(guest, "dir/secret", Verdict.NOT_DAX)
@@ -164,7 +173,7 @@ class Encrypted(ProtectedFiles):
             ("set the flag of an encrypted folder", "chattr +x /mnt/encrypted"),
         ):
             output = guest.run(f"{command} 2>&1").stdout
-            self.check(what, output, containing("Operation not supported"))
+            self.check(what, output, containing(os.strerror(errno.EOPNOTSUPP)))
         self.probe(guest, "encrypted/file", Verdict.NOT_DAX)
 
 
@@ -195,16 +204,16 @@ class Verified(ProtectedFiles):
         for name, token in tokens.items():
             self.expect_content(guest, name, token)
         guest.succeed("umount /mnt")
-        with guest.file(PMEM_ON.slot).open("r+b") as file:
-            for token in tokens.values():
-                for place in self.places(guest, token):
-                    file.seek(place)
-                    file.write(b"X")
+        path = guest.file(PMEM_ON.slot)
+        with path.open("r+b") as file:
+            for place in (*find_word(path, verified), *find_word(path, plain)):
+                file.seek(place)
+                file.write(b"X")
         self.mount(guest, "dax=always")
         self.check("the plain file", guest.succeed("head -c 1 /mnt/plain"), "X")
         with guest.expect_messages(r"FILE CORRUPTED|verity"):
             error = guest.fail("cat /mnt/verified > /dev/null").stderr
-        self.check("a read of the verified file", error, containing("Input/output error"))
+        self.check("a read of the verified file", error, containing(os.strerror(errno.EIO)))
 
     def test_refused(self) -> None:
         """Verity is refused for a file that is DAX, and the file still grants MAP_SYNC."""

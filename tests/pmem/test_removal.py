@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import errno
 import re
-import time
 from typing import Literal
 
-from paprscm import timesheet
 from paprscm.channel.kmsg import traces
 from paprscm.checks import at_most, containing
 from paprscm.driver.removal import (
     ND,
     PLATFORM,
+    BackgroundUnbind,
     Kind,
     RemovalReport,
     Worker,
@@ -48,10 +47,6 @@ from paprscm.vm.machine import Machine, Nvdimm
 SLOT, OTHER = 3, 1
 Driver = Literal["nd_pmem", "nd_region", "papr_scm"]
 OUTLIVES = "linux-dax-mapping-outlives-device"
-HELD_S = 0.5
-"""Duration for which an unbind is observed to wait for a flush."""
-SOON_S = 60
-"""Time limit, on a busy host, for what does not wait for a flush."""
 
 
 class RemovalTest(PaprScmTest):
@@ -265,20 +260,12 @@ class RemovalDuringFlush(PaprScmTest):
             file.go()
             syncs.wait_begun(begun + 1)
             self.expect("the fdatasync sleeps", file.wait_blocked(), True)
-            guest.succeed(
-                f"(echo {name} > {driver}/unbind; echo $? > /tmp/status.new; "
-                "mv /tmp/status.new /tmp/status) > /dev/null 2>&1 < /dev/null &"
-            )
-            with timesheet.during("waits"):
-                # An unbind that is still waiting signals nothing.
-                time.sleep(HELD_S)
-            early = guest.run("[ -e /tmp/status ]").status == 0
-            self.check("the unbind has ended during the flush", early, False)
+            unbind = BackgroundUnbind(guest, driver, name)
+            self.check("the unbind has ended during the flush", unbind.ends_early(), False)
             self.expect("syncs that ended", syncs.counts().ended, begun)
         finally:
             syncs.release()
-        status = guest.wait_until("cat /tmp/status", timeout_s=SOON_S)
-        self.check("status of the unbind", status, "0")
+        self.check("status of the unbind", unbind.wait(), "0")
         _write, _await, flush = file.result()
         # It began before the disk went, so either answer is correct.
         if flush.errno not in (0, errno.EIO, errno.ENXIO):

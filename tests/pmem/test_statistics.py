@@ -209,7 +209,7 @@ class Statistics(StatisticsTest):
     def test_small_buffer(self) -> None:
         """The driver writes nothing behind a buffer of the size that the hypervisor asks for.
 
-        With a size of 0 there are no statistics.
+        A hypervisor that asks for 0 bytes has no statistics.
         """
         guest = self.start(0)
         _answer, listing = self.ask(guest, lambda _call: None)
