@@ -28,7 +28,7 @@ def role_of(words: list[str], comm: str) -> str:
     """The role of a process of the run, from its command line and its name."""
     line = " ".join(words)
     if "paprscm.plugins.fork_server" in line:
-        return {"runner": "runner or test", "cli": "paprscm image"}.get(comm, comm)
+        return {"runner": "runner or test", "image": "paprscm image"}.get(comm, comm)
     for part, role in (
         ("keeper.py", "keeper"),
         ("qemu-system", "qemu"),

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
-from paprscm import known_issues, log, settings
+from paprscm import known_issues, settings
 from paprscm.commands import (
     bench,
     bench_ab,
@@ -26,6 +24,7 @@ from paprscm.commands import (
     compare,
     doctor,
     history,
+    image,
     issue_report,
     manual,
     matrix,
@@ -35,10 +34,9 @@ from paprscm.commands import (
     shell,
 )
 from paprscm.commands.dimm_syntax import parse_nvdimm
+from paprscm.commands.image import run_verb
 from paprscm.debian import kernel_source
-from paprscm.debian.packages import Archive
-from paprscm.emulator.binary import resolve
-from paprscm.errors import CAPABILITY_STATUS, CapabilityError, ConfigError, Error
+from paprscm.errors import ConfigError
 from paprscm.formats import delivery
 from paprscm.formats.registry import FORMATS
 from paprscm.guest.environment import Environment, prepare
@@ -58,37 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Words after "--" are passed to Avocado unchanged.
     cut = words.index("--") if "--" in words else len(words)
     arguments = parser().parse_args(words[:cut], argparse.Namespace(rest=words[cut + 1 :]))
-    log.to_terminal(verbose=arguments.verbose)
-    _unwind_on(signal.SIGHUP, signal.SIGTERM)
-    try:
-        overrides = {name: getattr(arguments, name, None) for name in settings.names()}
-        verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
-        return verb(arguments, settings.load(overrides))
-    except Error as error:
-        print(f"paprscm: {error.message}", file=sys.stderr)
-        if error.hint:
-            print(f"  hint: {error.hint}", file=sys.stderr)
-        return CAPABILITY_STATUS if isinstance(error, CapabilityError) else 2
-    except OSError as error:
-        # Usually for the user to fix: a disk, a permission, a closed terminal.
-        log.logger.debug("", exc_info=True)
-        print(f"paprscm: {error.filename or 'the system'}: {error.strerror}", file=sys.stderr)
-        print("  hint: paprscm -v shows the traceback", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("paprscm: interrupted; the next run continues", file=sys.stderr)
-        return 130
-
-
-def _unwind_on(*numbers: signal.Signals) -> None:
-    """Exit through every `finally` on these signals, unless they are ignored, as under nohup(1)."""
-
-    def end(number: int, _frame: object) -> None:
-        sys.exit(128 + number)
-
-    for number in numbers:
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, end)
+    overrides = {name: getattr(arguments, name, None) for name in settings.names()}
+    verb: Callable[[argparse.Namespace, Settings], int] = arguments.verb
+    return run_verb(lambda: verb(arguments, settings.load(overrides)), verbose=arguments.verbose)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,14 +77,8 @@ def parser() -> argparse.ArgumentParser:
         return added
 
     add("doctor", _doctor, "Check this machine and name missing packages.")
-    image = add("image", _image, "Build or fetch QEMU, kernel and userland; print their versions.")
-    image.add_argument("--quiet", action="store_true", help="print only steps and errors")
-    image.add_argument("--only-qemu", action="store_true", help="only for tests without a guest")
-    image.add_argument(
-        "--no-snapshot",
-        action="store_true",
-        help="do not make the snapshot that guests are restored from",
-    )
+    text = "Build or fetch QEMU, kernel and userland; print their versions."
+    image.add_options(add("image", image.image, text))
     run = add("run", _run, "Run the tests; words after -- are passed to `avocado run`.")
     text = "files or test names; default: all tests of the suite"
     manual.takes_files(run.add_argument("tests", nargs="*", default=None, help=text))
@@ -256,22 +220,6 @@ def _doctor(_arguments: argparse.Namespace, chosen: Settings) -> int:
     findings = doctor.inspect_host(chosen)
     doctor.print_findings(findings)
     return 1 if doctor.is_broken(findings) else 0
-
-
-def _image(arguments: argparse.Namespace, chosen: Settings) -> int:
-    if arguments.only_qemu:
-        qemu = resolve(Archive.of(chosen), chosen.qemu)
-        if not arguments.quiet:
-            print(f"{qemu.version_text} {qemu.path}")
-        return 0
-    environment = prepare(chosen, make_snapshot=not arguments.no_snapshot)
-    if arguments.quiet:
-        return 0
-    table = Table.grid(padding=(0, 2))
-    for name, value in environment.describe().items():
-        table.add_row(name, value)
-    Console().print(table)
-    return 0
 
 
 def _run(arguments: argparse.Namespace, chosen: Settings) -> int:

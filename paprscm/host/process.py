@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import os
 import re
@@ -21,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from paprscm import log
 from paprscm.errors import HostError, KilledError
@@ -134,18 +133,15 @@ class Process:
         run_members = _run_members()
         lifeline_r, self._lifeline = os.pipe()
         self._report, report_w = os.pipe()
-        spec = {
-            "argv": self.argv,
-            "cwd": str(cwd) if cwd else None,
-            "pass_fds": list(pass_fds),
-            "lifeline": lifeline_r,
-            "report": report_w,
-            "run": run_members,
-            "scratch": str(scratch) if scratch else None,
-        }
+        words = [
+            *(str(lifeline_r), str(report_w)),
+            " ".join(f"{pid}:{start}" for pid, start in run_members),
+            " ".join(map(str, pass_fds)),
+            *(str(scratch or ""), str(cwd or "")),
+        ]
         try:
             self._keeper = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_KEEPER), json.dumps(spec)],
+                [sys.executable, "-I", "-S", str(_KEEPER), *words, *self.argv],
                 stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
@@ -157,20 +153,20 @@ class Process:
             os.close(report_w)
         self._lines = b""
         try:
-            first = self._next_report(None) or {}
+            kind, value = self._next_report(None) or ("", "")
         except BaseException:
             # Usually ^C; the program may already be running.
             self._hang_up()
             self._keeper.wait()
             raise
-        if "pid" not in first:
+        if kind != "pid":
             self._close()
-            reason, hint = first.get("error", "its keeper was killed"), None
-            if "ended" in first:
-                reason = f"process {first['ended']} of this run has ended"
+            reason, hint = value or "its keeper was killed", None
+            if kind == "ended":
+                reason = f"process {value} of this run has ended"
                 hint = f"if it belonged to another run, unset {_RUN}"
             raise HostError(f"cannot start {self.argv[0]}: {reason}", hint=hint)
-        self.pid: int = first["pid"]
+        self.pid = int(value)
         """The program's own process id."""
 
     @property
@@ -196,8 +192,9 @@ class Process:
                 if report is None:
                     return None
                 # No report: the keeper itself was killed, and the kernel killed the program.
-                self.status = report.get("status", -signal.SIGKILL)
-                self._killed = self._judge_end(report.get("end", ""), self.status)
+                end, status = report
+                self.status = int(status) if end else -signal.SIGKILL
+                self._killed = self._judge_end(end, self.status)
                 self._close()
         if self._killed is not None:
             raise self._killed
@@ -255,8 +252,11 @@ class Process:
         with contextlib.suppress(OSError):
             os.write(self._lifeline, keeper.END)
 
-    def _next_report(self, timeout_s: float | None) -> dict[str, Any] | None:
-        """The keeper's next line; None if none came in time, {} if the keeper has ended."""
+    def _next_report(self, timeout_s: float | None) -> tuple[str, str] | None:
+        """The keeper's next line, as kind and value.
+
+        None if none came in time; two empty strings if the keeper has ended.
+        """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while b"\n" not in self._lines:
             remaining_s = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -266,11 +266,11 @@ class Process:
                 return None
             chunk = os.read(self._report, 4096)
             if not chunk:
-                return {}
+                return "", ""
             self._lines += chunk
         line, _, self._lines = self._lines.partition(b"\n")
-        report: dict[str, Any] = json.loads(line)
-        return report
+        kind, _, value = line.decode().partition(" ")
+        return kind, value
 
     def _close(self) -> None:
         for handle in (self._lifeline, self._report):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Facts about the classes of a job's tests, read in a separate process.
+"""Facts about the test classes of a job's files, read in a separate process.
 
 Not in the job's process: Avocado's resolver has prepended the folders of all modules that it
 examined to sys.path, so that an import there may find a wrong module
@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import functools
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from avocado.core.exceptions import JobError
 from avocado.core.job import Job
@@ -28,24 +29,43 @@ _LIMIT_S = 120
 
 
 @dataclass(frozen=True)
+class TestFacts:
+    """Facts about one test, from the docstrings of the method and of the classes.
+
+    Attributes:
+        contract: first paragraph of the method's docstring.
+        tags: values of each tag, none for a plain one.
+        dependencies: as Avocado has them.
+    """
+
+    contract: str
+    tags: dict[str, list[str]]
+    dependencies: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
 class ClassFacts:
-    """Facts about one test's class.
+    """Facts about one class with tests.
 
     Attributes:
         ours: it is a QemuTest.
         needs_guest: it is a PaprScmTest; other tests need neither kernel nor userland.
         parameters: names of the parameters that it and its bases read from `self.params`.
-        contracts: first paragraph of the docstring of each test.
+        tests: its tests by method name: its own in the order of the source, then inherited ones.
     """
 
     ours: bool
     needs_guest: bool
     parameters: tuple[str, ...]
-    contracts: dict[str, str]
+    tests: dict[str, TestFacts]
+
+
+# By file, then by class. A file is read once in a job, for several plugins.
+_read: dict[str, dict[str, ClassFacts]] = {}
 
 
 def read_facts(job: Job) -> dict[str, ClassFacts]:
-    """Facts about each Python test of a job, by its URI.
+    """Facts about the class of each Python test of a job, by the test's URI.
 
     A test whose module cannot be imported is left out; Avocado reports it when the test runs.
 
@@ -53,56 +73,108 @@ def read_facts(job: Job) -> dict[str, ClassFacts]:
         JobError: an import ended the process or timed out.
     """
     tests = [test for suite in job.test_suites for test in suite.tests]
-    uris = {str(test.uri) for test in tests if test.kind == "avocado-instrumented"}
-    classes = {uri: uri.rpartition(".")[0] for uri in uris}
-    answers = _query(tuple(sorted(set(classes.values()))))
-    return {uri: answers[name] for uri, name in classes.items() if name in answers}
+    facts = {}
+    uris = [str(test.uri) for test in tests if test.kind == "avocado-instrumented"]
+    files = read_files({uri.partition(":")[0] for uri in uris})
+    for uri in uris:
+        path, _, name = uri.partition(":")
+        if (class_name := name.partition(".")[0]) in files[path]:
+            facts[uri] = files[path][class_name]
+    return facts
 
 
-@functools.lru_cache(maxsize=1)
-def _query(names: tuple[str, ...]) -> dict[str, ClassFacts]:
-    """Facts by "path:Class"; cached, because several plugins need those of the same job."""
-    if not names:
-        return {}
-    try:
-        answers = fork_server.call(f"{__name__}:read_classes", names).result(_LIMIT_S)
-    except TimeoutError as error:
-        raise JobError(f"reading the classes of the job's tests took {_LIMIT_S} s") from error
-    if answers is None:
-        raise JobError("the classes of the job's tests cannot be read: an import ended the process")
-    return {
-        name: ClassFacts(**{**facts, "parameters": tuple(facts["parameters"])})
-        for name, facts in answers.items()
-    }
+def read_files(paths: Collection[str]) -> dict[str, dict[str, ClassFacts]]:
+    """Facts about the classes with Avocado tests that are defined in each file, by name.
+
+    There are none if the file cannot be imported.
+
+    Raises:
+        JobError: as read_facts().
+    """
+    if missing := sorted(set(paths) - _read.keys()):
+        try:
+            answers = fork_server.call(f"{__name__}:read_classes", missing).result(_LIMIT_S)
+        except TimeoutError as error:
+            raise JobError(f"reading the job's tests took {_LIMIT_S} s") from error
+        if answers is None:
+            raise JobError("the job's tests cannot be read: an import ended the process")
+        for path, classes in answers.items():
+            _read[path] = {name: _class_facts(**fields) for name, fields in classes.items()}
+    return {path: _read[path] for path in paths}
 
 
-def read_classes(names: list[str]) -> dict[str, dict[str, object]]:
-    """Facts by "path:Class", as dictionaries; a child of the fork server calls it."""
-    from paprscm.testcase import PaprScmTest, QemuTest
+def _class_facts(
+    *, tests: dict[str, dict[str, Any]], parameters: list[str], **fields: bool
+) -> ClassFacts:
+    facts = {method: TestFacts(**test) for method, test in tests.items()}
+    return ClassFacts(**fields, parameters=tuple(parameters), tests=facts)
 
-    answers = {}
+
+def read_classes(paths: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The answer for read_files(), as dictionaries; a child of the fork server calls it."""
+    # Not at the top: Avocado imports this file while it imports itself.
+    from avocado import Test
+    from avocado.core.safeloader.docstring import check_docstring_directive
+
+    answers: dict[str, dict[str, dict[str, Any]]] = {path: {} for path in paths}
     # The output of test modules at their import is not part of the job's.
     with contextlib.redirect_stdout(sys.stderr):
-        for name in names:
-            path, _, class_name = name.rpartition(":")
+        for path in paths:
             # Any exception, and sys.exit(): Avocado reports errors of the module.
             with contextlib.suppress(Exception, SystemExit):
-                test_class = getattr(_module(path), class_name)
-                facts = ClassFacts(
-                    ours=issubclass(test_class, QemuTest),
-                    needs_guest=issubclass(test_class, PaprScmTest),
-                    parameters=tuple(sorted(_parameters(test_class.__mro__))),
-                    contracts={
-                        method: " ".join((inspect.getdoc(test) or "").split("\n\n")[0].split())
-                        for method, test in inspect.getmembers(test_class, inspect.isfunction)
-                        if method.startswith("test")
-                    },
-                )
-                answers[name] = asdict(facts)
+                module = _module(path)
+                answers[path] = {
+                    name: asdict(_facts(found))
+                    for name, found in vars(module).items()
+                    if inspect.isclass(found)
+                    and issubclass(found, Test)
+                    and found.__module__ == module.__name__
+                    and not check_docstring_directive(found.__doc__, "disable")
+                }
     return answers
 
 
-@functools.cache
+def _facts(test_class: type) -> ClassFacts:
+    from paprscm.testcase import PaprScmTest, QemuTest
+
+    methods = [
+        name
+        for one in test_class.__mro__
+        for name, value in vars(one).items()
+        if name.startswith("test") and inspect.isfunction(value)
+    ]
+    return ClassFacts(
+        ours=issubclass(test_class, QemuTest),
+        needs_guest=issubclass(test_class, PaprScmTest),
+        parameters=tuple(sorted(_parameters(test_class.__mro__))),
+        tests={method: _test_facts(test_class, method) for method in dict.fromkeys(methods)},
+    )
+
+
+def _test_facts(test_class: type, method: str) -> TestFacts:
+    """Facts about a test, with the precedence of avocado/core/safeloader/core.py."""
+    from avocado.core.safeloader.docstring import (
+        get_docstring_directives_dependencies,
+        get_docstring_directives_tags,
+    )
+
+    function = getattr(test_class, method)
+    owner = next(one for one in test_class.__mro__ if method in vars(one))
+    bases = test_class.__mro__[: test_class.__mro__.index(owner)], owner.__mro__[1:]
+    tags: dict[str, set[str] | None] = {}
+    for one in (*reversed(bases[1]), function, owner, *reversed(bases[0])):
+        tags.update(get_docstring_directives_tags(one.__doc__))
+    return TestFacts(
+        contract=" ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()),
+        tags={name: sorted(values or ()) for name, values in tags.items()},
+        dependencies=[
+            dependency
+            for one in (function, owner)
+            for dependency in get_docstring_directives_dependencies(one.__doc__)
+        ],
+    )
+
+
 def _module(path: str) -> ModuleType:
     """Import a file as Avocado does (avocado/core/utils/loader.py, load_test)."""
     name, folder = Path(path).name.split(".")[0], str(Path(path).resolve().parent)
@@ -125,7 +197,7 @@ def _parameters(classes: Iterable[type]) -> set[str]:
     }
 
 
-@functools.cache
+@cache
 def _requested_names(module: str) -> frozenset[str]:
     """The literal names in a module's calls of `….params.get(name)`."""
     names = set()

@@ -30,7 +30,7 @@ from typing import Any
 _MODULES = (
     "paprscm.plugins.runner",
     "paprscm.plugins.classes",
-    "paprscm.commands.cli",
+    "paprscm.commands.image",
     "paprscm.testcase",
     "paprscm.map_sync.probe",
     "paprscm.flush.accounts",

@@ -53,17 +53,12 @@ class Prepare(JobPre):
         parameters = dict(job.config.get("run.test_parameters") or [])
         read_names = {name for class_facts in facts.values() for name in class_facts.parameters}
         _check_names(parameters, read_names)
-        options = [
-            f"--{name.replace('_', '-')}={value}"
-            for name, value in parameters.items()
-            if name in settings.names()
-        ]
+        chosen = {name: text for name, text in parameters.items() if name in settings.names()}
         guests = sum(class_facts.needs_guest for class_facts in ours)
-        less = ["--no-snapshot"] if guests < _WORTH_A_SNAPSHOT else []
-        status = _image(*(less if guests else ["--only-qemu"]), *options)
+        status = _image(chosen, only_qemu=not guests, no_snapshot=guests < _WORTH_A_SNAPSHOT)
         if status == CAPABILITY_STATUS and guests < len(ours):
             # Tests with guests end as CANCEL, each with the reason; the others can run.
-            status = _image("--only-qemu", *options)
+            status = _image(chosen, only_qemu=True)
         if status != 0:
             raise JobError("guests cannot be prepared; no test was started")
 
@@ -79,10 +74,10 @@ def _check_socket_path() -> None:
         )
 
 
-def _image(*options: str) -> int | None:
-    """Run `paprscm image`; return its status, or None if it was ended."""
-    argv = ["image", "--quiet", *options]
-    status: int | None = fork_server.call("paprscm.commands.cli:main", argv).result()
+def _image(chosen: dict[str, str], *, only_qemu: bool, no_snapshot: bool = False) -> int | None:
+    """Do what `paprscm image` does; return its status, or None if it was ended."""
+    request = {"settings": chosen, "only_qemu": only_qemu, "no_snapshot": no_snapshot}
+    status: int | None = fork_server.call("paprscm.commands.image:prepare_job", request).result()
     return status
 
 

@@ -148,15 +148,15 @@ def _planned(job: AvocadoJob, facts: dict[str, ClassFacts]) -> Iterator[Test]:
             path, _, method = uri.rpartition(":")
             file = Path(path or uri)
             method = method.rpartition(".")[2]
-            contracts = facts[uri].contracts if uri in facts else {}
+            tests = facts[uri].tests if uri in facts else {}
             # Avocado takes the method for a regular expression.
-            end = "$" if any(m != method and m.startswith(method) for m in contracts) else ""
+            end = "$" if any(m != method and m.startswith(method) for m in tests) else ""
             yield Test(
                 id=harmless(str(name)),
                 name=harmless("/".join(f"{name.name}{name.str_variant}".split("/")[-2:])),
                 file=harmless(str(file)),
                 subject=harmless(file.resolve().parent.name),
-                contract=contracts.get(method, ""),
+                contract=tests[method].contract if method in tests else "",
                 status="PLANNED",
                 command=harmless(shlex.join(["avocado", "run", *options, f"{uri}{end}"])),
             )

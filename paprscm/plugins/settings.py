@@ -27,6 +27,6 @@ class ProjectSettings(Settings):
         files.append(Path("avocado.cfg").resolve())
         present = [str(file) for file in dict.fromkeys(files) if file.is_file()]
         paths.extend(present)
-        if present and Path(sys.argv[0]).name == "avocado" and "run" in sys.argv:
-            # A job needs the server soon; its imports run while Avocado's do.
+        if present and Path(sys.argv[0]).name == "avocado" and {"run", "list"} & {*sys.argv}:
+            # Needed soon; its imports run while Avocado's do.
             fork_server.start()

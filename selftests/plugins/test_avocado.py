@@ -216,8 +216,8 @@ def test_a_qemu_that_cannot_run_guests_still_runs_the_other_tests(tmp_path: Path
     assert not STARTED.search(output)
 
 
-# Names of the server itself, and of its second child, `paprscm image`.
-@pytest.mark.parametrize("awaited", ["fork-server", "cli"])
+# Names of the server itself, and of its second child, which prepares guests.
+@pytest.mark.parametrize("awaited", ["fork-server", "image"])
 def test_a_killed_server_is_replaced(tmp_path: Path, awaited: str) -> None:
     (tmp_path / "known.py").write_text(KNOWN)
     test = f"{tmp_path}/known.py:Known.test_gone"
