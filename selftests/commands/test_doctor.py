@@ -22,7 +22,8 @@ from paprscm.settings import Settings
 
 
 @pytest.fixture
-def chosen(tmp_path: Path) -> Settings:
+def unreachable(tmp_path: Path) -> Settings:
+    """Settings whose mirror does not answer: apt tries for 7 s."""
     mirror = "http://127.0.0.1:9/debian"
     return Settings(cache_dir=tmp_path / "cache", scratch_dir=tmp_path, mirror=mirror)
 
@@ -39,6 +40,13 @@ def complete(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 
     monkeypatch.setattr(Archive, "absent_files", absent)
     return lacking
+
+
+@pytest.fixture
+def chosen(unreachable: Settings, complete: dict[str, list[str]]) -> Settings:
+    """The same with a mirror that is complete."""
+    del complete
+    return unreachable
 
 
 def by_subject(findings: list[Finding]) -> dict[str, Finding]:
@@ -112,7 +120,7 @@ def test_packages_have_the_names_of_this_system(
         assert "Fedora: none" in findings[1].text
 
 
-def test_this_machine(chosen: Settings, complete: dict[str, list[str]]) -> None:
+def test_this_machine(chosen: Settings) -> None:
     findings = by_subject(doctor.inspect_host(chosen))
     assert findings["host packages"].grade == "ok"
     assert findings["python"].grade == "ok"
@@ -135,8 +143,8 @@ def test_mirror_is_asked_for_the_packages(chosen: Settings, complete: dict[str, 
     assert "no suite of trixie, potato is complete" in findings[2].text
 
 
-def test_mirror_that_does_not_answer(chosen: Settings) -> None:
-    findings = by_subject(doctor.inspect_host(chosen))
+def test_mirror_that_does_not_answer(unreachable: Settings) -> None:
+    findings = by_subject(doctor.inspect_host(unreachable))
     assert findings["mirror"].grade == "missing"
     assert "cannot be reached" in findings["mirror"].text
 

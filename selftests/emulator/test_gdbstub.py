@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -135,8 +134,8 @@ class Monitor:
 
     def __init__(self, answers: Mapping[str, bytes | None]) -> None:
         self.answers = answers
-        self.listener: Any = None
-        self.stubs: list[Stub] = []
+        self._serving: threading.Thread | None = None
+        self._stubs: list[Stub] = []
         self.lines: list[str] = []
 
     def hmp(self, line: str) -> str:
@@ -153,18 +152,26 @@ class Monitor:
         def serve() -> None:
             with client:
                 sock, _ = client.accept()
-            self.stubs.append(Stub(sock, self.answers))
+            self._stubs.append(Stub(sock, self.answers))
 
-        threading.Thread(target=serve).start()
+        self._serving = threading.Thread(target=serve)
+        self._serving.start()
         return ""
+
+    def commands(self) -> list[str]:
+        """What the stub was sent until its client hung up."""
+        assert self._serving is not None
+        # The client may have hung up before the stub is in the list.
+        self._serving.join()
+        self._stubs[0].join()
+        return self._stubs[0].commands
 
 
 def test_the_machine_runs_at_the_end_of_the_context(tmp_path: Path) -> None:
     monitor = Monitor(STOPPED)
     with Gdb.of(monitor, tmp_path / "gdb") as gdb:  # type: ignore[arg-type]
         gdb.run_to(0x400000, limit_s=10)
-    monitor.stubs[0].join()
-    assert monitor.stubs[0].commands[-1] == "D"
+    assert monitor.commands()[-1] == "D"
     assert monitor.lines[1:] == ["gdbserver none"]
 
 
@@ -175,8 +182,7 @@ def test_the_machine_stays_stopped_after_an_exception(tmp_path: Path) -> None:
         Gdb.of(monitor, tmp_path / "gdb"),  # type: ignore[arg-type]
     ):
         raise ZeroDivisionError
-    monitor.stubs[0].join()
-    assert monitor.stubs[0].commands == ["?"]
+    assert monitor.commands() == ["?"]
 
 
 def test_a_qemu_without_gdbstub(tmp_path: Path) -> None:
