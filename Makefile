@@ -13,9 +13,11 @@ RUN = PAPRSCM_RUN=$$PPID:$$(sed 's/.*) //' /proc/$$PPID/stat | cut -d ' ' -f 20)
 suite: setup
 	@$(RUN) .venv/bin/avocado run $(ARGS) $(TESTS)
 
-# Quick parts first: a mistake in a name should not wait for a guest.
+# Quick parts first: a mistake in a name should not wait for a guest. One process more than CPUs,
+# because some tests wait; at most 8, each of which takes 0.5 GB.
+PROCESSES = $$(cpus=$$(nproc); echo $$((cpus < 8 ? cpus + 1 : 8)))
 test: setup
-	@$(RUN) .venv/bin/pytest -q -n auto --maxprocesses 8 -m "not guest and not slow"
+	@$(RUN) .venv/bin/pytest -q -n $(PROCESSES) --dist worksteal -m "not guest and not slow"
 	@$(RUN) .venv/bin/paprscm image
 	@$(RUN) .venv/bin/pytest -q -n 2 -m "guest and not slow"
 

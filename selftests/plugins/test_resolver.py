@@ -73,10 +73,14 @@ MARKER = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n
 
 
 @pytest.fixture(autouse=True)
-def path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Avocado's resolver changes sys.path."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is read yet."""
     monkeypatch.setattr(classes, "_read", {})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def server() -> Iterator[None]:
+    """One server for all."""
     yield
     fork_server.start().close()
     fork_server.start.cache_clear()
@@ -94,7 +98,11 @@ def listed(resolution: ReferenceResolution) -> list[tuple[object, ...]]:
 def both(resolver: ImportingResolver, reference: str) -> list[list[tuple[object, ...]]]:
     """Our tests of a reference, and Avocado's."""
     of_avocado: Any = AvocadoInstrumentedResolver
-    return [listed(one.resolve(reference)) for one in (resolver, of_avocado())]
+    before = list(sys.path)
+    found = [listed(one.resolve(reference)) for one in (resolver, of_avocado())]
+    # Avocado's leaves folders there, which slow it down.
+    sys.path[:] = before
+    return found
 
 
 def test_the_suite_s_tests_are_avocado_s(monkeypatch: pytest.MonkeyPatch) -> None:
