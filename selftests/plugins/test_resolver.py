@@ -33,11 +33,14 @@ class Common(QemuTest):
 
         :avocado: tags=own,kind:method
         \"\"\"
+
+class Elsewhere(QemuTest):
+    def test_elsewhere(self): pass
 """
 # In Avocado's order, own tests come first.
 DERIVED = """
 import avocado
-from bases import Common
+from bases import Common, Elsewhere
 from paprscm.testcase import QemuTest
 
 class Derived(Common):
@@ -135,7 +138,9 @@ def test_classes_tags_and_order_are_avocado_s(tmp_path: Path) -> None:
         f"Derived.test_{name}" for name in ("zero", "alpha", "second", "inherited")
     ]
     assert {"_Small.test", "Avocados.test_not_ours", "Again.test_inherited"} < {*names}
-    assert both(ImportingResolver(), str(tmp_path / "bases.py"))[0] == []
+    ours, avocado_s = both(ImportingResolver(), str(tmp_path / "bases.py"))
+    assert ours == avocado_s
+    assert [str(test[1]).rpartition(".")[2] for test in ours] == ["test_elsewhere"]
     ours, avocado_s = both(ImportingResolver(), f"{file}:Again.*(alpha|zero)")
     assert ours == avocado_s
     assert len(ours) == 2
