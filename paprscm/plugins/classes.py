@@ -135,11 +135,16 @@ def read_classes(paths: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _facts(test_class: type) -> ClassFacts:
+    from avocado.core.safeloader.docstring import check_docstring_directive
+
     from paprscm.testcase import PaprScmTest, QemuTest
 
+    # "enable" is for a class whose bases Avocado need not look at.
+    alone = check_docstring_directive(test_class.__doc__, "enable")
+    classes = (test_class,) if alone else test_class.__mro__
     methods = [
         name
-        for one in test_class.__mro__
+        for one in classes
         for name, value in vars(one).items()
         if name.startswith("test") and inspect.isfunction(value)
     ]
@@ -147,22 +152,25 @@ def _facts(test_class: type) -> ClassFacts:
         ours=issubclass(test_class, QemuTest),
         needs_guest=issubclass(test_class, PaprScmTest),
         parameters=tuple(sorted(_parameters(test_class.__mro__))),
-        tests={method: _test_facts(test_class, method) for method in dict.fromkeys(methods)},
+        tests={method: _test_facts(classes, method) for method in dict.fromkeys(methods)},
     )
 
 
-def _test_facts(test_class: type, method: str) -> TestFacts:
-    """Facts about a test, with the precedence of avocado/core/safeloader/core.py."""
+def _test_facts(classes: tuple[type, ...], method: str) -> TestFacts:
+    """Facts about a test of a class and its bases, with the precedence of Avocado's loader.
+
+    That is in avocado/core/safeloader/core.py.
+    """
     from avocado.core.safeloader.docstring import (
         get_docstring_directives_dependencies,
         get_docstring_directives_tags,
     )
 
-    function = getattr(test_class, method)
-    owner = next(one for one in test_class.__mro__ if method in vars(one))
-    bases = test_class.__mro__[: test_class.__mro__.index(owner)], owner.__mro__[1:]
+    function = getattr(classes[0], method)
+    place = next(number for number, one in enumerate(classes) if method in vars(one))
+    owner, derived, bases = classes[place], classes[:place], classes[place + 1 :]
     tags: dict[str, set[str] | None] = {}
-    for one in (*reversed(bases[1]), function, owner, *reversed(bases[0])):
+    for one in (*reversed(bases), function, owner, *reversed(derived)):
         tags.update(get_docstring_directives_tags(one.__doc__))
     return TestFacts(
         contract=" ".join((inspect.getdoc(function) or "").split("\n\n")[0].split()),

@@ -12,7 +12,7 @@ import pytest
 from avocado.core.resolver import ReferenceResolution, ReferenceResolutionResult
 from avocado.plugins.resolvers import AvocadoInstrumentedResolver
 
-from paprscm.paths import TESTS
+from paprscm.paths import ROOT, TESTS
 from paprscm.plugins import classes, fork_server
 from paprscm.plugins.resolver import ImportingResolver
 
@@ -63,6 +63,15 @@ class Derived(Common):
 class Again(Derived):
     def test_alpha(self): pass
 
+class Alone(Derived):
+    \"\"\"Its own tests only.
+
+    :avocado: enable
+    :avocado: tags=alone
+    \"\"\"
+
+    def test_alone(self): pass
+
 class _Small(QemuTest):
     def test(self): pass
 
@@ -83,7 +92,11 @@ def unread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True, scope="module")
 def server() -> Iterator[None]:
-    """One server for all."""
+    """One server for all, which can import what ten.py imports."""
+    fork_server.start.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(TESTS / "map_sync"))
+        fork_server.start()
     yield
     fork_server.start().close()
     fork_server.start.cache_clear()
@@ -117,10 +130,12 @@ def test_the_suite_s_tests_are_avocado_s(monkeypatch: pytest.MonkeyPatch) -> Non
         return call(*words)
 
     monkeypatch.setattr(fork_server, "call", count)
-    resolver = ImportingResolver({"resolver.references": [str(TESTS)]})
+    ten = str(ROOT / "selftests" / "cold_and_warm" / "ten.py")
+    monkeypatch.syspath_prepend(TESTS / "map_sync")
+    resolver = ImportingResolver({"resolver.references": [str(TESTS), ten]})
     files = sorted(map(str, TESTS.rglob("test_*.py")))
     assert len(files) > 50
-    for file in files:
+    for file in (*files, ten):
         ours, avocado_s = both(resolver, file)
         assert ours == avocado_s
         assert ours
@@ -138,6 +153,7 @@ def test_classes_tags_and_order_are_avocado_s(tmp_path: Path) -> None:
         f"Derived.test_{name}" for name in ("zero", "alpha", "second", "inherited")
     ]
     assert {"_Small.test", "Avocados.test_not_ours", "Again.test_inherited"} < {*names}
+    assert [name for name in names if name.startswith("Alone.")] == ["Alone.test_alone"]
     ours, avocado_s = both(ImportingResolver(), str(tmp_path / "bases.py"))
     assert ours == avocado_s
     assert [str(test[1]).rpartition(".")[2] for test in ours] == ["test_elsewhere"]
