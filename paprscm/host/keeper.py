@@ -53,7 +53,7 @@ _ENDING = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM)
 
 
 def read(path: str) -> str:
-    """The content of a file; bytes that are no text are replaced."""
+    """Return the text of a file; invalid bytes are replaced."""
     # Not by pathlib, whose import takes longer than the start of Python.
     with open(path, errors="replace") as file:  # noqa: PTH123
         return file.read()

@@ -62,6 +62,8 @@ class ClassFacts:
 
 # By file, then by class. A file is read once in a job, for several plugins.
 _read: dict[str, dict[str, ClassFacts]] = {}
+# So is one whose import hangs or ends the process, or that was read together with such a file.
+_failed: dict[str, JobError] = {}
 
 
 def read_facts(job: Job) -> dict[str, ClassFacts]:
@@ -75,9 +77,9 @@ def read_facts(job: Job) -> dict[str, ClassFacts]:
     tests = [test for suite in job.test_suites for test in suite.tests]
     facts = {}
     uris = [str(test.uri) for test in tests if test.kind == "avocado-instrumented"]
-    files = read_files({uri.partition(":")[0] for uri in uris})
+    files = read_files({uri.rpartition(":")[0] for uri in uris})
     for uri in uris:
-        path, _, name = uri.partition(":")
+        path, _, name = uri.rpartition(":")
         if (class_name := name.partition(".")[0]) in files[path]:
             facts[uri] = files[path][class_name]
     return facts
@@ -91,16 +93,27 @@ def read_files(paths: Collection[str]) -> dict[str, dict[str, ClassFacts]]:
     Raises:
         JobError: as read_facts().
     """
+    for failed in _failed.keys() & set(paths):
+        raise _failed[failed]
     if missing := sorted(set(paths) - _read.keys()):
         try:
-            answers = fork_server.call(f"{__name__}:read_classes", missing).result(_LIMIT_S)
-        except TimeoutError as error:
-            raise JobError(f"reading the job's tests took {_LIMIT_S} s") from error
-        if answers is None:
-            raise JobError("the job's tests cannot be read: an import ended the process")
+            answers = _ask(missing)
+        except JobError as error:
+            _failed.update(dict.fromkeys(missing, error))
+            raise
         for path, classes in answers.items():
             _read[path] = {name: _class_facts(**fields) for name, fields in classes.items()}
     return {path: _read[path] for path in paths}
+
+
+def _ask(paths: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    try:
+        answers = fork_server.call(f"{__name__}:read_classes", paths).result(_LIMIT_S)
+    except TimeoutError as error:
+        raise JobError(f"reading the job's tests took {_LIMIT_S} s") from error
+    if answers is None:
+        raise JobError("the job's tests cannot be read: an import ended the process")
+    return dict(answers)
 
 
 def _class_facts(

@@ -159,9 +159,9 @@ class Monitor:
         return ""
 
     def commands(self) -> list[str]:
-        """What the stub was sent until its client hung up."""
+        """All commands that the stub received, after its client has disconnected."""
         assert self._serving is not None
-        # The client may have hung up before the stub is in the list.
+        # The client may disconnect before the stub is in the list.
         self._serving.join()
         self._stubs[0].join()
         return self._stubs[0].commands

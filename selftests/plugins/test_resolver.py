@@ -6,9 +6,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from avocado.core.exceptions import JobError
 from avocado.core.resolver import ReferenceResolution, ReferenceResolutionResult
 from avocado.plugins.resolvers import AvocadoInstrumentedResolver
 
@@ -88,6 +90,7 @@ MARKER = "from pathlib import Path\nPath(__file__).with_suffix('.ran').touch()\n
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is read yet."""
     monkeypatch.setattr(classes, "_read", {})
+    monkeypatch.setattr(classes, "_failed", {})
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -121,15 +124,23 @@ def both(resolver: ImportingResolver, reference: str) -> list[list[tuple[object,
     return found
 
 
-def test_the_suite_s_tests_are_avocado_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    requests = []
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The requests to the server, with their arguments."""
+    made: list[tuple[Any, ...]] = []
     call = fork_server.call
 
     def count(*words: Any) -> fork_server.Child:
-        requests.append(words)
+        made.append(words)
         return call(*words)
 
     monkeypatch.setattr(fork_server, "call", count)
+    return made
+
+
+def test_the_suite_s_tests_are_avocado_s(
+    monkeypatch: pytest.MonkeyPatch, requests: list[tuple[Any, ...]]
+) -> None:
     ten = str(ROOT / "selftests" / "cold_and_warm" / "ten.py")
     monkeypatch.syspath_prepend(TESTS / "map_sync")
     resolver = ImportingResolver({"resolver.references": [str(TESTS), ten]})
@@ -183,3 +194,29 @@ def test_a_file_that_cannot_be_imported_is_left_to_avocado(tmp_path: Path, end: 
     ours, avocado_s = both(ImportingResolver(), str(file))
     assert ours == []
     assert len(avocado_s) == 1
+
+
+def test_an_import_that_ends_the_process_is_tried_once(
+    tmp_path: Path, requests: list[tuple[Any, ...]]
+) -> None:
+    for name in "ab":
+        text = "import os\nimport paprscm\nos._exit(1)\n" if name == "a" else "import paprscm\n"
+        (tmp_path / f"{name}.py").write_text(text)
+    resolver = ImportingResolver({"resolver.references": [str(tmp_path)]})
+    for name in "ab":
+        # Avocado's resolution takes it for an error, and goes on with its own resolver.
+        with pytest.raises(JobError, match="an import ended the process"):
+            resolver.resolve(str(tmp_path / f"{name}.py"))
+    assert len(requests) == 1
+
+
+def test_facts_of_a_file_whose_folder_has_a_colon(tmp_path: Path) -> None:
+    folder = tmp_path / "a:b"
+    folder.mkdir()
+    (folder / "derived.py").write_text(
+        "from paprscm.testcase import QemuTest\n\nclass One(QemuTest):\n    def test(self): pass\n"
+    )
+    uri = f"{folder}/derived.py:One.test"
+    runnable = SimpleNamespace(kind="avocado-instrumented", uri=uri)
+    job: Any = SimpleNamespace(test_suites=[SimpleNamespace(tests=[runnable])])
+    assert classes.read_facts(job)[uri].ours
