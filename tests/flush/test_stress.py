@@ -8,6 +8,7 @@ sleep in atomic context, leaked memory or threads.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Sequence
@@ -239,6 +240,8 @@ def _workers(pid: int) -> list[int]:
     """The threads of a QEMU's pool (util/thread-pool.c names them)."""
     pids = []
     for task in Path(f"/proc/{pid}/task").iterdir():
-        if (task / "comm").read_text().strip() == "worker":
-            pids.append(int(task.name))
+        # It may end meanwhile.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if (task / "comm").read_text().strip() == "worker":
+                pids.append(int(task.name))
     return pids

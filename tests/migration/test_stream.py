@@ -5,6 +5,7 @@ QEMU must not be ended by a signal: its core dump contains the guest's memory. S
 vmstate_spapr_nvdimm_states and spapr_nvdimm_flush_post_load in QEMU's hw/ppc/spapr_nvdimm.c.
 """
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -95,7 +96,9 @@ class Altered(QemuTest):
         try:
             load(destination.vm, stream)
             destination.adopt()
-            self.metric("memory_of_destination", resident_mib(destination.process.pid), "MiB")
+            # It may end meanwhile, because of the stream.
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                self.metric("memory_of_destination", resident_mib(destination.process.pid), "MiB")
             destination.batch([Call(FLUSH, (DRC, token)) for token in (*range(5), 99)])
             for slot in (0, 1):
                 destination.vm.syncs(slot).release()
