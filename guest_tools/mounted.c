@@ -36,28 +36,18 @@ static int run(char **words)
 	return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
 }
 
-/* One a read(2): "LEVEL,NUMBER,TIME,FLAGS;TEXT\n" (Documentation/ABI/testing/dev-kmsg). */
 static void report_messages(int log)
 {
-	char record[8192 + 1];
-	ssize_t size;
+	const char *message;
+	int level;
 
 	report_open("messages", '[');
-	while ((size = read(log, record, sizeof(record) - 1)) > 0) {
-		char line[sizeof(record) + 16], *text;
+	while ((message = next_message(log, &level))) {
+		char line[8192 + 32];
 
-		record[size] = 0;
-		text = strchr(record, ';');
-		if (!text)
-			continue;
-		snprintf(line, sizeof(line), "<%d>%s", atoi(record), text + 1);
-		/* After the text follow properties of the device. */
-		line[strcspn(line, "\n")] = 0;
+		snprintf(line, sizeof(line), "<%d>%s", level, message);
 		report_string(NULL, line);
 	}
-	/* EPIPE: messages were overwritten before they were read. */
-	if (size < 0 && errno != EAGAIN)
-		fail("/dev/kmsg");
 	report_close(']');
 }
 
@@ -67,9 +57,7 @@ int main(int argc, char **argv)
 
 	if (argc < 6)
 		usage("expected a DEVICE, TYPE, OPTIONS, FOLDER and PROGRAM", NULL);
-	log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
-	if (log < 0 || lseek(log, 0, SEEK_END) < 0)
-		fail("/dev/kmsg");
+	log = open_log();
 	mounted = mount(argv[1], argv[4], argv[2], 0, argv[3]) ? errno : 0;
 	if (!mounted) {
 		status = run(argv + 5);

@@ -166,6 +166,49 @@ SHARED int open_direct(const char *path)
 	return fd;
 }
 
+/* --- the kernel's messages -------------------------------------------------------------------- */
+
+/* Open the kernel's log behind its last message. */
+SHARED int open_log(void)
+{
+	int log = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+
+	if (log < 0 || lseek(log, 0, SEEK_END) < 0)
+		fail("/dev/kmsg");
+	return log;
+}
+
+/*
+ * The next message and its level, or NULL; valid until the next call. A record of /dev/kmsg is
+ * "LEVEL,NUMBER,TIME,FLAGS;TEXT\n" and properties of the device. In TEXT, a byte that is not printable
+ * is "\x0a" (Documentation/ABI/testing/dev-kmsg).
+ */
+SHARED const char *next_message(int log, int *level)
+{
+	static char record[8192 + 1];
+	char *from, *to = record;
+	unsigned int byte;
+	ssize_t size = read(log, record, sizeof(record) - 1);
+
+	/* EPIPE: messages were overwritten before they were read. */
+	if (size < 0 && errno != EAGAIN)
+		fail("/dev/kmsg");
+	if (size <= 0)
+		return NULL;
+	record[size] = 0;
+	*level = atoi(record);
+	from = strchr(record, ';');
+	for (from = from ? from + 1 : record; *from && *from != '\n'; to++)
+		if (sscanf(from, "\\x%2x", &byte) == 1) {
+			*to = byte;
+			from += 4;
+		} else {
+			*to = *from++;
+		}
+	*to = 0;
+	return record;
+}
+
 /* --- DAX ------------------------------------------------------------------------------------- */
 
 /*

@@ -15,7 +15,7 @@ Activity = Literal["set-up", "starts", "DIMMs", "tools", "waits", "commands"]
 ACTIVITIES: Final[tuple[Activity, ...]] = (
     *("set-up", "starts", "DIMMs", "tools", "waits", "commands"),
 )
-"""Finding QEMU, kernel and userland; starts of a QEMU or guest; guest_tools/pmem.sh; other guest
+"""Finding QEMU, kernel and userland; starts of a QEMU or guest; guest_tools/pmem.c; other guest
 tools; deliberate waits; other commands in a guest."""
 
 REST: Final = "rest"

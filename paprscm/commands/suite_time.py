@@ -26,7 +26,7 @@ IDLE: Final = "idle"
 _TITLES: Final = {
     "set-up": "set-up of tests",
     "starts": "starts",
-    "DIMMs": "DIMMs (pmem.sh)",
+    "DIMMs": "DIMMs (pmem.c)",
     "tools": "guest tools",
     "waits": "waits",
     "commands": "other commands",

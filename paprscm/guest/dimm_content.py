@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
 """Cached content of DIMMs (a namespace, a file system): created once in a guest, then copied.
 
-The cache key includes all that the bytes depend on: the kernel, guest_tools/pmem.sh, the userland's
+The cache key includes all that the bytes depend on: the kernel, guest_tools/pmem.c, the userland's
 tools, QEMU, the CPU with its MMU, and the DIMM's size, label area and uuid. Linux keeps a checksum
 of the uuid in the labels (drivers/nvdimm/namespace_devs.c, nd_region_interleave_set_cookie).
 """

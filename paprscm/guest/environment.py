@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -28,10 +27,9 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.make_snapshot import Recipe, ensure_snapshot, find_snapshot
 from paprscm.guest.report import ProbeError
 from paprscm.guest.snapshot import NotRestoredError, Snapshot
-from paprscm.guest.tools import ToolBinaries
+from paprscm.guest.tools import ToolBinaries, tools_digest
 from paprscm.host import process
 from paprscm.host.cache import Cache
-from paprscm.paths import GUEST_TOOLS
 from paprscm.results import record
 from paprscm.settings import Settings, changed
 from paprscm.vm.argv import Payload
@@ -221,7 +219,7 @@ def prepare(settings: Settings, *, make_snapshot: bool = False) -> Environment:
                 inputs={
                     **programs,
                     "kernel": cache.identity(under_test.path),
-                    "script": hashlib.sha256((GUEST_TOOLS / "pmem.sh").read_bytes()).hexdigest(),
+                    "maker": tools_digest("pmem"),
                 },
             ),
         )

@@ -53,7 +53,7 @@ mkfs.ext4 -q -F image
 rm image
 for tool in @PROGRAMS@; do $tool --version < /dev/null > /dev/null 2>&1; done
 """
-# Programs of the tests and of guest_tools/pmem.sh.
+# Programs of the tests and of guest_tools/pmem.c.
 _PROGRAMS = (
     "blkid blockdev busybox cat chmod cksum cp cut dd dmesg dmsetup env fio grep head ln ls mkdir"
     " mktemp mount mv od partx readlink rm sed setsid sort stat strace sync tail taskset tee touch"

@@ -33,7 +33,7 @@ _GCC_LIMIT_S = 120.0
 # No tool exits with these (guest_tools/report.h).
 _NOT_BUILT, _NOT_PLACED = 70, 71
 
-TOOLS = ("map_sync", "promise", "faults", "flush", "persist", "same_block")
+TOOLS = ("pmem", "map_sync", "promise", "faults", "flush", "persist", "same_block")
 """Tools that are installed before a snapshot is made, so that restored guests have them."""
 
 

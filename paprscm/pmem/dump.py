@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Run guest_tools/pmem.sh in a guest and parse its output."""
+"""Run guest_tools/pmem.c in a guest and parse its output."""
 
 from __future__ import annotations
 
 import math
 import re
-import shlex
 from typing import Final
 
 from paprscm import timesheet
 from paprscm.errors import ContractError, HostError
 from paprscm.guest.guest import Guest
+from paprscm.guest.tools import run_tool
 from paprscm.papr import drc_index
-from paprscm.paths import GUEST_TOOLS
 
 _OD_LINE: Final = re.compile(r"(?: [0-9a-f]{2})+")
 _FILE: Final = re.compile(r"([0-9]+) ([0-7]{1,4}) (.+)")
@@ -23,7 +22,7 @@ class RegionError(ContractError):
 
 
 class Dump:
-    """Output of the script, parsed strictly; guest_tools/pmem.sh describes the lines.
+    """Output of the tool, parsed strictly; guest_tools/pmem.c describes the lines.
 
     Raises:
         HostError: the output is malformed.
@@ -42,7 +41,7 @@ class Dump:
             word, _, rest = line.partition(" ")
             key, _, value = rest.partition(" ")
             if self.complete:
-                raise HostError(f"output after the end of the pmem script: {line!r}")
+                raise HostError(f"output after the end of pmem's: {line!r}")
             if blob is not None and _OD_LINE.fullmatch(line):
                 self.blobs[blob] += bytes.fromhex(line)
                 continue
@@ -62,7 +61,7 @@ class Dump:
             elif line == "done":
                 self.complete = True
             else:
-                raise HostError(f"unexpected output of the pmem script: {line!r}")
+                raise HostError(f"unexpected output of pmem: {line!r}")
 
     def text(self, key: str) -> str:
         try:
@@ -90,15 +89,8 @@ class Dump:
 
 
 _STEPS_LIMIT_S = 120.0
-
-
-# Exit status of the script's step "find" if there is no region.
+# Exit status of the step "find" if there is no region.
 _NO_REGION = 3
-
-
-def read_script() -> bytes:
-    """The content of guest_tools/pmem.sh."""
-    return (GUEST_TOOLS / "pmem.sh").read_bytes()
 
 
 @timesheet.during("DIMMs")
@@ -111,13 +103,13 @@ def run_steps(
     slot: int | None = None,
     timeout_s: float = 0.0,
 ) -> Dump:
-    """Run steps of the script in the guest and return their output.
+    """Run steps of the tool in the guest and return their output.
 
     Args:
         guest: the guest.
         title: name of the operation, for messages.
         steps: names of the steps.
-        values: variables of the script.
+        values: settings of the tool.
         slot: memory slot of the DIMM.
         timeout_s: time to wait for the region, s.
 
@@ -126,17 +118,11 @@ def run_steps(
         ContractError: a step failed.
         HostError: a program is missing or crashed, or the output is malformed.
     """
-    # One more, because the current second has already begun.
-    variables = {"wait_s": str(math.ceil(timeout_s) + 1 if timeout_s else 0), **(values or {})}
+    settings = {"wait_ms": str(math.ceil(1000 * timeout_s)), **(values or {})}
     if slot is not None:
-        variables["drc"] = f"{drc_index(slot):x}"
-    # The script is passed on stdin, which keeps the log of commands readable.
-    words = shlex.join(f"{key}={value}" for key, value in variables.items())
-    result = guest.run(
-        f"export {words}; exec sh -s {shlex.join(steps)}",
-        stdin=read_script(),
-        timeout_s=timeout_s + _STEPS_LIMIT_S,
-    )
+        settings["drc"] = f"{drc_index(slot):x}"
+    words = [*(f"{key}={value}" for key, value in settings.items()), *steps]
+    result = run_tool(guest, "pmem", words, timeout_s=timeout_s + _STEPS_LIMIT_S)
     dump = Dump(result.stdout)
     if result.status == _NO_REGION and dump.step == "find" and slot is not None:
         regions = "".join(f"\n  {name}: node {node}, {path}" for name, node, path in dump.regions)

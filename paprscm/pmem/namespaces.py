@@ -140,7 +140,7 @@ def partition(guest: Guest, disk: BlockDevice, ranges: Sequence[tuple[int, int]]
         b"\0" + chs + b"\x83" + chs + struct.pack("<II", *sector_range) for sector_range in sectors
     )
     table = table.ljust(64, b"\0") + b"\x55\xaa"
-    values = {"disk": disk.path, "table": "".join(f"\\{byte:03o}" for byte in table)}
+    values = {"disk": disk.path, "table": table.hex()}
     dump = run_steps(guest, f"partitions of {disk.path}", ["partition"], values)
     names = [f"{disk.name}p{number}" for number in range(1, len(ranges) + 1)]
     expected: dict[str, str] = {}

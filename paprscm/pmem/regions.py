@@ -192,7 +192,7 @@ def wait_for_region(guest: Guest, slot: int, timeout_s: float = 30.0) -> Region:
     Args:
         guest: the guest.
         slot: the memory slot.
-        timeout_s: time limit by the guest's clock, in whole seconds.
+        timeout_s: time limit by the guest's clock, s.
 
     Raises:
         RegionError: as find_region().
