@@ -20,11 +20,9 @@ AGENT_PORT = "paprscm.agent"
 PORT_NAME = "paprscm"
 """Name of the virtio-serial port through which a restored guest is woken
 (/sys/class/virtio-ports/*/name)."""
-# A transitional device cannot have iommu_platform (QEMU hw/virtio/virtio-pci.c).
-_IOMMU = (
-    *("-global", "virtio-device.iommu_platform=on"),
-    *("-global", "virtio-pci.disable-legacy=on"),
-)
+# A transitional device cannot have iommu_platform (QEMU hw/virtio/virtio-pci.c). Not by -global:
+# QEMU 11.1 refuses disable-legacy for a type that is never transitional.
+_IOMMU = ",disable-legacy=on,iommu_platform=on"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +140,7 @@ def qemu_argv(
         incoming: wait for the state of a running guest, which includes its memory and its DIMMs.
         stopped: a guest that boots stops before its first instruction.
     """
+    iommu = _IOMMU if machine.iommu else ""
     argv = [
         *_base(qemu, machine, board, "memory-backend=ram" if memory else ""),
         *(("-object", _words(memory.backend(board.memory_mib))) if memory else ()),
@@ -150,14 +149,13 @@ def qemu_argv(
         *("-kernel", str(payload.kernel)),
         *(("-initrd", str(payload.initrd)) if payload.initrd else ()),
         *("-append", payload.cmdline(machine)),
-        *(_IOMMU if machine.iommu else ()),
         *("-blockdev", _words(_disk("root", payload.disk, read_only=True))),
-        *("-device", "virtio-blk-pci,drive=root,romfile="),
-        *(_second_disk(machine.disk) if machine.disk else ()),
+        *("-device", f"virtio-blk-pci,drive=root,romfile={iommu}"),
+        *(_second_disk(machine.disk, iommu) if machine.disk else ()),
         *("-netdev", "user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:0-:22"),
-        *("-device", "virtio-net-pci,netdev=net,romfile="),
-        *("-device", "virtio-rng-pci"),
-        *("-device", "virtio-serial-pci"),
+        *("-device", f"virtio-net-pci,netdev=net,romfile={iommu}"),
+        *("-device", f"virtio-rng-pci{iommu}"),
+        *("-device", f"virtio-serial-pci{iommu}"),
     ]
     if wiring is None:
         argv += ["-serial", "mon:stdio", "-chardev", "null,id=port", "-chardev", "null,id=agent"]
@@ -275,9 +273,9 @@ def script(argv: Sequence[str], nvdimms: Iterable[Nvdimm], files: Mapping[int, P
     return "\n".join(lines) + "\nexec " + " ".join(words) + ' "$@"\n'
 
 
-def _second_disk(disk: Path) -> list[str]:
+def _second_disk(disk: Path, iommu: str) -> list[str]:
     words = _words(_disk("second", disk, read_only=False))
-    return ["-blockdev", words, "-device", "virtio-blk-pci,drive=second,romfile="]
+    return ["-blockdev", words, "-device", f"virtio-blk-pci,drive=second,romfile={iommu}"]
 
 
 def _disk(name: str, disk: Path, *, read_only: bool) -> Properties:

@@ -52,6 +52,17 @@ def test_changes_are_possible() -> None:
         assert len(sizes) <= MOST
 
 
+def test_a_lie_can_be_seen() -> None:
+    """In each sequence a namespace is there while another one changes."""
+    for seed in range(3000):
+        sizes: dict[str, int] = {}
+        others = 0
+        for change in changes(random.Random(seed), 3):  # noqa: S311
+            others = len(sizes.keys() - {change.uuid})
+            sizes[change.uuid] = change.size
+        assert others, seed
+
+
 def area(index: bytes, label: bytes) -> Image:
     """An image of a DIMM whose labels begin in the second page of the label area."""
     head = bytes(48) + PAGE.to_bytes(8, "little")

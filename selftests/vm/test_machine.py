@@ -175,9 +175,13 @@ def test_a_second_disk_is_the_second_device_and_writable() -> None:
 
 
 def test_devices_behind_the_iommu() -> None:
-    words = after(argv(Machine(iommu=True)), "-global")
-    assert words == ["virtio-device.iommu_platform=on", "virtio-pci.disable-legacy=on"]
-    assert after(argv(Machine()), "-global") == []
+    machine = Machine(iommu=True, disk=Path("/d/two"))
+    devices = [word for word in after(argv(machine), "-device") if "-pci" in word]
+    assert [word.partition(",")[0].split("-")[1] for word in devices] == [
+        *("blk", "blk", "net", "rng", "serial")
+    ]
+    assert all(word.endswith(",disable-legacy=on,iommu_platform=on") for word in devices)
+    assert not any("iommu" in word for word in argv(Machine()))
 
 
 def test_a_guest_that_boots_can_be_stopped_before() -> None:
