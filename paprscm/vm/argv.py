@@ -21,7 +21,7 @@ PORT_NAME = "paprscm"
 """Name of the virtio-serial port through which a restored guest is woken
 (/sys/class/virtio-ports/*/name)."""
 # A transitional device cannot have iommu_platform (QEMU hw/virtio/virtio-pci.c). Not by -global:
-# QEMU 11.1 refuses disable-legacy for a type that is never transitional.
+# pseries of 10.0 and 11.1 then end, because virtio-net-pci-non-transitional has no disable-legacy.
 _IOMMU = ",disable-legacy=on,iommu_platform=on"
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: GPL-2.0-or-later
-"""Regions by DRC: the parser on output recorded in guests, the script on a fake sysfs."""
+"""Regions by DRC: the parser on output recorded in guests, the tool on a fake sysfs."""
 
 from __future__ import annotations
 
