@@ -203,10 +203,13 @@ class AptSource:
             raise HostError(f"apt did not download {', '.join(missing)}")
 
     def _status(self, packages: Sequence[str], alone: bool) -> tuple[str, ...]:
-        """The option with dpkg's status file, for packages without their dependencies."""
+        """The options with dpkg's status file, for packages without their dependencies."""
         if not alone:
             return ()
-        return "-o", f"Dir::State::status={self._index / f'status-{self.key(packages)}'}"
+        status = self._index / f"status-{self.key(packages)}"
+        # With another status file apt would write its cache anew, and two apts that download
+        # concurrently would replace each other's.
+        return "-o", f"Dir::State::status={status}", "-o", "Dir::Cache::pkgcache="
 
     def _claim_dependencies(self, packages: Sequence[str]) -> None:
         """Write a status file that lists all dependencies of the packages as installed.

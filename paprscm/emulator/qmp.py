@@ -16,6 +16,8 @@ from qemu.qmp import ExecuteError, QMPClient, QMPError
 from paprscm.errors import ContractError, GuestLostError
 
 T = TypeVar("T")
+# For an answer that QEMU has sent before it disconnected.
+_LAST_ANSWER_S = 1.0
 
 
 class RefusedError(ContractError):
@@ -73,7 +75,8 @@ class Qmp:
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            return self._wait(self._client.execute(command, words), command)
+            work = self._while_connected(self._client.execute(command, words), self._timeout_s)
+            return self._wait(work, command)
         except ExecuteError as error:
             raise RefusedError(command, str(error)) from error
 
@@ -113,24 +116,8 @@ class Qmp:
                         return data
             raise EOFError
 
-        async def work() -> dict[str, Any]:
-            arrives = asyncio.create_task(arrival())
-            leaves = asyncio.create_task(self._client.runstate_changed())
-            tasks = (arrives, leaves)
-            await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
-            in_time = arrives.done() or leaves.done()
-            # No effect on a task that is done.
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            if not in_time:
-                raise TimeoutError
-            if arrives.cancelled():
-                raise EOFError
-            return arrives.result()
-
         try:
-            return self._wait(work(), command)
+            return self._wait(self._while_connected(arrival(), limit_s), command)
         except ExecuteError as error:
             raise RefusedError(command, str(error)) from error
 
@@ -156,6 +143,32 @@ class Qmp:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(5)
             self._loop.close()
+
+    async def _while_connected(self, work: Coroutine[Any, Any, T], limit_s: float) -> T:
+        """Await `work`, but not after QEMU has disconnected.
+
+        qemu.qmp may never end a command that is issued while QEMU disconnects.
+
+        Raises:
+            EOFError: QEMU has disconnected.
+            TimeoutError: neither has happened in time.
+        """
+        arrives = asyncio.create_task(work)
+        leaves = asyncio.create_task(self._client.runstate_changed())
+        tasks = (arrives, leaves)
+        try:
+            await asyncio.wait(tasks, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
+            if leaves.done():
+                # What QEMU has answered before counts.
+                await asyncio.wait((arrives,), timeout=_LAST_ANSWER_S)
+            if arrives.done():
+                return arrives.result()
+            raise EOFError if leaves.done() else TimeoutError
+        finally:
+            # No effect on a task that is done.
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _wait(self, work: Coroutine[Any, Any, T], what: str) -> T:
         # wait_for() returns after the cancelled coroutine has cleaned up: disconnect() needs that.

@@ -290,7 +290,7 @@ def parse_namespaces(dump: Dump, region: Region) -> tuple[Namespace, ...]:
 
 
 def present_namespace(dump: Dump, region: Region, mode: NamespaceMode) -> Namespace:
-    """The namespace of this mode found by the script's step "present"."""
+    """The namespace of this mode found by pmem's step "present"."""
     reported = {
         # A raw namespace has a disk of its own.
         "dev": dump.text("present_owner" if mode == "raw" else "present_namespace"),

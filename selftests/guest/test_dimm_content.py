@@ -135,7 +135,7 @@ def test_a_copy_is_judged_as_a_fresh_one(environment: Environment, tmp_path: Pat
     cache = Cache(tmp_path / "cache")
     contents = environment.equipment.contents
     assert contents is not None
-    assert set(contents.inputs) == {"kernel", "userland", "qemu", "cpu", "script"}
+    assert set(contents.inputs) == {"kernel", "userland", "qemu", "cpu", "maker"}
     equipment = dataclasses.replace(
         environment.equipment, contents=dataclasses.replace(contents, cache=cache)
     )
