@@ -36,6 +36,8 @@ SOURCE = "source"
 _OTHER_HINT = "set another suite or mirror="
 # Network options are taken from the host's apt.
 _NETWORK_OPTIONS = ("Acquire::http", "Acquire::ForceIP", "Acquire::Retries", "Acquire::Check-Date")
+# Downloads do not lock the index. Meanwhile another apt may update it, which deletes these files.
+_NO_CACHE_FILES = ("-o", "Dir::Cache::pkgcache=", "-o", "Dir::Cache::srcpkgcache=")
 _REFRESH_S = 0.2
 _ASK_LIMIT_S = 20.0
 _ASK_THREADS = 8
@@ -190,7 +192,13 @@ class AptSource:
 
             try:
                 # `apt-get source` downloads to the current folder.
-                self._apt(*words, cwd=folder, proceed=proceed, stop=re.compile(r"^\s+404\s"))
+                self._apt(
+                    *words,
+                    *_NO_CACHE_FILES,
+                    cwd=folder,
+                    proceed=proceed,
+                    stop=re.compile(r"^\s+404\s"),
+                )
             except UnavailableError as error:
                 names = [file.name for file in absent_files(files)]
                 if not names:
@@ -203,13 +211,10 @@ class AptSource:
             raise HostError(f"apt did not download {', '.join(missing)}")
 
     def _status(self, packages: Sequence[str], alone: bool) -> tuple[str, ...]:
-        """The options with dpkg's status file, for packages without their dependencies."""
+        """The option with dpkg's status file, for packages without their dependencies."""
         if not alone:
             return ()
-        status = self._index / f"status-{self.key(packages)}"
-        # With another status file apt would write its cache anew, and two apts that download
-        # concurrently would replace each other's.
-        return "-o", f"Dir::State::status={status}", "-o", "Dir::Cache::pkgcache="
+        return "-o", f"Dir::State::status={self._index / f'status-{self.key(packages)}'}"
 
     def _claim_dependencies(self, packages: Sequence[str]) -> None:
         """Write a status file that lists all dependencies of the packages as installed.

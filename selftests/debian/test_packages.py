@@ -13,12 +13,13 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from paprscm.debian import apt
 from paprscm.debian import packages as debian
-from paprscm.debian.apt import UnavailableError
+from paprscm.debian.apt import AptSource, UnavailableError
 from paprscm.debian.packages import Archive, Download
 from paprscm.errors import ConfigError, Error, HostError
 from paprscm.host.cache import Cache
@@ -495,3 +496,32 @@ def test_newest_source_package_whose_files_are_there(
     assert all(name.startswith("index-") for name in left), "files stay after they were moved"
     with pytest.raises(UnavailableError, match=r"lacks 1 package files .*: tool_2.1.0-1.dsc"):
         fetch("2.1.0")
+
+
+@needs_tools
+def test_a_download_needs_no_cache_file(
+    archive: Served, mirror: Archive, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process that updates the index deletes them, even while apt writes them."""
+    fetch = AptSource._fetch
+
+    def beside_an_update(source: AptSource, *words: Any) -> None:
+        ended = threading.Event()
+
+        def delete() -> None:
+            # A pause, or apt would never find the moment to write them.
+            while not ended.wait(0.001):
+                for file in (source._index / "cache").glob("*.bin*"):
+                    file.unlink(missing_ok=True)
+
+        thread = threading.Thread(target=delete)
+        thread.start()
+        try:
+            fetch(source, *words)
+        finally:
+            ended.set()
+            thread.join()
+
+    monkeypatch.setattr(AptSource, "_fetch", beside_an_update)
+    for _ in range(4):
+        download(mirror, ["libfirst"]).remove()
