@@ -112,14 +112,25 @@ static void print_text(const char *key, const char *value)
 	printf("text %s %s\n", key, value);
 }
 
-/* Print the first line of a file if it exists, and return it. */
-static char *print_line(const char *key, const char *path)
+/* Print the first line of each file that exists. */
+static void print_lines(const char *prefix, const char *folder, const char *const *names)
 {
-	char *line = first_line(path);
+	for (; *names; names++) {
+		char *line = first_line(text("%s/%s", folder, *names));
 
-	if (line)
-		print_text(key, line);
-	return line;
+		if (line)
+			print_text(text("%s%s", prefix, *names), line);
+	}
+}
+
+/* The paths that match, in alphabetical order. */
+static glob_t find_paths(const char *pattern)
+{
+	glob_t paths;
+
+	if (glob(pattern, 0, NULL, &paths))
+		paths.gl_pathc = 0;
+	return paths;
 }
 
 static void print_hex(const void *data, size_t size)
@@ -183,8 +194,9 @@ static char *run(char *const *words, bool keep)
 	if (!pid) {
 		dup2(keep ? ends[1] : STDERR_FILENO, STDOUT_FILENO);
 		execvp(words[0], words);
+		status = errno == ENOENT ? EXIT_NO_PROGRAM : EXIT_NOT_EXECUTABLE;
 		print_error(words[0]);
-		_exit(errno == ENOENT ? EXIT_NO_PROGRAM : EXIT_NOT_EXECUTABLE);
+		_exit(status);
 	}
 	close(ends[1]);
 	pipe_end = fdopen(ends[0], "r");
@@ -229,13 +241,11 @@ static bool look(char **found, char **trouble)
 	char *name = text("/" PARENT "/" NVDIMM "@%s", setting("drc"));
 	size_t size, length = strlen(name);
 	FILE *lines = open_memstream(found, &size);
-	glob_t regions;
+	glob_t regions = find_paths(text("%s/bus/nd/devices/region*", sysfs));
 
 	if (!lines)
 		fail("memory");
 	*trouble = region = device = node = NULL;
-	if (glob(text("%s/bus/nd/devices/region*", sysfs), 0, NULL, &regions))
-		regions.gl_pathc = 0;
 	for (size_t i = 0; i < regions.gl_pathc; i++) {
 		char *here = realpath(regions.gl_pathv[i], NULL),
 		     *at = here ? find_node(here) : NULL;
@@ -285,12 +295,14 @@ static void print_properties(void)
 static void step_find(void)
 {
 	static const char *const region_files[] = {
-		"deep_flush", "persistence_domain", "size", "read_only", "align", "nstype",
+		"deep_flush", "persistence_domain", "size", "read_only", "align",
+		"nstype",     "mapping0",	    NULL,
 	};
-	static const char *const dimm_files[] = { "flags", "papr/flags", "papr/dirty_shutdown" };
+	static const char *const dimm_files[] = { "flags", "papr/flags", "papr/dirty_shutdown",
+						  NULL };
 	uint64_t end = now_ns() +
 		       parse_number("wait_ms", setting_or("wait_ms", "0"), 0, 3600000) * 1000000;
-	char *found, *trouble, *mapping, *dimm;
+	char *found, *trouble, *mapping;
 
 	while (!look(&found, &trouble)) {
 		if (now_ns() >= end) {
@@ -304,19 +316,18 @@ static void step_find(void)
 	}
 	fputs(found, stdout);
 	/* This read returns when the bus has probed all its devices. */
-	print_line("wait_probe", text("%s/../wait_probe", device));
+	print_lines("", text("%s/..", device), (const char *const[]){ "wait_probe", NULL });
 	print_text("region", region);
 	print_text("device", device);
 	print_text("node", node);
-	for (size_t i = 0; i < LENGTH(region_files); i++)
-		print_line(region_files[i], text("%s/%s", device, region_files[i]));
+	print_lines("", device, region_files);
 	/* "nmem0,0,536870912,0" */
-	mapping = print_line("mapping0", text("%s/mapping0", device));
-	if (mapping) {
-		dimm = text("%s/bus/nd/devices/%.*s", sysfs, (int)strcspn(mapping, ","), mapping);
-		for (size_t i = 0; i < LENGTH(dimm_files); i++)
-			print_line(dimm_files[i], text("%s/%s", dimm, dimm_files[i]));
-	}
+	mapping = first_line(text("%s/mapping0", device));
+	if (mapping)
+		print_lines("",
+			    text("%s/bus/nd/devices/%.*s", sysfs, (int)strcspn(mapping, ","),
+				 mapping),
+			    dimm_files);
 	print_properties();
 }
 
@@ -343,15 +354,14 @@ static void print_device(const char *name)
 		"queue/dax",
 		"queue/write_cache",
 		"queue/logical_block_size",
+		NULL,
 	};
-	static const char *const character_files[] = { "size", "align" };
-	const char *at = text("%s/block/%s", sysfs, name);
+	static const char *const character_files[] = { "size", "align", NULL };
+	const char *at = text("%s/block/%s", sysfs, name), *prefix = text("%s/", name);
 	char *folder;
 
 	if (!access(at, F_OK)) {
-		for (size_t i = 0; i < LENGTH(block_files); i++)
-			print_line(text("%s/%s", name, block_files[i]),
-				   text("%s/%s", at, block_files[i]));
+		print_lines(prefix, at, block_files);
 		folder = realpath(text("%s/device", at), NULL);
 		if (!folder)
 			fail(at);
@@ -361,9 +371,7 @@ static void print_device(const char *name)
 	folder = realpath(text("%s/bus/dax/devices/%s", sysfs, name), NULL);
 	if (!folder)
 		give_up("sysfs has no %s", name);
-	for (size_t i = 0; i < LENGTH(character_files); i++)
-		print_line(text("%s/%s", name, character_files[i]),
-			   text("%s/%s", folder, character_files[i]));
+	print_lines(prefix, folder, character_files);
 	place(name, folder);
 }
 
@@ -440,7 +448,7 @@ static void step_present(void)
 		      { "sector", "btt*/block/*" },
 		      { "fsdax", "pfn*/block/*" },
 		      { "devdax", "dax*/dax[0-9]*" } };
-	static const char *const owner_files[] = { "namespace", "mode", "uuid" };
+	static const char *const owner_files[] = { "namespace", "mode", "uuid", NULL };
 	const char *mode = setting("ns_mode"), *pattern = NULL;
 	char *owner, *name;
 	glob_t paths;
@@ -450,8 +458,7 @@ static void step_present(void)
 			pattern = modes[i].devices;
 	if (!pattern)
 		usage("no mode", mode);
-	if (glob(text("%s/%s", device, pattern), 0, NULL, &paths))
-		paths.gl_pathc = 0;
+	paths = find_paths(text("%s/%s", device, pattern));
 	if (paths.gl_pathc != 1)
 		give_up("%s has %zu %s namespaces, not one", region, paths.gl_pathc, mode);
 	owner = paths.gl_pathv[0];
@@ -461,9 +468,7 @@ static void step_present(void)
 	if (strcmp(mode, "devdax"))
 		*strrchr(owner, '/') = 0;
 	print_text("present_owner", base_name(owner));
-	for (size_t i = 0; i < LENGTH(owner_files); i++)
-		print_line(text("present_%s", owner_files[i]),
-			   text("%s/%s", owner, owner_files[i]));
+	print_lines("present_", owner, owner_files);
 	print_text("present_device", name);
 	print_device(name);
 }
@@ -504,8 +509,9 @@ static char *choose_features(void)
 	if (uname(&names))
 		fail("uname");
 	kernel = version_number(names.release);
-	if (own <= kernel || glob(text("%s/lts_[0-9]*.conf", configs), 0, NULL, &files))
+	if (own <= kernel)
 		return NULL;
+	files = find_paths(text("%s/lts_[0-9]*.conf", configs));
 	for (size_t i = 0; i < files.gl_pathc; i++) {
 		unsigned int file = version_number(base_name(files.gl_pathv[i]) + strlen("lts_"));
 
@@ -589,17 +595,20 @@ static int try_to_mount(void)
 
 static void step_mount(void)
 {
-	FILE *table = setmntent("/proc/self/mounts", "re");
 	char *mountpoint, *source = NULL, *type = NULL, *options = NULL;
 	struct statvfs status;
 	struct mntent *entry;
+	int error = try_to_mount();
+	FILE *table;
 
-	errno = try_to_mount();
-	if (errno)
-		fail(text("mount %s", disk));
+	if (error)
+		give_up("mount %s: %d %s", disk, error, errno_name(error));
 	mountpoint = realpath(setting("mountpoint"), NULL);
-	if (!mountpoint || !table || statvfs(mountpoint, &status))
-		fail("mount point");
+	if (!mountpoint || statvfs(mountpoint, &status))
+		fail(setting("mountpoint"));
+	table = setmntent("/proc/self/mounts", "re");
+	if (!table)
+		fail("/proc/self/mounts");
 	while ((entry = getmntent(table)))
 		if (!strcmp(entry->mnt_dir, mountpoint)) {
 			source = text("%s", entry->mnt_fsname);
@@ -632,7 +641,8 @@ static void step_try_mount(void)
 
 static void step_partition(void)
 {
-	const char *table = setting("table");
+	static const char *const part_files[] = { "start", "size", NULL };
+	const char *table = setting("table"), *name = base_name(disk);
 	uint8_t sector[512] = { 0 };
 	int fd = open(disk, O_WRONLY | O_CLOEXEC);
 	glob_t parts;
@@ -644,15 +654,10 @@ static void step_partition(void)
 		fail(disk);
 	/* BLKPG for each entry: the kernel may lack support for partition tables. */
 	run((char *[]){ "partx", "--add", (char *)disk, NULL }, false);
-	if (glob(text("%s/block/%s/%sp*", sysfs, base_name(disk), base_name(disk)), 0, NULL,
-		 &parts))
-		return;
-	for (size_t i = 0; i < parts.gl_pathc; i++) {
-		const char *path = parts.gl_pathv[i], *name = base_name(path);
-
-		print_line(text("%s/start", name), text("%s/start", path));
-		print_line(text("%s/size", name), text("%s/size", path));
-	}
+	parts = find_paths(text("%s/block/%s/%sp*", sysfs, name, name));
+	for (size_t i = 0; i < parts.gl_pathc; i++)
+		print_lines(text("%s/", base_name(parts.gl_pathv[i])), parts.gl_pathv[i],
+			    part_files);
 }
 
 int main(int argc, char **argv)

@@ -75,8 +75,7 @@ class Qmp:
         """
         words = {name.replace("_", "-"): value for name, value in arguments.items()}
         try:
-            work = self._while_connected(self._client.execute(command, words), self._timeout_s)
-            return self._wait(work, command)
+            return self._wait(self._while_connected(self._client.execute(command, words)), command)
         except ExecuteError as error:
             raise RefusedError(command, str(error)) from error
 
@@ -144,7 +143,9 @@ class Qmp:
             self._thread.join(5)
             self._loop.close()
 
-    async def _while_connected(self, work: Coroutine[Any, Any, T], limit_s: float) -> T:
+    async def _while_connected(
+        self, work: Coroutine[Any, Any, T], limit_s: float | None = None
+    ) -> T:
         """Await `work`, but not after QEMU has disconnected.
 
         qemu.qmp may never end a command that is issued while QEMU disconnects.

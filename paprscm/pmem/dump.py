@@ -13,7 +13,7 @@ from paprscm.guest.guest import Guest
 from paprscm.guest.tools import run_tool
 from paprscm.papr import drc_index
 
-_OD_LINE: Final = re.compile(r"(?: [0-9a-f]{2})+")
+_HEX_LINE: Final = re.compile(r"(?: [0-9a-f]{2})+")
 _FILE: Final = re.compile(r"([0-9]+) ([0-7]{1,4}) (.+)")
 
 
@@ -41,8 +41,8 @@ class Dump:
             word, _, rest = line.partition(" ")
             key, _, value = rest.partition(" ")
             if self.complete:
-                raise HostError(f"output after the end of pmem's: {line!r}")
-            if blob is not None and _OD_LINE.fullmatch(line):
+                raise HostError(f"pmem printed after the end: {line!r}")
+            if blob is not None and _HEX_LINE.fullmatch(line):
                 self.blobs[blob] += bytes.fromhex(line)
                 continue
             blob = None
@@ -89,7 +89,7 @@ class Dump:
 
 
 _STEPS_LIMIT_S = 120.0
-# Exit status of the step "find" if there is no region.
+# pmem exits with this if its step "find" finds no region.
 _NO_REGION = 3
 
 

@@ -8,6 +8,7 @@ import json
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -59,14 +60,24 @@ def test_a_command_that_the_library_never_ends(
     qmp.close()
 
 
-def test_an_answer_before_the_end_counts(monitor: tuple[Qmp, socket.socket]) -> None:
+def test_an_answer_before_the_end_counts(
+    monitor: tuple[Qmp, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the library passes it on after it has noticed that QEMU disconnected."""
     qmp, theirs = monitor
+    execute = qmp._client.execute
+
+    async def late(*words: Any) -> object:
+        answer = await execute(*words)
+        await asyncio.sleep(0.05)
+        return answer
 
     def answer_and_end() -> None:
         request = json.loads(theirs.recv(4096))
         theirs.sendall(json.dumps({"return": 1, "id": request["id"]}).encode() + b"\n")
         theirs.shutdown(socket.SHUT_RDWR)
 
+    monkeypatch.setattr(qmp._client, "execute", late)
     threading.Thread(target=answer_and_end).start()
     assert qmp.execute("quit") == 1
     with pytest.raises(EndedError):

@@ -294,6 +294,7 @@ class FakeSysfs:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.bin = root / "bin"
+        self.path = f"{self.bin}:{os.environ['PATH']}"
         self.settings = [f"sysfs={root}"]
         self.dimms = GuestDimms(None, lambda _slot: Path())
         # Of the stand-in of mount(2).
@@ -341,7 +342,7 @@ class FakeSysfs:
             command,
             capture_output=True,
             env={
-                "PATH": f"{self.bin}:{os.environ['PATH']}",
+                "PATH": self.path,
                 "LOG": str(self.root / "log"),
                 "KMSG": str(self.root / "kmsg"),
                 "MESSAGE": self.message,
@@ -391,9 +392,7 @@ def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: Path) -> FakeSy
     def run_tool(
         guest: Guest, name: str, words: Sequence[str], *, timeout_s: float
     ) -> CommandResult:
-        if isinstance(guest, FakeSysfs):
-            return guest.run_tool(tool, words)
-        return guest.run(shlex.join(words))
+        return fake.run_tool(tool, words)
 
     monkeypatch.setattr(dump, "run_tool", run_tool)
     return fake
@@ -756,6 +755,15 @@ def test_a_tool_that_could_not_report(sysfs: FakeSysfs, status: int, message: st
     _with_tools(sysfs, lambda device: device / "pfn0.0")
     sysfs.tool("mkfs.ext4", f"echo it said so >&2; exit {status}")
     with pytest.raises(HostError, match=f"step 'filesystem': {message}:\nit said so"):
+        mounts.make_filesystem(cast(Guest, sysfs), "/dev/pmem9", "ext4", 4096)
+
+
+@pytest.mark.parametrize(("exists", "fate"), [(False, "is missing"), (True, "cannot be executed")])
+def test_a_program_that_does_not_start(sysfs: FakeSysfs, exists: bool, fate: str) -> None:
+    sysfs.path = str(sysfs.bin)
+    if exists:
+        (sysfs.bin / "mkfs.ext4").touch(mode=0o644)
+    with pytest.raises(HostError, match=f"step 'filesystem': a program {fate} in the guest"):
         mounts.make_filesystem(cast(Guest, sysfs), "/dev/pmem9", "ext4", 4096)
 
 
