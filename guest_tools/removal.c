@@ -11,6 +11,7 @@
  *	dsync       pwrite(2) with O_DSYNC
  *	msync       stores through a shared mapping, and msync(2)
  *	store       stores through a mapping with MAP_SYNC, flushed from the CPU's cache
+ *	open        the same through a mapping that each step makes, of the path at the start of the round
  *
  *   In each round all workers begin; at a random moment NAME is written to FOLDER/unbind. Each worker
  *   must end with an error. Then the old descriptors and mappings are tried, the driver is bound, they
@@ -48,9 +49,11 @@
 /* Devdax maps multiples of its alignment, which is at most 2 MiB here. */
 #define MAPPED (2U << 20)
 
-enum kind { FDATASYNC, DIRECT, DSYNC, MSYNC, STORE, KINDS };
+enum kind { FDATASYNC, DIRECT, DSYNC, MSYNC, STORE, OPEN, KINDS };
 
-static const char *const names[KINDS] = { "fdatasync", "direct", "dsync", "msync", "store" };
+static const char *const names[KINDS] = {
+	"fdatasync", "direct", "dsync", "msync", "store", "open",
+};
 
 struct slot {
 	uint64_t acked, tried;
@@ -87,6 +90,7 @@ static struct {
 /* Of the child alone. */
 static struct {
 	pthread_t thread;
+	char path[256];
 	int fd;
 	unsigned char *map, *buffer;
 } locals[MOST_WORKERS];
@@ -165,8 +169,8 @@ static bool is_of_drc(const char *path, const char *drc, size_t length)
 	return strchr(provider, '@') && !strncmp(strchr(provider, '@') + 1, drc, length);
 }
 
-/* The path of a file, or of the only device that matches DRC/PATTERN now; else NULL. */
-static const char *resolve(const char *path, char *buffer, size_t size)
+/* The path of a file, or of the only device that matches DRC/PATTERN now; else false. */
+static bool resolve(const char *path, char *buffer, size_t size)
 {
 	const char *slash = strchr(path, '/');
 	unsigned int count = 0;
@@ -174,10 +178,10 @@ static const char *resolve(const char *path, char *buffer, size_t size)
 	glob_t matches;
 
 	if (slash == path)
-		return path;
+		return (size_t)snprintf(buffer, size, "%s", path) < size;
 	snprintf(pattern, sizeof(pattern), REGIONS "*%s", slash);
 	if (glob(pattern, 0, NULL, &matches))
-		return NULL;
+		return false;
 	for (size_t i = 0; i < matches.gl_pathc; i++) {
 		const char *match = matches.gl_pathv[i];
 
@@ -187,17 +191,15 @@ static const char *resolve(const char *path, char *buffer, size_t size)
 		count++;
 	}
 	globfree(&matches);
-	return count == 1 ? buffer : NULL;
+	return count == 1;
 }
 
-/* Open a device that may not be there yet. */
-static int open_soon(const char *path, int flags)
+/* Open a device that may not be there yet; its path is then in the buffer. */
+static int open_soon(const char *path, int flags, char *buffer, size_t size)
 {
-	char buffer[256];
-
 	for (;;) {
-		const char *resolved = resolve(path, buffer, sizeof(buffer));
-		int fd = resolved ? open(resolved, flags | O_CLOEXEC) : -1;
+		bool resolved = resolve(path, buffer, size);
+		int fd = resolved ? open(buffer, flags | O_CLOEXEC) : -1;
 
 		if (fd >= 0 || (resolved && errno != ENOENT && errno != ENXIO && errno != ENODEV))
 			return fd;
@@ -208,22 +210,28 @@ static int open_soon(const char *path, int flags)
 
 static bool is_mapping(const struct worker *worker)
 {
-	return worker->kind == MSYNC || worker->kind == STORE;
+	return worker->kind == MSYNC || worker->kind == STORE || worker->kind == OPEN;
+}
+
+static void *map_worker(const struct worker *worker, int fd)
+{
+	int flags = worker->kind == MSYNC ? MAP_SHARED : MAP_SHARED_VALIDATE | MAP_SYNC;
+
+	return mmap(NULL, MAPPED, PROT_READ | PROT_WRITE, flags, fd, worker->offset);
 }
 
 static void open_worker(unsigned int number)
 {
 	static const int flags[KINDS] = { [DIRECT] = O_DIRECT, [DSYNC] = O_DSYNC };
 	struct worker *worker = &shared->workers[number];
-	int sharing = worker->kind == STORE ? MAP_SHARED_VALIDATE | MAP_SYNC : MAP_SHARED;
 
-	locals[number].fd = open_soon(worker->path, O_RDWR | flags[worker->kind]);
+	locals[number].fd = open_soon(worker->path, O_RDWR | flags[worker->kind],
+				      locals[number].path, sizeof(locals[number].path));
 	if (locals[number].fd < 0)
 		end_with("open", errno);
 	if (!is_mapping(worker))
 		return;
-	locals[number].map = mmap(NULL, MAPPED, PROT_READ | PROT_WRITE, sharing, locals[number].fd,
-				  worker->offset);
+	locals[number].map = map_worker(worker, locals[number].fd);
 	if (locals[number].map == MAP_FAILED)
 		end_with("mmap", errno);
 }
@@ -258,30 +266,54 @@ static int store(unsigned char *to, const unsigned char *from)
 	return error;
 }
 
+/* Store and make durable. */
+static int persist(enum kind kind, unsigned char *to, const unsigned char *from)
+{
+	int error = store(to, from);
+
+	if (error)
+		return error;
+	if (kind == MSYNC)
+		return msync(to, SLOT, MS_SYNC) ? errno : 0;
+	if (sigsetjmp(bus, 1)) {
+		guarded = false;
+		return EFAULT;
+	}
+	guarded = true;
+	flush_cache(to, SLOT);
+	guarded = false;
+	return 0;
+}
+
+/* Write a slot through a new mapping. */
+static int write_anew(unsigned int number, off_t offset)
+{
+	const struct worker *worker = &shared->workers[number];
+	int fd = open(locals[number].path, O_RDWR | O_CLOEXEC), error;
+	unsigned char *map;
+
+	if (fd < 0)
+		return errno;
+	map = map_worker(worker, fd);
+	error = map == MAP_FAILED ? errno : 0;
+	close(fd);
+	if (error)
+		return error;
+	error = persist(worker->kind, map + offset, locals[number].buffer);
+	munmap(map, MAPPED);
+	return error;
+}
+
 static int write_slot(unsigned int number, unsigned int slot)
 {
 	struct worker *worker = &shared->workers[number];
 	off_t offset = (off_t)slot * STRIDE;
 	ssize_t count;
-	int error;
 
-	if (is_mapping(worker)) {
-		unsigned char *to = locals[number].map + offset;
-
-		error = store(to, locals[number].buffer);
-		if (error)
-			return error;
-		if (worker->kind == MSYNC)
-			return msync(to, SLOT, MS_SYNC) ? errno : 0;
-		if (sigsetjmp(bus, 1)) {
-			guarded = false;
-			return EFAULT;
-		}
-		guarded = true;
-		flush_cache(to, SLOT);
-		guarded = false;
-		return 0;
-	}
+	if (worker->kind == OPEN)
+		return write_anew(number, offset);
+	if (is_mapping(worker))
+		return persist(worker->kind, locals[number].map + offset, locals[number].buffer);
 	count = pwrite(locals[number].fd, locals[number].buffer, SLOT, worker->offset + offset);
 	if (count != SLOT)
 		return count < 0 ? errno : ENOSPC;
@@ -350,7 +382,7 @@ static void compare(unsigned int number)
 {
 	struct worker *worker = &shared->workers[number];
 	uint64_t *words = (uint64_t *)locals[number].buffer;
-	bool cached = worker->kind != DIRECT && worker->kind != STORE;
+	bool cached = worker->kind == FDATASYNC || worker->kind == DSYNC || worker->kind == MSYNC;
 
 	for (unsigned int slot = 0; slot < SLOTS; slot++) {
 		struct slot *state = &worker->slots[slot];
@@ -426,14 +458,13 @@ static void bind(const char *verb)
 
 static void mount_disk(void)
 {
-	char buffer[256];
-	int fd = open_soon(command.disk, O_RDONLY);
+	char path[256];
+	int fd = open_soon(command.disk, O_RDONLY, path, sizeof(path));
 
 	if (fd < 0)
 		end_with("the disk", errno);
 	close(fd);
-	if (mount(resolve(command.disk, buffer, sizeof(buffer)), command.folder, command.fstype, 0,
-		  "dax=always"))
+	if (mount(path, command.folder, command.fstype, 0, "dax=always"))
 		end_with("mount", errno);
 }
 

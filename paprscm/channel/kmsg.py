@@ -64,6 +64,8 @@ _ALWAYS_LOGGED = (
 )
 
 
+OOPS = re.compile(r"BUG: (?:Kernel NULL pointer dereference|Unable to handle kernel)")
+"""An access to memory that is not there (arch/powerpc/mm/fault.c, bad_page_fault)."""
 SLEEPS = re.compile(
     r"BUG: (?:scheduling while atomic|sleeping function called from invalid context)"
 )
@@ -73,6 +75,8 @@ SOFT_LOCKUP = re.compile(r"watchdog: BUG: soft lockup - CPU#(?P<cpu>\d+) stuck f
 """A CPU did not schedule for twice watchdog_thresh (kernel/watchdog.c, watchdog_timer_fn)."""
 STALLS = (r"rcu: INFO: ", r"INFO: task .* blocked.* for more than")
 """Messages that a stuck CPU causes."""
+# arch/powerpc/kernel/process.c, __show_regs.
+_FAULTS = re.compile(r"NIP \[[0-9a-f]+\] (?P<function>\w+)\+")
 # With PPC_SPLPAR the CPU may be in a hcall that yields to the owner of the lock.
 _SPINS = re.compile(
     r"(?:(?:NIP|LR) |\[[0-9a-f]+\] )\[[0-9a-f]+\] "
@@ -137,6 +141,12 @@ def traces(lines: Sequence[str], message: re.Pattern[str], *, length: int = 60) 
 def has_frame(trace: str, *functions: str) -> bool:
     """Return True if the call trace has one of these functions; some may have been inlined."""
     return any(f"] {function}+" in trace for function in functions)
+
+
+def faults_in(trace: str, *functions: str) -> bool:
+    """Return True if the instruction that caused an Oops is in one of these functions."""
+    found = _FAULTS.search(trace)
+    return found is not None and found["function"] in functions
 
 
 def holds_lock(trace: str, lock: str) -> bool:

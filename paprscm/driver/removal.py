@@ -17,7 +17,7 @@ from paprscm.guest.report import Fields, Natural, ToolReport, check_report, mix,
 from paprscm.guest.tools import run_tool
 from paprscm.papr import drc_index
 
-Kind = Literal["fdatasync", "direct", "dsync", "msync", "store"]
+Kind = Literal["fdatasync", "direct", "dsync", "msync", "store", "open"]
 
 # guest_tools/removal.c.
 _STRIDE: Final = 65536

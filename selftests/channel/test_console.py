@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from paprscm.channel.console import Console
-from paprscm.channel.kmsg import classify
+from paprscm.channel.kmsg import classify, faults_in
 
 DATA = Path(__file__).parents[1] / "data"
 
@@ -214,3 +214,24 @@ def test_control_characters_do_not_reach_a_report(wire: Wire) -> None:
     wire.say("a\x1b[2Jb\nparpscm\n")
     wire.console.wait_for({"x": re.compile("parpscm")}, timeout_s=5, silence_s=5)
     assert wire.console.lines[0] == "a\ufffd[2Jb"
+
+
+OOPS = """BUG: Kernel NULL pointer dereference on read at 0x00000008
+NIP:  c00000000056a7d8 LR: c00000000056a7c4 CTR: c00000000056a920
+NIP [c00000000056a7d8] check_vma+0x24/0x16c
+LR [c00000000056a7c4] check_vma+0x10/0x16c
+Call Trace:
+[c000000002fbf990] [c00000000056a980] dax_mmap+0x60/0xdc
+NIP:  00007ffff7d4addc LR: 00007ffff7d4addc CTR: 0000000000000000
+NIP [00007ffff7d4addc] 0x7ffff7d4addc"""
+
+
+@pytest.mark.parametrize(
+    ("functions", "expected"),
+    [(("check_vma",), True), (("other", "check_vma"), True), (("dax_mmap",), False), ((), False)],
+)
+def test_an_oops_is_told_by_the_function_that_faulted(
+    functions: tuple[str, ...], expected: bool
+) -> None:
+    assert faults_in(OOPS, *functions) is expected
+    assert not faults_in(OOPS.replace("NIP [", "LR ["), *functions)

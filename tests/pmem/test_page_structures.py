@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from paprscm.channel.kmsg import has_frame, traces
+from paprscm.channel.kmsg import OOPS, has_frame, traces
 from paprscm.errors import CapabilityError, ContractError, HostError
 from paprscm.flush.syscalls import persist
 from paprscm.guest.guest import Guest
@@ -39,7 +39,6 @@ FRAMES = {
         "memmap_init_zone_device",
     ),
 }
-OOPS = re.compile(r"BUG: (?:Kernel NULL pointer dereference|Unable to handle kernel)")
 
 
 class PageStructures(PaprScmTest):

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from paprscm.channel.kmsg import traces
+from paprscm.channel.kmsg import OOPS, faults_in, traces
 from paprscm.checks import at_most, containing
 from paprscm.driver.removal import (
     ND,
@@ -47,6 +47,27 @@ from paprscm.vm.machine import Machine, Nvdimm
 SLOT, OTHER = 3, 1
 Driver = Literal["nd_pmem", "nd_region", "papr_scm"]
 OUTLIVES = "linux-dax-mapping-outlives-device"
+KILLED = "linux-dax-private-of-killed-device"
+
+
+class Death(NamedTuple):
+    """An Oops that is a known issue: its message, and functions one of which faulted."""
+
+    issue: str
+    message: str
+    functions: tuple[str, ...]
+
+
+# The memory of a removed disk's page structures may be unmapped.
+UNMAPPED = Death(
+    OUTLIVES, "Unable to handle kernel data access", ("do_wp_page", "dax_disassociate_entry")
+)
+# Functions that use what dax_get_private() returns (drivers/nvdimm/pmem.c, drivers/dax/device.c).
+NO_PRIVATE = Death(
+    KILLED,
+    "NULL pointer dereference",
+    ("__pmem_direct_access", "pmem_do_write", "check_vma", "__check_vma", "dax_mmap_prepare"),
+)
 
 
 class RemovalTest(PaprScmTest):
@@ -69,6 +90,17 @@ class RemovalTest(PaprScmTest):
     def expect_nothing_dropped(self, report: RemovalReport) -> None:
         """Check that no acknowledged call on files or a DAX device has lost its data."""
         self.check("dropped calls", [w.dropped for w in report.workers if w.dropped], [])
+
+    def died(self, guest: Guest, *deaths: Death) -> bool:
+        """Report the issue of the kernel's first Oops, if it is one of these."""
+        for oops in traces(guest.console.lines, OOPS)[:1]:
+            for death in deaths:
+                if death.message in oops.partition("\n")[0] and faults_in(oops, *death.functions):
+                    self.known_issue(death.issue, shows=True, found=f"an Oops: {death.message}")
+                    # The process that died holds locks, and the unbind may wait for them.
+                    guest.kill()
+                    return True
+        return False
 
     def seed(self) -> int:
         """A seed for one load."""
@@ -160,6 +192,29 @@ class Removal(RemovalTest):
             wrong = lost_slots(guest.file(SLOT), begin, report, [w.offset for w in workers])
             self.check("slots with other contents in the backing file", wrong, [])
 
+    def test_devdax_opened(self) -> None:
+        """A devdax device can be opened and mapped until it goes; all flushed stores are kept.
+
+        Each store has a mapping of its own.
+        """
+        guest = self.machine(PMEM_ON.holding("devdax"))
+        region = wait_for_region(guest, SLOT)
+        device = create_namespace(guest, region, mode="devdax").character_device
+        begin = file_offset(guest, region, device)
+        name = guest.succeed(f"cd {region.device} && echo dax*/{device.name}").partition("/")[0]
+        workers = [Worker(kind="open", path=dax_pattern(SLOT), number=i) for i in range(2)]
+        try:
+            report = remove(guest, f"{ND}/dax_pmem", name, workers, rounds=6, seed=self.seed())
+        except ContractError:
+            if self.died(guest, NO_PRIVATE):
+                return
+            raise
+        self.known_issue(KILLED, shows=False, found="6 removals during open() and mmap()")
+        self.judge(report, 6)
+        self.expect_nothing_dropped(report)
+        wrong = lost_slots(guest.file(SLOT), begin, report, [w.offset for w in workers])
+        self.check("slots with other contents in the backing file", wrong, [])
+
 
 class RemovalUnderFiles(RemovalTest):
     """
@@ -193,6 +248,8 @@ class RemovalUnderFiles(RemovalTest):
                     mount=f"{fstype}:/mnt/dax:{disk_pattern(SLOT, 'pfn')}",
                 )
         except ContractError:
+            if self.died(guest, NO_PRIVATE, UNMAPPED):
+                return
             # With DEBUG_VM the page structures of the removed disk were overwritten.
             warnings = traces(guest.console.lines, re.compile(r"WARNING: .* dax_disassociate"))
             if not warnings:
