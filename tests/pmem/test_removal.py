@@ -59,9 +59,7 @@ class Death(NamedTuple):
 
 
 # The memory of a removed disk's page structures may be unmapped.
-UNMAPPED = Death(
-    OUTLIVES, "Unable to handle kernel data access", ("do_wp_page", "dax_disassociate_entry")
-)
+UNMAPPED = Death(OUTLIVES, "Unable to handle kernel data access", ("do_wp_page",))
 # Functions that use what dax_get_private() returns (drivers/nvdimm/pmem.c, drivers/dax/device.c).
 NO_PRIVATE = Death(
     KILLED,
