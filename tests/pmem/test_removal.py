@@ -181,7 +181,13 @@ class Removal(RemovalTest):
             (f"{ND}/nd_region", region.name),
             (PLATFORM, platform_device(SLOT)),
         ):
-            report = remove(guest, driver, target, workers, rounds=6, seed=self.seed())
+            try:
+                report = remove(guest, driver, target, workers, rounds=6, seed=self.seed())
+            except ContractError:
+                # The workers open a device as soon as it is there, which may be too early.
+                if self.died(guest, NO_PRIVATE):
+                    return
+                raise
             self.judge(report, 6)
             self.expect_nothing_dropped(report)
             for worker in report.workers:
