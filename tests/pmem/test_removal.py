@@ -39,7 +39,7 @@ from paprscm.pmem.namespaces import (
     file_offset,
     find_namespaces,
 )
-from paprscm.pmem.regions import read_page_size, wait_for_region
+from paprscm.pmem.regions import Region, read_page_size, wait_for_region
 from paprscm.testcase import PaprScmTest
 from paprscm.vm.dimms import FOR_XFS, PMEM_OFF, PMEM_ON, SMALL
 from paprscm.vm.machine import Machine, Nvdimm
@@ -165,16 +165,26 @@ class Removal(RemovalTest):
         """When papr_scm goes during writes, they end with an error, and no synced one is lost."""
         self.disk("papr_scm", 10)
 
-    def test_devdax(self) -> None:
-        """When a devdax device goes, a store raises SIGBUS; all flushed stores are on the DIMM.
+    def devdax(self) -> tuple[Guest, Region, str, int]:
+        """Boot a guest with a devdax device.
 
-        The old mapping stays dead when the device is there again.
+        Returns:
+            The guest, the device's region, its name on the bus, and its offset in the backing file,
+            bytes.
         """
         guest = self.machine(PMEM_ON.holding("devdax"))
         region = wait_for_region(guest, SLOT)
         device = create_namespace(guest, region, mode="devdax").character_device
         begin = file_offset(guest, region, device)
         name = guest.succeed(f"cd {region.device} && echo dax*/{device.name}").partition("/")[0]
+        return guest, region, name, begin
+
+    def test_devdax(self) -> None:
+        """When a devdax device goes, a store raises SIGBUS; all flushed stores are on the DIMM.
+
+        The old mapping stays dead when the device is there again.
+        """
+        guest, region, name, begin = self.devdax()
         workers = [Worker(kind="store", path=dax_pattern(SLOT), number=i) for i in range(2)]
         for driver, target in (
             (f"{ND}/dax_pmem", name),
@@ -201,11 +211,7 @@ class Removal(RemovalTest):
 
         Each store has a mapping of its own.
         """
-        guest = self.machine(PMEM_ON.holding("devdax"))
-        region = wait_for_region(guest, SLOT)
-        device = create_namespace(guest, region, mode="devdax").character_device
-        begin = file_offset(guest, region, device)
-        name = guest.succeed(f"cd {region.device} && echo dax*/{device.name}").partition("/")[0]
+        guest, _region, name, begin = self.devdax()
         workers = [Worker(kind="open", path=dax_pattern(SLOT), number=i) for i in range(2)]
         try:
             report = remove(guest, f"{ND}/dax_pmem", name, workers, rounds=6, seed=self.seed())
